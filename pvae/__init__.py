@@ -1,0 +1,119 @@
+"""pvae: variational autoencoders as probabilistic programs, on Pyro.
+
+A model p(x, z) and a guide q(z | x) are two Pyro programs; the evidence lower bound between them is
+explicit; prior, likelihood, guide and objective are each swapped by one argument. Importing this
+package imports neither torch nor anything else; names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pvae import (
+        bounds,
+        checkpoint,
+        conditional,
+        data,
+        diagnostics,
+        engine,
+        errors,
+        guides,
+        likelihoods,
+        networks,
+        objectives,
+        plots,
+        priors,
+        randomness,
+        recipes,
+        report,
+        schedules,
+        sites,
+        terms,
+        testing,
+    )
+    from pvae.conditional import Conditional
+    from pvae.errors import PvaeError, PvaeWarning
+    from pvae.fitting import Fit, fit, load
+    from pvae.pair import VAE, Guide, Model
+
+_MODULES = (
+    "bounds",
+    "checkpoint",
+    "conditional",
+    "data",
+    "diagnostics",
+    "engine",
+    "errors",
+    "guides",
+    "likelihoods",
+    "networks",
+    "objectives",
+    "plots",
+    "priors",
+    "randomness",
+    "recipes",
+    "report",
+    "schedules",
+    "sites",
+    "terms",
+    "testing",
+)
+_NAMES = {
+    "Conditional": "conditional",
+    "Fit": "fitting",
+    "Guide": "pair",
+    "Model": "pair",
+    "PvaeError": "errors",
+    "PvaeWarning": "errors",
+    "VAE": "pair",
+    "fit": "fitting",
+    "load": "fitting",
+}
+
+__all__ = [
+    "VAE",
+    "Conditional",
+    "Fit",
+    "Guide",
+    "Model",
+    "PvaeError",
+    "PvaeWarning",
+    "bounds",
+    "checkpoint",
+    "conditional",
+    "data",
+    "diagnostics",
+    "engine",
+    "errors",
+    "fit",
+    "guides",
+    "likelihoods",
+    "load",
+    "networks",
+    "objectives",
+    "plots",
+    "priors",
+    "randomness",
+    "recipes",
+    "report",
+    "schedules",
+    "sites",
+    "terms",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pvae.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"pvae.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'pvae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

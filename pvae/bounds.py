@@ -1,0 +1,356 @@
+"""Estimates of the evidence, each a bound with its standard errors, for any pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.data import Source, as_source
+from pvae.errors import UndefinedError, check_int
+
+__all__ = ["Bound", "elbo", "evidence", "prepare"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    r"""An estimate of a quantity for each datum, and of its mean.
+
+    There are two standard errors of the mean. The one over data,
+    :math:`\mathrm{sd}_n(v_n) / \sqrt N`, says how much the mean would differ on other data of the
+    same kind. The one over draws, :math:`\sqrt{\sum_n \mathrm{var}_n} / N`, says how much it would
+    differ on the same data with other draws from the guide.
+
+    Attributes:
+        name: What it is.
+        values: One for each datum in nats, shape ``(N,)``; None with a global latent.
+        total: Sum over the data set.
+        se_total: Standard error over draws of the total; None if one draw was made.
+        num_data: N.
+        num_particles: K, draws for each datum.
+        distortion: :math:`-E_q[\log p(x | z)]`, an estimate like this one, or None.
+        rate: :math:`E_q[\log q(z | x) - \log p(z)]`, likewise.
+        global_latents: Latents that all data share.
+        removed_scales: ``poutine.scale`` factors by site that are not in it.
+    """
+
+    name: str
+    values: Tensor | None
+    total: float
+    se_total: float | None
+    num_data: int
+    num_particles: int
+    distortion: Bound | None = None
+    rate: Bound | None = None
+    global_latents: tuple[str, ...] = ()
+    removed_scales: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """The mean over data in nats; with a global latent, the total's share of a datum."""
+        return self.total / self.num_data
+
+    @property
+    def se_data(self) -> float:
+        """Standard error of the mean over data."""
+        values = self.per_datum
+        return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+    @property
+    def se_draws(self) -> float | None:
+        """Standard error of the mean over draws, the data held fixed; None if one was made."""
+        return None if self.se_total is None else self.se_total / self.num_data
+
+    @property
+    def per_datum(self) -> Tensor:
+        """The values, shape ``(N,)``.
+
+        Raises:
+            UndefinedError: With a global latent, given which alone the data are independent.
+        """
+        if self.values is None:
+            raise UndefinedError(
+                f"{self.name} per datum",
+                "a pair whose latents are all inside the data plate",
+                f"global latent(s) {', '.join(self.global_latents)}",
+                [".total, the bound for the whole data set"],
+            )
+        return self.values
+
+    def __str__(self) -> str:
+        draws = "" if self.se_draws is None else f" (over draws {self.se_draws:.2g})"
+        if self.values is None:
+            error = "" if self.se_total is None else f" +- {self.se_total:.2g} over draws"
+            lines = [
+                f"{self.name}: {self.total:.2f}{error} nats for the data set of {self.num_data}, "
+                f"a bound with global latent(s) {', '.join(self.global_latents)}"
+            ]
+        else:
+            lines = [
+                f"{self.name}: {self.mean:.2f} +- {self.se_data:.2g}{draws} nats per datum, "
+                f"N = {self.num_data}, K = {self.num_particles}"
+            ]
+        for part in (self.distortion, self.rate):
+            if part is not None:
+                lines.append(f"  {part.name}: {part.mean:.2f}")
+        for site, scale in self.removed_scales.items():
+            lines.append(f"  left out: poutine.scale of {scale:g} at site '{site}'")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def elbo(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    num_particles: int = 1,
+    *,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    seed: int = 0,
+) -> Bound:
+    r"""The evidence lower bound of each datum, split into distortion and rate.
+
+    .. math::
+        L_n = E_q[\log p(x_n | z)] - E_q[\log q(z | x_n) - \log p(z)] = -D_n - R_n
+
+    With a point-mass guide there is no such bound; the result is then named "log joint", is
+    :math:`\log p(x_n, z_n)` at the code, and has no rate. With global latents it is the bound for
+    the data set, and ``num_particles`` counts draws of those.
+
+    References:
+        Fixing a Broken ELBO (Alemi et al., 2018), https://arxiv.org/abs/1711.00464
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_particles: K, draws for each datum.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows in memory at once, counting each particle of a datum as one.
+        seed: Of the draws; the caller's generators are left as they are.
+    """
+    check_int("num_particles", num_particles)
+    source, structure = prepare(model, guide, data, structure, plate)
+    name = "log joint" if structure.has_points else "ELBO"
+    if structure.global_latents:
+        return _with_globals(
+            name, model, guide, source, structure, num_particles, 1, max_rows, seed
+        )
+    moments = _Moments(source.num_rows, structure)
+    with randomness.forked(seed):
+        for rows, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
+            moments.add(rows, terms)
+    return moments.bound(name, num_particles)
+
+
+def evidence(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    num_particles: int = 1000,
+    *,
+    num_global: int = 16,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    seed: int = 0,
+) -> Bound:
+    r"""The importance-weighted estimate of the evidence of each datum, a lower bound on average.
+
+    .. math::
+        \hat\ell_n = \log \tfrac1K \sum_{k=1}^K w_{nk}, \quad
+        w_{nk} = p(x_n, z_{nk}) / q(z_{nk} | x_n), \quad z_{nk} \sim q(z | x_n)
+
+    Its expectation is at most log p(x_n) and doesn't fall as K grows. The standard error over
+    draws is by the delta method, :math:`\mathrm{var}_n \approx \sum_k \bar w_{nk}^2 - 1/K` with
+    the normalised weights; where one weight has it all, even that is too small.
+
+    With global latents g the data aren't independent and there is no evidence of one datum; the
+    result is the bound for the data set
+    :math:`E_{q(g)}[\log p(g) - \log q(g) + \sum_n \log \tfrac1K \sum_k w_{nk}(g)]`.
+
+    References:
+        Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_particles: K, draws for each datum.
+        num_global: Draws of global latents, where there are any.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows in memory at once, counting each particle of a datum as one.
+        seed: Of the draws; the caller's generators are left as they are.
+
+    Raises:
+        UndefinedError: If a latent of a datum has a point-mass guide.
+    """
+    check_int("num_particles", num_particles)
+    source, structure = prepare(model, guide, data, structure, plate)
+    structure.require_density("evidence by importance sampling")
+    name = f"evidence, IWAE-{num_particles}"
+    if structure.global_latents:
+        return _with_globals(
+            name, model, guide, source, structure, num_global, num_particles, max_rows, seed
+        )
+    weights = _Weights(source.num_rows, structure)
+    with randomness.forked(seed):
+        for rows, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
+            weights.add(rows, terms)
+    return weights.bound(name, num_particles)
+
+
+def prepare(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    structure: t.Structure | None = None,
+    plate: str | None = None,
+) -> tuple[Source, t.Structure]:
+    """Data as a source on the pair's device, and what the pair is made of."""
+    if structure is not None:
+        return as_source(data, structure.device, structure.dtype), structure
+    like = _first_tensor(model, guide)
+    source = as_source(data, like.device, like.dtype)
+    structure = t.inspect_source(model, guide, source, plate=plate)
+    return as_source(data, structure.device, structure.dtype), structure
+
+
+def _first_tensor(*programs: Any) -> Tensor:
+    for program in programs:
+        if isinstance(program, torch.nn.Module):
+            for tensor in (*program.parameters(), *program.buffers()):
+                if tensor.is_floating_point():
+                    return tensor
+    return torch.zeros(())
+
+
+class _Moments:
+    """Sums over particles of the ELBO, its square, and its likelihood, datum by datum."""
+
+    def __init__(self, num_rows: int, structure: t.Structure) -> None:
+        self.structure = structure
+        zeros = torch.zeros(num_rows, dtype=torch.float64, device=structure.device)
+        self.total, self.square, self.likelihood = zeros.clone(), zeros.clone(), zeros.clone()
+        self.is_split = True
+
+    def add(self, rows: slice, terms: t.Terms) -> None:
+        log_weight = terms.log_weight.double()
+        self.total[rows] += log_weight.sum(0)
+        self.square[rows] += log_weight.square().sum(0)
+        self.is_split = "joint" not in terms.notes
+        if self.is_split:
+            self.likelihood[rows] += terms.log_likelihood.double().sum(0)
+
+    def bound(self, name: str, k: int) -> Bound:
+        values, likelihood = self.total / k, self.likelihood / k
+        variance = (self.square / k - values.square()).clamp(min=0) / (k - 1) if k > 1 else None
+        common: dict[str, Any] = {"num_data": len(values), "num_particles": k}
+
+        def part(part_name: str, part_values: Tensor) -> Bound:
+            return Bound(part_name, part_values, float(part_values.sum()), None, **common)
+
+        distortion = part("distortion", -likelihood) if self.is_split else None
+        rate = part("rate", likelihood - values) if self.is_split else None
+        return Bound(
+            name,
+            values,
+            float(values.sum()),
+            None if variance is None else math.sqrt(float(variance.sum())),
+            distortion=distortion,
+            rate=None if self.structure.has_points else rate,
+            removed_scales=self.structure.removed_scales,
+            **common,
+        )
+
+
+class _Weights:
+    """log-sum-exp of weights and of their squares, datum by datum, particle chunk by chunk."""
+
+    def __init__(self, num_rows: int, structure: t.Structure) -> None:
+        self.structure = structure
+        empty = torch.full((num_rows,), -math.inf, dtype=torch.float64, device=structure.device)
+        self.first, self.second = empty.clone(), empty.clone()
+
+    def add(self, rows: slice, terms: t.Terms) -> None:
+        log_weight = terms.log_weight.double()
+        self.first[rows] = torch.logaddexp(self.first[rows], log_weight.logsumexp(0))
+        self.second[rows] = torch.logaddexp(self.second[rows], (2 * log_weight).logsumexp(0))
+
+    def values(self, k: int) -> Tensor:
+        return self.first - math.log(k)
+
+    def bound(self, name: str, k: int) -> Bound:
+        values = self.values(k)
+        variance = ((self.second - 2 * self.first).exp() - 1 / k).clamp(min=0)
+        return Bound(
+            name,
+            values,
+            float(values.sum()),
+            math.sqrt(float(variance.sum())) if k > 1 else None,
+            len(values),
+            k,
+            removed_scales=self.structure.removed_scales,
+        )
+
+
+def _with_globals(
+    name: str,
+    model: Any,
+    guide: Any,
+    source: Any,
+    structure: t.Structure,
+    num_global: int,
+    num_local: int,
+    max_rows: int,
+    seed: int,
+) -> Bound:
+    """The data set's bound: each draw of the global latents is shared by all data."""
+    totals = []
+    with randomness.forked(seed):
+        for _ in range(num_global):
+            given, outside = _draw_globals(model, guide, source, structure)
+            weights = _Weights(source.num_rows, structure)
+            for rows, terms in t.stream(
+                model, guide, source, structure, num_local, max_rows, given
+            ):
+                weights.add(rows, terms)
+            totals.append(outside + float(weights.values(num_local).sum()))
+    draws = torch.tensor(totals, dtype=torch.float64)
+    error = float(draws.std()) / math.sqrt(num_global) if num_global > 1 else None
+    return Bound(
+        name,
+        None,
+        float(draws.mean()),
+        error,
+        source.num_rows,
+        num_local,
+        global_latents=structure.global_latents,
+        removed_scales=structure.removed_scales,
+    )
+
+
+def _draw_globals(
+    model: Any, guide: Any, source: Any, structure: t.Structure
+) -> tuple[dict[str, Tensor], float]:
+    """One draw of everything outside the data plate, and its log p - log q."""
+    rows = source.num_rows if structure.subsample_size else 128
+    with t.evaluating(structure.modules):
+        terms = t.compute(model, guide, t.first_batch(source, rows), structure=structure)
+    given = {
+        name: site.value[0]
+        for name, site in terms.sites.items()
+        if not site.is_local and site.kind in ("latent", "auxiliary") and site.value is not None
+    }
+    return given, float(terms.global_log_p[0] - terms.global_log_q[0])

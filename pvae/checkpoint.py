@@ -1,0 +1,186 @@
+"""Checkpoints: one safetensors file with a JSON header, written atomically; no pickle anywhere.
+
+The tensors are parameters, buffers, optimiser state, generator states. Everything else, and a
+digest of the tensors, is JSON in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pvae
+from pvae.errors import CheckpointError
+
+__all__ = [
+    "Checkpoint",
+    "environment",
+    "load",
+    "optimizer_state",
+    "restore_optimizer",
+    "save",
+    "write_atomically",
+]
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: By name; names have a prefix: ``param.``, ``buffer.``, ``best.``, ``optimizer.``,
+            ``rng.``.
+        meta: What JSON can say.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name starts with ``prefix.``, without it."""
+        start = len(prefix) + 1
+        return {k[start:]: v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
+
+    def add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Adds tensors under ``prefix.``."""
+        self.tensors.update({f"{prefix}.{k}": v for k, v in tensors.items()})
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that at any moment it is the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # make the rename itself last
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint, atomically."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.tensors.items()}
+    meta = json.dumps(checkpoint.meta, sort_keys=True)
+    header = {"pvae": meta, "pvae_format": str(FORMAT), "pvae_digest": _digest(tensors, meta)}
+    write_atomically(Path(path), to_bytes(tensors, metadata=header))
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint, onto the CPU.
+
+    Raises:
+        CheckpointError: If the file is missing, cut short, foreign, or has been changed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(str(path), "a checkpoint", "no such file", ["pvae train ... first"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            str(path),
+            "a safetensors file",
+            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            ["the file was cut short or is of another kind: take an earlier copy"],
+        ) from error
+    if "pvae" not in header:
+        raise CheckpointError(
+            str(path), "a checkpoint that pvae wrote", "a safetensors file of other origin"
+        )
+    if header.get("pvae_format") != str(FORMAT):
+        raise CheckpointError(
+            str(path),
+            f"format {FORMAT}",
+            f"format {header.get('pvae_format')}",
+            ["the version of pvae that wrote it"],
+        )
+    if header.get("pvae_digest") != _digest(tensors, header["pvae"]):
+        raise CheckpointError(
+            str(path), "content that matches its digest", "changed content", ["an earlier copy"]
+        )
+    return Checkpoint(tensors, json.loads(header["pvae"]))
+
+
+def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
+    digest = hashlib.sha256(meta.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What has to be the same for a resumed training to be the same, bit for bit."""
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "pvae": pvae.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": device.type,
+        "cuda": cuda,
+        "threads": torch.get_num_threads(),
+        "engine": "eager",
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors, ``<parameter's number>.<name>``, and as JSON."""
+    state = optimizer.state_dict()
+    tensors, rest = {}, {}
+    for number, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value
+            else:
+                rest[f"{number}.{name}"] = value
+    groups = [
+        {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
+        for group in state["param_groups"]
+    ]
+    return tensors, {"groups": groups, "state": rest}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
+    """Puts back what `optimizer_state` returned."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *rest["state"].items()]:
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    groups = []
+    for saved, current in zip(rest["groups"], optimizer.state_dict()["param_groups"], strict=True):
+        groups.append(
+            {k: tuple(v) if isinstance(current.get(k), tuple) else v for k, v in saved.items()}
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

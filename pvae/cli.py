@@ -1,0 +1,437 @@
+"""The command line: train, evaluate, sample, reconstruct, encode, doctor.
+
+Nothing heavy is imported before a command runs, so ``pvae --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pvae.errors import ArgumentError, CheckpointError, PvaeError, TrainingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from pvae.data import Data, Splits
+    from pvae.fitting import Fit
+    from pvae.pair import VAE
+    from pvae.runs import Config
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Variational autoencoders as probabilistic programs, on Pyro.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+RunFolder = Annotated[Path, typer.Argument(help="A folder that 'pvae train' wrote.")]
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, mnist, fashion_mnist, kmnist, static_mnist, freyfaces, "
+            "or a file: .npy, .npz, IDX."
+        ),
+    ] = "digits",
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder for data sets; otherwise the environment's PVAE_DATA."),
+    ] = None,
+    download: Annotated[bool, typer.Option(help="Fetch the data set if it isn't there.")] = False,  # noqa: FBT002
+    binarize: Annotated[
+        str, typer.Option(help="none, threshold, static, or dynamic (redrawn for every batch).")
+    ] = "none",
+    recipe: Annotated[str, typer.Option(help="vae, or ae (deterministic).")] = "vae",
+    prior: Annotated[
+        str | None, typer.Option(help="standard_normal, normal, laplace, flat.")
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            help="bernoulli, binomial, categorical, gaussian; otherwise the data's natural one."
+        ),
+    ] = None,
+    sigma: Annotated[
+        str, typer.Option(help="Of a gaussian: a number, shared, feature, predicted, optimal.")
+    ] = "optimal",
+    guide: Annotated[str | None, typer.Option(help="mean_field, point.")] = None,
+    network: Annotated[str, typer.Option(help="mlp, conv, resnet.")] = "mlp",
+    hidden: Annotated[
+        str | None, typer.Option(help="Widths (or channels) of hidden layers, as in 256,256.")
+    ] = None,
+    activation: Annotated[str, typer.Option(help="A class of torch.nn.")] = "ReLU",
+    latent_dim: Annotated[int, typer.Option(help="Size of the latent.")] = 8,
+    warmup: Annotated[int, typer.Option(help="Epochs in which the weight of the rate rises.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after as many epochs without a better validation value."),
+    ] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of networks, data and draws.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<data>-<recipe>.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in the folder.")] = False,  # noqa: FBT002
+    overwrite: Annotated[bool, typer.Option(help="Replace the run in the folder.")] = False,  # noqa: FBT002
+) -> None:
+    """Train a pair and write a run folder: config, checkpoint, history, figures, summary."""
+    from pvae.runs import Config
+
+    folder = out or Path("runs") / f"{Path(data).stem}-{recipe}"
+    asked = Config(
+        data=str(Path(data).resolve()) if Path(data).is_file() else data,
+        data_dir=data_dir,
+        binarize=binarize,
+        recipe=recipe,
+        prior=prior,
+        likelihood=likelihood,
+        sigma=sigma,
+        guide=guide,
+        network=network,
+        hidden=_widths(hidden),
+        activation=activation,
+        latent_dim=latent_dim,
+        warmup=warmup,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        patience=patience,
+        seed=seed,
+    )
+    config = _prepare_folder(folder, asked, resume=resume, overwrite=overwrite)
+    _train(folder, config, device, resume=resume, fetch=download)
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        raise ArgumentError("--hidden", "widths such as 256,256", repr(text)) from None
+
+
+def _prepare_folder(folder: Path, asked: Config, *, resume: bool, overwrite: bool) -> Config:
+    """The configuration to run: the folder's own when resuming, with more epochs if asked."""
+    from dataclasses import replace
+
+    from pvae.runs import Config
+
+    exists = (folder / "config.json").exists()
+    if resume and exists:
+        there, fresh = Config.read(folder), Config()
+        return replace(there, epochs=asked.epochs) if asked.epochs != fresh.epochs else there
+    if resume:
+        raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
+    if folder.exists() and any(folder.iterdir()):
+        if not exists or not overwrite:
+            raise ArgumentError(
+                f"--out {folder}",
+                "a new or empty folder",
+                "a run" if exists else "a folder with other files",
+                ["--resume, to go on with it", "--overwrite, to replace it"]
+                if exists
+                else ["--out with another name"],
+            )
+        for name in ("checkpoint.safetensors", "history.jsonl", "summary.txt"):
+            (folder / name).unlink(missing_ok=True)
+    return asked
+
+
+def _train(folder: Path, config: Config, device: str, *, resume: bool, fetch: bool) -> None:
+    import pvae
+    from pvae import randomness, report
+
+    splits = config.load_data(fetch=fetch)
+    with randomness.forked(config.seed):
+        vae = config.build(splits)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.write(folder)
+    run = pvae.fit(
+        vae.model,
+        vae.guide,
+        _without_labels(splits.train),
+        config.objective(),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        valid=_without_labels(splits.valid),
+        patience=config.patience,
+        device=device,
+        seed=config.seed,
+        folder=folder,
+        resume=resume,
+        progress=sys.stderr.isatty(),
+    )
+    if run.interrupted:
+        typer.echo(f"interrupted; to go on: pvae train --resume --out {folder}", err=True)
+        raise typer.Exit(130)
+    _draw_figures(folder, vae, splits, run)
+    summary = report.summarize(
+        vae.model,
+        vae.guide,
+        _without_labels(splits.test),
+        title=f"pvae {config.recipe} on {splits.name}: {folder}",
+        levels=splits.levels if config.likelihood_for(splits) != "gaussian" else None,
+        bin_width=_bin_width(config, splits),
+        history=run.history,
+        seconds=run.progress.seconds,
+        seed=config.seed,
+    )
+    pvae.checkpoint.write_atomically(folder / "summary.txt", f"{summary}\n".encode())
+    typer.echo(str(summary).replace(" RUN", f" {folder}"))
+
+
+def _without_labels(data: Data) -> Data:
+    from dataclasses import replace
+
+    return replace(data, arrays=data.arrays[:1])
+
+
+def _bin_width(config: Config, splits: Splits) -> float | None:
+    gaussian = config.likelihood_for(splits) == "gaussian"
+    return 1.0 / (splits.levels - 1) if gaussian and splits.levels is not None else None
+
+
+def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
+    """The pictures of a run; data that are no images get the curve and the latent map."""
+    from pvae import plots
+    from pvae.data import as_source
+    from pvae.errors import UndefinedError
+
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    plots.training_curve(run.history).savefig(figures / "training.png")
+    source = as_source(splits.test, run.structure.device, run.structure.dtype)
+    _, (x, *labels) = next(source.all(2000))
+    if vae.encode(x[:1]).shape[-1] >= 2:
+        codes = vae.encode(x)
+        plots.latent_map(codes, labels[0] if labels else None).savefig(figures / "latent.png")
+    try:
+        plots.as_images(x[:1])
+    except UndefinedError:
+        return
+    plots.reconstructions(x, vae.reconstruct(x[:10])).savefig(figures / "reconstructions.png")
+    try:
+        plots.samples(vae.sample(50)).savefig(figures / "samples.png")
+        plots.samples(
+            vae.sample(50, mean=True), title="samples from the model (means of x given z)"
+        ).savefig(figures / "sample_means.png")
+        if vae.encode(x[:1]).shape[-1] == 2:
+            plots.manifold(vae.decode).savefig(figures / "manifold.png")
+    except UndefinedError:  # a flat prior has nothing to sample
+        return
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    num_particles: Annotated[
+        int, typer.Option("-K", help="Draws a datum, for the evidence.")
+    ] = 500,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Estimate ELBO, evidence and their parts on the test data."""
+    from pvae import report
+    from pvae.fitting import History
+    from pvae.runs import open_run
+
+    config, vae, splits = open_run(run, device)
+    summary = report.summarize(
+        vae.model,
+        vae.guide,
+        _without_labels(splits.test),
+        title=f"pvae {config.recipe} on {splits.name}: {run}",
+        levels=splits.levels if config.likelihood_for(splits) != "gaussian" else None,
+        bin_width=_bin_width(config, splits),
+        num_particles=num_particles,
+        history=History.read(run / "history.jsonl"),
+        seed=seed,
+    )
+    typer.echo(str(summary).replace(" RUN", f" {run}"))
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    num_samples: Annotated[int, typer.Option("-n", help="How many.")] = 100,
+    mean: Annotated[bool, typer.Option(help="Means of x given z instead of draws.")] = False,  # noqa: FBT002
+    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/samples.npy.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw from the model: z from the prior, x from the decoder. No encoder is used."""
+    from pvae import plots, randomness
+    from pvae.errors import UndefinedError
+    from pvae.runs import open_run
+
+    _, vae, _ = open_run(run, device)
+    with randomness.forked(seed):
+        x = vae.sample(num_samples, mean=mean)
+    path = _save(to or run / "samples.npy", x)
+    typer.echo(
+        f"{num_samples} {'means' if mean else 'draws'} of shape {tuple(x.shape[1:])}: {path}"
+    )
+    kind = "means of x given z" if mean else "draws of x"
+    try:
+        figure = plots.samples(x[:100], title=f"samples from the model ({kind})")
+    except UndefinedError:
+        return
+    figure.savefig(path.with_suffix(".png"))
+    typer.echo(f"picture: {path.with_suffix('.png')}")
+
+
+@app.command()
+def reconstruct(
+    run: RunFolder,
+    data: Annotated[
+        Path | None, typer.Option(help="A file of data; otherwise the test data.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/reconstructions.npy.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Encode data and decode them again: means of x at the mean of q(z | x)."""
+    from pvae import plots
+    from pvae.errors import UndefinedError
+
+    vae, x = _open_with_data(run, data, device)
+    y = vae.reconstruct(x)
+    path = _save(to or run / "reconstructions.npy", y)
+    typer.echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
+    try:
+        figure = plots.reconstructions(x[:10], y[:10])
+    except UndefinedError:
+        return
+    figure.savefig(path.with_suffix(".png"))
+    typer.echo(f"picture: {path.with_suffix('.png')}")
+
+
+@app.command()
+def encode(
+    run: RunFolder,
+    data: Annotated[
+        Path | None, typer.Option(help="A file of data; otherwise the test data.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/codes.npy.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Write the codes of data: the means of q(z | x)."""
+    vae, x = _open_with_data(run, data, device)
+    z = vae.encode(x)
+    path = _save(to or run / "codes.npy", z)
+    typer.echo(f"{len(z)} codes of size {z.shape[-1]}: {path}")
+
+
+def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Tensor]:
+    """The pair of a run, and data for it: a file's, or the run's test data."""
+    from dataclasses import replace
+
+    import torch
+
+    from pvae.data import as_source, load
+    from pvae.errors import DataError
+    from pvae.runs import open_run
+
+    _, vae, splits = open_run(run, device)
+    chosen = splits.test
+    if data is not None:
+        if not data.is_file():
+            raise DataError("--data", "a file", f"{data}, which is none")
+        found = load(data, valid=0, test=0, shuffle=False).train
+        if found.event_shape != splits.event_shape:
+            raise DataError(
+                str(data), f"data of shape {splits.event_shape}", f"shape {found.event_shape}"
+            )
+        chosen = replace(splits.test, arrays=found.arrays[:1])
+    source = as_source(_without_labels(chosen))
+    return vae, torch.cat([batch[0] for _, batch in source.all()])
+
+
+def _save(path: Path, tensor: Tensor) -> Path:
+    import io
+
+    import numpy as np
+
+    from pvae.checkpoint import write_atomically
+
+    content = io.BytesIO()
+    np.save(content, tensor.cpu().numpy())
+    path = path if path.suffix == ".npy" else path.with_suffix(".npy")
+    write_atomically(path, content.getvalue())
+    return path
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions and devices, and known troubles with what is installed."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import pvae
+
+    typer.echo(f"pvae {pvae.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for package in ("torch", "pyro-ppl", "numpy", "scikit-learn", "arviz", "matplotlib", "zuko"):
+        try:
+            typer.echo(f"  {package} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"  {package}: not installed")
+    import torch
+
+    typer.echo(f"  threads: {torch.get_num_threads()}")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        typer.echo(f"  cuda:{i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        typer.echo("  no CUDA device: pvae runs on the CPU")
+    troubles = list(_troubles())
+    for trouble in troubles:
+        typer.echo(f"trouble: {trouble}")
+    typer.echo(f"{len(troubles)} known trouble(s)" if troubles else "no known trouble")
+
+
+def _troubles() -> Iterator[str]:
+    """Troubles with installed packages that pvae knows of."""
+    try:
+        import arviz  # noqa: F401
+    except Exception as error:
+        yield f"arviz doesn't import ({error}); on Python 3.11 it needs matplotlib below 3.11"
+    try:
+        import torchvision  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        pass
+    except Exception as error:
+        yield (
+            f"torchvision doesn't import ({error}), which also breaks packages that try to; pvae "
+            "doesn't need it: pip uninstall torchvision"
+        )
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one line and exit code 2, no traceback."""
+    try:
+        app()
+    except TrainingError as error:
+        typer.echo(f"pvae: {error.one_line()}", err=True)
+        sys.exit(3)
+    except PvaeError as error:
+        typer.echo(f"pvae: {error.one_line()}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

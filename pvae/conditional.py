@@ -1,0 +1,334 @@
+"""Conditional: a module that turns a context into a Pyro distribution.
+
+Priors, likelihoods and guide families are all of this one kind. Whatever else describes a
+distribution (an instance, a function, a module, a zuko flow) becomes one with `as_conditional`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.contrib.zuko import ZukoToPyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pvae.errors import ArgumentError, PairError, as_shape
+
+__all__ = [
+    "Conditional",
+    "FromNetwork",
+    "NetworkLike",
+    "as_conditional",
+    "positive",
+    "split_parameters",
+]
+
+NetworkLike = nn.Module | Callable[[int], nn.Module]
+"""A network, or a function that builds it from the number of parameters per value."""
+
+
+class Conditional(nn.Module, ABC):
+    """The abstract conditional distribution: ``forward(*context)`` returns a Pyro distribution.
+
+    To write one:
+
+    1. Call ``super().__init__(event_shape)`` with the shape of one value (a latent, an image).
+    2. Hold parameters as ``nn.Parameter`` and constants as buffers, and build the distribution
+       from them inside ``forward``, so that all of it follows ``.to(device)`` and ``.double()``.
+    3. Return a distribution with ``event_shape`` complete (``.to_event(k)``) and ``batch_shape``
+       equal to the leading dimensions of the context, ``(N,)`` or ``(K, N)``; without a context,
+       or ignoring it, ``()``.
+
+    `pvae.testing.check_conditional` then tests the rest of the contract.
+
+    Arguments:
+        event_shape: Shape of one value; ``None`` where only a call can tell.
+    """
+
+    def __init__(self, event_shape: int | Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.event_shape = None if event_shape is None else as_shape("event_shape", event_shape)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the distribution is a point mass, the degenerate member of its family."""
+        return False
+
+    @abstractmethod
+    def forward(self, *context: Tensor) -> Any:
+        """The distribution given the context."""
+
+    def __call__(self, *context: Tensor) -> Any:
+        """The distribution given the context, its kind and event shape checked."""
+        fn = super().__call__(*context)
+        if not isinstance(fn, dist.Distribution):
+            raise PairError(
+                type(self).__name__,
+                "forward to return a Pyro distribution",
+                f"{type(fn).__module__}.{type(fn).__name__}",
+                ["build it from pyro.distributions, not torch.distributions"],
+            )
+        if self.event_shape is not None and tuple(fn.event_shape) != self.event_shape:
+            missing = len(self.event_shape) - len(fn.event_shape)
+            raise PairError(
+                type(self).__name__,
+                f"a distribution with event_shape {self.event_shape}",
+                f"event_shape {tuple(fn.event_shape)}, batch_shape {tuple(fn.batch_shape)}",
+                [f".to_event({missing})"] if missing > 0 else [],
+            )
+        return fn
+
+
+class FromNetwork(Conditional):
+    """The abstract conditional whose parameters a network computes from the context.
+
+    To write one, set ``self.num_params`` before ``super().__init__`` and define `distribution`,
+    which gets that many tensors of shape ``(..., *event_shape)``.
+
+    The network may return one tensor, which is split (see `split_parameters`), or a tuple of
+    ``num_params`` tensors, which is taken as it is.
+
+    Arguments:
+        network: A module from the context to the parameters, or a function that builds it from
+            ``num_params``, such as ``lambda p: MLP(20, 784 * p)``.
+        event_shape: Shape of one value.
+    """
+
+    num_params: int = 1
+
+    def __init__(self, network: NetworkLike, event_shape: int | Sequence[int]) -> None:
+        super().__init__(event_shape)
+        self.network = network if isinstance(network, nn.Module) else network(self.num_params)
+        if not isinstance(self.network, nn.Module):
+            raise ArgumentError(
+                f"{type(self).__name__}.network",
+                "a torch module, or a function from the number of parameters to one",
+                type(self.network).__name__,
+            )
+
+    @abstractmethod
+    def distribution(self, *params: Tensor) -> Any:
+        """The distribution with these parameters, each of shape ``(..., *event_shape)``."""
+
+    def forward(self, *context: Tensor) -> Any:
+        """The distribution given the context."""
+        assert self.event_shape is not None  # noqa: S101
+        output = self.network(*context)
+        return self.distribution(
+            *split_parameters(output, self.num_params, self.event_shape, type(self).__name__)
+        )
+
+
+def split_parameters(
+    output: Tensor | Sequence[Tensor],
+    num_params: int,
+    event_shape: tuple[int, ...],
+    where: str = "network",
+) -> tuple[Tensor, ...]:
+    """Splits the output of a network into ``num_params`` tensors of shape ``(..., *event_shape)``.
+
+    A tuple of tensors is taken as it is. One tensor may have the parameters along the first axis
+    of the event (``(..., P * C, H, W)``, as convolutions write them), or all flat
+    (``(..., P * C * H * W)``, as linear layers do). So an encoder with one output of size
+    ``2 * latent_dim`` gives location and scale.
+
+    Arguments:
+        output: What the network returned.
+        num_params: P, the number of parameters per value.
+        event_shape: Shape of one value.
+        where: Name for error messages.
+
+    Raises:
+        PairError: If the output doesn't fit.
+
+    Example:
+        >>> loc, scale = split_parameters(torch.zeros(5, 2 * 3), 2, (3,))
+        >>> loc.shape
+        torch.Size([5, 3])
+    """
+    rank, size = len(event_shape), math.prod(event_shape)
+    if isinstance(output, Tensor):
+        if rank and tuple(output.shape[-rank:]) == (num_params * event_shape[0], *event_shape[1:]):
+            parts = output.chunk(num_params, dim=-rank)
+        elif output.shape[-1:] == (num_params * size,):
+            flat = output.reshape(*output.shape[:-1], num_params, *event_shape)
+            parts = flat.unbind(dim=-rank - 1)
+        else:
+            parts = (output,)
+    else:
+        parts = tuple(output)
+    if len(parts) != num_params or any(
+        tuple(p.shape[p.dim() - rank :]) != event_shape for p in parts
+    ):
+        shapes = [tuple(o.shape) for o in ([output] if isinstance(output, Tensor) else output)]
+        raise PairError(
+            f"{where}.network",
+            f"{num_params} parameter(s) for each value of event_shape {event_shape}, that is "
+            f"(..., {num_params * size}) or {num_params} tensor(s) (..., {str(event_shape)[1:-1]})",
+            f"output of shape {', '.join(map(str, shapes))}",
+            [f"give the network {num_params * size} outputs", "change event_shape"],
+        )
+    return parts
+
+
+_AT_ONE = math.log(math.expm1(1.0))
+
+
+def positive(raw: Tensor) -> Tensor:
+    r"""A positive scale from any real number: :math:`\mathrm{softplus}(r + c) + 10^{-6}`.
+
+    With :math:`c = \log(e - 1)` a fresh network, whose outputs are near 0, starts near scale 1,
+    which is the prior's. It neither overflows nor reaches 0, and it has a gradient everywhere.
+
+    Example:
+        >>> positive(torch.tensor([-1e4, 0.0, 1e4]))
+        tensor([1.0000e-06, 1.0000e+00, 1.0001e+04])
+    """
+    return F.softplus(raw + _AT_ONE) + 1e-6
+
+
+class _Fixed(Conditional):
+    """A distribution instance, its tensors held as buffers so that they move with the module."""
+
+    def __init__(self, fn: Any) -> None:
+        super().__init__(tuple(fn.event_shape) or None)
+        if any(t.requires_grad for _, _, t in _tensors(fn)):
+            raise ArgumentError(
+                f"{type(fn).__name__} instance",
+                "a distribution without trainable tensors, which it would hide from the optimiser",
+                "a tensor that requires grad",
+                ["pass a Conditional, or a module that builds the distribution in forward"],
+            )
+        if fn.batch_shape:
+            raise ArgumentError(
+                f"{type(fn).__name__} instance",
+                "batch_shape (), so that one draw is one whole value",
+                f"batch_shape {tuple(fn.batch_shape)}, event_shape {tuple(fn.event_shape)}",
+                [f".to_event({len(fn.batch_shape)})"],
+            )
+        self.fn = copy.deepcopy(fn)
+        self._slots: list[tuple[dict[str, Any], str, str]] = []
+        for i, (owner, key, tensor) in enumerate(list(_tensors(self.fn))):
+            name = f"{i}_{key.lstrip('_')}"
+            self.register_buffer(name, tensor.clone())
+            self._slots.append((owner, key, name))
+
+    def forward(self, *context: Tensor) -> Any:
+        for owner, key, name in self._slots:
+            owner[key] = self._buffers[name]
+        return self.fn
+
+
+def _tensors(thing: Any) -> Iterator[tuple[Any, Any, Tensor]]:
+    """Every tensor inside a distribution: the container that holds it, its key, the tensor."""
+    inside = (dist.Distribution, torch.distributions.Distribution, torch.distributions.Transform)
+    if isinstance(thing, inside):
+        thing = thing.__dict__
+    items = (
+        list(thing.items())
+        if isinstance(thing, dict)
+        else list(enumerate(thing))
+        if isinstance(thing, list)
+        else []
+    )
+    for key, value in items:
+        if isinstance(value, Tensor):
+            yield thing, str(key) if isinstance(thing, dict) else key, value
+        else:
+            yield from _tensors(value)
+
+
+class _Called(Conditional):
+    """A function or module that returns a distribution."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function  # a module is registered by this line
+        self.takes = _num_positional(
+            function.forward if isinstance(function, nn.Module) else function
+        )
+
+    def forward(self, *context: Tensor) -> Any:
+        return self.function(*context[: self.takes])
+
+
+class _Flow(Conditional):
+    """A zuko flow: its features are the event, its context the concatenated context."""
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, *context: Tensor) -> Any:
+        joined = torch.cat([c.to(self._dtype()) for c in context], -1) if context else None
+        return ZukoToPyro(self.flow(joined))
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.flow.parameters()).dtype
+
+
+def _num_positional(function: Callable[..., Any]) -> int | None:
+    """How many positional arguments a function takes; ``None`` for any number."""
+    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in positional for kind in kinds)
+
+
+def _is_zuko(thing: object) -> bool:
+    return any(t.__module__.split(".")[0] == "zuko" for t in type(thing).__mro__)
+
+
+def as_conditional(thing: Any, where: str = "distribution") -> Conditional:
+    """Turns whatever describes a distribution into a `Conditional`.
+
+    Arguments:
+        thing: A `Conditional`; a Pyro distribution with ``batch_shape`` ``()``; a function or a
+            module that returns a Pyro distribution and takes the context, or as much of it as it
+            has arguments for; a zuko flow.
+        where: Name for error messages.
+
+    Raises:
+        ArgumentError: If ``thing`` is none of these, or a distribution that hides trainable
+            tensors, or one with a batch shape.
+
+    Note:
+        Importing zuko turns torch's argument validation off for the whole process. A flow that
+        comes in here sets it back to what Pyro's own validation is.
+
+    Example:
+        >>> prior = as_conditional(dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> prior.double()().sample().dtype
+        torch.float64
+    """
+    if isinstance(thing, Conditional):
+        return thing
+    if isinstance(thing, dist.Distribution):
+        return _Fixed(thing)
+    if isinstance(thing, nn.Module) and _is_zuko(thing):
+        pyro.settings.set(
+            validate_distributions_torch=pyro.settings.get("validate_distributions_pyro")
+        )
+        return _Flow(thing)
+    if callable(thing) and not inspect.isclass(thing):
+        return _Called(thing)
+    fixes = ["an instance, such as priors.StandardNormal(20)"] if inspect.isclass(thing) else []
+    if isinstance(thing, torch.distributions.Distribution):
+        fixes = [f"pyro.distributions.{type(thing).__name__}"]
+    raise ArgumentError(
+        where,
+        "a Conditional, a Pyro distribution, a function or module returning one, or a zuko flow",
+        f"{type(thing).__module__}.{type(thing).__name__}"
+        if not inspect.isclass(thing)
+        else f"the class {thing.__name__}",
+        fixes,
+    )

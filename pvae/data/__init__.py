@@ -1,0 +1,25 @@
+"""Data: arrays, tensors and datasets turned into batches on a device; readers; toys.
+
+`as_source` takes whatever a user has, `Batches` cuts it into batches whose order is a function of
+(seed, epoch, step), `load` reads data sets by name or from a file.
+"""
+
+from pvae.data.batches import Batches
+from pvae.data.download import download
+from pvae.data.readers import Splits, load, read_idx
+from pvae.data.sources import Data, Source, as_source, check_rows
+from pvae.data.toys import LinearGaussian, principal_components
+
+__all__ = [
+    "Batches",
+    "Data",
+    "LinearGaussian",
+    "Source",
+    "Splits",
+    "as_source",
+    "check_rows",
+    "download",
+    "load",
+    "principal_components",
+    "read_idx",
+]

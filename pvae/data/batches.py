@@ -1,0 +1,67 @@
+"""Batches whose order is a function of (seed, epoch, step) and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pvae.data.sources import LoaderSource, Source
+from pvae.errors import check_int
+from pvae.randomness import derive_seed
+
+__all__ = ["Batches"]
+
+_ORDER, _DRAW = 0, 1
+
+
+class Batches:
+    """Cuts a source into shuffled batches; shuffling and binarisation happen on the device.
+
+    Arguments:
+        source: The data.
+        batch_size: Rows of a batch; the last of an epoch may have fewer.
+        seed: With the number of the epoch, it fixes the order.
+        shuffle: Whether each epoch has an order of its own.
+
+    Example:
+        >>> from pvae.data import as_source
+        >>> batches = Batches(as_source(torch.arange(5)), batch_size=2)
+        >>> [batch[0].tolist() for batch in batches.epoch(0)]
+        [[4, 3], [1, 2], [0]]
+        >>> [batch[0].tolist() for batch in batches.epoch(0, start=1)]
+        [[1, 2], [0]]
+    """
+
+    def __init__(
+        self, source: Source, batch_size: int = 128, seed: int = 0, *, shuffle: bool = True
+    ) -> None:
+        self.source, self.seed, self.shuffle = source, seed, shuffle
+        self.batch_size = min(check_int("batch_size", batch_size), source.num_rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        if isinstance(self.source, LoaderSource):
+            return self.source.num_batches
+        return -(-self.source.num_rows // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of one epoch, from step ``start`` on."""
+        source = self.source
+        if isinstance(source, LoaderSource):
+            yield from source.batches()
+            return
+        device = source.device
+        generator = torch.Generator(device)
+        if self.shuffle:
+            generator.manual_seed(derive_seed(self.seed, epoch, _ORDER))
+            order = torch.randperm(source.num_rows, generator=generator, device=device)
+        else:
+            order = torch.arange(source.num_rows, device=device)
+        for step in range(start, self.steps_per_epoch):
+            index = order[step * self.batch_size : (step + 1) * self.batch_size]
+            if source.random:
+                generator.manual_seed(derive_seed(self.seed, epoch, _DRAW, step))
+            yield source.rows(index, generator)

@@ -1,0 +1,264 @@
+"""Data sets by name or from a file, split into training, validation and test data."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pvae.data.download import REMOTE, download
+from pvae.data.sources import BINARIZE, Binarize, Data, MappedRows
+from pvae.errors import ArgumentError, DataError, check_number
+
+__all__ = ["NAMES", "Splits", "load", "read_idx"]
+
+NAMES = ("digits", *REMOTE, "static_mnist", "freyfaces")
+"""Data sets that `load` knows by name; all but the digits are looked for in a folder."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set in three parts.
+
+    Attributes:
+        name: Its name, or the file's.
+        train: Training data; with dynamic binarisation, drawn anew for every batch.
+        valid: Validation data; binarised once.
+        test: Test data; binarised once.
+        levels: Number of values that an entry can take, 0 to levels - 1; None if continuous.
+    """
+
+    name: str
+    train: Data
+    valid: Data
+    test: Data
+    levels: int | None
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one datum."""
+        return self.train.event_shape
+
+
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """Reads an IDX file, the format of the MNIST family, gzipped or not.
+
+    Raises:
+        DataError: If the file is missing, cut short or no IDX file.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(str(path), "a readable IDX file", f"{error}") from error
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_TYPES:
+        raise DataError(str(path), "an IDX file (two zero bytes, type, rank)", f"{raw[:4]!r}")
+    rank, dtype = raw[3], np.dtype(_IDX_TYPES[raw[2]])
+    start = 4 + 4 * rank
+    shape = struct.unpack(f">{rank}I", raw[4:start]) if len(raw) >= start else ()
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if len(raw) != start + size:
+        raise DataError(
+            str(path),
+            f"{size} bytes of data for shape {shape}",
+            f"{len(raw) - start} bytes",
+            ["the file was cut short: fetch it again"],
+        )
+    return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def load(
+    data: str | Path,
+    data_dir: str | Path | None = None,
+    *,
+    binarize: Binarize = "none",
+    valid: float | int | None = None,
+    test: float | int | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    fetch: bool = False,
+) -> Splits:
+    """Loads a data set by name or from a file.
+
+    ================  ========================================================  =========
+    name              what                                                      levels
+    ================  ========================================================  =========
+    ``digits``        scikit-learn's 8x8 digits; an entry counts the lit cells  0 to 16
+                      of a 4x4 block; comes with scikit-learn
+    ``mnist``,        28x28 images in IDX files, in the folder of that name     0 to 255
+    ``fashion_mnist``,
+    ``kmnist``
+    ``static_mnist``  MNIST as binarised once by Larochelle & Murray (2011),    0, 1
+                      from ``binarized_mnist.npz``
+    ``freyfaces``     28x20 video frames, from ``freyfaces.npz``                0 to 255
+    a file            ``.npy``; ``.npz`` with ``x`` (and ``y``) or ``train``,   bytes: 256
+                      ``valid``, ``test``; IDX
+    ================  ========================================================  =========
+
+    Arguments:
+        data: The name, or a path.
+        data_dir: Folder for data sets; if None, the environment's ``PVAE_DATA``.
+        binarize: ``"none"``, ``"threshold"``, ``"static"`` or ``"dynamic"`` (see `Data`).
+        valid: Validation data: a number of rows, or a part below 1. Default: a tenth.
+        test: Test data likewise, where the data set has none of its own.
+        seed: Of the split and of fixed binarisation.
+        shuffle: Whether rows are shuffled before they are split; otherwise the last ones are
+            taken for test and validation.
+        fetch: Download the data set if it isn't in the folder.
+
+    Raises:
+        ArgumentError: If an argument can't be used.
+        DataError: If the data can't be found or read.
+
+    Example:
+        >>> splits = load("digits")
+        >>> len(splits.train), len(splits.valid), len(splits.test), splits.event_shape
+        (1437, 180, 180, (64,))
+    """
+    if binarize not in BINARIZE:
+        raise ArgumentError("binarize", f"one of {', '.join(BINARIZE)}", repr(binarize))
+    name = str(data)
+    folder = Path(data_dir or os.environ.get("PVAE_DATA") or ".")
+    if name in REMOTE and fetch:
+        download(name, folder)
+    rest, held_out, levels = _read(name, folder)
+    rest = tuple(MappedRows(a) if isinstance(a, np.memmap) else a for a in rest)
+    order = np.random.default_rng(seed).permutation(len(rest[0])) if shuffle else None
+    if order is not None:
+        rest = tuple(a[order] for a in rest)
+    if "test" in held_out:
+        tested = held_out["test"]
+    else:
+        rest, tested = _cut(rest, "test", 0.1 if test is None else test)
+    if "valid" in held_out:
+        validated = held_out["valid"]
+    else:
+        of = len(rest[0]) + (0 if "test" in held_out else len(tested[0]))
+        rest, validated = _cut(rest, "valid", 0.1 if valid is None else valid, of)
+    if levels is None and binarize != "none":
+        scale = 1.0
+    else:
+        scale = 1.0 if levels in (None, 2) or binarize == "none" else 1.0 / (levels - 1)
+    fixed: Binarize = "static" if binarize == "dynamic" else binarize
+    return Splits(
+        name=name,
+        train=Data(rest, scale, binarize, seed=seed),
+        valid=Data(validated, scale, fixed, seed=seed + 1),
+        test=Data(tested, scale, fixed, seed=seed + 2),
+        levels=2 if binarize != "none" else levels,
+    )
+
+
+Arrays = tuple[Any, ...]
+
+
+def _cut(
+    arrays: Arrays, where: str, amount: float | int, of: int | None = None
+) -> tuple[Arrays, Arrays]:
+    """Takes the last rows off, a number of them or a part of ``of``."""
+    amount = check_number(where, amount, minimum=0)
+    total = of or len(arrays[0])
+    count = round(amount * total) if amount < 1 else int(amount)
+    if count >= len(arrays[0]):
+        raise ArgumentError(
+            where, f"fewer rows than the {len(arrays[0])} that there are", f"{count}"
+        )
+    keep = len(arrays[0]) - count
+    return tuple(a[:keep] for a in arrays), tuple(a[keep:] for a in arrays)
+
+
+def _read(name: str, folder: Path) -> tuple[Arrays, dict[str, Arrays], int | None]:
+    """The arrays of a data set, the parts that it has of its own, and its levels."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return (digits.data.astype(np.float32), digits.target), {}, 17
+    if name in REMOTE:
+        images, labels, test_images, test_labels = (
+            read_idx(_find(folder / name, stem, name))
+            for stem in (
+                "train-images-idx3-ubyte",
+                "train-labels-idx1-ubyte",
+                "t10k-images-idx3-ubyte",
+                "t10k-labels-idx1-ubyte",
+            )
+        )
+        images, test_images = (i.reshape(len(i), 1, *i.shape[1:]) for i in (images, test_images))
+        return (images, labels), {"test": (test_images, test_labels)}, 256
+    if name == "static_mnist":
+        packed = _read_npz(_find(folder, "binarized_mnist.npz", name))
+        parts = {
+            part: (np.unpackbits(packed[part], axis=1)[:, :784].reshape(-1, 1, 28, 28),)
+            for part in ("train", "valid", "test")
+        }
+        return parts.pop("train"), parts, 2
+    if name == "freyfaces":
+        x = _read_npz(_find(folder, "freyfaces.npz", name))["x"]
+        return (x.reshape(-1, 1, 28, 20),), {}, 256
+    return _read_file(Path(name))
+
+
+def _find(folder: Path, stem: str, name: str) -> Path:
+    for candidate in (folder / stem, folder / f"{stem}.gz"):
+        if candidate.exists():
+            return candidate
+    fixes = ["--data-dir DIR, data_dir=DIR or the environment's PVAE_DATA=DIR"]
+    if name in REMOTE:
+        fixes.append("--download, or fetch=True")
+    raise DataError(f"data set {name}", f"{stem} in {folder}", "no such file", fixes)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(str(path), "an .npz file of numbers", str(error).splitlines()[0]) from error
+
+
+def _read_file(path: Path) -> tuple[Arrays, dict[str, Arrays], int | None]:
+    if not path.exists():
+        raise DataError(
+            "data", f"one of {', '.join(NAMES)}, or a file", f"'{path}', which doesn't exist"
+        )
+    held_out: dict[str, Arrays] = {}
+    if path.suffix == ".npz":
+        archive = _read_npz(path)
+        if "train" in archive:
+            arrays: Arrays = (archive["train"],)
+            held_out = {k: (archive[k],) for k in ("valid", "test") if k in archive}
+        elif "x" in archive:
+            arrays = (archive["x"], *([archive["y"]] if "y" in archive else []))
+        elif len(archive) == 1:
+            arrays = tuple(archive.values())
+        else:
+            raise DataError(
+                str(path), "an array 'x' (and 'y'), or 'train'", ", ".join(archive) or "nothing"
+            )
+    elif path.suffix == ".npy":
+        try:
+            arrays = (np.load(path, allow_pickle=False, mmap_mode="r"),)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(
+                str(path), "an .npy file of numbers", str(error).splitlines()[0]
+            ) from error
+    else:
+        arrays = (read_idx(path),)
+    x = arrays[0]
+    if x.ndim < 2 or len(x) < 3:
+        raise DataError(str(path), "at least 3 rows of data", f"shape {x.shape}")
+    if x.ndim == 3:  # rows of one-channel images
+        arrays = (x[:, None], *arrays[1:])
+        held_out = {k: (v[0][:, None], *v[1:]) for k, v in held_out.items()}
+    return arrays, held_out, 256 if x.dtype == np.uint8 else None

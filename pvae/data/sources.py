@@ -1,0 +1,387 @@
+"""Sources: rows of data by index, as tuples of tensors on a device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from pvae.errors import ArgumentError, DataError
+from pvae.randomness import derive_seed
+
+__all__ = ["Data", "Source", "as_source", "check_rows"]
+
+Binarize = Literal["none", "threshold", "static", "dynamic"]
+BINARIZE: tuple[Binarize, ...] = ("none", "threshold", "static", "dynamic")
+_BLOCK = 256
+
+
+class MappedRows:
+    """Some rows of a memory map, in any order, read only when asked for."""
+
+    def __init__(self, array: np.memmap, index: np.ndarray | None = None) -> None:
+        self.array = array
+        self.index = np.arange(len(array)) if index is None else index
+        self.dtype, self.ndim = array.dtype, array.ndim
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.index), *self.array.shape[1:])
+
+    def __getitem__(self, index: Any) -> MappedRows:
+        return MappedRows(self.array, self.index[index])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
+        return np.asarray(self.array[self.index], dtype)
+
+    def reshape(self, *shape: int) -> MappedRows:
+        array = self.array.reshape(len(self.array), *shape[1:])
+        return MappedRows(array, self.index)  # type: ignore[arg-type]
+
+    def min(self) -> Any:
+        return self.array.min()
+
+    def max(self) -> Any:
+        return self.array.max()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Arrays with a common first axis, and how the first one becomes a batch.
+
+    Arguments:
+        arrays: Data, and labels and the like; arrays, tensors or memory maps.
+        scale: Factor on the first array.
+        binarize: ``"none"``; ``"threshold"`` at one half; ``"static"``, each value drawn once as
+            Bernoulli(scaled value); ``"dynamic"``, drawn anew for every training batch, and fixed
+            for evaluation.
+        seed: Of the fixed draws.
+
+    Example:
+        >>> grey = Data((np.full((4, 2), 0.5),), binarize="static")
+        >>> sorted(np.unique(grey.fixed().arrays[0]).tolist())
+        [0.0, 1.0]
+    """
+
+    arrays: tuple[Any, ...]
+    scale: float = 1.0
+    binarize: Binarize = "none"
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.binarize not in BINARIZE:
+            raise ArgumentError("binarize", f"one of {', '.join(BINARIZE)}", repr(self.binarize))
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one datum."""
+        return tuple(self.arrays[0].shape[1:])
+
+    def take(self, index: Any) -> Data:
+        """The rows at ``index`` (a slice or integers)."""
+        return replace(self, arrays=tuple(a[index] for a in self.arrays))
+
+    def reshape(self, event_shape: Sequence[int]) -> Data:
+        """The same data with events of another shape."""
+        first, *rest = self.arrays
+        return replace(self, arrays=(first.reshape(len(first), *event_shape), *rest))
+
+    def fixed(self, seed: int | None = None) -> Data:
+        """The same data, scaled and (also where that is dynamic) binarised once, as arrays."""
+        first, *rest = self.arrays
+        x = np.asarray(first, dtype=np.float32) * np.float32(self.scale)
+        if self.binarize == "threshold":
+            x = (x > 0.5).astype(np.float32)
+        elif self.binarize != "none":
+            uniform = np.random.default_rng(self.seed if seed is None else seed).random(
+                x.shape, dtype=np.float32
+            )
+            x = (uniform < x).astype(np.float32)
+        return Data((x, *rest))
+
+
+class Source(ABC):
+    """The abstract source: ``rows(index)`` is a batch, a tuple of tensors on the device.
+
+    To write one, define ``num_rows``, `rows`, and set ``exact`` if a row depends on its index
+    alone (and, where ``random``, on the generator), which is what exact resume needs.
+    """
+
+    num_rows: int
+    device: torch.device
+    exact = True
+    random = False
+    """Whether `rows` draws from the generator it is given."""
+
+    @abstractmethod
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The rows at ``index``, an integer tensor on the device."""
+
+    def all(self, chunk: int = 4096) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """All rows in order, in chunks, each with the number of its first row."""
+        for start in range(0, self.num_rows, chunk):
+            index = torch.arange(start, min(start + chunk, self.num_rows), device=self.device)
+            yield start, self.rows(index)
+
+
+class ArraySource(Source):
+    """Arrays: on the device as a whole where they fit there, otherwise gathered on the host."""
+
+    def __init__(self, data: Data, device: torch.device, dtype: torch.dtype) -> None:
+        self.data = data.fixed() if data.binarize == "static" else data
+        self.num_rows, self.device, self.dtype = len(data), device, dtype
+        self.random = self.data.binarize == "dynamic"
+        resident = not any(isinstance(a, MappedRows) for a in self.data.arrays)
+        if device.type == "cuda" and resident:
+            size = sum(a.nbytes for a in self.data.arrays)
+            resident = size < 0.5 * torch.cuda.mem_get_info(device)[0]
+        self.resident = resident
+        self.arrays: list[Any] = [
+            self._cast(_as_tensor(a).to(device), i) if resident else a
+            for i, a in enumerate(self.data.arrays)
+        ]
+
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The rows at ``index``; the first array scaled and binarised."""
+        if self.resident:
+            batch = [a.index_select(0, index) for a in self.arrays]
+        else:
+            host = index.cpu()
+            batch = [self._cast(self._send(a, host), i) for i, a in enumerate(self.arrays)]
+        x = batch[0]
+        if x.dtype in (torch.uint8, torch.bool):
+            x = x.to(self.dtype)
+        if self.data.scale != 1.0:
+            x = x * self.data.scale
+        if self.data.binarize == "threshold":
+            x = (x > 0.5).to(self.dtype)
+        elif self.data.binarize == "dynamic":
+            x = (self._uniform(x, index, generator) < x).to(self.dtype)
+        return (x, *batch[1:])
+
+    def _uniform(self, x: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Uniform numbers for dynamic binarisation; fixed ones for each row without a generator."""
+        options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
+        if generator is not None:
+            return torch.rand(x.shape, generator=generator, **options)
+        uniform, block_of = torch.empty_like(x), index // _BLOCK
+        for block in block_of.unique().tolist():
+            seeded = torch.Generator(x.device).manual_seed(derive_seed(self.data.seed, block))
+            drawn = torch.rand((_BLOCK, *x.shape[1:]), generator=seeded, **options)
+            here = block_of == block
+            uniform[here] = drawn[index[here] % _BLOCK]
+        return uniform
+
+    def _send(self, array: Any, index: Tensor) -> Tensor:
+        rows = array[index] if isinstance(array, Tensor) else array[index.numpy()]
+        tensor = _as_tensor(rows)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def _cast(self, tensor: Tensor, position: int) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor.to(self.dtype)
+        if position > 0 and tensor.dtype in (torch.uint8, torch.bool):
+            return tensor.long()  # labels
+        return tensor
+
+
+class DatasetSource(Source):
+    """A map-style torch ``Dataset``: items are fetched one by one and collated."""
+
+    def __init__(self, dataset: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.dataset, self.device, self.dtype = dataset, device, dtype
+        self.num_rows = len(dataset)
+
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The items at ``index``, collated."""
+        numbers = index.tolist()
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(numbers) if fetch else [self.dataset[i] for i in numbers]
+        return _as_batch(default_collate(items), self.device, self.dtype)
+
+
+class LoaderSource(Source):
+    """A user's own ``DataLoader``: its batches, in its order, epoch by epoch."""
+
+    exact = False
+
+    def __init__(self, loader: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.loader, self.device, self.dtype = loader, device, dtype
+        self.num_batches = len(loader)
+        self.num_rows = len(loader.dataset)
+
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Raises: a DataLoader has an order of its own."""
+        raise ArgumentError("data", "rows by index", "a DataLoader", ["pass loader.dataset"])
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """One pass over the loader."""
+        for batch in self.loader:
+            yield _as_batch(batch, self.device, self.dtype)
+
+    def all(self, chunk: int = 4096) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """One pass over the loader, whatever the chunk."""
+        start = 0
+        for batch in self.batches():
+            yield start, batch
+            start += len(batch[0])
+
+
+def _as_tensor(array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
+    array = np.asarray(array)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:  # torch computes with no such type
+        array = array.astype(np.int32 if array.dtype.itemsize == 2 else np.int64)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _as_batch(batch: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+    if not all(isinstance(p, Tensor) for p in parts):
+        raise DataError(
+            "data",
+            "items that are tensors, or tuples of tensors",
+            f"{type(batch).__name__} of {', '.join(sorted({type(p).__name__ for p in parts}))}",
+            ["return (x, y) from the dataset", "a collate_fn that returns a tuple"],
+        )
+    return tuple(
+        p.to(device, dtype if p.is_floating_point() else p.dtype, non_blocking=True) for p in parts
+    )
+
+
+def as_source(
+    data: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Source:
+    """Turns data into a `Source`.
+
+    Arguments:
+        data: A `Data`; an array, tensor or ``np.memmap``; a tuple of them with a common first
+            axis; a map-style torch ``Dataset``; a ``DataLoader``; a `Source`.
+        device: Where batches are wanted.
+        dtype: What floating numbers are cast to; bytes and booleans in the first array, too.
+            Other integers stay as they are.
+
+    Raises:
+        DataError: If the data are empty, of unequal lengths, or not numbers.
+    """
+    device = torch.device(device)
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, DataLoader):
+        if not hasattr(data.dataset, "__len__"):
+            raise DataError("data", "a dataset with a length", type(data.dataset).__name__)
+        return LoaderSource(data, device, dtype)
+    if isinstance(data, Dataset):
+        if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+            raise DataError(
+                "data", "a map-style dataset", type(data).__name__, ["a DataLoader around it"]
+            )
+        _check_length(len(data))
+        return DatasetSource(data, device, dtype)
+    if not isinstance(data, Data):
+        data = Data(tuple(data) if isinstance(data, (tuple, list)) else (data,))
+    return ArraySource(_checked(data), device, dtype)
+
+
+def _checked(data: Data) -> Data:
+    arrays = tuple(_as_array(a) for a in data.arrays)
+    for i, array in enumerate(arrays):
+        name = "data" if len(arrays) == 1 else f"data[{i}]"
+        if not isinstance(array, Tensor) and array.dtype.kind not in "biuf":
+            raise DataError(name, "real numbers", f"dtype {array.dtype}", ["array.astype(float)"])
+        if isinstance(array, Tensor) and array.is_complex():
+            raise DataError(name, "real numbers", f"dtype {array.dtype}")
+        if array.ndim == 0:
+            raise DataError(name, "an array with one row a datum", "a single number")
+        if len(array) != len(arrays[0]):
+            raise DataError(name, f"{len(arrays[0])} rows, like data[0]", f"{len(array)} rows")
+    _check_length(len(arrays[0]) if arrays else 0)
+    if data.binarize != "none":
+        low, high = float(arrays[0].min()) * data.scale, float(arrays[0].max()) * data.scale
+        if not (low >= 0 and high <= 1):
+            raise DataError(
+                "data",
+                f"values in [0, 1] after scaling by {data.scale:g}, to binarise them",
+                f"values from {low:g} to {high:g}",
+                ["scale=1 / 255, for bytes"],
+            )
+    return replace(data, arrays=arrays)
+
+
+def _as_array(array: Any) -> Any:
+    if isinstance(array, np.memmap) and array.ndim:
+        return MappedRows(array)
+    return array if isinstance(array, (Tensor, np.ndarray, MappedRows)) else np.asarray(array)
+
+
+def _check_length(num_rows: int) -> None:
+    if num_rows == 0:
+        raise DataError("data", "at least one row", "no rows", ["is the path or the filter right?"])
+
+
+def check_rows(
+    source: Source,
+    support: Callable[[Tensor], Tensor] | None = None,
+    describe: str = "",
+    fixes: Sequence[str] = (),
+) -> None:
+    """Refuses data with NaN, infinity or values outside a support, naming the first row.
+
+    Arguments:
+        source: The data; a DataLoader isn't read ahead, only its first batch is checked.
+        support: From a batch of data to true where a value is possible; None for all values.
+        describe: The support in words.
+        fixes: What to try where the support is violated.
+
+    Raises:
+        DataError: Naming the array, the first offending row, and its value.
+    """
+    for start, batch in source.all():
+        for i, part in enumerate(batch):
+            name = "data" if len(batch) == 1 else f"data[{i}]"
+            if part.is_floating_point():
+                _refuse(
+                    name,
+                    part,
+                    part.isfinite(),
+                    start,
+                    "finite values",
+                    ["drop or fill the row; a mask in the model can leave entries out"],
+                )
+            if i == 0 and support is not None:
+                _refuse(name, part, support(part), start, describe, fixes)
+        if isinstance(source, LoaderSource):
+            return
+
+
+def _refuse(
+    name: str, part: Tensor, good: Tensor, start: int, expected: str, fixes: Sequence[str]
+) -> None:
+    if bool(good.all()):
+        return
+    bad = ~good.expand(part.shape).reshape(len(part), -1)
+    row = int(bad.any(1).nonzero()[0])
+    value = part.reshape(len(part), -1)[row][bad[row]][0].item()
+    raise DataError(
+        f"{name}, row {start + row}",
+        expected,
+        f"{value:g} ({int(bad[row].sum())} such value(s) in this row)",
+        fixes,
+    )

@@ -1,0 +1,144 @@
+"""The exceptions of pvae, and the checks that raise them.
+
+Every message says where (an argument, a site, a file), what was expected, what was there
+instead, and what to try. The layout of messages is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "ContractError",
+    "DataError",
+    "PairError",
+    "PvaeError",
+    "PvaeWarning",
+    "TrainingError",
+    "UndefinedError",
+    "as_shape",
+    "check_int",
+    "check_number",
+    "oxford",
+]
+
+
+class PvaeError(Exception):
+    """The base of pvae's exceptions.
+
+    Arguments:
+        where: The argument, site or file at fault.
+        expected: What should have been there.
+        actual: What was there.
+        fixes: What to try, most likely first.
+
+    Example:
+        >>> print(PvaeError("latent_dim", "an integer of at least 1", "0", ["latent_dim=2"]))
+        latent_dim: expected an integer of at least 1; got 0.
+          Try: latent_dim=2
+    """
+
+    def __init__(
+        self, where: str, expected: str, actual: str | None = None, fixes: Sequence[str] = ()
+    ) -> None:
+        self.where, self.expected, self.actual = where, expected, actual
+        self.fixes = tuple(fixes)
+        got = "" if actual is None else f"; got {actual}"
+        lines = [f"{where}: expected {expected}{got}."]
+        lines += [("  Try: " if i == 0 else "   or: ") + fix for i, fix in enumerate(self.fixes)]
+        super().__init__("\n".join(lines))
+
+    def one_line(self) -> str:
+        """The same message on one line, as the command line prints it."""
+        return " ".join(line.strip() for line in str(self).splitlines())
+
+
+class ArgumentError(PvaeError, ValueError):
+    """An argument has a value that can't be used."""
+
+
+class DataError(PvaeError, ValueError):
+    """The data can't be used: shape, type, missing values, values outside the support."""
+
+
+class PairError(PvaeError, ValueError):
+    """The model and the guide don't fit each other, the batch, or the tool."""
+
+
+class UndefinedError(PvaeError, ValueError):
+    """The quantity has no meaning for this pair, so no number is returned for it."""
+
+
+class TrainingError(PvaeError, RuntimeError):
+    """Training can't go on; the pair is in the state before the step that failed."""
+
+
+class CheckpointError(PvaeError, RuntimeError):
+    """A checkpoint is damaged, foreign, or belongs to another run."""
+
+
+class ContractError(PvaeError, AssertionError):
+    """A part or a pair breaks a rule of its contract; raised by `pvae.testing`."""
+
+
+class PvaeWarning(UserWarning):
+    """Something that pvae goes on with, but that a modeller should know."""
+
+
+def oxford(names: Iterable[object]) -> str:
+    """Joins names for a sentence.
+
+    Example:
+        >>> oxford(["z1", "z2", "x"])
+        "'z1', 'z2' and 'x'"
+    """
+    quoted = [f"'{name}'" for name in names]
+    return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+
+
+def check_int(where: str, value: object, minimum: int = 1) -> int:
+    """Returns ``value`` as an int, or raises an `ArgumentError` if it isn't one >= ``minimum``."""
+    expected = f"an integer of at least {minimum}"
+    if isinstance(value, bool):
+        raise ArgumentError(where, expected, repr(value))
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ArgumentError(where, expected, repr(value)) from None
+    if number < minimum:
+        raise ArgumentError(where, expected, repr(value))
+    return number
+
+
+def check_number(
+    where: str, value: object, *, above: float | None = None, minimum: float | None = None
+) -> float:
+    """Returns ``value`` as a finite float, or raises an `ArgumentError`."""
+    expected = "a finite number"
+    if above is not None:
+        expected += f" above {above:g}"
+    if minimum is not None:
+        expected += f" of at least {minimum:g}"
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ArgumentError(where, expected, repr(value)) from None
+    too_low = (above is not None and number <= above) or (minimum is not None and number < minimum)
+    if not math.isfinite(number) or too_low:
+        raise ArgumentError(where, expected, repr(value))
+    return number
+
+
+def as_shape(where: str, shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns an event shape as a tuple; an integer is a vector of that length.
+
+    Example:
+        >>> as_shape("event_shape", 784), as_shape("event_shape", (1, 28, 28))
+        ((784,), (1, 28, 28))
+    """
+    sizes = shape if isinstance(shape, Sequence) else (shape,)
+    return tuple(check_int(where, size) for size in sizes)

@@ -1,0 +1,206 @@
+"""The state of a training, to and from a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pvae import checkpoint, randomness
+from pvae import terms as t
+from pvae.engine import Stepper
+from pvae.errors import CheckpointError, PvaeWarning
+from pvae.fitting.history import History
+
+__all__ = ["Progress", "buffers_of", "copy_into", "load", "restore", "snapshot"]
+
+
+@dataclass
+class Progress:
+    """Where a training is.
+
+    Attributes:
+        epoch: Number of whole epochs.
+        step: Steps done in the epoch after those.
+        global_step: Steps done in all.
+        best: Best validation value so far; None before the first.
+        best_epoch: Its epoch.
+        seconds: Time spent in training.
+        stopped_early: Whether validation ended it.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    best: float | None = None
+    best_epoch: int | None = None
+    seconds: float = 0.0
+    stopped_early: bool = False
+    history: History = field(default_factory=History)
+    best_tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def buffers_of(model: Any, guide: Any, modules: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
+    """Buffers and frozen parameters by attribute name; those in closures by their order."""
+    named: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    roots = [(p, m) for p, m in (("model", model), ("guide", guide)) if isinstance(m, nn.Module)]
+    roots += [(f"module{i}", m) for i, m in enumerate(modules)]
+    for prefix, root in roots:
+        frozen = [(n, p) for n, p in root.named_parameters() if not p.requires_grad]
+        for name, tensor in (*root.named_buffers(), *frozen):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                named[f"{prefix}.{name}"] = tensor
+    return named
+
+
+def load(
+    path: str | Path,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: tuple[Tensor, ...] | None = None,
+) -> dict[str, Any]:
+    """Copies a checkpoint's parameters and buffers into a pair built as it was when saved.
+
+    Where the training kept the best epoch, that is what is copied.
+
+    Arguments:
+        path: A checkpoint, or a folder that `fit` wrote.
+        model: The model.
+        guide: Its guide.
+        batch: A batch of data; only needed for functions, whose parameters a trace has to find.
+
+    Returns:
+        What the checkpoint says of the training: progress, settings, environment.
+
+    Raises:
+        CheckpointError: If the file can't be read, or is of another pair.
+    """
+    path = Path(path)
+    path = path / "checkpoint.safetensors" if path.is_dir() else path
+    saved = checkpoint.load(path)
+    if batch is not None:
+        structure = t.inspect_pair(model, guide, batch)
+        parameters, modules = structure.parameters, structure.modules
+    else:
+        named: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for prefix, root in (("model", model), ("guide", guide)):
+            if not isinstance(root, nn.Module):
+                raise CheckpointError(
+                    prefix,
+                    "a module, or a batch to trace the function with",
+                    "a function",
+                    ["batch=(x[:10],)"],
+                )
+            for name, parameter in root.named_parameters():
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    named[f"{prefix}.{name}"] = parameter
+        parameters, modules = named, ()
+    buffers = buffers_of(model, guide, modules)
+    best = saved.part("best")
+    if best:
+        copy_into(best, {**parameters, **buffers}, str(path), "tensors")
+    else:
+        copy_into(saved.part("param"), parameters, str(path), "parameters")
+        copy_into(saved.part("buffer"), buffers, str(path), "buffers")
+    return saved.meta
+
+
+def snapshot(
+    progress: Progress,
+    stepper: Stepper,
+    buffers: dict[str, Tensor],
+    settings: dict[str, Any],
+) -> checkpoint.Checkpoint:
+    """Everything that exact resume needs."""
+    saved = checkpoint.Checkpoint()
+    saved.add("param", stepper.structure.parameters)
+    saved.add("buffer", buffers)
+    saved.add("best", progress.best_tensors)
+    saved.add("rng", randomness.get_state())
+    tensors, rest = checkpoint.optimizer_state(stepper.optimizer)
+    saved.add("optimizer", tensors)
+    saved.tensors["sums"] = stepper.sums
+    numbers = asdict(progress)
+    del numbers["best_tensors"]
+    saved.meta = {
+        "progress": {**numbers, "history": progress.history.records},
+        "optimizer": rest,
+        "objective_step": None if stepper.state is None else stepper.state.step,
+        "settings": settings,
+        "environment": checkpoint.environment(stepper.structure.device),
+    }
+    return saved
+
+
+def restore(
+    saved: checkpoint.Checkpoint,
+    stepper: Stepper,
+    buffers: dict[str, Tensor],
+    settings: dict[str, Any],
+    where: str,
+) -> Progress:
+    """Puts a pair, an optimiser and the generators into a saved state.
+
+    Raises:
+        CheckpointError: If the checkpoint is of another pair or another training.
+    """
+    theirs = saved.meta["settings"]
+    differ = [k for k in settings if settings[k] != theirs.get(k)]
+    if differ:
+        raise CheckpointError(
+            where,
+            "the settings that it was made with: "
+            + ", ".join(f"{k}={theirs.get(k)!r}" for k in differ),
+            ", ".join(f"{k}={settings[k]!r}" for k in differ),
+            ["the same call as before", "another folder, to train anew"],
+        )
+    copy_into(saved.part("param"), stepper.structure.parameters, where, "parameters")
+    copy_into(saved.part("buffer"), buffers, where, "buffers")
+    checkpoint.restore_optimizer(
+        stepper.optimizer, saved.part("optimizer"), saved.meta["optimizer"]
+    )
+    stepper.sums.copy_(saved.tensors["sums"])
+    if stepper.state is not None:
+        stepper.state.set_step(saved.meta["objective_step"])
+    randomness.set_state(saved.part("rng"))
+    now, then = checkpoint.environment(stepper.structure.device), saved.meta["environment"]
+    changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if now[k] != then.get(k)]
+    if changed:
+        warnings.warn(
+            f"The training goes on, but not bit for bit as before: {'; '.join(changed)}.",
+            PvaeWarning,
+            stacklevel=5,
+        )
+    numbers = dict(saved.meta["progress"])
+    history = History(numbers.pop("history"))
+    device = stepper.structure.device
+    best = {k: v.to(device) for k, v in saved.part("best").items()}
+    return Progress(**numbers, history=history, best_tensors=best)
+
+
+def copy_into(saved: dict[str, Tensor], present: dict[str, Tensor], where: str, what: str) -> None:
+    """Copies saved tensors into those of a pair, by name."""
+    shapes = {k: (tuple(v.shape), str(v.dtype)) for k, v in saved.items()}
+    here = {k: (tuple(v.shape), str(v.dtype)) for k, v in present.items()}
+    if shapes != here:
+        odd = sorted(k for k in {*shapes, *here} if shapes.get(k) != here.get(k))
+        raise CheckpointError(
+            where,
+            f"{what} like the pair's: "
+            + ", ".join(f"{k} {here.get(k, 'absent')}" for k in odd[:3]),
+            ", ".join(f"{k} {shapes.get(k, 'absent')}" for k in odd[:3])
+            + (f" and {len(odd) - 3} more" if len(odd) > 3 else ""),
+            ["the pair that the checkpoint was made with"],
+        )
+    with torch.no_grad():
+        for name, tensor in present.items():
+            tensor.copy_(saved[name])

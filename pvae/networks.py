@@ -1,0 +1,282 @@
+"""Networks for encoders and decoders: plain torch, no distributions.
+
+All of them take any leading batch dimensions (particles, data), and further inputs, such as
+labels, which are joined to the first: integers as one-hot vectors, floating numbers as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pvae.errors import ArgumentError, PairError, as_shape, check_int
+
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named"]
+
+
+def activation_named(name: str) -> type[nn.Module]:
+    """The activation class of ``torch.nn`` with that name, as configurations spell it."""
+    found = getattr(nn, name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ArgumentError("activation", "the name of a torch.nn activation", repr(name), ["ReLU"])
+    return found
+
+
+def _join(x: Tensor, event_dim: int, context: Sequence[Tensor], context_dim: int) -> Tensor:
+    """Flattens the event of x and appends the context, one-hot where it is integer."""
+    x = x.flatten(-event_dim) if event_dim > 1 else x
+    if not context_dim:
+        return x
+    if not context:
+        raise PairError(
+            "network",
+            f"a context of {context_dim} feature(s) or classes, as context_dim={context_dim} says",
+            "no context",
+            ["pass the labels: model(x, y), guide(x, y)", "context_dim=0"],
+        )
+    parts = []
+    for c in context:
+        is_class = not c.dtype.is_floating_point
+        parts.append(F.one_hot(c.long(), context_dim).to(x.dtype) if is_class else c.to(x.dtype))
+    batch = torch.broadcast_shapes(x.shape[:-1], *(p.shape[:-1] for p in parts))
+    return torch.cat([p.expand(*batch, p.shape[-1]) for p in (x, *parts)], dim=-1)
+
+
+def _check_input(name: str, x: Tensor, in_shape: tuple[int, ...]) -> None:
+    if tuple(x.shape[-len(in_shape) :]) != in_shape:
+        raise PairError(
+            name,
+            f"input of shape (..., {str(in_shape)[1:-1].rstrip(',')})",
+            f"{tuple(x.shape)}",
+            [f"x.reshape(-1, {', '.join(map(str, in_shape))})", "change in_shape"],
+        )
+
+
+class MLP(nn.Module):
+    """A multi-layer perceptron, ``(..., *in_shape) -> (..., *out_shape)``.
+
+    Arguments:
+        in_shape: Shape of one input.
+        out_shape: Shape of one output.
+        hidden: Widths of the hidden layers; ``()`` makes the network linear.
+        activation: Class of the activation between layers.
+        context_dim: Number of features, or of classes, of the further input; 0 for none.
+        in_scale: Factor on the input, such as ``1 / 255`` for bytes.
+
+    Example:
+        >>> MLP(784, 2 * 20, hidden=(400,))(torch.zeros(3, 128, 784)).shape
+        torch.Size([3, 128, 40])
+        >>> MLP((1, 28, 28), 20, context_dim=10)(torch.zeros(5, 1, 28, 28), torch.arange(5)).shape
+        torch.Size([5, 20])
+    """
+
+    def __init__(
+        self,
+        in_shape: int | Sequence[int],
+        out_shape: int | Sequence[int],
+        hidden: Sequence[int] = (256, 256),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        context_dim: int = 0,
+        in_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.in_shape = as_shape("MLP.in_shape", in_shape)
+        self.out_shape = as_shape("MLP.out_shape", out_shape)
+        self.context_dim = check_int("MLP.context_dim", context_dim, minimum=0)
+        self.in_scale = in_scale
+        widths = [math.prod(self.in_shape) + context_dim, *as_hidden("MLP.hidden", hidden)]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), activation()]
+        layers.append(nn.Linear(widths[-1], math.prod(self.out_shape)))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """The output, ``(..., *out_shape)``."""
+        _check_input("MLP", x, self.in_shape)
+        x = x.to(_dtype(self))
+        if self.in_scale != 1.0:
+            x = x * self.in_scale
+        y = self.layers(_join(x, len(self.in_shape), context, self.context_dim))
+        return y.unflatten(-1, self.out_shape) if len(self.out_shape) > 1 else y
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
+
+
+def as_hidden(where: str, hidden: Sequence[int]) -> tuple[int, ...]:
+    """Widths of hidden layers as a tuple; unlike a shape it may be empty."""
+    return tuple(check_int(where, width) for width in hidden)
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions whose output is added to the input (He et al., 2016)."""
+
+    def __init__(self, channels: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            activation(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            activation(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def _image_shape(where: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    sizes = as_shape(where, shape)
+    if len(sizes) != 3:
+        raise ArgumentError(
+            where,
+            "an image shape (channels, height, width)",
+            f"{sizes}",
+            ["(1, 28, 28)", "MLP for data without rows and columns"],
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _halvings(height: int, width: int, times: int) -> list[tuple[int, int]]:
+    """Image sizes before and after each halving, rounded up: any size will do."""
+    sizes = [(height, width)]
+    for _ in range(times):
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    return sizes
+
+
+class ConvEncoder(nn.Module):
+    """Strided convolutions over images of any size, ``(..., C, H, W) -> (..., out_features)``.
+
+    Each entry of ``channels`` is one 3x3 convolution of stride 2, which halves height and width,
+    rounding up.
+
+    Arguments:
+        in_shape: (C, H, W).
+        out_features: Size of the output.
+        channels: Channels after each halving.
+        hidden: Width of the layer between convolutions and output.
+        activation: Class of the activation.
+        residual: Whether a residual block follows each halving.
+        context_dim: Number of features, or of classes, of the further input; 0 for none.
+        in_scale: Factor on the input, such as ``1 / 255`` for bytes.
+
+    References:
+        Deep Residual Learning for Image Recognition (He et al., 2016),
+        https://arxiv.org/abs/1512.03385
+
+    Example:
+        >>> ConvEncoder((1, 27, 19), 40)(torch.zeros(3, 8, 1, 27, 19)).shape
+        torch.Size([3, 8, 40])
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        out_features: int,
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        *,
+        residual: bool = False,
+        context_dim: int = 0,
+        in_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.in_shape = _image_shape("ConvEncoder.in_shape", in_shape)
+        self.context_dim = check_int("ConvEncoder.context_dim", context_dim, minimum=0)
+        self.in_scale = in_scale
+        widths = [self.in_shape[0], *as_shape("ConvEncoder.channels", channels)]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1))
+            layers += [_Residual(after, activation)] if residual else []
+            layers.append(activation())
+        self.convolutions = nn.Sequential(*layers)
+        height, width = _halvings(*self.in_shape[1:], len(widths) - 1)[-1]
+        self.head = nn.Sequential(
+            nn.Linear(widths[-1] * height * width + context_dim, hidden),
+            activation(),
+            nn.Linear(hidden, check_int("ConvEncoder.out_features", out_features)),
+        )
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """The output, ``(..., out_features)``."""
+        _check_input("ConvEncoder", x, self.in_shape)
+        x = x.to(_dtype(self))
+        if self.in_scale != 1.0:
+            x = x * self.in_scale
+        batch = x.shape[:-3]
+        h = self.convolutions(x.reshape(-1, *self.in_shape)).flatten(1)
+        return self.head(_join(h.reshape(*batch, -1), 1, context, self.context_dim))
+
+
+class ConvDecoder(nn.Module):
+    """The way back to images of any size, ``(..., in_features) -> (..., C, H, W)``.
+
+    Each step doubles height and width (to the very sizes that `ConvEncoder` had) by repeating
+    pixels, then convolves 3x3; unlike transposed convolutions this leaves no checkerboard.
+
+    Arguments:
+        in_features: Size of the latent.
+        out_shape: (C, H, W); C counts the parameters per value, too: 2 * C for two of them.
+        channels: Channels before each doubling.
+        hidden: Width of the layer between latent and convolutions.
+        activation: Class of the activation.
+        residual: Whether a residual block follows each doubling.
+        context_dim: Number of features, or of classes, of the further input; 0 for none.
+
+    References:
+        Deconvolution and Checkerboard Artifacts (Odena et al., 2016),
+        https://distill.pub/2016/deconv-checkerboard/
+
+    Example:
+        >>> ConvDecoder(20, (2, 27, 19))(torch.zeros(3, 8, 20)).shape
+        torch.Size([3, 8, 2, 27, 19])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_shape: Sequence[int],
+        channels: Sequence[int] = (64, 32),
+        hidden: int = 256,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        *,
+        residual: bool = False,
+        context_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.in_features = check_int("ConvDecoder.in_features", in_features)
+        self.out_shape = _image_shape("ConvDecoder.out_shape", out_shape)
+        self.context_dim = check_int("ConvDecoder.context_dim", context_dim, minimum=0)
+        widths = as_shape("ConvDecoder.channels", channels)
+        self.sizes = _halvings(*self.out_shape[1:], len(widths))[::-1]
+        height, width = self.sizes[0]
+        self.head = nn.Sequential(
+            nn.Linear(in_features + context_dim, hidden),
+            activation(),
+            nn.Linear(hidden, widths[0] * height * width),
+            nn.Unflatten(1, (widths[0], height, width)),
+        )
+        self.steps = nn.ModuleList()
+        for before, after in pairwise([*widths, self.out_shape[0]]):
+            block: list[nn.Module] = [_Residual(before, activation)] if residual else []
+            self.steps.append(
+                nn.Sequential(activation(), *block, nn.Conv2d(before, after, 3, padding=1))
+            )
+
+    def forward(self, z: Tensor, *context: Tensor) -> Tensor:
+        """The output, ``(..., C, H, W)``."""
+        _check_input("ConvDecoder", z, (self.in_features,))
+        joined = _join(z.to(_dtype(self)), 1, context, self.context_dim)
+        h = self.head(joined.reshape(-1, joined.shape[-1]))
+        for size, step in zip(self.sizes[1:], self.steps, strict=True):
+            h = step(F.interpolate(h, size=size, mode="nearest"))
+        return h.reshape(*joined.shape[:-1], *self.out_shape)

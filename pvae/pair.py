@@ -1,0 +1,288 @@
+"""The pair: Model p(z) p(x | z), Guide q(z | x), and VAE, which holds both.
+
+Both are plain ``nn.Module`` whose ``forward(*batch)`` runs a Pyro program, so plain Pyro works on
+them: ``SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pvae.conditional import as_conditional
+from pvae.errors import PairError, UndefinedError, check_int
+from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
+
+__all__ = ["VAE", "Guide", "Model"]
+
+
+class Model(nn.Module):
+    r"""The generative model :math:`p(x, z | y) = p(z | y)\, p(x | z, y)` as a Pyro program.
+
+    Sites: ``"z"`` and ``"x"`` in the plate ``"data"``. Labels y are optional.
+
+    Arguments:
+        prior: p(z), or p(z | y): a `Conditional`, a distribution, a function, a module, a flow.
+        likelihood: p(x | z), or p(x | z, y): the same.
+    """
+
+    def __init__(self, prior: Any, likelihood: Any) -> None:
+        super().__init__()
+        self.prior = as_conditional(prior, "prior")
+        self.likelihood = as_conditional(likelihood, "likelihood")
+
+    def forward(self, x: Tensor | None, *context: Tensor, size: int | None = None) -> Tensor:
+        """Runs the program on a batch, or generates one.
+
+        Arguments:
+            x: Data, shape ``(N, *event_shape)``, or None to draw them.
+            context: Labels and the like, N of each.
+            size: N, where neither x nor a context tells.
+
+        Returns:
+            The data at site ``"x"``.
+        """
+        announce_parameters(self, "model")
+        size = _batch_size(x, context, size)
+        with pyro.plate(DATA_PLATE, size):
+            prior = self.prior(*context)
+            _check_prior(prior, context, size)
+            z = pyro.sample(LATENT, prior)
+            likelihood = self.likelihood(z, *context)
+            _check_batch(OBSERVED, likelihood, z.shape[: z.dim() - len(prior.event_shape)])
+            if x is not None:
+                _check_event(x, likelihood)
+            return pyro.sample(OBSERVED, likelihood, obs=x)
+
+
+class Guide(nn.Module):
+    r"""The guide :math:`q(z | x)`, or :math:`q(z | x, y)`, as a Pyro program.
+
+    Arguments:
+        posterior: The guide family: a `Conditional`, a function, a module, a conditional flow.
+    """
+
+    def __init__(self, posterior: Any) -> None:
+        super().__init__()
+        self.posterior = as_conditional(posterior, "guide")
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """Runs the program on a batch and returns the latent, shape ``(N, *latent_shape)``."""
+        announce_parameters(self, "guide")
+        with pyro.plate(DATA_PLATE, len(x)):
+            posterior = self.posterior(x, *context)
+            _check_batch(LATENT, posterior, x.shape[:1])
+            return pyro.sample(LATENT, posterior)
+
+
+class VAE(nn.Module):
+    r"""A variational autoencoder: ``vae.model`` is p(z) p(x | z), ``vae.guide`` is q(z | x).
+
+    With a point-mass guide (`pvae.guides.Point`) it is a deterministic autoencoder.
+
+    Arguments:
+        prior: p(z), or p(z | y).
+        likelihood: p(x | z), or p(x | z, y).
+        guide: q(z | x), or q(z | x, y).
+
+    Raises:
+        PairError: If the pair has no best fit: a point mass beside a likelihood or a prior whose
+            scale is learned, where the density can grow without bound.
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma & Welling, 2014), https://arxiv.org/abs/1312.6114
+
+    Example:
+        >>> from pvae import guides, likelihoods, networks, priors
+        >>> vae = VAE(
+        ...     prior=priors.StandardNormal(2),
+        ...     likelihood=likelihoods.Bernoulli(networks.MLP(2, 64), 64),
+        ...     guide=guides.MeanField(networks.MLP(64, 2 * 2), 2),
+        ... )
+        >>> vae.sample(5).shape, vae.encode(torch.zeros(3, 64)).shape
+        (torch.Size([5, 64]), torch.Size([3, 2]))
+    """
+
+    def __init__(self, prior: Any, likelihood: Any, guide: Any) -> None:
+        super().__init__()
+        self.model = Model(prior, likelihood)
+        self.guide = Guide(guide)
+        _check_bounded(self)
+
+    def sample(self, num_samples: int, *context: Tensor, mean: bool = False) -> Tensor:
+        """The sampling algorithm: draw z from the prior, decode it. No encoder is used.
+
+        Arguments:
+            num_samples: N, how many.
+            context: Labels and the like, N of each.
+            mean: Return the likelihood's mean instead of a draw of x. A grid of means looks
+                smoother than what the model says that data look like.
+
+        Returns:
+            Shape ``(N, *event_shape)``, on the pair's device.
+        """
+        check_int("num_samples", num_samples)
+        with _evaluating(self.model):
+            prior = self.model.prior(*context)
+            _check_prior(prior, context, num_samples)
+            z = prior.expand([num_samples]).sample()
+            x = self.model.likelihood(z, *context)
+            return _mean_of(OBSERVED, x) if mean else x.sample()
+
+    def encode(self, x: Any, *context: Any, num_samples: int | None = None) -> Tensor:
+        """The latent of each datum.
+
+        Arguments:
+            x: Data, shape ``(N, *event_shape)``.
+            context: Labels and the like, N of each.
+            num_samples: S draws from q(z | x); None for its mean, which is deterministic.
+
+        Returns:
+            Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
+        """
+        with _evaluating(self):
+            q = self.guide.posterior(*self._batch(x, *context))
+            return _draw(LATENT, q, num_samples)
+
+    def decode(self, z: Any, *context: Any, num_samples: int | None = None) -> Tensor:
+        """The data that a latent stands for.
+
+        Arguments:
+            z: Latents, shape ``(..., *latent_shape)``.
+            context: Labels and the like.
+            num_samples: S draws from p(x | z); None for its mean.
+
+        Returns:
+            Shape ``(..., *event_shape)``, or ``(S, ..., *event_shape)``.
+        """
+        with _evaluating(self.model):
+            return _draw(OBSERVED, self.model.likelihood(*self._batch(z, *context)), num_samples)
+
+    def reconstruct(self, x: Any, *context: Any, num_samples: int | None = None) -> Tensor:
+        """Each datum encoded and decoded: p(x | z)'s mean at q(z | x)'s mean.
+
+        Arguments:
+            x: Data, shape ``(N, *event_shape)``.
+            context: Labels and the like, N of each.
+            num_samples: S draws of z instead of its mean, each decoded to a mean of x.
+
+        Returns:
+            Shape ``(N, *event_shape)``, or ``(S, N, *event_shape)``.
+        """
+        return self.decode(self.encode(x, *context, num_samples=num_samples), *context)
+
+    def _batch(self, *arrays: Any) -> Iterator[Tensor]:
+        """Arrays as tensors on the pair's device, floating ones in its type."""
+        anchor = next(
+            (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None
+        )
+        for array in arrays:
+            tensor = array if isinstance(array, Tensor) else torch.as_tensor(np.asarray(array))
+            if anchor is not None:
+                dtype = anchor.dtype if tensor.is_floating_point() else tensor.dtype
+                tensor = tensor.to(anchor.device, dtype)
+            yield tensor
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each submodule gets its own mode back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def _draw(site: str, fn: Any, num_samples: int | None) -> Tensor:
+    if num_samples is None:
+        return _mean_of(site, fn)
+    return fn.sample((check_int("num_samples", num_samples),))
+
+
+def _mean_of(site: str, fn: Any) -> Tensor:
+    try:
+        return fn.mean
+    except (NotImplementedError, AttributeError):
+        raise UndefinedError(
+            f"site '{site}'",
+            "a distribution whose mean is known",
+            type(fn).__name__,
+            ["num_samples=100, and the mean over them"],
+        ) from None
+
+
+def _batch_size(x: Tensor | None, context: Sequence[Tensor], size: int | None) -> int:
+    if x is not None:
+        return len(x)
+    if context:
+        return len(context[0])
+    if size is None:
+        raise PairError("model", "data, a context or size=N to know how many", "none of them")
+    return size
+
+
+def _check_prior(prior: Any, context: Sequence[Tensor], size: int) -> None:
+    """A prior without context must have batch_shape (): with (N,) it would pass for N priors."""
+    batch = tuple(prior.batch_shape)
+    if batch and not (context and batch[-1] in (1, size)):
+        raise PairError(
+            f"prior at site '{LATENT}'",
+            "batch_shape ()" + (f" or ({size},)" if context else ""),
+            f"batch_shape {batch}, event_shape {tuple(prior.event_shape)}",
+            [f".to_event({len(batch)})"],
+        )
+
+
+def _check_batch(site: str, fn: Any, batch_shape: Sequence[int]) -> None:
+    if tuple(fn.batch_shape) != tuple(batch_shape):
+        extra = len(fn.batch_shape) - len(batch_shape)
+        raise PairError(
+            f"site '{site}'",
+            f"a distribution with batch_shape {tuple(batch_shape)}, one for each datum",
+            f"batch_shape {tuple(fn.batch_shape)}, event_shape {tuple(fn.event_shape)}",
+            [f".to_event({extra})"] if extra > 0 else [],
+        )
+
+
+def _check_event(x: Tensor, fn: Any) -> None:
+    if tuple(x.shape[1:]) != tuple(fn.event_shape):
+        shape = ", ".join(map(str, fn.event_shape))
+        raise PairError(
+            f"data at site '{OBSERVED}'",
+            f"shape (N, {shape}), as the likelihood's event_shape says",
+            f"{tuple(x.shape)}",
+            [f"x.reshape(-1, {shape})", "change the likelihood's event_shape"],
+        )
+
+
+def _check_bounded(vae: VAE) -> None:
+    """Refuses a point-mass guide where some scale adapts: the density has no maximum."""
+    if not vae.guide.posterior.is_point:
+        return
+    if getattr(vae.model.likelihood, "learns_scale", False):
+        raise PairError(
+            "VAE with a point-mass guide",
+            "a likelihood with a fixed scale",
+            f"{type(vae.model.likelihood).__name__} whose sigma adapts to the data: with nothing "
+            "random in z it shrinks to its floor as the fit improves, and there is no best fit",
+            ["Gaussian(..., sigma=0.5 ** 0.5), the squared error", "guides.MeanField"],
+        )
+    if any(p.requires_grad for p in vae.model.prior.parameters()):
+        raise PairError(
+            "VAE with a point-mass guide",
+            "a prior without parameters to learn",
+            f"{type(vae.model.prior).__name__} with "
+            f"{sum(p.numel() for p in vae.model.prior.parameters())} of them: prior and codes "
+            "shrink together to one point, where the density is unbounded",
+            ["priors.Flat, and an ex-post density on the codes", "guides.MeanField"],
+        )

@@ -1,0 +1,165 @@
+"""Priors p(z).
+
+A prior is a `Conditional` over one latent. Those here ignore their context; for a prior given
+labels use a guide family, which is the same kind of thing:
+``guides.MeanField(nn.Embedding(10, 4), 2)`` is p(z | y) for ten classes. Any Pyro distribution or
+zuko flow may stand in a prior's place, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Size, Tensor, nn
+
+from pvae.conditional import Conditional
+from pvae.errors import UndefinedError, check_number
+
+__all__ = ["Flat", "Laplace", "Normal", "StandardNormal"]
+
+
+class StandardNormal(Conditional):
+    r"""The prior :math:`p(z) = N(0, I)`.
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma & Welling, 2014), https://arxiv.org/abs/1312.6114
+
+    Arguments:
+        event_shape: Shape of the latent, an integer for a vector.
+
+    Example:
+        >>> StandardNormal(2)().log_prob(torch.zeros(2))
+        tensor(-1.8379)
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
+        super().__init__(event_shape)
+        assert self.event_shape is not None  # noqa: S101
+        self.register_buffer("loc", torch.zeros(self.event_shape))
+        self.register_buffer("scale", torch.ones(self.event_shape))
+
+    def forward(self, *context: Tensor) -> Any:
+        """N(0, I), whatever the context."""
+        return dist.Normal(self.loc, self.scale).to_event(self.loc.dim())
+
+
+class Normal(Conditional):
+    r"""A normal prior with learned location and scale, :math:`N(\mu, \mathrm{diag}\,\sigma^2)`.
+
+    Arguments:
+        event_shape: Shape of the latent, an integer for a vector.
+
+    Example:
+        >>> sorted(name for name, _ in Normal(2).named_parameters())
+        ['loc', 'log_scale']
+    """
+
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
+        super().__init__(event_shape)
+        assert self.event_shape is not None  # noqa: S101
+        self.loc = nn.Parameter(torch.zeros(self.event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+
+    def forward(self, *context: Tensor) -> Any:
+        """The normal distribution, whatever the context."""
+        return dist.Normal(self.loc, self.log_scale.exp()).to_event(self.loc.dim())
+
+
+class Laplace(Conditional):
+    r"""The sparse prior :math:`p(z) = \prod_d \tfrac{\lambda}{2} e^{-\lambda |z_d|}`.
+
+    With a point-mass guide it is the L1 penalty :math:`\lambda \|z\|_1`, up to the constant
+    :math:`D \log(2 / \lambda)`.
+
+    Arguments:
+        event_shape: Shape of the latent, an integer for a vector.
+        rate: :math:`\lambda`; the distribution's scale is its inverse.
+
+    Example:
+        >>> prior = Laplace(3, rate=2.0)()
+        >>> prior.log_prob(torch.zeros(3)) - prior.log_prob(torch.ones(3))
+        tensor(6.)
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, event_shape: int | Sequence[int], rate: float = 1.0) -> None:
+        super().__init__(event_shape)
+        assert self.event_shape is not None  # noqa: S101
+        scale = 1.0 / check_number("Laplace.rate", rate, above=0)
+        self.register_buffer("loc", torch.zeros(self.event_shape))
+        self.register_buffer("scale", torch.full(self.event_shape, scale))
+
+    def forward(self, *context: Tensor) -> Any:
+        """The Laplace distribution, whatever the context."""
+        return dist.Laplace(self.loc, self.scale).to_event(self.loc.dim())
+
+
+class FlatDistribution(dist.TorchDistribution):
+    """The improper density 1 on the whole space: ``log_prob`` is 0, and there is no sampling."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = True
+
+    def __init__(self, event_shape: Sequence[int], batch_shape: Sequence[int] = ()) -> None:
+        super().__init__(Size(batch_shape), Size(event_shape), validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """All real values."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlatDistribution:
+        """The same density for more data."""
+        return FlatDistribution(self.event_shape, batch_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Zero for each value."""
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        return value.new_zeros(torch.broadcast_shapes(self.batch_shape, batch))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Raises: a flat density has no distribution to draw from."""
+        raise UndefinedError(
+            "priors.Flat",
+            "a proper prior to draw z from",
+            "an improper one: density 1 everywhere has no distribution",
+            [
+                "fit an ex-post density to the codes vae.encode(x), draw z from it, vae.decode(z)",
+                "prior=priors.StandardNormal, for a model that can be sampled as it is",
+            ],
+        )
+
+    sample = rsample
+
+
+class Flat(Conditional):
+    """The improper flat prior, density 1 everywhere: the prior of a plain autoencoder.
+
+    It can be scored but not sampled; to generate, fit an ex-post density to the codes and decode
+    its draws.
+
+    References:
+        From Variational to Deterministic Autoencoders (Ghosh et al., 2020),
+        https://arxiv.org/abs/1903.12436
+
+    Arguments:
+        event_shape: Shape of the latent, an integer for a vector.
+
+    Example:
+        >>> Flat(2)().log_prob(torch.randn(5, 2))
+        tensor([0., 0., 0., 0., 0.])
+    """
+
+    def forward(self, *context: Tensor) -> Any:
+        """The flat density, whatever the context."""
+        assert self.event_shape is not None  # noqa: S101
+        return FlatDistribution(self.event_shape)

@@ -1,0 +1,164 @@
+"""The one-screen summary of a fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pvae import bounds, diagnostics
+from pvae import terms as t
+from pvae.errors import UndefinedError
+
+__all__ = ["Summary", "bits_per_dimension", "summarize"]
+
+
+def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> float:
+    r"""A log probability of a datum as code length, in bits per dimension.
+
+    .. math:: -(\ell + D \log \Delta) / (D \log 2)
+
+    For a density, :math:`\Delta` is the width of the bins that the values were rounded to, and
+    the result is only as good as the density is flat within a bin.
+
+    Arguments:
+        nats: :math:`\ell`, log p(x).
+        num_dims: D.
+        bin_width: :math:`\Delta`; 1 for a probability.
+
+    Example:
+        >>> round(bits_per_dimension(-10 * math.log(2), num_dims=10), 6)
+        1.0
+    """
+    return -(nats / num_dims + math.log(bin_width)) / math.log(2)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a fit is worth, on one screen: lines of name, value and remark."""
+
+    title: str
+    lines: tuple[tuple[str, str, str], ...]
+    advice: str
+
+    def __str__(self) -> str:
+        name = max(len(line[0]) for line in self.lines)
+        value = max(len(line[1]) for line in self.lines)
+        body = [f"  {n:<{name}}  {v:<{value}}  {r}".rstrip() for n, v, r in self.lines]
+        return "\n".join([self.title, *body, f"next: {self.advice}"])
+
+    __repr__ = __str__
+
+
+def summarize(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    title: str = "",
+    levels: int | None = None,
+    bin_width: float | None = None,
+    num_particles: int = 500,
+    history: Any = (),
+    seconds: float | None = None,
+    seed: int = 0,
+) -> Summary:
+    """The summary of a fit on data that it wasn't fitted to.
+
+    What has no meaning for the pair (evidence with a point-mass guide, say) is named, with the
+    reason in place of a number.
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: Test data.
+        title: First line.
+        levels: Number of values of an entry, for discrete data.
+        bin_width: Width of the bins that continuous data were rounded to.
+        num_particles: K, for the evidence.
+        history: Records of epochs.
+        seconds: Time that training took.
+        seed: Of the draws.
+    """
+    source, structure = bounds.prepare(model, guide, data)
+    options: dict[str, Any] = {"structure": structure, "seed": seed}
+    few = max(1, min(num_particles, 10))
+    lower = bounds.elbo(model, guide, source, few, **options)
+    lines = [(lower.name, _with_error(lower), f"nats per datum, N = {lower.num_data}, K = {few}")]
+    best = None if structure.has_points else lower
+    try:
+        best = bounds.evidence(model, guide, source, num_particles, **options)
+        lines.append(("evidence", _with_error(best), f"IWAE, K = {num_particles}; a lower bound"))
+    except UndefinedError as error:
+        lines.append(("evidence", "not defined", f"{error.actual}"))
+    if lower.distortion is not None:
+        lines.append(("distortion", f"{lower.distortion.mean:.2f}", "-E_q[log p(x | z)]"))
+    if lower.rate is not None:
+        lines.append(("rate", f"{lower.rate.mean:.2f}", "E_q[log q(z | x) - log p(z)]"))
+    elif structure.has_points:
+        lines.append(("rate", "not defined", "a point mass has no density to compare"))
+    lines += _bits(best, source, levels, bin_width)
+    active = _active(model, guide, source, structure, seed)
+    if active is not None:
+        lines.append(("active units", f"{active[0]} of {active[1]}", "Var_x(E_q[z]) > 0.01"))
+    if seconds is not None:
+        lines.append(("training", f"{seconds:.0f} s", f"{len(history)} epoch(s)"))
+    return Summary(title or "pvae", tuple(lines), _advice(lower, best, active, list(history)))
+
+
+def _with_error(bound: bounds.Bound) -> str:
+    if bound.values is None:
+        return f"{bound.mean:.2f}"
+    draws = "" if bound.se_draws is None else f" (draws {bound.se_draws:.2g})"
+    return f"{bound.mean:.2f} +- {bound.se_data:.2g}{draws}"
+
+
+def _bits(
+    bound: bounds.Bound | None, source: Any, levels: int | None, bin_width: float | None
+) -> list[tuple[str, str, str]]:
+    if levels is None and bin_width is None:
+        return []
+    if bound is None:
+        return [("bits per dimension", "not defined", "there is no evidence to count")]
+    _, batch = next(source.all(1))
+    bits = bits_per_dimension(bound.mean, batch[0][0].numel(), bin_width or 1.0)
+    kind = f"{levels} levels" if bin_width is None else f"a density times bins of {bin_width:.4g}"
+    return [("bits per dimension", f"{bits:.3f}", f"from the line '{bound.name}'; {kind}")]
+
+
+def _active(
+    model: Any, guide: Any, source: Any, structure: t.Structure, seed: int
+) -> tuple[int, int] | None:
+    if len(structure.latents) != 1:
+        return None
+    active = diagnostics.active_units(model, guide, source, structure=structure, seed=seed)
+    return int(active.sum()), active.numel()
+
+
+def _advice(
+    lower: bounds.Bound,
+    best: bounds.Bound | None,
+    active: tuple[int, int] | None,
+    history: list[dict[str, Any]],
+) -> str:
+    """One line on what to do next, by the largest trouble seen."""
+    if active is not None and active[0] == 0:
+        return "no latent dimension is used (posterior collapse): try --warmup, a KL warm-up"
+    values = [r.get("valid_elbo", r.get("valid_log_joint")) for r in history]
+    known = [v for v in values if v is not None]
+    if len(known) >= 10:
+        tenth = max(1, len(known) // 10)
+        late, before = max(known[-tenth:]), max(known[:-tenth])
+        if late > before + 0.05:
+            return "the validation value still rises: more --epochs, with --resume"
+        if known.index(max(known)) < 0.7 * len(known):
+            return "the validation value fell after its best epoch: --patience 10, or a smaller net"
+    if best is None:
+        return "for draws of x and an evidence, make the guide stochastic: --recipe vae"
+    gap = best.mean - lower.mean
+    if best is not lower and lower.rate is not None and gap > 0.5 * abs(lower.rate.mean):
+        return f"the bound is loose by at least {gap:.1f} nats: a larger encoder, or another guide"
+    if active is not None and active[0] < 0.5 * active[1]:
+        return f"{active[1] - active[0]} latent dimensions are unused: a smaller --latent-dim fits"
+    return "pvae sample RUN, pvae reconstruct RUN, pvae encode RUN"

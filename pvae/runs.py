@@ -1,0 +1,204 @@
+"""Run folders: what the command line writes, and how a pair is built again from it.
+
+A run folder holds ``config.json``, ``checkpoint.safetensors``, ``history.jsonl``, ``figures/`` and
+``summary.txt``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pvae import fitting, guides, likelihoods, priors
+from pvae.checkpoint import write_atomically
+from pvae.data import Data, Splits, load
+from pvae.errors import ArgumentError, CheckpointError
+from pvae.networks import activation_named
+from pvae.objectives import ELBO, Objective
+from pvae.pair import VAE
+from pvae.recipes import RECIPES
+from pvae.schedules import Warmup
+
+__all__ = ["GUIDES", "LIKELIHOODS", "NETWORKS", "PRIORS", "Config", "open_run"]
+
+PRIORS: dict[str, Callable[..., Any]] = {
+    "standard_normal": priors.StandardNormal,
+    "normal": priors.Normal,
+    "laplace": priors.Laplace,
+    "flat": priors.Flat,
+}
+GUIDES: dict[str, Callable[..., Any]] = {"mean_field": guides.MeanField, "point": guides.Point}
+LIKELIHOODS = ("bernoulli", "binomial", "categorical", "gaussian")
+NETWORKS = ("mlp", "conv", "resnet")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run was made with; ``None`` where the recipe or the data decide."""
+
+    data: str = "digits"
+    data_dir: str | None = None
+    binarize: str = "none"
+    recipe: str = "vae"
+    prior: str | None = None
+    likelihood: str | None = None
+    sigma: str = "optimal"
+    guide: str | None = None
+    network: str = "mlp"
+    hidden: tuple[int, ...] | None = None
+    activation: str = "ReLU"
+    latent_dim: int = 8
+    warmup: int = 0
+    epochs: int = 100
+    batch_size: int = 64
+    lr: float = 1e-3
+    patience: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("recipe", self.recipe, RECIPES),
+            ("prior", self.prior, PRIORS),
+            ("likelihood", self.likelihood, LIKELIHOODS),
+            ("guide", self.guide, GUIDES),
+            ("network", self.network, NETWORKS),
+        ):
+            if value is not None and value not in known:
+                raise ArgumentError(f"--{name}", f"one of {', '.join(known)}", repr(value))
+        activation_named(self.activation)
+
+    # Data
+
+    def load_data(self, *, fetch: bool = False) -> Splits:
+        """The data, scaled as the likelihood wants them."""
+        splits = load(
+            self.data,
+            self.data_dir,
+            binarize=self.binarize,  # type: ignore[arg-type]
+            seed=self.seed,
+            fetch=fetch,
+        )
+        if self.likelihood_for(splits) == "gaussian" and splits.levels not in (None, 2):
+            scale = 1.0 / (splits.levels - 1)
+
+            def scaled(data: Data) -> Data:
+                return Data(data.arrays, scale, seed=data.seed)
+
+            return Splits(
+                splits.name,
+                scaled(splits.train),
+                scaled(splits.valid),
+                scaled(splits.test),
+                splits.levels,
+            )
+        return splits
+
+    def likelihood_for(self, splits: Splits) -> str:
+        """The likelihood: as asked for, or the natural one of the data."""
+        if self.likelihood is not None:
+            return self.likelihood
+        if self.recipe == "ae" or splits.levels is None:
+            return "gaussian"
+        return "bernoulli" if splits.levels == 2 else "binomial"
+
+    # The pair
+
+    def build(self, splits: Splits) -> VAE:
+        """The pair, untrained."""
+        name, levels = self.likelihood_for(splits), splits.levels
+        options: dict[str, Any] = {
+            "likelihood": self._likelihood(name, splits),
+            "network": self.network,
+            "activation": activation_named(self.activation),
+        }
+        if levels is not None and name != "gaussian":
+            options["in_scale"] = 1.0 / (levels - 1)
+        if self.prior is not None:
+            options["prior"] = PRIORS[self.prior]
+        if self.guide is not None:
+            options["guide"] = GUIDES[self.guide]
+        default = (256, 256) if self.network == "mlp" else (32, 64)
+        return RECIPES[self.recipe].build(
+            splits.event_shape, self.latent_dim, hidden=self.hidden or default, **options
+        )
+
+    def _likelihood(self, name: str, splits: Splits) -> Callable[..., Any]:
+        if name == "gaussian":
+            sigma: float | str = self.sigma
+            if sigma == "optimal" and (self.recipe == "ae" or self.guide == "point"):
+                sigma = 0.5**0.5
+            with contextlib.suppress(ValueError):
+                sigma = float(sigma)
+            return partial(likelihoods.Gaussian, sigma=sigma)
+        if name == "bernoulli":
+            if splits.levels not in (None, 2):
+                raise ArgumentError(
+                    "--likelihood bernoulli",
+                    "binary data",
+                    f"data with {splits.levels} levels",
+                    ["--binarize dynamic", "--likelihood binomial"],
+                )
+            return likelihoods.Bernoulli
+        if splits.levels is None:
+            raise ArgumentError(
+                f"--likelihood {name}",
+                "data with known levels (bytes, digits, binarised)",
+                "real numbers",
+                ["--likelihood gaussian"],
+            )
+        if name == "binomial":
+            return partial(likelihoods.Binomial, total_count=splits.levels - 1)
+        return partial(likelihoods.Categorical, levels=splits.levels)
+
+    def objective(self) -> Objective:
+        """What is maximised."""
+        return ELBO(beta=Warmup(self.warmup, "epochs")) if self.warmup else ELBO()
+
+    # The file
+
+    def write(self, folder: Path) -> None:
+        """Writes ``config.json``."""
+        write_atomically(folder / "config.json", json.dumps(asdict(self), indent=2).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Config:
+        """Reads ``config.json``.
+
+        Raises:
+            CheckpointError: If the folder isn't a run.
+        """
+        path = folder / "config.json"
+        try:
+            values = json.loads(path.read_text())
+            known = {f.name for f in fields(cls)}
+            if not isinstance(values, dict) or set(values) - known:
+                raise ValueError("other names than those of a run")
+            hidden = values.get("hidden")
+            return cls(**{**values, "hidden": None if hidden is None else tuple(hidden)})
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                str(path),
+                "the config.json of a run",
+                f"{type(error).__name__}: {error}",
+                ["pvae train --out DIR first, then the folder DIR"],
+            ) from error
+
+
+def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Splits]:
+    """The configuration, the trained pair (on the device) and the data of a run.
+
+    Raises:
+        CheckpointError: If the folder isn't a run, or its files are damaged.
+    """
+    folder = Path(folder)
+    config = Config.read(folder)
+    splits = config.load_data()
+    vae = config.build(splits)
+    fitting.load(folder, vae.model, vae.guide)
+    fitting.place(vae.model, vae.guide, device)
+    return config, vae, splits

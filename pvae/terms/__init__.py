@@ -1,0 +1,23 @@
+"""Terms: one traced pass of a pair, as log densities per particle, datum and site.
+
+Every tool (objectives, bounds, diagnostics, export) reads these; nobody else traces a pair.
+`inspect_pair` finds out once what a pair is made of, `compute` runs it on a batch, `stream` on a
+data set in chunks of bounded memory.
+"""
+
+from pvae.terms.chunks import first_batch, inspect_source, stream
+from pvae.terms.passes import compute
+from pvae.terms.result import SiteTerms, Terms
+from pvae.terms.structure import Structure, evaluating, inspect_pair
+
+__all__ = [
+    "SiteTerms",
+    "Structure",
+    "Terms",
+    "compute",
+    "evaluating",
+    "first_batch",
+    "inspect_pair",
+    "inspect_source",
+    "stream",
+]

@@ -1,0 +1,150 @@
+"""Passes over a whole data set, in chunks of bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.data import Source
+from pvae.errors import PairError, check_int
+from pvae.terms.passes import compute
+from pvae.terms.result import Terms
+from pvae.terms.structure import Structure, evaluating, inspect_pair
+
+__all__ = ["first_batch", "inspect_source", "stream"]
+
+
+def first_batch(source: Source, num_rows: int) -> tuple[Tensor, ...]:
+    """The first rows of a source; a DataLoader's first batch."""
+    return next(source.all(min(num_rows, source.num_rows)))[1]
+
+
+def inspect_source(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    source: Source,
+    num_rows: int = 128,
+    plate: str | None = None,
+) -> Structure:
+    """What a pair is made of, by a batch of ``num_rows`` rows, or by all rows.
+
+    A pair that subsamples itself insists on all of the data; one that doesn't run on a batch is
+    tried with them.
+    """
+    try:
+        structure = inspect_pair(model, guide, first_batch(source, num_rows), plate)
+    except PairError:
+        if source.device.type != "cpu" or num_rows >= source.num_rows:
+            raise
+        whole: Structure | None = None
+        with contextlib.suppress(PairError):
+            whole = inspect_pair(model, guide, first_batch(source, source.num_rows), plate)
+        if whole is None or whole.subsample_size is None:
+            raise
+        return whole
+    if structure.subsample_size is not None and num_rows < source.num_rows:
+        return inspect_pair(model, guide, first_batch(source, source.num_rows), plate)
+    return structure
+
+
+def stream(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    source: Source,
+    structure: Structure,
+    num_particles: int = 1,
+    max_rows: int = 8192,
+    given: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> Iterator[tuple[slice, Terms]]:
+    """Terms of every datum in order, in evaluation mode without gradients.
+
+    A chunk has at most ``max_rows`` rows, counting each particle of a datum as one, so memory
+    doesn't grow with K * N. Where K alone is larger, the particles of a datum come in several
+    chunks, one after another, and add up to K.
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        source: The data.
+        structure: What `inspect_pair` found.
+        num_particles: K.
+        max_rows: The bound on rows.
+        given: Values of guide sites that aren't to be drawn.
+        options: For `compute`.
+
+    Yields:
+        The rows that a chunk has, and their terms.
+    """
+    check_int("max_rows", max_rows)
+    with evaluating(structure.modules):
+        if structure.subsample_size is not None:
+            parts = _self_subsampled(source, structure)
+        else:
+            parts = _chunks(source, max(1, min(1024, max_rows // num_particles)))
+        for rows, keep, batch, indices in parts:
+            size = structure.subsample_size or len(batch[0])
+            at_once = max(1, min(num_particles, max_rows // size))
+            done = 0
+            while done < num_particles:
+                k = min(at_once, num_particles - done)
+                terms = compute(
+                    model,
+                    guide,
+                    batch,
+                    structure=structure,
+                    num_particles=k,
+                    given={**(given or {}), **indices},
+                    **options,
+                )
+                yield rows, terms if keep is None else _rows_of(terms, keep)
+                done += k
+
+
+Chunk = tuple[slice, int | None, tuple[Tensor, ...], dict[str, Tensor]]
+
+
+def _chunks(source: Source, size: int) -> Iterator[Chunk]:
+    for start, batch in source.all(size):
+        yield slice(start, start + len(batch[0])), None, batch, {}
+
+
+def _self_subsampled(source: Source, structure: Structure) -> Iterator[Chunk]:
+    """Visits every datum of a pair that subsamples itself, by setting its plate's indices.
+
+    The plate insists on its subsample size, so the last chunk is filled up with rows that are
+    dropped afterwards.
+    """
+    size, total = structure.subsample_size or 1, source.num_rows
+    everything = torch.arange(total, device=source.device)
+    batch = source.rows(everything)
+    for start in range(0, total, size):
+        stop = min(start + size, total)
+        indices = torch.arange(start, start + size, device=source.device) % total
+        keep = stop - start if stop - start < size else None
+        yield slice(start, stop), keep, batch, {structure.plate: indices}
+
+
+def _rows_of(terms: Terms, count: int) -> Terms:
+    """The first rows of a chunk."""
+    for site in terms.sites.values():
+        if not site.is_local:
+            continue
+        for key in (
+            "value",
+            "log_p",
+            "log_q",
+            "log_p_dims",
+            "log_q_dims",
+            "scaled_log_p",
+            "scaled_log_q",
+        ):
+            tensor = getattr(site, key)
+            if tensor is not None:
+                setattr(site, key, tensor[:, :count])
+    terms.num_rows = count
+    return terms

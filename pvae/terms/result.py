@@ -1,0 +1,224 @@
+"""The result of a pass: terms per site, and their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pvae.errors import UndefinedError
+from pvae.terms.structure import Structure
+
+__all__ = ["SiteTerms", "Terms"]
+
+Kind = Literal["observed", "latent", "auxiliary", "factor", "penalty", "enumerated"]
+
+
+@dataclass
+class SiteTerms:
+    """One site of a pass over N data with K particles.
+
+    Log densities have shape ``(K, N)`` inside the data plate (``is_local``) and ``(K,)`` outside.
+    Masks are applied. The data plate's scale and ``poutine.scale`` are not; the ``scaled_``
+    versions have them, as Pyro's own ELBOs do.
+
+    Attributes:
+        name: The site's name.
+        kind: ``"observed"``, ``"latent"``, ``"auxiliary"`` (guide only), ``"factor"``,
+            ``"penalty"`` (a marked factor), or ``"enumerated"`` (sites summed out together).
+        is_local: Whether it is inside the data plate.
+        value: Its value, shape ``(K, N, ...)`` or ``(K, ...)``; None for enumerated ones.
+        model: The model's distribution; where particles were looped, the last one's.
+        guide: The guide's distribution; likewise.
+        log_p: The model's log density.
+        log_q: The guide's.
+        log_p_dims: The model's log density by dimension, ``(K, N, *event_shape)``, if asked for.
+        log_q_dims: The guide's.
+        scaled_log_p: ``log_p`` with all scales.
+        scaled_log_q: ``log_q`` with all scales.
+    """
+
+    name: str
+    kind: Kind
+    is_local: bool
+    value: Tensor | None = None
+    model: Any = None
+    guide: Any = None
+    log_p: Tensor | None = None
+    log_q: Tensor | None = None
+    log_p_dims: Tensor | None = None
+    log_q_dims: Tensor | None = None
+    scaled_log_p: Tensor | None = None
+    scaled_log_q: Tensor | None = None
+
+
+@dataclass
+class Terms:
+    """The terms of N data under K particles; every sum over sites has shape ``(K, N)``.
+
+    Attributes:
+        sites: By name, in the order of the guide and then the model.
+        num_particles: K.
+        num_rows: N.
+        structure: What the pair is made of.
+        guide_trace: Pyro's trace of the guide; None where particles were looped.
+        model_trace: Pyro's trace of the model; likewise.
+        stopped_log_q: log q with the guide's parameters stopped, ``(K, N)``, if asked for.
+        stopped_global_log_q: The same of global sites, ``(K,)``.
+    """
+
+    sites: dict[str, SiteTerms]
+    num_particles: int
+    num_rows: int
+    structure: Structure
+    like: Tensor
+    guide_trace: Any = None
+    model_trace: Any = None
+    stopped_log_q: Tensor | None = None
+    stopped_global_log_q: Tensor | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    looped: list[Terms] = field(default_factory=list)
+
+    @property
+    def passes(self) -> list[Terms]:
+        """The passes that these terms come from: one, or one a particle where they were looped."""
+        return self.looped or [self]
+
+    def _sum(self, pick: Callable[[SiteTerms], Tensor | None], *, local: bool) -> Tensor:
+        shape = (self.num_particles, self.num_rows) if local else (self.num_particles,)
+        total: Tensor | None = None
+        for site in self.sites.values():
+            if site.is_local != local or site.kind == "penalty":
+                continue
+            value = pick(site)
+            if value is not None:
+                total = value if total is None else total + value
+        return self.like.new_zeros(shape) if total is None else total
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """log p(x | z): observed sites and unmarked factors. Shape ``(K, N)``."""
+        self._require_split()
+        return self._sum(lambda s: None if s.kind == "latent" else s.log_p, local=True)
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p(z) of local latents. Shape ``(K, N)``."""
+        self._require_split()
+        return self._sum(lambda s: s.log_p if s.kind == "latent" else None, local=True)
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z) given global latents. Shape ``(K, N)``."""
+        return self._sum(lambda s: s.log_p, local=True)
+
+    @property
+    def log_q(self) -> Tensor:
+        """log q of all local guide sites, auxiliary ones included. Shape ``(K, N)``."""
+        return self._sum(lambda s: s.log_q, local=True)
+
+    @property
+    def log_weight(self) -> Tensor:
+        """log p(x, z) - log q(z | x), given global latents. Shape ``(K, N)``."""
+        return self.log_joint - self.log_q
+
+    @property
+    def global_log_p(self) -> Tensor:
+        """log p of what is outside the data plate. Shape ``(K,)``."""
+        return self._sum(lambda s: s.log_p, local=False)
+
+    @property
+    def global_log_q(self) -> Tensor:
+        """log q of what is outside the data plate. Shape ``(K,)``."""
+        return self._sum(lambda s: s.log_q, local=False)
+
+    @property
+    def penalties(self) -> dict[str, Tensor]:
+        """What each marked factor adds to the objective, ``(K, N)`` or ``(K,)``, by site."""
+        found = [s for s in self.sites.values() if s.kind == "penalty"]
+        of_model = {s.name: s.log_p for s in found if s.log_p is not None}
+        return of_model | {s.name: -s.log_q for s in found if s.log_q is not None}
+
+    def elbo_per_datum(self) -> tuple[Tensor, Tensor]:
+        """The ELBO and its log likelihood per datum, averaged over particles: two scalars.
+
+        No beta, no penalty and no ``poutine.scale`` is in them. A global latent's share is divided
+        by the data plate's full size.
+        """
+        full = self.structure.divisor(self.num_rows)
+        outside = (self.global_log_p - self.global_log_q).mean() / full
+        elbo = self.log_weight.mean() + outside
+        if "joint" in self.notes:
+            return elbo, torch.full_like(elbo, float("nan"))
+        return elbo, self.log_likelihood.mean()
+
+    def scaled(self, pick: Literal["likelihood", "prior", "q", "penalty"]) -> Tensor:
+        """A part of the plate-scaled objective, local and global: one number a particle, ``(K,)``.
+
+        These have every scale in them, ``poutine.scale`` too, and add up to what Pyro's ELBOs
+        return: likelihood + prior - q + penalty.
+        """
+        parts = []
+        for site in self.sites.values():
+            p, q = site.scaled_log_p, site.scaled_log_q
+            if site.kind == "penalty":
+                signed = [x for x in (p, None if q is None else -q) if x is not None]
+                parts += signed if pick == "penalty" else []
+            elif pick == "q":
+                parts += [] if q is None else [q]
+            elif pick == ("prior" if site.kind == "latent" else "likelihood"):
+                parts += [] if p is None else [p]
+        total = self.like.new_zeros(self.num_particles)
+        for part in parts:
+            total = total + (part.sum(1) if part.dim() == 2 else part)
+        return total
+
+    def _require_split(self) -> None:
+        for site in self.sites.values():
+            if site.kind == "enumerated" and site.value is None and "joint" in self.notes:
+                raise UndefinedError(
+                    "log p(x | z) and log p(z) apart",
+                    "data and latents that don't share an enumerated latent",
+                    f"sites summed out together: {site.name}",
+                    ["log_joint, which is defined"],
+                )
+
+
+def stack(passes: Iterable[Terms]) -> Terms:
+    """Puts passes of one particle each together, particle by particle."""
+    all_terms = list(passes)
+    first = all_terms[0]
+    sites = {}
+    for name, site in first.sites.items():
+        others = [t.sites[name] for t in all_terms]
+        merged = SiteTerms(
+            name, site.kind, site.is_local, model=others[-1].model, guide=others[-1].guide
+        )
+        for key in (
+            "value",
+            "log_p",
+            "log_q",
+            "log_p_dims",
+            "log_q_dims",
+            "scaled_log_p",
+            "scaled_log_q",
+        ):
+            if getattr(site, key) is not None:
+                setattr(merged, key, torch.cat([getattr(o, key) for o in others]))
+        sites[name] = merged
+    result = Terms(
+        sites,
+        len(all_terms),
+        first.num_rows,
+        first.structure,
+        first.like,
+        notes=first.notes,
+        looped=all_terms,
+    )
+    for key in ("stopped_log_q", "stopped_global_log_q"):
+        if getattr(first, key) is not None:
+            setattr(result, key, torch.cat([getattr(t, key) for t in all_terms]))
+    return result

@@ -1,0 +1,280 @@
+"""Conformance tests for parts and pairs, yours as well as pvae's own.
+
+`check_conditional` tests a prior, a likelihood or a guide family; `check_pair` a model and its
+guide. Both raise a `ContractError` that names the rule that is broken, and return nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.conditional import Conditional
+from pvae.errors import ContractError, PvaeError, UndefinedError
+from pvae.objectives import ELBO
+
+__all__ = ["check_conditional", "check_pair"]
+
+
+def _require(rule: str, holds: object, actual: str, *fixes: str) -> None:
+    if not bool(holds):
+        raise ContractError(rule.split(":")[0], rule.split(":", 1)[1].strip(), actual, fixes)
+
+
+def check_conditional(
+    conditional: Conditional, *context: Tensor, value: Tensor | None = None, tolerance: float = 1e-4
+) -> None:
+    """Tests the contract of a `Conditional`.
+
+    The rules: it returns a Pyro distribution with its event shape complete and one batch
+    dimension for each of the context's; what it draws, it can score, with a finite number each;
+    it can be expanded, as plates do; a further leading dimension of the context (particles) gives
+    what a loop gives; everything in it follows ``.double()``; every parameter gets a gradient;
+    Pyro's parameter store stays as it was.
+
+    Arguments:
+        conditional: What to test; a copy is used.
+        context: A batch of context, N of each; none for a prior.
+        value: A value to score, shape ``(N, *event_shape)``, where none can be drawn.
+        tolerance: Largest difference of log densities, relative to their size.
+
+    Raises:
+        ContractError: If a rule is broken.
+
+    Example:
+        >>> from pvae import priors
+        >>> check_conditional(priors.Laplace(3))
+    """
+    before = dict(pyro.get_param_store().named_parameters())
+    conditional = copy.deepcopy(conditional).eval()
+    with randomness.forked(seed=0):
+        fn = conditional(*context)
+        _require(
+            "forward: a Pyro distribution", isinstance(fn, dist.Distribution), type(fn).__name__
+        )
+        _check_shapes(conditional, fn, context)
+        drawn = _draw(fn, value)
+        log_prob = fn.log_prob(drawn)
+        _require(
+            "log_prob: one number for each value of the batch",
+            log_prob.shape == fn.batch_shape,
+            f"shape {tuple(log_prob.shape)} for batch_shape {tuple(fn.batch_shape)}",
+            ".to_event(k)",
+        )
+        _require("log_prob: finite at its own draws", log_prob.isfinite().all(), f"{log_prob}")
+        expanded = fn.expand(torch.Size([2, *fn.batch_shape])).log_prob(drawn)
+        _require(
+            "expand: the same log density for each copy",
+            expanded.shape == (2, *fn.batch_shape) and _close(expanded[1], log_prob, tolerance),
+            f"{expanded} against {log_prob}",
+        )
+        if context:
+            _check_particles(conditional, context, drawn, tolerance)
+        _check_gradients(conditional, context, drawn)
+        _check_double(conditional, context)
+    _require(
+        "parameters: none in Pyro's global store",
+        dict(pyro.get_param_store().named_parameters()) == before,
+        "the store has changed",
+        "nn.Parameter instead of pyro.param",
+    )
+
+
+def _check_shapes(conditional: Conditional, fn: Any, context: tuple[Tensor, ...]) -> None:
+    if conditional.event_shape is not None:
+        _require(
+            f"event_shape: {conditional.event_shape}",
+            tuple(fn.event_shape) == conditional.event_shape,
+            f"{tuple(fn.event_shape)}",
+            ".to_event(k)",
+        )
+    allowed = [()] + ([tuple(context[0].shape[:1])] if context else [])
+    _require(
+        f"batch_shape: {' or '.join(map(str, allowed))}",
+        tuple(fn.batch_shape) in allowed,
+        f"{tuple(fn.batch_shape)}",
+        ".to_event(k)",
+    )
+
+
+def _draw(fn: Any, value: Tensor | None) -> Tensor:
+    if value is not None:
+        return value
+    try:
+        return fn.sample()
+    except UndefinedError:  # an improper density: any value will do
+        return torch.zeros(fn.batch_shape + fn.event_shape)
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1.0))
+
+
+def _check_particles(
+    conditional: Conditional, context: tuple[Tensor, ...], drawn: Tensor, tolerance: float
+) -> None:
+    def shifted(part: Tensor, k: int) -> Tensor:
+        return part.roll(k, dims=0)
+
+    values = [shifted(drawn, k) if len(drawn) == len(context[0]) else drawn for k in range(3)]
+    together = conditional(*(torch.stack([shifted(c, k) for k in range(3)]) for c in context))
+    looped = torch.stack(
+        [conditional(*(shifted(c, k) for c in context)).log_prob(values[k]) for k in range(3)]
+    )
+    both = together.log_prob(torch.stack(values))
+    _require(
+        "leading dimensions: context (K, N, ...) gives what a loop over K gives",
+        both.shape == looped.shape and _close(both, looped, tolerance),
+        f"shape {tuple(both.shape)} for {tuple(looped.shape)}"
+        if both.shape != looped.shape
+        else f"a difference of {float((both - looped).abs().max().detach()):.3g}",
+        "flatten leading dimensions before the network, and restore them",
+    )
+
+
+def _check_gradients(conditional: Conditional, context: tuple[Tensor, ...], drawn: Tensor) -> None:
+    fn = conditional(*context)
+    loss = fn.log_prob(drawn).sum()
+    if fn.has_rsample and not isinstance(_try_rsample(fn), UndefinedError):
+        loss = loss + fn.rsample().sum()
+    parameters = {n: p for n, p in conditional.named_parameters() if p.requires_grad}
+    if not parameters:
+        return
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    idle = [n for n, g in zip(parameters, gradients, strict=True) if g is None]
+    _require("parameters: a gradient for each", not idle, f"none for {', '.join(idle)}")
+
+
+def _try_rsample(fn: Any) -> Any:
+    try:
+        return fn.rsample()
+    except UndefinedError as error:
+        return error
+
+
+def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None:
+    double = copy.deepcopy(conditional).double()
+    parts = [c.double() if c.is_floating_point() else c for c in context]
+    fn = double(*parts)
+    value = _draw(fn, None)
+    value = value.double()
+    log_prob = fn.log_prob(value)
+    _require(
+        "dtype: everything follows .double()",
+        log_prob.dtype == torch.float64,
+        f"log_prob of type {log_prob.dtype}",
+        "register_buffer for constants; build the distribution in forward",
+    )
+
+
+def check_pair(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Tensor,
+    plate: str | None = None,
+    tolerance: float = 1e-4,
+) -> None:
+    """Tests the contract of a pair.
+
+    The rules: its sites match and its data plate can be found; the ELBO over its terms is that of
+    Pyro's ``Trace_ELBO``; several particles at once give what a loop gives (or are looped, with a
+    warning); a datum's terms don't depend on what else is in the batch; every parameter gets a
+    finite gradient; modules leave Pyro's parameter store as it was.
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        batch: What they are called with, at least two data.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        tolerance: Largest difference of log densities, relative to their size.
+
+    Raises:
+        ContractError: If a rule is broken.
+        PairError: If the pair can't be traced.
+    """
+    store = pyro.get_param_store()
+    before = dict(store.named_parameters())
+    structure = t.inspect_pair(model, guide, batch, plate)
+    with t.evaluating(structure.modules), randomness.forked(seed=0):
+        if not structure.enumerated:
+            _check_elbo(model, guide, batch, structure, tolerance)
+        t.compute(model, guide, batch, structure=structure, num_particles=2)
+        if not structure.is_scaled and structure.subsample_size is None:
+            _check_independence(model, guide, batch, structure, tolerance)
+    with randomness.forked(seed=0):
+        _check_pair_gradients(model, guide, batch, structure)
+    if isinstance(model, torch.nn.Module) and isinstance(guide, torch.nn.Module):
+        _require(
+            "parameters: none in Pyro's global store",
+            dict(store.named_parameters()) == before,
+            "the store has changed",
+            "plain nn.Module instead of PyroModule, or pyro.settings module_local_params=True",
+        )
+
+
+def _check_elbo(
+    model: Any, guide: Any, batch: tuple[Tensor, ...], structure: t.Structure, tolerance: float
+) -> None:
+    with randomness.forked(seed=1):
+        theirs = Trace_ELBO().loss(model, guide, *batch)
+    with randomness.forked(seed=1):
+        terms = t.compute(model, guide, batch, structure=structure)
+        objective = ELBO()
+        ours = float(objective.surrogate(terms, objective.make_state(terms.like)))
+    _require(
+        "ELBO: that of Pyro's Trace_ELBO",
+        abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)),
+        f"{ours:.6g} against {theirs:.6g}",
+    )
+
+
+def _check_independence(
+    model: Any, guide: Any, batch: tuple[Tensor, ...], structure: t.Structure, tolerance: float
+) -> None:
+    whole = t.compute(model, guide, batch, structure=structure)
+    rows = len(batch[0])
+    half = rows // 2
+    given = {}
+    for name, site in whole.sites.items():
+        if site.kind in ("latent", "auxiliary") and site.value is not None:
+            value = site.value[0]
+            if site.is_local:
+                axis = value.dim() - len(site.guide.event_shape) + structure.dim
+                value = value.narrow(axis, 0, half)
+            given[name] = value
+    try:
+        part = t.compute(
+            model, guide, tuple(b[:half] for b in batch), structure=structure, given=given
+        )
+    except PvaeError:  # a plate of fixed size
+        return
+    both = (whole.log_weight[:, :half], part.log_weight)
+    _require(
+        "data: a datum's terms don't depend on the rest of the batch",
+        _close(*both, tolerance),
+        f"a difference of {float((both[0] - both[1]).abs().max()):.3g}",
+        "no softmax or norm over the batch dimension",
+    )
+
+
+def _check_pair_gradients(
+    model: Any, guide: Any, batch: tuple[Tensor, ...], structure: t.Structure
+) -> None:
+    objective = ELBO()
+    terms = t.compute(model, guide, batch, structure=structure)
+    loss = objective.surrogate(terms, objective.make_state(terms.like))
+    names, parameters = list(structure.parameters), list(structure.parameters.values())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for name, gradient in zip(names, gradients, strict=True):
+        _require("parameters: a gradient for each", gradient is not None, f"none for {name}")
+        assert gradient is not None  # noqa: S101
+        _require("gradient: finite", gradient.isfinite().all(), f"not finite for {name}")
