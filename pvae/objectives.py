@@ -141,7 +141,7 @@ class Objective(PyroELBO):
         loss = self.differentiable_loss(model, guide, *batch)
         loss.backward()
         self._run_for(model, guide, batch)[1].advance()
-        return float(loss)
+        return float(loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Traces of model and guide, scored, as Pyro's tools expect them."""

@@ -131,9 +131,9 @@ class VAE(nn.Module):
         with _evaluating(self.model):
             prior = self.model.prior(*context)
             _check_prior(prior, context, num_samples)
-            z = prior.expand([num_samples]).sample()
+            z = prior.expand([num_samples])()
             x = self.model.likelihood(z, *context)
-            return _mean_of(OBSERVED, x) if mean else x.sample()
+            return _mean_of(OBSERVED, x) if mean else x()
 
     def encode(self, x: Any, *context: Any, num_samples: int | None = None) -> Tensor:
         """The latent of each datum.
@@ -206,7 +206,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _draw(site: str, fn: Any, num_samples: int | None) -> Tensor:
     if num_samples is None:
         return _mean_of(site, fn)
-    return fn.sample((check_int("num_samples", num_samples),))
+    return fn(torch.Size([check_int("num_samples", num_samples)]))
 
 
 def _mean_of(site: str, fn: Any) -> Tensor:

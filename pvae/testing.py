@@ -6,6 +6,7 @@ guide. Both raise a `ContractError` that names the rule that is broken, and retu
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -110,7 +111,7 @@ def _draw(fn: Any, value: Tensor | None) -> Tensor:
     if value is not None:
         return value
     try:
-        return fn.sample()
+        return fn()
     except UndefinedError:  # an improper density: any value will do
         return torch.zeros(fn.batch_shape + fn.event_shape)
 
@@ -144,21 +145,15 @@ def _check_particles(
 def _check_gradients(conditional: Conditional, context: tuple[Tensor, ...], drawn: Tensor) -> None:
     fn = conditional(*context)
     loss = fn.log_prob(drawn).sum()
-    if fn.has_rsample and not isinstance(_try_rsample(fn), UndefinedError):
-        loss = loss + fn.rsample().sum()
+    if fn.has_rsample:
+        with contextlib.suppress(UndefinedError):
+            loss = loss + fn().sum()
     parameters = {n: p for n, p in conditional.named_parameters() if p.requires_grad}
     if not parameters:
         return
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     idle = [n for n, g in zip(parameters, gradients, strict=True) if g is None]
     _require("parameters: a gradient for each", not idle, f"none for {', '.join(idle)}")
-
-
-def _try_rsample(fn: Any) -> Any:
-    try:
-        return fn.rsample()
-    except UndefinedError as error:
-        return error
 
 
 def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None:
@@ -270,8 +265,9 @@ def _check_pair_gradients(
     model: Any, guide: Any, batch: tuple[Tensor, ...], structure: t.Structure
 ) -> None:
     objective = ELBO()
-    terms = t.compute(model, guide, batch, structure=structure)
-    loss = objective.surrogate(terms, objective.make_state(terms.like))
+    with t.evaluating(structure.modules), torch.enable_grad():
+        terms = t.compute(model, guide, batch, structure=structure)
+        loss = objective.surrogate(terms, objective.make_state(terms.like))
     names, parameters = list(structure.parameters), list(structure.parameters.values())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for name, gradient in zip(names, gradients, strict=True):

@@ -29,9 +29,9 @@ class Batches:
         >>> from pvae.data import as_source
         >>> batches = Batches(as_source(torch.arange(5)), batch_size=2)
         >>> [batch[0].tolist() for batch in batches.epoch(0)]
-        [[4, 3], [1, 2], [0]]
+        [[2, 1], [0, 3], [4]]
         >>> [batch[0].tolist() for batch in batches.epoch(0, start=1)]
-        [[1, 2], [0]]
+        [[0, 3], [4]]
     """
 
     def __init__(

@@ -194,7 +194,7 @@ class ArraySource(Source):
     def _cast(self, tensor: Tensor, position: int) -> Tensor:
         if tensor.is_floating_point():
             return tensor.to(self.dtype)
-        if position > 0 and tensor.dtype in (torch.uint8, torch.bool):
+        if position > 0 and tensor.dtype == torch.uint8:
             return tensor.long()  # labels
         return tensor
 
@@ -276,7 +276,7 @@ def as_source(
             axis; a map-style torch ``Dataset``; a ``DataLoader``; a `Source`.
         device: Where batches are wanted.
         dtype: What floating numbers are cast to; bytes and booleans in the first array, too.
-            Other integers stay as they are.
+            Bytes in other arrays are labels and become integers; all else stays as it is.
 
     Raises:
         DataError: If the data are empty, of unequal lengths, or not numbers.

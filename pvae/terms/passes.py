@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ class _Given(Messenger):
         value = self.values.get(msg["name"])
         if value is None or msg["is_observed"]:
             return
-        if any(f.name == _PARTICLES for f in msg["cond_indep_stack"]):
+        inside = any(f.name == _PARTICLES for f in msg["cond_indep_stack"])
+        if inside and isinstance(msg["fn"], TorchDistributionMixin):
             shape = msg["fn"].batch_shape + msg["fn"].event_shape
             value = value.reshape((1,) * (len(shape) - value.dim()) + value.shape).expand(shape)
         msg["value"] = value
@@ -172,12 +174,10 @@ def _one_pass(
 ) -> Terms:
     def wrapped(program: Any) -> Any:
         """The program under the particle plate, with the given values set."""
-        if given:
-            program = _Given(given)(program)
         if num_particles > 1:
             plate = pyro.plate(_PARTICLES, num_particles, dim=-structure.nesting - 1)
             program = plate(program)
-        return program
+        return _Given(given)(program) if given else program
 
     rank = structure.nesting + (num_particles > 1)
     target = model
@@ -207,12 +207,12 @@ def _score_stopped(guide: Any, batch: Batch, structure: Structure, terms: Terms)
     """
     if isinstance(poutine.unwrap(guide), Messenger):
         raise PairError("guide", "a guide that can be replayed", "an AutoMessenger", ["AutoNormal"])
+    collect = _Collector(structure, terms.num_particles, per_dimension=False)
     with _stopped(structure.parameters.values()):
         replayed = poutine.replay(guide, trace=terms.guide_trace)
         trace = poutine.trace(replayed).get_trace(*batch)
-    collect = _Collector(structure, terms.num_particles, per_dimension=False)
-    for site in _sample_sites(trace):
-        collect.guide(site, in_model=site["name"] in terms.sites)
+        for site in _sample_sites(trace):  # a flow runs its networks only when it is scored
+            collect.guide(site, in_model=site["name"] in terms.sites)
     stopped = collect.terms()
     terms.stopped_log_q, terms.stopped_global_log_q = stopped.log_q, stopped.global_log_q
 
@@ -296,18 +296,18 @@ class _Collector:
         value: Tensor = site["value"]
         if not self.vectorized:
             return value.unsqueeze(0)
+        batch = value.dim() - len(site["fn"].event_shape)
+        if batch < self.rank:  # data, which are the same for all particles
+            return value.unsqueeze(0).expand(self.num_particles, *value.shape)
         own = max(
-            (-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != _PARTICLES),
+            (
+                -f.dim
+                for f in site["cond_indep_stack"]
+                if f.vectorized and f.name != _PARTICLES
+            ),
             default=0,
         )
-        batch = value.dim() - len(site["fn"].event_shape)
-        return (
-            value.reshape(
-                value.shape[: batch - self.structure.nesting] + value.shape[batch - own :]
-            )
-            if batch >= self.rank
-            else value
-        )
+        return value.reshape(value.shape[:1] + value.shape[batch - own :])
 
     def _both(self, site: Any, raw: Tensor, is_local: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
         masked = scale_and_mask(raw, mask=site["mask"])
