@@ -13,28 +13,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pvae import (
-        bounds,
-        checkpoint,
-        conditional,
-        data,
-        diagnostics,
-        engine,
-        errors,
-        guides,
-        likelihoods,
-        networks,
-        objectives,
-        plots,
-        priors,
-        randomness,
-        recipes,
-        report,
-        schedules,
-        sites,
-        terms,
-        testing,
-    )
+    import pvae.bounds as bounds
+    import pvae.checkpoint as checkpoint
+    import pvae.conditional as conditional
+    import pvae.data as data
+    import pvae.diagnostics as diagnostics
+    import pvae.engine as engine
+    import pvae.errors as errors
+    import pvae.guides as guides
+    import pvae.likelihoods as likelihoods
+    import pvae.networks as networks
+    import pvae.objectives as objectives
+    import pvae.plots as plots
+    import pvae.priors as priors
+    import pvae.randomness as randomness
+    import pvae.recipes as recipes
+    import pvae.report as report
+    import pvae.schedules as schedules
+    import pvae.sites as sites
+    import pvae.terms as terms
+    import pvae.testing as testing
     from pvae.conditional import Conditional
     from pvae.errors import PvaeError, PvaeWarning
     from pvae.fitting import Fit, fit, load

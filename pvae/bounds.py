@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pvae import randomness
 from pvae import terms as t
-from pvae.data import Source, as_source
+from pvae.data import Source, as_source, check_rows
 from pvae.errors import UndefinedError, check_int
 
 __all__ = ["Bound", "elbo", "evidence", "prepare"]
@@ -223,6 +223,7 @@ def prepare(
         return as_source(data, structure.device, structure.dtype), structure
     like = _first_tensor(model, guide)
     source = as_source(data, like.device, like.dtype)
+    check_rows(source)
     structure = t.inspect_source(model, guide, source, plate=plate)
     return as_source(data, structure.device, structure.dtype), structure
 

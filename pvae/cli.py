@@ -113,7 +113,7 @@ def train(
         seed=seed,
     )
     config = _prepare_folder(folder, asked, resume=resume, overwrite=overwrite)
-    _train(folder, config, device, resume=resume, fetch=download)
+    _train(folder, config, device, resume=resume, overwrite=overwrite, fetch=download)
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:
@@ -132,51 +132,53 @@ def _prepare_folder(folder: Path, asked: Config, *, resume: bool, overwrite: boo
     from pvae.runs import Config
 
     exists = (folder / "config.json").exists()
+    if resume and overwrite:
+        raise ArgumentError("--overwrite", "either --resume or --overwrite", "both")
     if resume and exists:
         there, fresh = Config.read(folder), Config()
         return replace(there, epochs=asked.epochs) if asked.epochs != fresh.epochs else there
     if resume:
         raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
-    if folder.exists() and any(folder.iterdir()):
-        if not exists or not overwrite:
-            raise ArgumentError(
-                f"--out {folder}",
-                "a new or empty folder",
-                "a run" if exists else "a folder with other files",
-                ["--resume, to go on with it", "--overwrite, to replace it"]
-                if exists
-                else ["--out with another name"],
-            )
-        for name in ("checkpoint.safetensors", "history.jsonl", "summary.txt"):
-            (folder / name).unlink(missing_ok=True)
+    in_use = folder.exists() and any(folder.iterdir())
+    if in_use and not (exists and overwrite):
+        raise ArgumentError(
+            f"--out {folder}",
+            "a new or empty folder",
+            "a run" if exists else "a folder with other files",
+            ["--resume, to go on with it", "--overwrite, to replace it"]
+            if exists
+            else ["--out with another name"],
+        )
     return asked
 
 
-def _train(folder: Path, config: Config, device: str, *, resume: bool, fetch: bool) -> None:
+def _train(
+    folder: Path, config: Config, device: str, *, resume: bool, overwrite: bool, fetch: bool
+) -> None:
     import pvae
     from pvae import randomness, report
 
     splits = config.load_data(fetch=fetch)
     with randomness.forked(config.seed):
         vae = config.build(splits)
-    folder.mkdir(parents=True, exist_ok=True)
-    config.write(folder)
-    run = pvae.fit(
-        vae.model,
-        vae.guide,
-        _without_labels(splits.train),
-        config.objective(),
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        valid=_without_labels(splits.valid),
-        patience=config.patience,
-        device=device,
-        seed=config.seed,
-        folder=folder,
-        resume=resume,
-        progress=sys.stderr.isatty(),
-    )
+    with config.written(folder):
+        run = pvae.fit(
+            vae.model,
+            vae.guide,
+            _without_labels(splits.train),
+            config.objective(),
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            valid=_without_labels(splits.valid),
+            patience=config.patience,
+            device=device,
+            seed=config.seed,
+            folder=folder,
+            resume=resume,
+            overwrite=overwrite,
+            progress=sys.stderr.isatty(),
+        )
     if run.interrupted:
         typer.echo(f"interrupted; to go on: pvae train --resume --out {folder}", err=True)
         raise typer.Exit(130)

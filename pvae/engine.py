@@ -135,7 +135,7 @@ class Stepper:
         parameters = [] if self.bad_parameters is None else self.bad_parameters.tolist()
         return Failure(
             at,
-            tuple(n for n, bad in zip(self.site_names, sites, strict=False) if bad),
+            tuple(dict.fromkeys(n for n, bad in zip(self.site_names, sites, strict=False) if bad)),
             tuple(n for n, bad in zip(self.with_grad, parameters, strict=False) if bad),
         )
 
@@ -226,13 +226,12 @@ class _Backup:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        with torch.no_grad():
-            self.versions = [v._version for v in tensors]
-            self.copies = [v.detach().clone() for v in tensors]
+        self.copies = [tensor.detach().clone() for tensor in tensors]
 
     def restore_unless(self, ok: Tensor) -> None:
-        """Puts back what has changed, where not ``ok``."""
+        """Puts the copies back where not ``ok``."""
+        if ok.device.type == "cpu" and bool(ok):  # nothing to wait for
+            return
         with torch.no_grad():
-            for tensor, version, copy in zip(self.tensors, self.versions, self.copies, strict=True):
-                if tensor._version != version:
-                    tensor.copy_(torch.where(ok, tensor, copy))
+            for tensor, copy in zip(self.tensors, self.copies, strict=True):
+                tensor.copy_(torch.where(ok, tensor, copy))

@@ -36,6 +36,9 @@ class PvaeError(Exception):
         actual: What was there.
         fixes: What to try, most likely first.
 
+    With ``where`` alone that is the message: Pyro adds shapes to an error's text and raises it
+    anew, with the first error as its cause.
+
     Example:
         >>> print(PvaeError("latent_dim", "an integer of at least 1", "0", ["latent_dim=2"]))
         latent_dim: expected an integer of at least 1; got 0.
@@ -43,10 +46,13 @@ class PvaeError(Exception):
     """
 
     def __init__(
-        self, where: str, expected: str, actual: str | None = None, fixes: Sequence[str] = ()
+        self, where: str, expected: str = "", actual: str | None = None, fixes: Sequence[str] = ()
     ) -> None:
         self.where, self.expected, self.actual = where, expected, actual
         self.fixes = tuple(fixes)
+        if not expected:
+            super().__init__(where)
+            return
         got = "" if actual is None else f"; got {actual}"
         lines = [f"{where}: expected {expected}{got}."]
         lines += [("  Try: " if i == 0 else "   or: ") + fix for i, fix in enumerate(self.fixes)]

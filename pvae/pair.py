@@ -54,6 +54,7 @@ class Model(nn.Module):
             prior = self.prior(*context)
             _check_prior(prior, context, size)
             z = pyro.sample(LATENT, prior)
+            _check_latent(z, prior)
             likelihood = self.likelihood(z, *context)
             _check_batch(OBSERVED, likelihood, z.shape[: z.dim() - len(prior.event_shape)])
             if x is not None:
@@ -240,6 +241,17 @@ def _check_prior(prior: Any, context: Sequence[Tensor], size: int) -> None:
             "batch_shape ()" + (f" or ({size},)" if context else ""),
             f"batch_shape {batch}, event_shape {tuple(prior.event_shape)}",
             [f".to_event({len(batch)})"],
+        )
+
+
+def _check_latent(z: Tensor, prior: Any) -> None:
+    event = tuple(prior.event_shape)
+    if tuple(z.shape[z.dim() - len(event) :]) != event:
+        raise PairError(
+            f"site '{LATENT}'",
+            f"a latent of shape {event}, as the prior's event_shape says",
+            f"one of shape {tuple(z.shape)} from the guide",
+            ["the same latent_dim in prior, decoder and guide"],
         )
 
 

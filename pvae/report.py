@@ -143,6 +143,8 @@ def _advice(
     history: list[dict[str, Any]],
 ) -> str:
     """One line on what to do next, by the largest trouble seen."""
+    if best is None:
+        return "for draws of x and an evidence, make the guide stochastic: --recipe vae"
     if active is not None and active[0] == 0:
         return "no latent dimension is used (posterior collapse): try --warmup, a KL warm-up"
     values = [r.get("valid_elbo", r.get("valid_log_joint")) for r in history]
@@ -154,8 +156,6 @@ def _advice(
             return "the validation value still rises: more --epochs, with --resume"
         if known.index(max(known)) < 0.7 * len(known):
             return "the validation value fell after its best epoch: --patience 10, or a smaller net"
-    if best is None:
-        return "for draws of x and an evidence, make the guide stochastic: --recipe vae"
     gap = best.mean - lower.mean
     if best is not lower and lower.rate is not None and gap > 0.5 * abs(lower.rate.mean):
         return f"the bound is loose by at least {gap:.1f} nats: a larger encoder, or another guide"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from pvae import fitting, guides, likelihoods, priors
 from pvae.checkpoint import write_atomically
 from pvae.data import Data, Splits, load
-from pvae.errors import ArgumentError, CheckpointError
+from pvae.errors import ArgumentError, CheckpointError, PvaeError, TrainingError
 from pvae.networks import activation_named
 from pvae.objectives import ELBO, Objective
 from pvae.pair import VAE
@@ -164,6 +164,25 @@ class Config:
     def write(self, folder: Path) -> None:
         """Writes ``config.json``."""
         write_atomically(folder / "config.json", json.dumps(asdict(self), indent=2).encode())
+
+    @contextlib.contextmanager
+    def written(self, folder: Path) -> Iterator[None]:
+        """Writes ``config.json``, and puts things back if the training is refused."""
+        existed, path = folder.exists(), folder / "config.json"
+        before = path.read_bytes() if path.exists() else None
+        self.write(folder)
+        try:
+            yield
+        except TrainingError:
+            raise
+        except PvaeError:
+            if before is not None:
+                write_atomically(path, before)
+            else:
+                path.unlink()
+            if not existed:
+                folder.rmdir()
+            raise
 
     @classmethod
     def read(cls, folder: Path) -> Config:

@@ -60,6 +60,12 @@ def check_conditional(
     with randomness.forked(seed=0):
         fn = conditional(*context)
         _require(
+            "parameters: none in Pyro's global store",
+            dict(pyro.get_param_store().named_parameters()) == before,
+            "the store has changed",
+            "nn.Parameter instead of pyro.param",
+        )
+        _require(
             "forward: a Pyro distribution", isinstance(fn, dist.Distribution), type(fn).__name__
         )
         _check_shapes(conditional, fn, context)
@@ -82,12 +88,6 @@ def check_conditional(
             _check_particles(conditional, context, drawn, tolerance)
         _check_gradients(conditional, context, drawn)
         _check_double(conditional, context)
-    _require(
-        "parameters: none in Pyro's global store",
-        dict(pyro.get_param_store().named_parameters()) == before,
-        "the store has changed",
-        "nn.Parameter instead of pyro.param",
-    )
 
 
 def _check_shapes(conditional: Conditional, fn: Any, context: tuple[Tensor, ...]) -> None:
@@ -113,7 +113,7 @@ def _draw(fn: Any, value: Tensor | None) -> Tensor:
     try:
         return fn()
     except UndefinedError:  # an improper density: any value will do
-        return torch.zeros(fn.batch_shape + fn.event_shape)
+        return torch.zeros(fn.batch_shape + fn.event_shape, dtype=torch.float64)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -151,7 +151,9 @@ def _check_gradients(conditional: Conditional, context: tuple[Tensor, ...], draw
     parameters = {n: p for n, p in conditional.named_parameters() if p.requires_grad}
     if not parameters:
         return
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     idle = [n for n, g in zip(parameters, gradients, strict=True) if g is None]
     _require("parameters: a gradient for each", not idle, f"none for {', '.join(idle)}")
 
@@ -160,9 +162,7 @@ def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None
     double = copy.deepcopy(conditional).double()
     parts = [c.double() if c.is_floating_point() else c for c in context]
     fn = double(*parts)
-    value = _draw(fn, None)
-    value = value.double()
-    log_prob = fn.log_prob(value)
+    log_prob = fn.log_prob(_draw(fn, None))
     _require(
         "dtype: everything follows .double()",
         log_prob.dtype == torch.float64,

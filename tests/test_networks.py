@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from pvae.errors import ArgumentError, PairError
 from pvae.networks import MLP, ConvDecoder, ConvEncoder
@@ -37,12 +38,14 @@ def test_leading_dimensions_are_a_loop(
 ) -> None:
     shape = (2, 7, 5)
     if kind == "mlp":
-        encoder, decoder = MLP(shape, 4), MLP(4, shape)
+        networks: tuple[nn.Module, nn.Module] = MLP(shape, 4), MLP(4, shape)
     else:
-        options = {"residual": kind == "resnet"}
-        encoder = ConvEncoder(shape, 4, (3, 3), **options)  # type: ignore[assignment]
-        decoder = ConvDecoder(4, shape, (3, 3), **options)  # type: ignore[assignment]
-    encoder, decoder = encoder.to(device), decoder.to(device)
+        residual = kind == "resnet"
+        networks = (
+            ConvEncoder(shape, 4, (3, 3), residual=residual),
+            ConvDecoder(4, shape, (3, 3), residual=residual),
+        )
+    encoder, decoder = (network.to(device) for network in networks)
     x = torch.rand(*batch, *shape, device=device)
     z = encoder(x)
     assert z.shape == (*batch, 4)

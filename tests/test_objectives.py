@@ -163,7 +163,7 @@ def test_a_schedule_advances_by_training_steps_alone(device: torch.device) -> No
     betas = []
     for _ in range(6):
         objective.loss(model, guide, *batch)  # evaluation: no advance
-        betas.append(float(objective._run_for(model, guide, batch)[1].beta))
+        betas.append(objective._run_for(model, guide, batch)[1].get_buffer("beta").item())
         objective.loss_and_grads(model, guide, *batch)
     assert betas == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 

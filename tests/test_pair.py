@@ -127,7 +127,9 @@ def test_samples_follow_the_sampling_algorithm(device: torch.device) -> None:
     torch.manual_seed(3)
     with torch.no_grad():
         z = torch.randn(5, Q, device=device)
-        assert torch.equal(ours, torch.bernoulli(pair.model.likelihood.network(z).sigmoid()))
+        assert torch.equal(
+            ours, torch.bernoulli(pair.model.likelihood.get_submodule("network")(z).sigmoid())
+        )
 
 
 def test_samples_have_the_models_moments(device: torch.device) -> None:

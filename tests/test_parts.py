@@ -50,7 +50,8 @@ class ByHand(Conditional):
         self.register_buffer("one", torch.ones(Q))
 
     def forward(self, *context: Tensor) -> Any:
-        return dist.StudentT(3 * self._buffers["one"], self.loc, self._buffers["one"]).to_event(1)
+        one = self.get_buffer("one")
+        return dist.StudentT(3 * one, self.loc, one).to_event(1)
 
 
 def flow() -> Conditional:

@@ -5,8 +5,8 @@
 """
 
 from pvae.data.batches import Batches
-from pvae.data.download import download
 from pvae.data.readers import Splits, load, read_idx
+from pvae.data.remote import download
 from pvae.data.sources import Data, Source, as_source, check_rows
 from pvae.data.toys import LinearGaussian, principal_components
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pvae.data.download import REMOTE, download
+from pvae.data.remote import REMOTE, download
 from pvae.data.sources import BINARIZE, Binarize, Data, MappedRows
 from pvae.errors import ArgumentError, DataError, check_number
 

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from pvae import bounds, checkpoint, randomness
 from pvae import terms as t
-from pvae.data import Batches, as_source
+from pvae.data import Batches, as_source, check_rows
 from pvae.data.sources import LoaderSource
 from pvae.engine import OptimizerLike, Stepper, make_optimizer
 from pvae.errors import (
     ArgumentError,
     CheckpointError,
+    PairError,
     PvaeWarning,
     TrainingError,
     check_int,
@@ -65,6 +66,7 @@ def fit(
     seed: int = 0,
     folder: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     save_every: int = 1,
     save_steps: int | None = None,
     progress: bool = True,
@@ -101,6 +103,7 @@ def fit(
         folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``.
         resume: Continue from the folder's checkpoint, if there is one. The result is bit for bit
             that of a training that was never stopped, on the same machine, versions and threads.
+        overwrite: Replace the folder's training, once everything has been checked.
         save_every: Epochs between checkpoints.
         save_steps: Steps between checkpoints within an epoch, for long ones; not for a
             ``DataLoader``, whose order is its own.
@@ -142,6 +145,7 @@ def fit(
         seed=seed,
         folder=folder,
         resume=resume,
+        overwrite=overwrite,
         save_every=save_every,
         save_steps=save_steps,
         progress=progress,
@@ -183,6 +187,7 @@ class Fit:
         seed: int,
         folder: str | Path | None,
         resume: bool,
+        overwrite: bool,
         save_every: int,
         save_steps: int | None,
         progress: bool,
@@ -202,12 +207,17 @@ class Fit:
             )
         self.objective = _as_objective(objective, plate)
         self.folder = None if folder is None else Path(folder)
-        self._check_folder(resume=resume)
+        self._check_folder(resume=resume, overwrite=overwrite)
 
         where, dtype = place(model, guide, device)
         source = as_source(data, where, dtype)
         rows = source.num_rows if batch_size is None else check_int("batch_size", batch_size)
-        self.structure = t.inspect_source(model, guide, source, min(rows, source.num_rows), plate)
+        try:
+            num_rows = min(rows, source.num_rows)
+            self.structure = t.inspect_source(model, guide, source, num_rows, plate)
+        except PairError:
+            check_rows(source)  # was it the data?
+            raise
         check_parameters(self.structure)
         if self.structure.subsample_size is not None:
             rows = source.num_rows
@@ -264,6 +274,9 @@ class Fit:
                 )
                 self._rng = randomness.get_state()
             self.history.write(self._history_file)
+        elif overwrite and self.folder is not None:  # everything has been checked by now
+            self._checkpoint_file.unlink(missing_ok=True)
+            self._history_file.unlink(missing_ok=True)
 
     @property
     def history(self) -> History:
@@ -484,16 +497,18 @@ class Fit:
     def _snapshot(self) -> checkpoint.Checkpoint:
         return snapshot(self.progress, self.stepper, self.buffers, self._settings)
 
-    def _check_folder(self, *, resume: bool) -> None:
+    def _check_folder(self, *, resume: bool, overwrite: bool) -> None:
         if self.folder is None:
             if resume:
                 raise ArgumentError("resume", "a folder to resume from", "folder=None")
-        elif not resume and self._checkpoint_file.exists():
+        elif resume and overwrite:
+            raise ArgumentError("overwrite", "either resume or overwrite", "both")
+        elif not resume and not overwrite and self._checkpoint_file.exists():
             raise CheckpointError(
                 str(self.folder),
                 "a folder without a training in it",
                 "a checkpoint",
-                ["resume=True, to go on with it", "another folder"],
+                ["resume=True, to go on with it", "overwrite=True", "another folder"],
             )
 
 

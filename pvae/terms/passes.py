@@ -300,11 +300,7 @@ class _Collector:
         if batch < self.rank:  # data, which are the same for all particles
             return value.unsqueeze(0).expand(self.num_particles, *value.shape)
         own = max(
-            (
-                -f.dim
-                for f in site["cond_indep_stack"]
-                if f.vectorized and f.name != _PARTICLES
-            ),
+            (-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != _PARTICLES),
             default=0,
         )
         return value.reshape(value.shape[:1] + value.shape[batch - own :])

@@ -231,11 +231,12 @@ def _named(what: str, run: Callable[[], Any], batch: Batch) -> Any:
     try:
         return run()
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
+        chain: list[BaseException] = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        for cause in reversed(chain):  # the first error; the others are Pyro's additions to it
             if isinstance(cause, PvaeError):
                 raise cause from None
-            cause = cause.__cause__
         shapes = ", ".join(str(tuple(b.shape)) if isinstance(b, Tensor) else repr(b) for b in batch)
         first_line = (str(error).strip() or "no message").splitlines()[0]
         raise PairError(

@@ -1,0 +1,5 @@
+"""``python -m pvae``: the command line."""
+
+from pvae.cli import main
+
+main()

@@ -1,0 +1,303 @@
+"""The command line: a run folder from real images, everything that reads one, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import pvae
+from pvae import bounds
+from pvae.cli import app
+from pvae.runs import Config, open_run
+
+FAST = ["--epochs", "3", "--hidden", "16", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _single_precision() -> None:
+    torch.set_default_dtype(torch.float32)
+
+
+def pvae_command(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs the command as users do, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(pvae.__file__).parent.parent)}
+    return subprocess.run(
+        [sys.executable, "-m", "pvae", *arguments],
+        capture_output=True,
+        text=True,
+        check=check,
+        env=environment,
+    )
+
+
+def call(*arguments: str) -> str:
+    """Runs the command in this process, which saves the imports."""
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    torch.set_default_dtype(torch.float32)
+    call("train", "--out", str(folder), "--latent-dim", "2", *FAST)
+    return folder
+
+
+def test_a_run_folder_has_everything(run: Path) -> None:
+    files = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    figures = {"training", "latent", "reconstructions", "samples", "sample_means", "manifold"}
+    assert files == {
+        "config.json",
+        "checkpoint.safetensors",
+        "history.jsonl",
+        "summary.txt",
+        *(f"figures/{name}.png" for name in figures),
+    }
+    assert len((run / "history.jsonl").read_text().splitlines()) == 3
+    summary = (run / "summary.txt").read_text()
+    for name in ("ELBO", "evidence", "rate", "distortion", "bits per dimension", "active units"):
+        assert f"  {name} " in summary
+    assert "+-" in summary
+    assert summary.splitlines()[-1].startswith("next: ")
+
+
+def test_the_summary_says_what_the_saved_pair_is_worth(run: Path) -> None:
+    config, vae, splits = open_run(run, "cpu")
+    found = bounds.elbo(vae.model, vae.guide, splits.test.arrays[0], 10, seed=config.seed)
+    assert f"{found.mean:.2f} +- {found.se_data:.2g}" in (run / "summary.txt").read_text()
+    assert f"{found.mean:.2f} +- " in call("evaluate", str(run), "-K", "20")
+
+
+def test_sample(run: Path, tmp_path: Path) -> None:
+    output = call("sample", str(run), "-n", "7", "--to", str(tmp_path / "x.npy"))
+    assert "7 draws of shape (64,)" in output
+    x = np.load(tmp_path / "x.npy")
+    assert x.shape == (7, 64)
+    assert (x == x.round()).all()
+    call("sample", str(run), "-n", "7", "--to", str(tmp_path / "again.npy"))
+    np.testing.assert_array_equal(x, np.load(tmp_path / "again.npy"))
+    call("sample", str(run), "-n", "7", "--mean", "--to", str(tmp_path / "means.npy"))
+    means = np.load(tmp_path / "means.npy")
+    assert (means != means.round()).any()
+    assert (tmp_path / "x.png").exists()
+
+
+def test_reconstruct_and_encode(run: Path, tmp_path: Path) -> None:
+    _, vae, splits = open_run(run, "cpu")
+    test = splits.test.arrays[0]
+    call("encode", str(run), "--to", str(tmp_path / "z.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "z.npy"), vae.encode(test).numpy(), rtol=1e-5)
+    np.save(tmp_path / "some.npy", test[:5])
+    some = str(tmp_path / "some.npy")
+    call("reconstruct", str(run), "--data", some, "--to", str(tmp_path / "y.npy"))
+    expected = vae.reconstruct(test[:5]).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5)
+
+
+def test_resume_trains_more_epochs(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call("train", "--out", str(whole), *FAST)
+    call("train", "--out", str(parts), *FAST[:1], "2", *FAST[2:])
+    call("train", "--out", str(parts), "--resume", "--epochs", "3", "--device", "cpu")
+    a, b = (pvae.checkpoint.load(p / "checkpoint.safetensors") for p in (whole, parts))
+    for name, tensor in a.part("param").items():
+        assert torch.equal(tensor, b.part("param")[name]), name
+    assert Config.read(parts).epochs == 3
+
+
+@pytest.mark.slow
+def test_ctrl_c_can_be_resumed(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(pvae.__file__).parent.parent)}
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "pvae", "train", "--out", str(folder), "--epochs", "2000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        while not (folder / "checkpoint.safetensors").exists():
+            time.sleep(0.1)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.strip() == f"interrupted; to go on: pvae train --resume --out {folder}"
+    epochs = len((folder / "history.jsonl").read_text().splitlines())
+    done = pvae_command("train", "--resume", "--out", str(folder), "--epochs", str(epochs + 1))
+    assert f"{epochs + 1} epoch(s)" in done.stdout
+
+
+VARIANTS = {
+    "an autoencoder": ["--recipe", "ae", "--latent-dim", "2"],
+    "gaussian": ["--likelihood", "gaussian", "--sigma", "shared"],
+    "categorical": ["--likelihood", "categorical"],
+    "bernoulli": ["--binarize", "dynamic"],
+    "laplace": ["--prior", "laplace"],
+    "warm-up": ["--warmup", "2", "--patience", "2"],
+    "one latent": ["--latent-dim", "1"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(name: str, tmp_path: Path) -> None:
+    call("train", "--out", str(tmp_path / "run"), *FAST, *VARIANTS[name])
+    output = call("evaluate", str(tmp_path / "run"), "-K", "5")
+    if name == "an autoencoder":
+        assert "evidence" in output
+        assert "not defined" in output
+        assert "log joint" in output
+    else:
+        assert "ELBO" in output
+    if name == "gaussian":
+        assert "bins of 0.0625" in output
+
+
+def test_files_and_images(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (60, 9, 7)).astype(np.uint8)
+    np.save(tmp_path / "images.npy", x)
+    call(
+        "train", "--data", str(tmp_path / "images.npy"), "--out", str(tmp_path / "run"),
+        "--network", "conv", "--binarize", "dynamic", "--epochs", "2", "--hidden", "4,4",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert (tmp_path / "run" / "figures" / "samples.png").exists()
+    table = np.random.default_rng(0).normal(size=(60, 7))
+    np.savez(tmp_path / "table.npz", x=table)
+    call("train", "--data", str(tmp_path / "table.npz"), "--out", str(tmp_path / "table"), *FAST)
+    assert not (tmp_path / "table" / "figures" / "samples.png").exists()
+    assert "bits per dimension" not in (tmp_path / "table" / "summary.txt").read_text()
+
+
+def test_doctor() -> None:
+    output = call("doctor")
+    assert f"torch {torch.__version__}" in output
+    assert "known trouble" in output
+
+
+# Mistakes: one line, an exit code, no traceback, nothing overwritten
+
+
+MISTAKES = {
+    "data": (["train", "--data", "mnits"], "expected one of digits, mnist"),
+    "data set missing": (["train", "--data", "mnist"], "PVAE_DATA=DIR"),
+    "recipe": (["train", "--recipe", "gan"], "--recipe: expected one of vae, ae; got 'gan'"),
+    "prior": (["train", "--prior", "cauchy"], "--prior: expected one of standard_normal"),
+    "likelihood": (["train", "--likelihood", "poisson"], "--likelihood: expected one of bernoulli"),
+    "not binary": (["train", "--likelihood", "bernoulli"], "--binarize dynamic"),
+    "hidden": (["train", "--hidden", "a,b"], "--hidden: expected widths such as 256,256"),
+    "latent": (["train", "--latent-dim", "0"], "latent_dim: expected an integer of at least 1"),
+    "device": (["train", "--device", "gpu", "--epochs", "1"], "device: expected 'auto'"),
+    "activation": (["train", "--activation", "Relu"], "a torch.nn activation"),
+    "sigma": (["train", "--likelihood", "gaussian", "--sigma", "big"], "Gaussian.sigma"),
+    "both": (["train", "--resume", "--overwrite"], "either --resume or --overwrite"),
+    "no run": (["evaluate", "nowhere"], "expected the config.json of a run"),
+    "nothing to resume": (["train", "--resume", "--out", "nowhere"], "a run to resume"),
+    "flat prior": (["train", "--prior", "normal", "--recipe", "ae"], "a prior without parameters"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, words = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PVAE_DATA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["pvae", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        pvae.cli.main()
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.startswith("pvae: ")
+    assert words in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert not captured.out
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_mistake_in_a_process_of_its_own() -> None:
+    done = pvae_command("evaluate", "nowhere", check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    unknown = pvae_command("train", "--colour", "red", check=False)
+    assert unknown.returncode == 2
+    assert "No such option" in unknown.stderr
+
+
+def test_a_run_is_never_overwritten_unasked(run: Path, capsys: pytest.CaptureFixture[str],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    before = (run / "checkpoint.safetensors").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["pvae", "train", "--out", str(run), *FAST])
+    with pytest.raises(SystemExit):
+        pvae.cli.main()
+    assert "--resume, to go on with it" in capsys.readouterr().err
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+    (run.parent / "mine").mkdir()
+    (run.parent / "mine" / "thesis.txt").write_text("my thesis")
+    arguments = ["pvae", "train", "--out", str(run.parent / "mine"), "--overwrite", *FAST]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        pvae.cli.main()
+    assert "a folder with other files" in capsys.readouterr().err
+    assert (run.parent / "mine" / "thesis.txt").read_text() == "my thesis"
+
+
+def test_overwriting_when_asked(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    call("train", "--out", folder, *FAST)
+    call("train", "--out", folder, "--overwrite", "--seed", "3", *FAST)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
+
+
+def test_a_refused_training_leaves_the_run_as_it_was(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    arguments = [
+        "pvae",
+        "train",
+        "--out",
+        str(copy),
+        "--overwrite",
+        "--device",
+        "gpu",
+        "--seed",
+        "7",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        pvae.cli.main()
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+
+
+def test_a_damaged_run_is_named(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "config.json").write_text('{"data": "digits", "colour": "red"}')
+    with pytest.raises(pvae.PvaeError, match="other names than those of a run"):
+        open_run(copy)
+    shutil.copy(run / "config.json", copy / "config.json")
+    content = (copy / "checkpoint.safetensors").read_bytes()
+    (copy / "checkpoint.safetensors").write_bytes(content[:-100])
+    with pytest.raises(pvae.PvaeError, match="a safetensors file"):
+        open_run(copy)

@@ -1,0 +1,583 @@
+"""fit: the same steps as SVI, history, schedules, early stopping, data of every kind, failures."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pvae
+from pvae import VAE, bounds, data, guides, likelihoods, priors, randomness, recipes, schedules
+from pvae.errors import ArgumentError, DataError, PvaeWarning, TrainingError
+from pvae.networks import MLP
+from pvae.objectives import ELBO
+from tests import pairs
+
+D, Q, N = 6, 2, 40
+
+
+def vae(seed: int = 0, **options: Any) -> VAE:
+    torch.manual_seed(seed)
+    return recipes.vae(D, Q, hidden=(8,), **options)
+
+
+def binary(n: int = N) -> Tensor:
+    return torch.rand(n, D, generator=torch.Generator().manual_seed(n)).round()
+
+
+fit = functools.partial(pvae.fit, progress=False, batch_size=16)
+
+
+def state(pair: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(pair.state_dict())
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# The same as SVI
+
+
+def test_loss_and_gradients_are_svis(device: torch.device) -> None:
+    """One step on one batch, same seed: SVI's loss and gradients, divided by the number of data."""
+    x = binary(16).to(device)
+    ours, theirs = vae().to(device), vae().to(device)
+    run = fit(ours.model, ours.guide, x, epochs=1, lr=1e-12, seed=7, device=device)
+    order = next(data.Batches(data.as_source(x, device, torch.float64), 16, seed=7).epoch(0))[0]
+    gradients = {}
+
+    class Grab(torch.optim.SGD):
+        pass
+
+    svi = SVI(theirs.model, theirs.guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
+    torch.manual_seed(7)
+    loss = Trace_ELBO().differentiable_loss(theirs.model, theirs.guide, order)
+    loss.backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    assert run.history[0]["loss"] == pytest.approx(float(loss.detach()) / 16, rel=1e-12)
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None
+        expected = gradients[name]
+        assert expected is not None
+        torch.testing.assert_close(parameter.grad, expected / 16)
+    torch.manual_seed(7)
+    assert svi.evaluate_loss(order) == pytest.approx(float(loss.detach()))
+
+
+def test_whole_trainings_are_svis(device: torch.device) -> None:
+    """The same Adam on a loss divided by N: Adam doesn't see the factor but through epsilon."""
+    x = binary(16).to(device)
+    ours, theirs = vae().to(device), vae().to(device)
+    fit(ours.model, ours.guide, x, epochs=30, lr=1e-3, seed=7, device=device)
+    svi = SVI(theirs.model, theirs.guide, pyro.optim.Adam({"lr": 1e-3, "eps": 16e-8}), Trace_ELBO())
+    batches = data.Batches(data.as_source(x, device, torch.float64), 16, seed=7)
+    torch.manual_seed(7)
+    for epoch in range(30):
+        svi.step(next(batches.epoch(epoch))[0])
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_a_scaled_plates_loss_is_divided_by_its_full_size(device: torch.device) -> None:
+    model, guide, (x,) = pairs.subsample_given(device, n=16, full=100)
+    torch.manual_seed(3)
+    total = Trace_ELBO().loss(model, guide, x)
+    run = fit(model, guide, x, epochs=1, lr=1e-12, seed=3, device=device)
+    order = next(data.Batches(data.as_source(x, device, torch.float64), 16, seed=3).epoch(0))[0]
+    torch.manual_seed(3)
+    total = Trace_ELBO().loss(model, guide, order)
+    assert run.history[0]["loss"] == pytest.approx(total / 100)
+    assert run.history[0]["elbo"] == pytest.approx(-total / 100)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("name", pairs.PAIRS)
+def test_fit_takes_pairs_that_pvae_did_not_build(name: str, device: torch.device) -> None:
+    model, guide, batch = pairs.PAIRS[name](device, n=N)
+    run = fit(model, guide, batch, epochs=40, lr=2e-2, valid=batch, device=device)
+    moved = [p for p in run.structure.parameters.values() if p.grad is not None]
+    assert len(moved) == len(run.structure.parameters)
+    losses = run.history["loss"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert all(math.isfinite(v) for v in run.history["valid_elbo"])
+
+
+@pytest.mark.usefixtures("store")
+def test_a_function_pairs_parameters_stay_in_the_store(device: torch.device) -> None:
+    model, guide, batch = pairs.functions(device)
+    fit(model, guide, batch, epochs=1, device=device)
+    names = set(pyro.get_param_store().keys())
+    assert {n.split("$")[0] for n in names} == {"decoder", "encoder"}
+
+
+def test_a_module_pair_leaves_the_store_alone(device: torch.device) -> None:
+    pair = vae()
+    fit(pair.model, pair.guide, binary(), epochs=1, device=device)
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_a_function_that_announces_nothing_is_warned_about(device: torch.device) -> None:
+    decoder = nn.Linear(Q, D).to(device)
+    _, guide, (x,) = pairs.subsample_given(device, full=12)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            prior = pyro.distributions.Normal(x.new_zeros(Q), x.new_ones(Q)).to_event(1)
+            z = pyro.sample("z", prior)
+            likelihood = pyro.distributions.Normal(decoder(z), 1.0).to_event(1)
+            pyro.sample("x", likelihood, obs=x)
+
+    with pytest.warns(PvaeWarning, match=r"'Linear.weight' and 'Linear.bias' are used"):
+        fit(model, guide, x, epochs=1, device=device)
+
+
+# Global state
+
+
+def test_fit_leaves_generators_and_modes_as_found(device: torch.device) -> None:
+    pair = vae().eval()
+    before = randomness.get_state()
+    fit(pair.model, pair.guide, binary(), epochs=2, valid=binary(), device=device)
+    assert same(randomness.get_state(), before)
+    assert not any(m.training for m in pair.modules())
+
+
+def test_the_result_is_a_function_of_the_seed(device: torch.device) -> None:
+    results = []
+    for seed in (1, 1, 2):
+        pair = vae()
+        torch.rand(seed)  # the caller's generator doesn't matter
+        fit(pair.model, pair.guide, binary(), epochs=3, seed=seed, device=device)
+        results.append(state(pair))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_validation_is_on_for_the_first_step_alone(device: torch.device) -> None:
+    seen = []
+
+    class Model(pvae.Model):
+        def forward(self, x: Tensor | None, *context: Tensor, size: int | None = None) -> Tensor:
+            seen.append(pyro.settings.get("validate_poutine"))
+            return super().forward(x, *context, size=size)
+
+    pair = vae()
+    pair.model.__class__ = Model
+    fit(pair.model, pair.guide, binary(), epochs=2, device=device)
+    training = seen[-6:]  # three batches an epoch, after the probes
+    assert training == [True, False, False, False, False, False]
+
+
+# History and schedules
+
+
+def test_history_adds_up(device: torch.device) -> None:
+    pair = vae()
+    run = fit(pair.model, pair.guide, binary(), epochs=3, valid=binary(8), device=device)
+    assert [r["epoch"] for r in run.history] == [0, 1, 2]
+    assert [r["step"] for r in run.history] == [3, 6, 9]
+    for record in run.history:
+        assert record["elbo"] == pytest.approx(record["log_likelihood"] - record["rate"])
+        assert record["loss"] == pytest.approx(-record["elbo"])
+        assert record["valid_elbo"] == pytest.approx(
+            record["valid_log_likelihood"] - record["valid_rate"]
+        )
+    check = bounds.elbo(pair.model, pair.guide, binary(8), seed=0)
+    assert run.history[-1]["valid_elbo"] == pytest.approx(check.mean)
+    assert "valid_elbo" in repr(run.history)
+    assert "Fit of 8 parameter tensors" in repr(run)
+
+
+def test_what_is_optimised_with_a_point_is_called_log_joint(device: torch.device) -> None:
+    torch.manual_seed(0)
+    pair = recipes.ae(D, Q, hidden=(8,))
+    run = fit(pair.model, pair.guide, binary(), epochs=2, valid=binary(8), device=device)
+    assert "elbo" not in run.history[0]
+    assert run.history[0]["rate"] is None
+    assert run.history[0]["valid_log_joint"] < 0
+    assert run.history["log_joint"][0] == pytest.approx(-run.history["loss"][0])
+
+
+def test_warm_up_logs_the_true_elbo_beside_the_loss(device: torch.device) -> None:
+    pair = vae()
+    objective = ELBO(beta=schedules.Warmup(2, "epochs"))
+    run = fit(pair.model, pair.guide, binary(), objective, epochs=3, device=device)
+    betas = run.history["beta"]
+    assert betas == pytest.approx([0.5, 1.0, 1.0])
+    first = run.history[0]
+    assert first["elbo"] == pytest.approx(first["log_likelihood"] - first["rate"])
+    assert first["loss"] < -first["elbo"]
+
+
+def test_a_warm_up_that_outlasts_the_training_is_warned_about(device: torch.device) -> None:
+    pair = vae()
+    with pytest.warns(PvaeWarning, match=r"beta reaches its end at step 30.*it ends at 0\.2"):
+        fit(
+            pair.model,
+            pair.guide,
+            binary(),
+            ELBO(beta=schedules.Warmup(10, "epochs")),
+            epochs=2,
+            device=device,
+        )
+
+
+def test_learning_rate_schedule(device: torch.device) -> None:
+    pair = vae()
+    run = fit(
+        pair.model,
+        pair.guide,
+        binary(),
+        epochs=4,
+        lr=0.1,
+        lr_schedule=schedules.Cosine(),
+        device=device,
+    )
+    expected = [0.05 * (1 + math.cos(math.pi * (3 * e + 2) / 12)) for e in range(4)]
+    assert run.history["lr"] == pytest.approx(expected)
+
+
+def test_gradients_are_clipped_by_their_global_norm(device: torch.device) -> None:
+    pair = vae()
+    before = state(pair)
+    sgd = functools.partial(torch.optim.SGD)
+    run = fit(
+        pair.model,
+        pair.guide,
+        binary(16),
+        epochs=1,
+        optimizer=sgd,
+        lr=1.0,
+        clip_norm=0.25,
+        device=device,
+    )
+    after = state(pair)
+    squares = [(after[n] - before[n].to(device)).square().sum() for n, _ in pair.named_parameters()]
+    assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(0.25, rel=1e-5)
+    assert run.history[0]["grad_norm"] > 0.25  # as it was before
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.Adam,
+        torch.optim.Adamax,
+        torch.optim.RMSprop,
+        functools.partial(torch.optim.SGD, momentum=0.9),
+        functools.partial(torch.optim.AdamW, weight_decay=0.1),
+    ],
+    ids=["adam", "adamax", "rmsprop", "sgd", "adamw"],
+)
+def test_one_optimiser_of_any_kind(optimizer: Any, device: torch.device) -> None:
+    pair = vae()
+    run = fit(
+        pair.model, pair.guide, binary(), epochs=60, optimizer=optimizer, lr=1e-2, device=device
+    )
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    assert len(run.stepper.optimizer.param_groups) == 1
+    fused = "fused" in run.stepper.optimizer.param_groups[0]
+    assert run.stepper.is_fused is fused
+
+
+@pytest.mark.parametrize(
+    "objective", [TraceMeanField_ELBO(), RenyiELBO(num_particles=2), Trace_ELBO(num_particles=3)]
+)
+def test_other_objectives_of_pyro_run(objective: Any, device: torch.device) -> None:
+    pair = vae()
+    run = fit(pair.model, pair.guide, binary(), objective, epochs=60, lr=1e-2, device=device)
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    if not isinstance(objective, Trace_ELBO):
+        assert run.history[0]["elbo"] is None
+
+
+def test_several_particles(device: torch.device) -> None:
+    pair = vae()
+    run = fit(pair.model, pair.guide, binary(), ELBO(num_particles=5), epochs=2, device=device)
+    assert run.history[-1]["elbo"] < 0
+
+
+# Early stopping
+
+
+def test_early_stopping_ends_with_the_best_epoch(device: torch.device) -> None:
+    pair = vae()
+    few, other = binary(16), binary(17)[:8]
+    run = fit(
+        pair.model,
+        pair.guide,
+        few,
+        epochs=400,
+        lr=3e-2,
+        valid=other,
+        patience=5,
+        device=device,
+    )
+    values = run.history["valid_elbo"]
+    assert len(values) < 400
+    best = max(values)
+    assert run.progress.best == best
+    assert run.progress.best_epoch == values.index(best) == len(values) - 6
+    again = bounds.elbo(pair.model, pair.guide, other, seed=0)
+    assert again.mean == pytest.approx(best)
+
+
+def test_patience_needs_validation_data() -> None:
+    with pytest.raises(ArgumentError, match="valid=x_valid"):
+        fit(vae().model, vae().guide, binary(), patience=3)
+
+
+# More training
+
+
+def test_refine_goes_on_where_fit_ended(device: torch.device) -> None:
+    once, twice = vae(), vae()
+    fit(once.model, once.guide, binary(), epochs=6, device=device)
+    run = fit(twice.model, twice.guide, binary(), epochs=2, device=device)
+    run.refine(4)
+    assert same(state(once), state(twice))
+    assert len(run.history) == 6
+
+
+# Data of every kind
+
+
+def as_memmap(x: Tensor, tmp_path: Path) -> np.memmap:
+    path = tmp_path / "x.npy"
+    np.save(path, x.numpy())
+    loaded = np.load(path, mmap_mode="r")
+    assert isinstance(loaded, np.memmap)
+    return loaded
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.x[index]
+
+
+KINDS: dict[str, Any] = {
+    "tensor": lambda x, p: x,
+    "array": lambda x, p: x.numpy(),
+    "float32 array": lambda x, p: x.float().numpy(),
+    "bytes": lambda x, p: x.to(torch.uint8),
+    "booleans": lambda x, p: x.bool().numpy(),
+    "tuple": lambda x, p: (x,),
+    "memmap": as_memmap,
+    "dataset": lambda x, p: TensorDataset(x),
+    "items": lambda x, p: Items(x),
+    "data": lambda x, p: data.Data((x,)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_data_in_any_form_give_the_same_fit(
+    kind: str, tmp_path: Path, device: torch.device
+) -> None:
+    pair, expected = vae(), vae()
+    fit(expected.model, expected.guide, binary(), epochs=2, device=device)
+    run = fit(pair.model, pair.guide, KINDS[kind](binary(), tmp_path), epochs=2, device=device)
+    assert same(state(pair), state(expected))
+    assert run.source.exact
+
+
+def test_a_data_loader_of_the_users_own(device: torch.device) -> None:
+    pair = vae()
+    loader = DataLoader(TensorDataset(binary()), batch_size=8, shuffle=True)
+    run = fit(pair.model, pair.guide, loader, epochs=3, valid=loader, device=device)
+    assert run.history["step"] == [5, 10, 15]
+    assert not run.source.exact
+
+
+def test_labels_go_along(device: torch.device) -> None:
+    pair = vae(num_classes=3)
+    y = torch.arange(N) % 3
+    run = fit(pair.model, pair.guide, (binary(), y), valid=(binary(), y), device=device)
+    assert math.isfinite(run.history[-1]["valid_elbo"])
+
+
+def test_dynamic_binarisation(device: torch.device) -> None:
+    pair = vae()
+    grey = data.Data((torch.rand(N, D),), binarize="dynamic")
+    run = fit(pair.model, pair.guide, grey, epochs=3, valid=grey, device=device)
+    assert math.isfinite(run.history[-1]["valid_elbo"])
+
+
+def test_a_pair_that_subsamples_itself_gets_all_data(device: torch.device) -> None:
+    model, guide, (x,) = pairs.subsample_drawn(device, n=N, size=10)
+    run = fit(model, guide, x, epochs=3, device=device)
+    assert run.history["step"] == [4, 8, 12]
+    assert run.batches.batch_size == N
+
+
+# Failures
+
+
+class Poisoned(pvae.Guide):
+    """Gives NaN at one training step."""
+
+    at = 7
+    calls = 0
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            if self.calls == self.at + 1:
+                x = x * float("nan")
+        return super().forward(x, *context)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.Adam, torch.optim.RMSprop], ids=["fused", "not fused"]
+)
+def test_a_nan_stops_training_in_the_state_before_it(optimizer: Any, device: torch.device) -> None:
+    """NaN in mid-epoch: the error names epoch, batch and site; parameters, optimiser and batch
+    norm's running statistics are those of a training that ended just before that step."""
+
+    def normed() -> VAE:
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, 2 * Q))
+        return VAE(
+            priors.StandardNormal(Q),
+            likelihoods.Bernoulli(MLP(Q, D, (8,)), D),
+            guides.MeanField(encoder, Q),
+        )
+
+    pair, good = normed(), normed()
+    pair.guide.__class__ = Poisoned
+    options = {"optimizer": optimizer, "batch_size": 8, "device": device}
+    with pytest.raises(TrainingError) as error, pyro.validation_enabled(is_validate=False):
+        fit(pair.model, pair.guide, binary(), epochs=5, **options)
+    message = str(error.value)
+    assert message.startswith("epoch 1, batch 2: expected a finite loss")
+    assert "site 'z' and 'x'" in message
+    calls = []
+
+    class Stopped(pvae.Guide):
+        def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+            if self.training:
+                calls.append(x)
+                if len(calls) == 7:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(x, *context)
+
+    good.guide.__class__ = Stopped
+    run = fit(good.model, good.guide, binary(), epochs=5, **options)
+    assert run.interrupted
+    assert run.progress.global_step == 7
+    assert same(state(pair), state(good))
+
+
+def test_a_bad_gradient_names_parameters(device: torch.device) -> None:
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * float("inf")
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = MLP(Q, D, (8,))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return Bad.apply(self.net(z))
+
+    pair = VAE(
+        priors.StandardNormal(Q),
+        likelihoods.Bernoulli(Broken(), D),
+        guides.MeanField(MLP(D, 2 * Q, (8,)), Q),
+    )
+    before = state(pair)
+    with pytest.raises(TrainingError, match=r"gradient that isn't finite, of 'model\.likelihood"):
+        fit(pair.model, pair.guide, binary(), epochs=2, device=device)
+    assert same({k: v.cpu() for k, v in state(pair).items()}, before)
+
+
+def test_ctrl_c_stops_at_a_steps_end_and_fit_goes_on(device: torch.device) -> None:
+    pair, whole = vae(), vae()
+    fit(whole.model, whole.guide, binary(), epochs=4, device=device)
+    calls = []
+
+    class Interrupting(pvae.Guide):
+        def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+            if self.training:
+                calls.append(x)
+                if len(calls) == 5:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(x, *context)
+
+    pair.guide.__class__ = Interrupting
+    before = signal.getsignal(signal.SIGINT)
+    run = fit(pair.model, pair.guide, binary(), epochs=4, device=device)
+    assert run.interrupted
+    assert run.progress.global_step == 5
+    assert signal.getsignal(signal.SIGINT) is before
+    run.refine(3)
+    assert same(state(pair), state(whole))
+
+
+def test_threads_can_fit(device: torch.device) -> None:
+    """Signals can only be handled in the main thread; elsewhere fit goes without."""
+    pair = vae()
+    results: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: results.append(
+            fit(pair.model, pair.guide, binary(), epochs=1, device=device)
+        )
+    )
+    thread.start()
+    thread.join()
+    assert len(results[0].history) == 1
+
+
+def test_bad_rows_are_named_before_training(device: torch.device) -> None:
+    pair = vae()
+    before = state(pair)
+    x = binary()
+    x[17, 3] = float("nan")
+    with pytest.raises(DataError, match=r"data, row 17: expected finite values"):
+        fit(pair.model, pair.guide, x, device=device)
+    with pytest.raises(DataError, match=r"valid, row 17"):
+        fit(pair.model, pair.guide, binary(), valid=x, device=device)
+    assert same({k: v.cpu() for k, v in state(pair).items()}, before)
+
+
+def test_batch_norm_needs_two_rows(device: torch.device) -> None:
+    encoder = nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, 2 * Q))
+    pair = VAE(
+        priors.StandardNormal(Q),
+        likelihoods.Bernoulli(MLP(Q, D, (8,)), D),
+        guides.MeanField(encoder, Q),
+    )
+    with pytest.raises(ArgumentError, match="a single row"):
+        fit(pair.model, pair.guide, binary(33), device=device)
+
+
+def test_no_epoch_changes_nothing(device: torch.device) -> None:
+    pair = vae()
+    before = state(pair)
+    run = fit(pair.model, pair.guide, binary(), epochs=0, device=device)
+    assert same({k: v.cpu() for k, v in state(pair).items()}, before)
+    assert len(run.history) == 0
