@@ -1,9 +1,10 @@
-"""Pictures: each function returns a matplotlib ``Figure``; none touches pyplot's global state."""
+"""Pictures: each function returns a matplotlib figure; none touches pyplot's global state."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,24 @@ from matplotlib.figure import Figure
 
 from pvae.errors import UndefinedError, check_int
 
-__all__ = ["as_images", "latent_map", "manifold", "reconstructions", "samples", "training_curve"]
+__all__ = [
+    "Picture",
+    "as_images",
+    "latent_map",
+    "manifold",
+    "reconstructions",
+    "samples",
+    "training_curve",
+]
+
+
+class Picture(Figure):
+    """A matplotlib figure that notebooks show without any set-up."""
+
+    def _repr_png_(self) -> bytes:
+        content = BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
 
 
 def as_images(x: Any, event_shape: Sequence[int] | None = None) -> np.ndarray:
@@ -48,12 +66,12 @@ def as_images(x: Any, event_shape: Sequence[int] | None = None) -> np.ndarray:
     )
 
 
-def _grid(rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()) -> Figure:
+def _grid(rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()) -> Picture:
     """Rows of images, on one grey scale."""
     columns = max(len(row) for row in rows)
     height = 0.75 * len(rows) + 0.4
     width = 0.75 * columns + (0.8 if labels else 0.1)
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    figure = Picture(figsize=(width, height), dpi=100, layout="constrained")
     low = min(float(row.min()) for row in rows)
     high = max(float(row.max()) for row in rows)
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -75,7 +93,7 @@ def _grid(rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()) ->
 
 def reconstructions(
     x: Any, reconstructed: Any, num: int = 10, event_shape: Sequence[int] | None = None
-) -> Figure:
+) -> Picture:
     """Originals above their reconstructions.
 
     Arguments:
@@ -94,7 +112,7 @@ def samples(
     columns: int = 10,
     event_shape: Sequence[int] | None = None,
     title: str = "samples from the model (draws of x)",
-) -> Figure:
+) -> Picture:
     """A grid of samples; the title says whether they are draws or means.
 
     Arguments:
@@ -109,14 +127,14 @@ def samples(
     return _grid(rows, title)
 
 
-def training_curve(history: Any) -> Figure:
+def training_curve(history: Any) -> Picture:
     """The bound over epochs, in training and validation, and its rate.
 
     Arguments:
         history: A `pvae.fitting.History`, or records with the same names.
     """
     records = list(history)
-    figure = Figure(figsize=(7, 3), dpi=100, layout="constrained")
+    figure = Picture(figsize=(7, 3), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     for axis, names, title in (
@@ -141,7 +159,7 @@ def training_curve(history: Any) -> Figure:
     return figure
 
 
-def latent_map(codes: Any, labels: Any = None) -> Figure:
+def latent_map(codes: Any, labels: Any = None) -> Picture:
     """Codes in the plane, coloured by label; of more dimensions, the first two principal axes.
 
     Arguments:
@@ -149,7 +167,7 @@ def latent_map(codes: Any, labels: Any = None) -> Figure:
         labels: Classes, shape ``(N,)``.
     """
     z = np.asarray(codes.detach().cpu() if hasattr(codes, "detach") else codes)
-    figure = Figure(figsize=(5, 4.5), dpi=100, layout="constrained")
+    figure = Picture(figsize=(5, 4.5), dpi=100, layout="constrained")
     axis = figure.subplots()
     if z.ndim != 2 or z.shape[1] < 2:
         raise UndefinedError("latent map", "codes of shape (N, 2 or more)", f"{z.shape}")
@@ -175,7 +193,7 @@ def manifold(
     decode: Callable[[Any], Any],
     num: int = 15,
     event_shape: Sequence[int] | None = None,
-) -> Figure:
+) -> Picture:
     """What a two-dimensional latent decodes to, at the quantiles of a standard normal.
 
     Arguments:
@@ -189,7 +207,7 @@ def manifold(
     z = np.array([(a, b) for b in reversed(quantiles) for a in quantiles], dtype=np.float32)
     images = as_images(decode(z), event_shape)
     rows = [np.concatenate(list(images[i : i + num]), axis=1) for i in range(0, num * num, num)]
-    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    figure = Picture(figsize=(5, 5), dpi=120, layout="constrained")
     axis = figure.subplots()
     axis.imshow(np.concatenate(rows, axis=0), cmap="gray", interpolation="nearest")
     axis.set_xticks([])

@@ -108,5 +108,6 @@ def test_the_manifold_is_decoded_at_the_priors_quantiles() -> None:
     assert seen[0][0] == pytest.approx([-quantile, quantile], abs=1e-6)
     assert seen[0][4] == pytest.approx([0.0, 0.0])
     drawn(figure)
+    assert figure._repr_png_().startswith(b"\x89PNG")  # notebooks show it without set-up
     vae = recipes.vae(16, 2, hidden=(8,))
     drawn(plots.manifold(vae.decode, num=3))

@@ -1,0 +1,39 @@
+# make demo   trains a VAE on real images and writes runs/demo
+# make test   runs every test, slow ones too
+# Each makes .venv if there is none. Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+PROCESSES ?= 2
+
+.PHONY: demo test lint tutorials bench clean
+
+.venv/installed: pyproject.toml constraints-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "pvae needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/pvae train --out runs/demo --overwrite
+
+test: .venv/installed
+	$(BIN)/pytest --quiet --numprocesses $(PROCESSES) --dist worksteal
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pvae tests benchmarks conftest.py
+
+# Runs the tutorials and writes their outputs into the notebooks.
+tutorials: .venv/installed
+	$(BIN)/jupytext --sync tutorials/*.py
+	$(BIN)/jupyter-execute --inplace tutorials/*.ipynb
+
+# Real data, about an hour and a half on one core; PVAE_DATA names the folder with MNIST.
+bench: .venv/installed
+	$(BIN)/python benchmarks/quality.py a b c d
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,53 @@
+"""The README's examples run, and what it points at is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pvae
+
+ROOT = Path(pvae.__file__).parent.parent
+README = ROOT / "README.md"
+
+
+@pytest.mark.usefixtures("store")
+def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)  # noqa: S102
+    printed = capsys.readouterr().out
+    assert printed.startswith("evidence, IWAE-1000: -")
+    assert "ELBO: -" in printed
+
+
+def test_what_it_points_at_exists() -> None:
+    for page in (README, ROOT / "docs" / "design.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_test_command_is_the_one_ci_runs() -> None:
+    assert "make test" in README.read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_map_names_every_module() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    for path in sorted((ROOT / "pvae").iterdir()):
+        if path.name.startswith("__pycache__") or path.name in ("py.typed", "__main__.py"):
+            continue
+        assert path.name in page, f"docs/design.md doesn't name {path.name}"
+
+
+def test_the_tests_that_the_map_names_exist() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    tests = (ROOT / "tests" / "test_terms.py").read_text()
+    for name in re.findall(r"`(test_\w+)(?:\.\.\.)?`", page):
+        assert f"def {name}" in tests, name
