@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,12 @@ import torch
 import pvae
 
 torch.set_num_threads(1)
+
+with contextlib.suppress(ImportError):  # importing it turns torch's argument validation off
+    validates = pyro.settings.get("validate_distributions_torch")
+    import zuko  # noqa: F401
+
+    pyro.settings.set(validate_distributions_torch=validates)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+from pyro.distributions import constraints
 from pyro.poutine.runtime import am_i_wrapped, apply_stack
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ def announce_parameters(module: nn.Module, prefix: str) -> None:
             "name": f"{prefix}.{name}",
             "fn": None,
             "args": (),
-            "kwargs": {},
+            "kwargs": {"constraint": constraints.real},
             "infer": None,
             "scale": 1.0,
             "mask": None,
