@@ -145,7 +145,7 @@ class Objective(PyroELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Traces of model and guide, scored, as Pyro's tools expect them."""
-        guide_trace, model_trace = t.structure.run_pair(model, guide, args)
+        guide_trace, model_trace = t.run_pair(model, guide, args)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace
@@ -258,11 +258,11 @@ def _score_function(terms: t.Terms, beta: Tensor | float) -> Tensor:
         surrogate = surrogate + weight * site["log_prob_sum"]
     for name, stack in guide_stacks.items():
         site = guide_trace.nodes[name]
-        weight = 1.0 if t.structure.is_penalty(site) else beta
+        weight = 1.0 if t.is_penalty(site) else beta
         log_r.add((stack, -weight * site["log_prob"].detach()))
     for name, stack in guide_stacks.items():
         site = guide_trace.nodes[name]
-        weight = 1.0 if t.structure.is_penalty(site) else beta
+        weight = 1.0 if t.is_penalty(site) else beta
         _, score, entropy = site["score_parts"]
         if isinstance(entropy, Tensor):
             surrogate = surrogate - weight * entropy.sum()

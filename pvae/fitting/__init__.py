@@ -1,7 +1,8 @@
 """Fitting a pair: data -> steps -> history, with checkpoints and exact resume."""
 
+from pvae.fitting.api import fit
 from pvae.fitting.history import History
-from pvae.fitting.loop import Fit, fit, place
+from pvae.fitting.loop import Fit, place
 from pvae.fitting.state import load
 
 __all__ = ["Fit", "History", "fit", "load", "place"]

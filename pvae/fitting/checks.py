@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pvae import terms as t
 from pvae.data import Source, check_rows
 from pvae.errors import ArgumentError, PairError, PvaeWarning, oxford
-from pvae.terms.structure import _probing, _sample_sites, run_pair
+from pvae.terms.messages import sample_sites
 
 __all__ = ["check_batch_norm", "check_data", "check_parameters"]
 
@@ -43,11 +43,11 @@ def _support(
     """
     batch = t.first_batch(source, 1)
     try:
-        with _probing((model, guide)):
-            _, trace = run_pair(model, guide, batch)
+        with t.probing((model, guide)):
+            _, trace = t.run_pair(model, guide, batch)
     except PairError:  # a plate of fixed size: Pyro's validation looks at the first batch
         return None
-    for site in _sample_sites(trace):
+    for site in sample_sites(trace):
         if not site["is_observed"] or site["value"] is not batch[0] or site["mask"] is not None:
             continue
         try:

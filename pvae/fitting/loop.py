@@ -22,137 +22,21 @@ from tqdm import tqdm
 
 from pvae import bounds, checkpoint, randomness
 from pvae import terms as t
-from pvae.data import Batches, as_source, check_rows
+from pvae.data import Batches, Source, as_source, check_rows
 from pvae.data.sources import LoaderSource
-from pvae.engine import OptimizerLike, Stepper, make_optimizer
-from pvae.errors import (
-    ArgumentError,
-    CheckpointError,
-    PairError,
-    PvaeWarning,
-    TrainingError,
-    check_int,
-    check_number,
-    oxford,
-)
+from pvae.engine import Stepper, make_optimizer
+from pvae.errors import ArgumentError, PairError, PvaeWarning, TrainingError, check_int, oxford
 from pvae.fitting.checks import check_batch_norm, check_data, check_parameters
 from pvae.fitting.history import History
+from pvae.fitting.options import Options
 from pvae.fitting.state import Progress, buffers_of, copy_into, restore, snapshot
-from pvae.objectives import ELBO, Objective
-from pvae.schedules import Schedule, as_schedule
+from pvae.objectives import ELBO, Objective, ObjectiveState
+from pvae.schedules import Schedule
 
-__all__ = ["Fit", "fit", "place"]
+__all__ = ["Fit", "place"]
 
 LOOK_EVERY = 50
 """Steps between looks at the device: for the progress bar, and for a step that failed."""
-
-
-def fit(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: Any,
-    objective: PyroELBO | None = None,
-    *,
-    epochs: int = 10,
-    batch_size: int | None = 128,
-    optimizer: OptimizerLike = torch.optim.Adam,
-    lr: float = 1e-3,
-    lr_schedule: Schedule | None = None,
-    clip_norm: float | None = None,
-    valid: Any = None,
-    patience: int | None = None,
-    plate: str | None = None,
-    device: str | torch.device = "auto",
-    seed: int = 0,
-    folder: str | Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    save_every: int = 1,
-    save_steps: int | None = None,
-    progress: bool = True,
-) -> Fit:
-    """Fits a model and its guide to data.
-
-    The loss is divided by the data plate's full size, so losses and learning rates are per datum;
-    otherwise it is what ``pyro.infer.SVI`` minimises. Pyro's validation is on for the first step
-    and off after it. The generators and settings of the process are left as they were found; the
-    pair's networks are in training mode during the training and get their own mode back.
-
-    Arguments:
-        model: A Pyro program: a module, or a function whose parameters are in Pyro's store.
-        guide: Its guide.
-        data: An array, tensor, ``np.memmap`` or tuple of them; a torch ``Dataset``; a
-            ``DataLoader``; a `pvae.data.Data`. Batches are passed as ``model(*batch)``.
-        objective: What to maximise; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
-            Pyro's other ELBOs run as they are.
-        epochs: Passes over the data.
-        batch_size: Rows of a batch; None for all of the data, which is also what a pair that
-            subsamples itself gets.
-        optimizer: A torch optimiser class, or a function of (parameters, lr). One optimiser
-            holds all parameters, fused where the device has that.
-        lr: Learning rate.
-        lr_schedule: Factor on it, step by step, such as ``schedules.Cosine()``.
-        clip_norm: Largest norm of the whole gradient.
-        valid: Validation data, whose ELBO is estimated after each epoch with one fixed draw.
-        patience: Stop after that many epochs without a better validation ELBO, and end with the
-            best epoch's parameters.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        device: ``"auto"`` is CUDA where there is one, for modules; for functions, where their
-            parameters are.
-        seed: Of the order of data, of draws, and of dynamic binarisation.
-        folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``.
-        resume: Continue from the folder's checkpoint, if there is one. The result is bit for bit
-            that of a training that was never stopped, on the same machine, versions and threads.
-        overwrite: Replace the folder's training, once everything has been checked.
-        save_every: Epochs between checkpoints.
-        save_steps: Steps between checkpoints within an epoch, for long ones; not for a
-            ``DataLoader``, whose order is its own.
-        progress: Show a progress bar.
-
-    Returns:
-        The `Fit`: history, and what to do next.
-
-    Raises:
-        ArgumentError: If an argument can't be used.
-        DataError: If the data can't be used; names the first offending row.
-        PairError: If model and guide don't fit each other or the data.
-        CheckpointError: If the folder holds another training.
-        TrainingError: If a loss or gradient isn't finite; names epoch, batch and site, and
-            leaves the pair in the state before that step.
-
-    Example:
-        >>> from pvae import recipes
-        >>> x = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)).round()
-        >>> vae = recipes.vae(16, latent_dim=2, hidden=(8,))
-        >>> run = fit(vae.model, vae.guide, x, epochs=2, batch_size=32, progress=False)
-        >>> len(run.history), run.history[-1]["elbo"] < 0
-        (2, True)
-    """
-    run = Fit(
-        model,
-        guide,
-        data,
-        objective,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr=lr,
-        lr_schedule=lr_schedule,
-        clip_norm=clip_norm,
-        valid=valid,
-        patience=patience,
-        plate=plate,
-        device=device,
-        seed=seed,
-        folder=folder,
-        resume=resume,
-        overwrite=overwrite,
-        save_every=save_every,
-        save_steps=save_steps,
-        progress=progress,
-        epochs=epochs,
-    )
-    run._train()
-    return run
 
 
 class Fit:
@@ -161,9 +45,9 @@ class Fit:
     Attributes:
         model: The model.
         guide: The guide.
+        objective: What is maximised.
         structure: What the pair is made of.
         history: One record an epoch; ``fit.history["valid_elbo"]`` is a column.
-        objective: What is maximised.
         interrupted: Whether the last training was stopped by Ctrl-C, at a step's end.
     """
 
@@ -173,125 +57,110 @@ class Fit:
         guide: Callable[..., Any],
         data: Any,
         objective: PyroELBO | None,
-        *,
-        epochs: int,
-        batch_size: int | None,
-        optimizer: OptimizerLike,
-        lr: float,
-        lr_schedule: Schedule | None,
-        clip_norm: float | None,
         valid: Any,
-        patience: int | None,
-        plate: str | None,
-        device: str | torch.device,
-        seed: int,
-        folder: str | Path | None,
-        resume: bool,
-        overwrite: bool,
-        save_every: int,
-        save_steps: int | None,
-        progress: bool,
+        options: Options,
     ) -> None:
-        self.model, self.guide, self.seed = model, guide, check_int("seed", seed, minimum=0)
-        self.epochs = check_int("epochs", epochs, minimum=0)
-        self.lr = check_number("lr", lr, above=0)
-        self.patience = None if patience is None else check_int("patience", patience)
-        self.save_every = check_int("save_every", save_every)
-        self.save_steps = None if save_steps is None else check_int("save_steps", save_steps)
-        self.show_progress, self.interrupted = progress, False
-        if clip_norm is not None:
-            check_number("clip_norm", clip_norm, above=0)
-        if patience is not None and valid is None:
+        self.model, self.guide, self.options, self.epochs = model, guide, options, options.epochs
+        self.objective = _as_objective(objective, options.plate)
+        self.interrupted = False
+        if options.patience is not None and valid is None:
             raise ArgumentError(
                 "patience", "validation data to look at", "valid=None", ["valid=x_valid"]
             )
-        self.objective = _as_objective(objective, plate)
-        self.folder = None if folder is None else Path(folder)
-        self._check_folder(resume=resume, overwrite=overwrite)
-
-        where, dtype = place(model, guide, device)
-        source = as_source(data, where, dtype)
-        rows = source.num_rows if batch_size is None else check_int("batch_size", batch_size)
-        try:
-            num_rows = min(rows, source.num_rows)
-            self.structure = t.inspect_source(model, guide, source, num_rows, plate)
-        except PairError:
-            check_rows(source)  # was it the data?
-            raise
-        check_parameters(self.structure)
-        if self.structure.subsample_size is not None:
-            rows = source.num_rows
-        self.source = as_source(data, self.structure.device, self.structure.dtype)
-        self.valid = (
-            None if valid is None else as_source(valid, self.structure.device, self.structure.dtype)
-        )
-        check_data(model, guide, self.source, "data")
-        if self.valid is not None:
-            check_data(model, guide, self.valid, "valid")
-        self.batches = Batches(
-            self.source, rows, self.seed, shuffle=self.structure.subsample_size is None
-        )
-        check_batch_norm(self.structure, source.num_rows, self.batches.batch_size)
-        if self.save_steps is not None and isinstance(self.source, LoaderSource):
-            raise ArgumentError(
-                "save_steps", "data by index", "a DataLoader", ["pass loader.dataset"]
-            )
-
+        self.structure, self.source, self.valid = self._inspect(data, valid)
+        self.batches = self._make_batches()
         self.steps_per_epoch = self.batches.steps_per_epoch
         if (size := self.structure.subsample_size) is not None:
-            self.steps_per_epoch = -(-source.num_rows // size)  # as many as its subsamples take
-        total = self.epochs * self.steps_per_epoch
-        self.lr_schedule = as_schedule("lr_schedule", 1.0 if lr_schedule is None else lr_schedule)
-        self.lr_factor = self.lr_schedule.resolve(self.steps_per_epoch, max(total, 1))
-        optimiser = make_optimizer(optimizer, list(self.structure.parameters.values()), self.lr)
-        state = None
-        if isinstance(self.objective, Objective):
-            like = next(iter(self.structure.parameters.values()))
-            state = self.objective.make_state(like, self.steps_per_epoch, max(total, 1))
-            _warn_of_long_schedules(state.schedules, total)
+            self.steps_per_epoch = -(
+                -self.source.num_rows // size
+            )  # as many as its subsamples take
+        total = max(1, self.epochs * self.steps_per_epoch)
+        self.lr_factor = options.schedule.resolve(self.steps_per_epoch, total)
+        parameters = list(self.structure.parameters.values())
+        optimizer = make_optimizer(options.optimizer, parameters, options.lr)
         self.stepper = Stepper(
-            model, guide, self.objective, self.structure, optimiser, state, clip_norm
+            model,
+            guide,
+            self.objective,
+            self.structure,
+            optimizer,
+            self._make_state(parameters[0], total),
+            options.clip_norm,
         )
         self.buffers = buffers_of(model, guide, self.structure.modules)
         self.progress = Progress()
         self._rng: dict[str, Tensor] | None = None
         self._settings = {
-            "seed": self.seed,
+            **options.fixed(),
             "batch_size": self.batches.batch_size,
-            "num_rows": source.num_rows,
+            "num_rows": self.source.num_rows,
             "objective": repr(self.objective),
-            "optimizer": type(optimiser).__name__,
-            "lr": self.lr,
-            "lr_schedule": repr(self.lr_schedule),
-            "clip_norm": clip_norm,
-            "patience": self.patience,
+            "optimizer": type(optimizer).__name__,
         }
-        if resume and self.folder is not None and self._checkpoint_file.exists():
+        self._open_folder()
+
+    def _inspect(self, data: Any, valid: Any) -> tuple[t.Structure, Source, Source | None]:
+        """Looks at pair and data together, on the device, and refuses what can't be trained."""
+        options, model, guide = self.options, self.model, self.guide
+        where, dtype = place(model, guide, options.device)
+        source = as_source(data, where, dtype)
+        num_rows = min(options.batch_size or source.num_rows, source.num_rows)
+        try:
+            structure = t.inspect_source(model, guide, source, num_rows, options.plate)
+        except PairError:
+            check_rows(source)  # was it the data?
+            raise
+        check_parameters(structure)
+        source = as_source(data, structure.device, structure.dtype)
+        check_data(model, guide, source, "data")
+        if valid is None:
+            return structure, source, None
+        validation = as_source(valid, structure.device, structure.dtype)
+        check_data(model, guide, validation, "valid")
+        return structure, source, validation
+
+    def _make_batches(self) -> Batches:
+        options, source = self.options, self.source
+        is_whole = options.batch_size is None or self.structure.subsample_size is not None
+        rows = source.num_rows if is_whole else options.batch_size
+        assert rows is not None  # noqa: S101
+        batches = Batches(source, rows, options.seed, shuffle=self.structure.subsample_size is None)
+        check_batch_norm(self.structure, source.num_rows, batches.batch_size)
+        if options.save_steps is not None and isinstance(source, LoaderSource):
+            raise ArgumentError(
+                "save_steps", "data by index", "a DataLoader", ["pass loader.dataset"]
+            )
+        return batches
+
+    def _make_state(self, like: Tensor, total: int) -> ObjectiveState | None:
+        """The objective's state for this training; Pyro's own objectives have none."""
+        if not isinstance(self.objective, Objective):
+            return None
+        state = self.objective.make_state(like, self.steps_per_epoch, total)
+        _warn_of_long_schedules(state.schedules, total)
+        return state
+
+    def _open_folder(self) -> None:
+        """Goes on from the folder's checkpoint, or empties the folder, all else being checked."""
+        options = self.options
+        if options.folder is None:
+            return
+        if options.resume and options.checkpoint_file.exists():
             with randomness.forked():
-                saved = checkpoint.load(self._checkpoint_file)
+                saved = checkpoint.load(options.checkpoint_file)
                 self.progress = restore(
-                    saved, self.stepper, self.buffers, self._settings, str(self._checkpoint_file)
+                    saved, self.stepper, self.buffers, self._settings, str(options.checkpoint_file)
                 )
                 self._rng = randomness.get_state()
-            self.history.write(self._history_file)
-        elif overwrite and self.folder is not None:  # everything has been checked by now
-            self._checkpoint_file.unlink(missing_ok=True)
-            self._history_file.unlink(missing_ok=True)
+            self.history.write(options.history_file)
+        elif options.overwrite:
+            options.checkpoint_file.unlink(missing_ok=True)
+            options.history_file.unlink(missing_ok=True)
 
     @property
     def history(self) -> History:
         """One record an epoch."""
         return self.progress.history
-
-    @property
-    def _checkpoint_file(self) -> Path:
-        assert self.folder is not None  # noqa: S101
-        return self.folder / "checkpoint.safetensors"
-
-    @property
-    def _history_file(self) -> Path:
-        assert self.folder is not None  # noqa: S101
-        return self.folder / "history.jsonl"
 
     def __repr__(self) -> str:
         done = self.progress
@@ -312,7 +181,7 @@ class Fit:
         """Trains for more epochs, from where the last training ended; returns itself."""
         self.epochs = self.progress.epoch + check_int("epochs", epochs)
         self.progress.stopped_early = False
-        self._train()
+        self.train()
         return self
 
     def save(self, path: str | Path) -> None:
@@ -324,7 +193,8 @@ class Fit:
 
     # The loop
 
-    def _train(self) -> None:
+    def train(self) -> None:
+        """Trains up to ``epochs`` epochs in all; `fit` and `refine` call this."""
         done = self.progress
         with self._surroundings() as (bar, stop):
             first = True
@@ -341,7 +211,7 @@ class Fit:
                     bar.update()
                     if done.global_step % LOOK_EVERY == 0:
                         self._look(bar)
-                    if self.save_steps and done.global_step % self.save_steps == 0:
+                    if self.options.save_steps and done.global_step % self.options.save_steps == 0:
                         self._save_checkpoint()
                     if stop.is_set():
                         break
@@ -370,7 +240,7 @@ class Fit:
     def _set_lr(self) -> None:
         factor = self.lr_factor(self.progress.global_step)
         for group in self.stepper.optimizer.param_groups:
-            group["lr"] = self.lr * factor
+            group["lr"] = self.options.lr * factor
 
     def _look(self, bar: Any) -> None:
         """Waits for the device: shows the average so far, and stops if a step has failed."""
@@ -429,16 +299,16 @@ class Fit:
             self._note_best(value)
             if value is not None:
                 bar.set_postfix_str(f"valid {self._name} {value:.2f}")
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            done.history.write_last(self._history_file)
-        if done.epoch % self.save_every == 0 and done.epoch < self.epochs:
+        if self.options.folder is not None:
+            self.options.folder.mkdir(parents=True, exist_ok=True)
+            done.history.write_last(self.options.history_file)
+        if done.epoch % self.options.save_every == 0 and done.epoch < self.epochs:
             self._save_checkpoint()
 
     def _validate(self) -> dict[str, Any]:
         """The validation ELBO and its parts, by one draw that is the same after each epoch."""
         bound = bounds.elbo(
-            self.model, self.guide, self.valid, structure=self.structure, seed=self.seed
+            self.model, self.guide, self.valid, structure=self.structure, seed=self.options.seed
         )
         parts = {f"valid_{self._name}": bound.mean}
         if bound.distortion is not None:
@@ -451,12 +321,12 @@ class Fit:
         done = self.progress
         if value is not None and (done.best is None or value > done.best):
             done.best, done.best_epoch = value, done.epoch - 1
-            if self.patience is not None:
+            if self.options.patience is not None:
                 tensors = {**self.structure.parameters, **self.buffers}
                 done.best_tensors = {k: v.detach().clone() for k, v in tensors.items()}
-        elif self.patience is not None:
+        elif self.options.patience is not None:
             since = done.epoch - 1 - (done.best_epoch or 0)
-            done.stopped_early = since >= self.patience
+            done.stopped_early = since >= self.options.patience
 
     # What is around the loop
 
@@ -470,11 +340,11 @@ class Fit:
             initial=self.progress.global_step,
             unit="step",
             desc="fit",
-            disable=not self.show_progress,
+            disable=not self.options.progress,
         )
         with (
             bar,
-            randomness.forked(self.seed),
+            randomness.forked(self.options.seed),
             pyro.validation_enabled(is_validate=False),
             _on_interrupt() as stop,
         ):
@@ -491,25 +361,11 @@ class Fit:
             module.training = training
 
     def _save_checkpoint(self) -> None:
-        if self.folder is not None:
-            checkpoint.save(self._checkpoint_file, self._snapshot())
+        if self.options.folder is not None:
+            checkpoint.save(self.options.checkpoint_file, self._snapshot())
 
     def _snapshot(self) -> checkpoint.Checkpoint:
         return snapshot(self.progress, self.stepper, self.buffers, self._settings)
-
-    def _check_folder(self, *, resume: bool, overwrite: bool) -> None:
-        if self.folder is None:
-            if resume:
-                raise ArgumentError("resume", "a folder to resume from", "folder=None")
-        elif resume and overwrite:
-            raise ArgumentError("overwrite", "either resume or overwrite", "both")
-        elif not resume and not overwrite and self._checkpoint_file.exists():
-            raise CheckpointError(
-                str(self.folder),
-                "a folder without a training in it",
-                "a checkpoint",
-                ["resume=True, to go on with it", "overwrite=True", "another folder"],
-            )
 
 
 @contextmanager

@@ -6,9 +6,11 @@ data set in chunks of bounded memory.
 """
 
 from pvae.terms.chunks import first_batch, inspect_source, stream
+from pvae.terms.messages import is_penalty
 from pvae.terms.passes import compute
+from pvae.terms.probe import inspect_pair, probing, run_pair
 from pvae.terms.result import SiteTerms, Terms
-from pvae.terms.structure import Structure, evaluating, inspect_pair
+from pvae.terms.structure import Structure, evaluating
 
 __all__ = [
     "SiteTerms",
@@ -19,5 +21,8 @@ __all__ = [
     "first_batch",
     "inspect_pair",
     "inspect_source",
+    "is_penalty",
+    "probing",
+    "run_pair",
     "stream",
 ]

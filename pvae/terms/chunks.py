@@ -12,8 +12,9 @@ from torch import Tensor
 from pvae.data import Source
 from pvae.errors import PairError, check_int
 from pvae.terms.passes import compute
+from pvae.terms.probe import inspect_pair
 from pvae.terms.result import Terms
-from pvae.terms.structure import Structure, evaluating, inspect_pair
+from pvae.terms.structure import Structure, evaluating
 
 __all__ = ["first_batch", "inspect_source", "stream"]
 

@@ -1,0 +1,121 @@
+"""``fit``, the function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import ELBO as PyroELBO
+
+from pvae.engine import OptimizerLike
+from pvae.fitting.loop import Fit
+from pvae.fitting.options import Options
+from pvae.schedules import Schedule
+
+__all__ = ["fit"]
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    objective: PyroELBO | None = None,
+    *,
+    epochs: int = 10,
+    batch_size: int | None = 128,
+    optimizer: OptimizerLike = torch.optim.Adam,
+    lr: float = 1e-3,
+    lr_schedule: Schedule | None = None,
+    clip_norm: float | None = None,
+    valid: Any = None,
+    patience: int | None = None,
+    plate: str | None = None,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    save_every: int = 1,
+    save_steps: int | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Fits a model and its guide to data.
+
+    The loss is divided by the data plate's full size, so losses and learning rates are per datum;
+    otherwise it is what ``pyro.infer.SVI`` minimises. Pyro's validation is on for the first step
+    and off after it. The generators and settings of the process are left as they were found; the
+    pair's networks are in training mode during the training and get their own mode back.
+
+    Arguments:
+        model: A Pyro program: a module, or a function whose parameters are in Pyro's store.
+        guide: Its guide.
+        data: An array, tensor, ``np.memmap`` or tuple of them; a torch ``Dataset``; a
+            ``DataLoader``; a `pvae.data.Data`. Batches are passed as ``model(*batch)``.
+        objective: What to maximise; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
+            Pyro's other ELBOs run as they are.
+        epochs: Passes over the data.
+        batch_size: Rows of a batch; None for all of the data, which is also what a pair that
+            subsamples itself gets.
+        optimizer: A torch optimiser class, or a function of (parameters, lr). One optimiser
+            holds all parameters, fused where the device has that.
+        lr: Learning rate.
+        lr_schedule: Factor on it, step by step, such as ``schedules.Cosine()``.
+        clip_norm: Largest norm of the whole gradient.
+        valid: Validation data, whose ELBO is estimated after each epoch with one fixed draw.
+        patience: Stop after that many epochs without a better validation ELBO, and end with the
+            best epoch's parameters.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        device: ``"auto"`` is CUDA where there is one, for modules; for functions, where their
+            parameters are.
+        seed: Of the order of data, of draws, and of dynamic binarisation.
+        folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``.
+        resume: Continue from the folder's checkpoint, if there is one. The result is bit for bit
+            that of a training that was never stopped, on the same machine, versions and threads.
+        overwrite: Replace the folder's training, once everything has been checked.
+        save_every: Epochs between checkpoints.
+        save_steps: Steps between checkpoints within an epoch, for long ones; not for a
+            ``DataLoader``, whose order is its own.
+        progress: Show a progress bar.
+
+    Returns:
+        The `Fit`: history, and what to do next.
+
+    Raises:
+        ArgumentError: If an argument can't be used.
+        DataError: If the data can't be used; names the first offending row.
+        PairError: If model and guide don't fit each other or the data.
+        CheckpointError: If the folder holds another training.
+        TrainingError: If a loss or gradient isn't finite; names epoch, batch and site, and
+            leaves the pair in the state before that step.
+
+    Example:
+        >>> from pvae import recipes
+        >>> x = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)).round()
+        >>> vae = recipes.vae(16, latent_dim=2, hidden=(8,))
+        >>> run = fit(vae.model, vae.guide, x, epochs=2, batch_size=32, progress=False)
+        >>> len(run.history), run.history[-1]["elbo"] < 0
+        (2, True)
+    """
+    options = Options(
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        lr=lr,
+        lr_schedule=lr_schedule,
+        clip_norm=clip_norm,
+        patience=patience,
+        plate=plate,
+        device=device,
+        seed=seed,
+        folder=None if folder is None else Path(folder),
+        resume=resume,
+        overwrite=overwrite,
+        save_every=save_every,
+        save_steps=save_steps,
+        progress=progress,
+    )
+    run = Fit(model, guide, data, objective, valid, options)
+    run.train()
+    return run

@@ -1,0 +1,89 @@
+"""What `fit` is told, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pvae.engine import OptimizerLike
+from pvae.errors import ArgumentError, CheckpointError, check_int, check_number
+from pvae.schedules import Schedule, as_schedule
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `pvae.fit` beside pair, data and objective; they mean what they do there."""
+
+    epochs: int
+    batch_size: int | None
+    optimizer: OptimizerLike
+    lr: float
+    lr_schedule: Schedule | None
+    clip_norm: float | None
+    patience: int | None
+    plate: str | None
+    device: str | torch.device
+    seed: int
+    folder: Path | None
+    resume: bool
+    overwrite: bool
+    save_every: int
+    save_steps: int | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        check_int("epochs", self.epochs, minimum=0)
+        check_int("seed", self.seed, minimum=0)
+        check_number("lr", self.lr, above=0)
+        for name in ("batch_size", "patience", "save_every", "save_steps"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name))
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, above=0)
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        if self.folder is None:
+            if self.resume:
+                raise ArgumentError("resume", "a folder to resume from", "folder=None")
+        elif self.resume and self.overwrite:
+            raise ArgumentError("overwrite", "either resume or overwrite", "both")
+        elif not self.resume and not self.overwrite and self.checkpoint_file.exists():
+            raise CheckpointError(
+                str(self.folder),
+                "a folder without a training in it",
+                "a checkpoint",
+                ["resume=True, to go on with it", "overwrite=True", "another folder"],
+            )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate's factor, step by step."""
+        return as_schedule("lr_schedule", 1.0 if self.lr_schedule is None else self.lr_schedule)
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """Where the checkpoint is."""
+        assert self.folder is not None  # noqa: S101
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def history_file(self) -> Path:
+        """Where the history is."""
+        assert self.folder is not None  # noqa: S101
+        return self.folder / "history.jsonl"
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed training must have in common with the first one."""
+        return {
+            "seed": self.seed,
+            "lr": self.lr,
+            "lr_schedule": repr(self.schedule),
+            "clip_norm": self.clip_norm,
+            "patience": self.patience,
+        }

@@ -1,0 +1,192 @@
+"""The sites of a pass, reduced to shape (K, N) or (K,)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pvae.errors import PairError, UndefinedError
+from pvae.terms.messages import delta_of, is_factor, is_penalty, plate_scale
+from pvae.terms.result import Kind, SiteTerms, Terms
+from pvae.terms.structure import Structure
+
+__all__ = ["PARTICLES", "Collector"]
+
+PARTICLES = "pvae_particles"
+"""Name of the plate in which particles are vectorised."""
+
+
+class Collector:
+    """Reduces the sites of a pass to shape (K, N) or (K,)."""
+
+    def __init__(self, structure: Structure, num_particles: int, per_dimension: bool) -> None:  # noqa: FBT001
+        self.structure, self.num_particles = structure, num_particles
+        self.per_dimension = per_dimension
+        self.vectorized = num_particles > 1
+        self.rank = structure.nesting + self.vectorized
+        self.axis = self.rank + structure.dim  # of the data, in a log density of full rank
+        self.sites: dict[str, SiteTerms] = {}
+        self.summed_out: list[tuple[Any, Tensor]] = []
+        self.num_rows = 0
+        self.like: Tensor | None = None
+
+    def guide(self, site: Any, *, in_model: bool) -> None:
+        """Takes in a site of the guide."""
+        if is_factor(site):
+            kind: Kind = "penalty" if is_penalty(site) else "factor"
+        else:
+            kind = "latent" if in_model else "auxiliary"
+        entry = self._entry(site, kind)
+        entry.guide = site["fn"]
+        delta = delta_of(site["fn"])
+        if delta is None:
+            raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        else:  # never x == v, which is false after any round trip
+            raw = delta[0].log_density
+            raw = raw.sum(tuple(range(-delta[1], 0))) if delta[1] else raw
+        entry.log_q, entry.scaled_log_q = self._both(site, raw, entry.is_local)
+        if self.per_dimension and kind == "latent" and entry.is_local:
+            entry.log_q_dims = self._dims(site)
+
+    def model(self, site: Any) -> None:
+        """Takes in a site of the model."""
+        raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        if raw.dim() > self.rank:
+            self.summed_out.append((site, raw))
+            return
+        kind: Kind = "penalty" if is_penalty(site) else "factor" if is_factor(site) else "observed"
+        kind = kind if site["is_observed"] else "latent"
+        entry = self._entry(site, kind)
+        entry.model = site["fn"]
+        entry.log_p, entry.scaled_log_p = self._both(site, raw, entry.is_local)
+        if self.per_dimension and kind == "latent" and entry.is_local:
+            entry.log_p_dims = self._dims(site)
+
+    def terms(self) -> Terms:
+        """What has been taken in, enumerated latents summed out."""
+        notes: dict[str, Any] = {}
+        if self.summed_out:
+            self._sum_out(notes)
+        assert self.like is not None  # noqa: S101
+        return Terms(
+            self.sites, self.num_particles, self.num_rows, self.structure, self.like, notes=notes
+        )
+
+    def _entry(self, site: Any, kind: Kind) -> SiteTerms:
+        name = site["name"]
+        if name not in self.sites:
+            local = any(f.name == self.structure.plate for f in site["cond_indep_stack"])
+            self.sites[name] = SiteTerms(name, kind, local, self._value(site))
+        return self.sites[name]
+
+    def _value(self, site: Any) -> Tensor:
+        """The value with particles first: (K, ...), without the plates that it isn't in."""
+        value: Tensor = site["value"]
+        if not self.vectorized:
+            return value.unsqueeze(0)
+        batch = value.dim() - len(site["fn"].event_shape)
+        if batch < self.rank:  # data, which are the same for all particles
+            return value.unsqueeze(0).expand(self.num_particles, *value.shape)
+        own = max(
+            (-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES),
+            default=0,
+        )
+        return value.reshape(value.shape[:1] + value.shape[batch - own :])
+
+    def _both(self, site: Any, raw: Tensor, is_local: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
+        masked = scale_and_mask(raw, mask=site["mask"])
+        scale = site["scale"]
+        keep = plate_scale(site, without=self.structure.plate)
+        plain = self._reduce(masked if keep == 1.0 else masked * keep, is_local=is_local)
+        if isinstance(scale, Tensor):
+            return plain, self._reduce(masked * scale, is_local=is_local)
+        return plain, plain if scale == keep else plain * (scale / keep)
+
+    def _reduce(self, log_prob: Tensor, *, is_local: bool) -> Tensor:
+        """Sums out all dimensions but particles and, inside the data plate, data."""
+        if log_prob.dim() > self.rank:
+            raise PairError(
+                "a site of the pair",
+                f"a log density with at most {self.rank} dimension(s), one a plate",
+                f"shape {tuple(log_prob.shape)}",
+                [".to_event(k) on the site's distribution", "a plate around the site"],
+            )
+        if self.like is None:
+            self.like = log_prob.detach()
+        if is_local and log_prob.dim() == self.rank and self.structure.nesting == 1:
+            full = log_prob if self.vectorized else log_prob.unsqueeze(0)
+        else:
+            full = log_prob.reshape((1,) * (self.rank - log_prob.dim()) + log_prob.shape)
+            kept = {0} if self.vectorized else set()
+            kept |= {self.axis} if is_local else set()
+            out = [i for i in range(self.rank) if i not in kept]
+            full = full.sum(out) if out else full
+            full = full if self.vectorized else full.unsqueeze(0)
+        if is_local:
+            self.num_rows = max(self.num_rows, full.shape[1])
+        if full.shape[0] != self.num_particles:
+            full = full.expand(self.num_particles, *full.shape[1:])
+        return full
+
+    def _dims(self, site: Any) -> Tensor:
+        fn, value = site["fn"], site["value"]
+        frames = [f.name for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+        if not isinstance(fn, torch.distributions.Independent) or frames != [self.structure.plate]:
+            raise UndefinedError(
+                f"terms per dimension at site '{site['name']}'",
+                "independent dimensions: a distribution made with .to_event(k), in the data plate",
+                f"{type(fn).__name__} in plates {', '.join(frames)}",
+                ["the sum over dimensions, log_p and log_q"],
+            )
+        each = fn.base_dist.log_prob(value)
+        mask = site["mask"]
+        if isinstance(mask, Tensor):
+            mask = mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)
+        each = scale_and_mask(each, mask=mask)
+        return each if self.vectorized else each.unsqueeze(0)
+
+    def _sum_out(self, notes: dict[str, Any]) -> None:
+        """Sums out enumerated latents with everything that depends on them, datum by datum."""
+        dims = [
+            s["infer"].get("_enumerate_dim")
+            for s, _ in self.summed_out
+            if s["name"] in self.structure.enumerated
+        ]
+        names = [s["name"] for s, _ in self.summed_out]
+        if len(set(dims)) != len(dims):
+            raise PairError(
+                "enumerated sites",
+                "one dimension each",
+                f"a shared one in {names}",
+                ["no pyro.markov around them"],
+            )
+        total: Tensor | None = None
+        for site, raw in self.summed_out:
+            masked = scale_and_mask(raw, mask=site["mask"])
+            extra = masked.dim() - self.rank
+            kept = {*range(extra), extra + self.axis} | ({extra} if self.vectorized else set())
+            out = [i for i in range(masked.dim()) if i not in kept]
+            part = masked.sum(out, keepdim=True) if out else masked
+            total = part if total is None else total + part
+        assert total is not None  # noqa: S101
+        extra = total.dim() - self.rank
+        summed = total.logsumexp(tuple(range(extra)))
+        others = {
+            ("latent" if not s["is_observed"] else "observed")
+            for s, _ in self.summed_out
+            if s["name"] not in self.structure.enumerated
+        }
+        kind: Kind = "latent" if others == {"latent"} else "enumerated"
+        if len(others) > 1:
+            notes["joint"] = True
+        for site, _ in self.summed_out:
+            if site["name"] in self.sites:
+                self.sites[site["name"]].model = site["fn"]
+        entry = SiteTerms("+".join(names), kind, is_local=True)
+        entry.log_p = self._reduce(summed, is_local=True)
+        scale = self.summed_out[0][0]["scale"]
+        entry.scaled_log_p = entry.log_p * scale
+        self.sites[entry.name] = entry

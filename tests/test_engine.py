@@ -1,0 +1,120 @@
+"""One step: nothing waits for the device, nothing bad is kept, one optimiser, fused where it can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+from pvae import recipes
+from pvae import terms as t
+from pvae.engine import PARTS, Stepper, _Backup, make_optimizer
+from pvae.errors import ArgumentError
+from pvae.objectives import ELBO
+
+D, Q, N = 6, 2, 16
+
+
+def make(device: torch.device, optimizer: Any = torch.optim.Adam) -> tuple[Stepper, Tensor]:
+    vae = recipes.vae(D, Q, hidden=(8,)).to(device)
+    x = torch.rand(N, D, device=device).round()
+    structure = t.inspect_pair(vae.model, vae.guide, (x,))
+    parameters = list(structure.parameters.values())
+    objective = ELBO()
+    stepper = Stepper(
+        vae.model,
+        vae.guide,
+        objective,
+        structure,
+        make_optimizer(optimizer, parameters, 1e-3),
+        objective.make_state(parameters[0]),
+        clip_norm=1.0,
+    )
+    return stepper, x
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop])
+def test_a_step_waits_for_nothing(
+    optimizer: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No value is read back: on CUDA torch itself watches, on the CPU reading raises."""
+    stepper, x = make(device, optimizer)
+    with pyro.validation_enabled(is_validate=False):
+        stepper((x,), 0)
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        else:
+
+            def refuse(*_: Any) -> None:
+                raise AssertionError("a value was read back")
+
+            for name in ("item", "tolist", "__float__", "__int__"):
+                monkeypatch.setattr(Tensor, name, refuse)
+        try:
+            for step in range(1, 4):
+                stepper((x,), step)
+        finally:
+            monkeypatch.undo()
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert set(stepper.averages()) == set(PARTS)
+
+
+def test_averages_are_over_data_and_start_anew(device: torch.device) -> None:
+    stepper, x = make(device)
+    losses = []
+    for rows in (16, 4):
+        stepper((x[:rows],), 0)
+        total = stepper.averages()["loss"]
+        losses.append(total)
+    whole = stepper.averages()
+    assert whole["elbo"] == pytest.approx(-whole["loss"])
+    stepper.reset()
+    stepper((x[:4],), 0)
+    assert stepper.averages()["loss"] != losses[0]
+
+
+def test_adam_is_fused_and_others_are_not(device: torch.device) -> None:
+    assert make(device)[0].is_fused
+    assert not make(device, torch.optim.RMSprop)[0].is_fused
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_backup_is_put_back_after_a_failure_alone(ok: bool, device: torch.device) -> None:
+    tensors = [torch.ones(3, device=device), torch.zeros((), dtype=torch.int64, device=device)]
+    backup = _Backup(tensors)
+    for tensor in tensors:
+        tensor.add_(5)
+    backup.restore_unless(torch.tensor(ok, device=device))
+    assert tensors[0].tolist() == ([6.0] * 3 if ok else [1.0] * 3)
+    assert int(tensors[1]) == (5 if ok else 0)
+
+
+def test_the_first_failure_is_the_one_named(device: torch.device) -> None:
+    stepper, x = make(device)
+    bad = x.clone()
+    bad[0, 0] = float("nan")
+    with pyro.validation_enabled(is_validate=False):
+        stepper((x,), 0)
+        before = [p.detach().clone() for p in stepper.parameters]
+        assert stepper.look(0) is None
+        for step, batch in enumerate((bad, x, bad), start=1):
+            stepper((batch,), step)
+    failure = stepper.look(3)
+    assert failure is not None
+    assert failure.step == 1
+    assert set(failure.sites) == {"z", "x"}
+    for parameter, expected in zip(stepper.parameters, before, strict=True):
+        assert torch.equal(parameter, expected)
+    steps = {float(s["step"]) for s in stepper.optimizer.state.values()}
+    assert steps == {1.0}
+
+
+def test_a_loss_without_gradients_is_refused(device: torch.device) -> None:
+    stepper, x = make(device)
+    stepper.parameters = []
+    with pytest.raises(ArgumentError, match="a loss that depends on its parameters"):
+        stepper((x,), 0)
