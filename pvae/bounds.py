@@ -13,7 +13,7 @@ from torch import Tensor
 from pvae import randomness
 from pvae import terms as t
 from pvae.data import Source, as_source, check_rows
-from pvae.errors import UndefinedError, check_int
+from pvae.errors import PairError, UndefinedError, check_int
 
 __all__ = ["Bound", "elbo", "evidence", "prepare"]
 
@@ -29,14 +29,14 @@ class Bound:
 
     Attributes:
         name: What it is.
-        values: One for each datum in nats, shape ``(N,)``; None with a global latent.
+        values: One for each datum in nats, shape ``(N,)``; None with global sites.
         total: Sum over the data set.
         se_total: Standard error over draws of the total; None if one draw was made.
         num_data: N.
         num_particles: K, draws for each datum.
         distortion: :math:`-E_q[\log p(x | z)]`, an estimate like this one, or None.
         rate: :math:`E_q[\log q(z | x) - \log p(z)]`, likewise.
-        global_latents: Latents that all data share.
+        global_sites: What is outside the data plate; the total has it, no single datum does.
         removed_scales: ``poutine.scale`` factors by site that are not in it.
     """
 
@@ -48,12 +48,12 @@ class Bound:
     num_particles: int
     distortion: Bound | None = None
     rate: Bound | None = None
-    global_latents: tuple[str, ...] = ()
+    global_sites: tuple[str, ...] = ()
     removed_scales: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
-        """The mean over data in nats; with a global latent, the total's share of a datum."""
+        """The mean over data in nats; with global sites, the total's share of a datum."""
         return self.total / self.num_data
 
     @property
@@ -72,14 +72,14 @@ class Bound:
         """The values, shape ``(N,)``.
 
         Raises:
-            UndefinedError: With a global latent, given which alone the data are independent.
+            UndefinedError: With sites outside the data plate, which belong to no single datum.
         """
         if self.values is None:
             raise UndefinedError(
                 f"{self.name} per datum",
-                "a pair whose latents are all inside the data plate",
-                f"global latent(s) {', '.join(self.global_latents)}",
-                [".total, the bound for the whole data set"],
+                "a pair whose sites are all inside the data plate",
+                f"global site(s) {', '.join(self.global_sites)}",
+                [".total, for the whole data set"],
             )
         return self.values
 
@@ -88,8 +88,8 @@ class Bound:
         if self.values is None:
             error = "" if self.se_total is None else f" +- {self.se_total:.2g} over draws"
             lines = [
-                f"{self.name}: {self.total:.2f}{error} nats for the data set of {self.num_data}, "
-                f"a bound with global latent(s) {', '.join(self.global_latents)}"
+                f"{self.name}: {self.total:.2f}{error} nats, a bound for the data set of "
+                f"{self.num_data}, with global site(s) {', '.join(self.global_sites)}"
             ]
         else:
             lines = [
@@ -123,8 +123,9 @@ def elbo(
         L_n = E_q[\log p(x_n | z)] - E_q[\log q(z | x_n) - \log p(z)] = -D_n - R_n
 
     With a point-mass guide there is no such bound; the result is then named "log joint", is
-    :math:`\log p(x_n, z_n)` at the code, and has no rate. With global latents it is the bound for
-    the data set, and ``num_particles`` counts draws of those.
+    :math:`\log p(x_n, z_n)` at the code, and has no rate. With an improper prior it is named
+    "unnormalised ELBO". With sites outside the data plate it is the bound for the data set, all of
+    them included, and ``num_particles`` counts draws of those.
 
     References:
         Fixing a Broken ELBO (Alemi et al., 2018), https://arxiv.org/abs/1711.00464
@@ -140,17 +141,18 @@ def elbo(
         seed: Of the draws; the caller's generators are left as they are.
     """
     check_int("num_particles", num_particles)
-    source, structure = prepare(model, guide, data, structure, plate)
-    name = "log joint" if structure.has_points else "ELBO"
-    if structure.global_latents:
-        return _with_globals(
-            name, model, guide, source, structure, num_particles, 1, max_rows, seed
-        )
-    moments = _Moments(source.num_rows, structure)
     with randomness.forked(seed):
+        source, structure = prepare(model, guide, data, structure, plate)
+        name = _NAMES[structure.quantity]
+        if structure.global_sites:
+            return _with_globals(name, model, guide, source, structure, num_particles, 1, max_rows)
+        moments = _Moments(structure)
         for rows, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
             moments.add(rows, terms)
-    return moments.bound(name, num_particles)
+        return moments.bound(name, num_particles)
+
+
+_NAMES = {"elbo": "ELBO", "log_joint": "log joint", "unnormalised_elbo": "unnormalised ELBO"}
 
 
 def evidence(
@@ -175,8 +177,8 @@ def evidence(
     draws is by the delta method, :math:`\mathrm{var}_n \approx \sum_k \bar w_{nk}^2 - 1/K` with
     the normalised weights; where one weight has it all, even that is too small.
 
-    With global latents g the data aren't independent and there is no evidence of one datum; the
-    result is the bound for the data set
+    With sites g outside the data plate there is no evidence of one datum; the result is the bound
+    for the data set,
     :math:`E_{q(g)}[\log p(g) - \log q(g) + \sum_n \log \tfrac1K \sum_k w_{nk}(g)]`.
 
     References:
@@ -194,21 +196,24 @@ def evidence(
         seed: Of the draws; the caller's generators are left as they are.
 
     Raises:
-        UndefinedError: If a latent of a datum has a point-mass guide.
+        UndefinedError: If a latent of a datum has a point-mass guide, or an improper prior.
     """
     check_int("num_particles", num_particles)
-    source, structure = prepare(model, guide, data, structure, plate)
-    structure.require_density("evidence by importance sampling")
-    name = f"evidence, IWAE-{num_particles}"
-    if structure.global_latents:
-        return _with_globals(
-            name, model, guide, source, structure, num_global, num_particles, max_rows, seed
-        )
-    weights = _Weights(source.num_rows, structure)
+    check_int("num_global", num_global)
     with randomness.forked(seed):
+        source, structure = prepare(model, guide, data, structure, plate)
+        structure.require_density("evidence by importance sampling")
+        structure.require_proper("evidence")
+        what = "log joint" if structure.points else "evidence"
+        name = f"{what}, IWAE-{num_particles}"
+        if structure.global_sites:
+            return _with_globals(
+                name, model, guide, source, structure, num_global, num_particles, max_rows
+            )
+        weights = _Weights(structure)
         for rows, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
             weights.add(rows, terms)
-    return weights.bound(name, num_particles)
+        return weights.bound(name, num_particles)
 
 
 def prepare(
@@ -218,14 +223,19 @@ def prepare(
     structure: t.Structure | None = None,
     plate: str | None = None,
 ) -> tuple[Source, t.Structure]:
-    """Data as a source on the pair's device, and what the pair is made of."""
+    """Data, checked, as a source on the pair's device, and what the pair is made of."""
     if structure is not None:
         return as_source(data, structure.device, structure.dtype), structure
     like = _first_tensor(model, guide)
     source = as_source(data, like.device, like.dtype)
-    check_rows(source)
-    structure = t.inspect_source(model, guide, source, plate=plate)
-    return as_source(data, structure.device, structure.dtype), structure
+    try:
+        structure = t.inspect_source(model, guide, source, plate=plate)
+    except PairError:
+        check_rows(source)  # was it the data?
+        raise
+    source = as_source(data, structure.device, structure.dtype)
+    t.check_data(model, guide, source)
+    return source, structure
 
 
 def _first_tensor(*programs: Any) -> Tensor:
@@ -238,63 +248,63 @@ def _first_tensor(*programs: Any) -> Tensor:
 
 
 class _Moments:
-    """Sums over particles of the ELBO, its square, and its likelihood, datum by datum."""
+    """Sums over particles of the ELBO, its square, and its likelihood, chunk by chunk."""
 
-    def __init__(self, num_rows: int, structure: t.Structure) -> None:
+    def __init__(self, structure: t.Structure) -> None:
         self.structure = structure
-        zeros = torch.zeros(num_rows, dtype=torch.float64, device=structure.device)
-        self.total, self.square, self.likelihood = zeros.clone(), zeros.clone(), zeros.clone()
+        self.sums: dict[int, Tensor] = {}  # by a chunk's first row; (3, rows)
         self.is_split = True
 
     def add(self, rows: slice, terms: t.Terms) -> None:
         log_weight = terms.log_weight.double()
-        self.total[rows] += log_weight.sum(0)
-        self.square[rows] += log_weight.square().sum(0)
         self.is_split = "joint" not in terms.notes
-        if self.is_split:
-            self.likelihood[rows] += terms.log_likelihood.double().sum(0)
+        likelihood = terms.log_likelihood.double() if self.is_split else log_weight
+        new = torch.stack([log_weight.sum(0), log_weight.square().sum(0), likelihood.sum(0)])
+        known = self.sums.get(rows.start)
+        self.sums[rows.start] = new if known is None else known + new
 
     def bound(self, name: str, k: int) -> Bound:
-        values, likelihood = self.total / k, self.likelihood / k
-        variance = (self.square / k - values.square()).clamp(min=0) / (k - 1) if k > 1 else None
+        values, square, likelihood = torch.cat(list(self.sums.values()), 1) / k
+        variance = (square - values.square()).clamp(min=0) / (k - 1) if k > 1 else None
         common: dict[str, Any] = {"num_data": len(values), "num_particles": k}
 
         def part(part_name: str, part_values: Tensor) -> Bound:
             return Bound(part_name, part_values, float(part_values.sum()), None, **common)
 
-        distortion = part("distortion", -likelihood) if self.is_split else None
-        rate = part("rate", likelihood - values) if self.is_split else None
+        has_rate = self.is_split and not self.structure.has_points and not self.structure.improper
         return Bound(
             name,
             values,
             float(values.sum()),
             None if variance is None else math.sqrt(float(variance.sum())),
-            distortion=distortion,
-            rate=None if self.structure.has_points else rate,
+            distortion=part("distortion", -likelihood) if self.is_split else None,
+            rate=part("rate", likelihood - values) if has_rate else None,
             removed_scales=self.structure.removed_scales,
             **common,
         )
 
 
 class _Weights:
-    """log-sum-exp of weights and of their squares, datum by datum, particle chunk by chunk."""
+    """log-sum-exp of weights and of their squares, chunk by chunk, particles in any number."""
 
-    def __init__(self, num_rows: int, structure: t.Structure) -> None:
+    def __init__(self, structure: t.Structure) -> None:
         self.structure = structure
-        empty = torch.full((num_rows,), -math.inf, dtype=torch.float64, device=structure.device)
-        self.first, self.second = empty.clone(), empty.clone()
+        self.sums: dict[int, Tensor] = {}  # by a chunk's first row; (2, rows)
 
     def add(self, rows: slice, terms: t.Terms) -> None:
         log_weight = terms.log_weight.double()
-        self.first[rows] = torch.logaddexp(self.first[rows], log_weight.logsumexp(0))
-        self.second[rows] = torch.logaddexp(self.second[rows], (2 * log_weight).logsumexp(0))
+        new = torch.stack([log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)])
+        known = self.sums.get(rows.start)
+        self.sums[rows.start] = new if known is None else torch.logaddexp(known, new)
 
-    def values(self, k: int) -> Tensor:
-        return self.first - math.log(k)
+    def values(self, k: int) -> tuple[Tensor, Tensor]:
+        """log of the mean weight of each datum, and its variance over draws (delta method)."""
+        first, second = torch.cat(list(self.sums.values()), 1)
+        variance = ((second - 2 * first).exp() - 1 / k).clamp(min=0)
+        return first - math.log(k), variance
 
     def bound(self, name: str, k: int) -> Bound:
-        values = self.values(k)
-        variance = ((self.second - 2 * self.first).exp() - 1 / k).clamp(min=0)
+        values, variance = self.values(k)
         return Bound(
             name,
             values,
@@ -310,24 +320,22 @@ def _with_globals(
     name: str,
     model: Any,
     guide: Any,
-    source: Any,
+    source: Source,
     structure: t.Structure,
     num_global: int,
     num_local: int,
     max_rows: int,
-    seed: int,
 ) -> Bound:
-    """The data set's bound: each draw of the global latents is shared by all data."""
-    totals = []
-    with randomness.forked(seed):
-        for _ in range(num_global):
-            given, outside = _draw_globals(model, guide, source, structure)
-            weights = _Weights(source.num_rows, structure)
-            for rows, terms in t.stream(
-                model, guide, source, structure, num_local, max_rows, given
-            ):
-                weights.add(rows, terms)
-            totals.append(outside + float(weights.values(num_local).sum()))
+    """The data set's bound: each draw of what is outside the data plate is shared by all data."""
+    totals, num_data = [], source.num_rows
+    for _ in range(num_global):
+        given, outside = _draw_globals(model, guide, source, structure)
+        weights = _Weights(structure)
+        for rows, terms in t.stream(model, guide, source, structure, num_local, max_rows, given):
+            weights.add(rows, terms)
+        values, _ = weights.values(num_local)
+        totals.append(outside + float(values.sum()))
+        num_data = len(values)
     draws = torch.tensor(totals, dtype=torch.float64)
     error = float(draws.std()) / math.sqrt(num_global) if num_global > 1 else None
     return Bound(
@@ -335,23 +343,23 @@ def _with_globals(
         None,
         float(draws.mean()),
         error,
-        source.num_rows,
+        num_data,
         num_local,
-        global_latents=structure.global_latents,
+        global_sites=structure.global_sites,
         removed_scales=structure.removed_scales,
     )
 
 
 def _draw_globals(
-    model: Any, guide: Any, source: Any, structure: t.Structure
+    model: Any, guide: Any, source: Source, structure: t.Structure
 ) -> tuple[dict[str, Tensor], float]:
     """One draw of everything outside the data plate, and its log p - log q."""
-    rows = source.num_rows if structure.subsample_size else 128
+    rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
     with t.evaluating(structure.modules):
         terms = t.compute(model, guide, t.first_batch(source, rows), structure=structure)
     given = {
-        name: site.value[0]
+        name: site.draws[0]
         for name, site in terms.sites.items()
-        if not site.is_local and site.kind in ("latent", "auxiliary") and site.value is not None
+        if not site.is_local and site.kind in ("latent", "auxiliary") and site.draws is not None
     }
     return given, float(terms.global_log_p[0] - terms.global_log_q[0])

@@ -6,6 +6,8 @@ update is masked on the device. The host finds out when it looks, every so often
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,17 +32,20 @@ def make_optimizer(
     factory: OptimizerLike, parameters: Sequence[Tensor], lr: float
 ) -> torch.optim.Optimizer:
     """One optimiser over all parameters, fused where optimiser and device have that."""
+    made: torch.optim.Optimizer | None = None
+    with contextlib.suppress(TypeError, RuntimeError):
+        made = factory(parameters, lr=lr, fused=True)
     try:
-        return factory(parameters, lr=lr, fused=True)
-    except (TypeError, RuntimeError):
-        pass
-    try:
-        return factory(parameters, lr=lr)
-    except TypeError as error:
+        made = made or factory(parameters, lr=lr)
+        closure = inspect.signature(made.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError("its step needs a closure that evaluates the loss again")
+        return made
+    except (TypeError, AttributeError) as error:
         raise ArgumentError(
             "optimizer",
             "a torch optimiser class, called with (parameters, lr=...)",
-            f"{factory!r}, which raised {error}",
+            f"{factory!r}: {error}",
             ["torch.optim.Adam", "functools.partial(torch.optim.SGD, momentum=0.9)"],
         ) from error
 
@@ -90,7 +95,7 @@ class Stepper:
         self.site_names: tuple[str, ...] = ()
         self.with_grad: list[str] = []
         self.buffers = [b for m in structure.modules for b in m.buffers(recurse=False)]
-        self.is_fused = all(group.get("fused") for group in optimizer.param_groups)
+        self.is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
 
     def __call__(self, batch: tuple[Tensor, ...], step: int) -> None:
         """Runs one step on a batch; ``step`` is its number, for a `Failure` to name."""
@@ -117,6 +122,14 @@ class Stepper:
         """Averages over data since the last `reset`; waits for the device."""
         *sums, rows = self.sums.tolist()
         return {name: total / max(rows, 1.0) for name, total in zip(PARTS, sums, strict=True)}
+
+    def recover(self, step: int) -> None:
+        """Makes itself ready to go on at ``step``, after a failure."""
+        self.failed.zero_()
+        self.failed_at.fill_(-1)
+        self.bad_sites = self.bad_parameters = None
+        if self.state is not None:
+            self.state.set_step(step)
 
     def reset(self) -> None:
         """Starts new averages."""
@@ -161,6 +174,13 @@ class Stepper:
             loss.backward()
         else:
             value = self.objective.loss_and_grads(self.model, self.guide, *batch)
+            if not isinstance(value, (float, int, Tensor)):
+                raise ArgumentError(
+                    "objective",
+                    "one that returns one loss",
+                    f"{type(self.objective).__name__}, which returns a {type(value).__name__}",
+                    ["pyro.infer.SVI with it, and a loop of your own"],
+                )
             loss = torch.as_tensor(value, dtype=torch.float64) / divisor
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], divisor)
         loss = loss.detach().to(self.sums.device)
@@ -176,6 +196,14 @@ class Stepper:
                 "a loss that depends on its parameters",
                 "no parameter with a gradient",
                 ["does the guide sample from a distribution made of its parameters?"],
+            )
+        if any(g.is_sparse for g in grads):
+            sparse = [n for n, g in zip(names, grads, strict=True) if g.is_sparse]
+            raise ArgumentError(
+                "pair",
+                "dense gradients",
+                f"sparse ones, of {', '.join(sparse)}",
+                ["nn.Embedding(..., sparse=False)"],
             )
         self.with_grad = names
         norms = torch.stack(torch._foreach_norm(grads))

@@ -8,9 +8,11 @@ configuration can't be changed; what changes during training (the step of a sche
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pvae import terms as t
-from pvae.errors import PairError, check_int
+from pvae.errors import PairError, check_int, check_number
 from pvae.schedules import Constant, Schedule, as_schedule
 
 __all__ = ["ELBO", "Objective", "ObjectiveState"]
@@ -43,6 +45,11 @@ class ObjectiveState(nn.Module):
         for name in schedules:
             self.register_buffer(name, torch.zeros((), dtype=like.dtype, device=like.device))
         self.set_step(0)
+
+    def resolve(self, schedules: dict[str, Schedule], steps_per_epoch: int, total: int) -> None:
+        """Takes schedules anew, for a training of another length."""
+        self.schedules = {n: s.resolve(steps_per_epoch, total) for n, s in schedules.items()}
+        self.set_step(self.step)
 
     def set_step(self, step: int) -> None:
         """Moves to a training step."""
@@ -75,7 +82,7 @@ class Objective(PyroELBO):
         super().__init__(num_particles=check_int("num_particles", num_particles))
         self.vectorize_particles = vectorize_particles
         self.plate = plate
-        self._runs: dict[tuple[int, int], Any] = {}
+        self._runs: dict[tuple[Any, Any], Any] = {}
 
     def __setattr__(self, name: str, value: object) -> None:
         if "_runs" in self.__dict__:
@@ -124,42 +131,60 @@ class Objective(PyroELBO):
             vectorize=self.vectorize_particles,
         )
 
-    # What Pyro's SVI calls
+    # What Pyro's SVI, and the objective as a module, call
 
-    def differentiable_loss(self, model: Any, guide: Any, *batch: Any) -> Tensor:
-        """The plate-scaled loss as a scalar to differentiate."""
-        structure, state = self._run_for(model, guide, batch)
-        return self.surrogate(self.compute_terms(model, guide, batch, structure), state)
+    def differentiable_loss(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> Tensor:
+        """The plate-scaled loss as a scalar to differentiate.
 
-    def loss(self, model: Any, guide: Any, *batch: Any) -> float:
+        Schedules advance by one step when it is differentiated, and by nothing else.
+        """
+        run = self._run_for(model, guide, batch, kwargs)
+        loss = self.surrogate(self.compute_terms(*run.programs, batch, run.structure), run.state)
+        if loss.requires_grad:
+            loss.register_hook(lambda _: run.state.advance())
+        return loss
+
+    def loss(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> float:
         """The plate-scaled loss in nats; doesn't advance schedules."""
         with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *batch))
+            return float(self.differentiable_loss(model, guide, *batch, **kwargs))
 
-    def loss_and_grads(self, model: Any, guide: Any, *batch: Any) -> float:
-        """The plate-scaled loss in nats; adds gradients and advances schedules by one step."""
-        loss = self.differentiable_loss(model, guide, *batch)
+    def loss_and_grads(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> float:
+        """The plate-scaled loss in nats; adds gradients, and so advances schedules."""
+        loss = self.differentiable_loss(model, guide, *batch, **kwargs)
         loss.backward()
-        self._run_for(model, guide, batch)[1].advance()
         return float(loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Traces of model and guide, scored, as Pyro's tools expect them."""
-        guide_trace, model_trace = t.run_pair(model, guide, args)
+        guide_trace, model_trace = t.run_pair(*_bound(model, guide, kwargs), args)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace
 
-    def _run_for(self, model: Any, guide: Any, batch: Any) -> tuple[t.Structure, ObjectiveState]:
-        """Structure and state of a pair outside `fit`, made at its first batch."""
-        key = (id(model), id(guide))
-        if key not in self._runs:
-            structure = t.inspect_pair(model, guide, batch, self.plate)
+    def _run_for(self, model: Any, guide: Any, batch: Any, kwargs: dict[str, Any]) -> _Run:
+        """What is known of a pair outside `fit`, found out at its first batch."""
+        programs = _bound(model, guide, kwargs)
+        if (model, guide) not in self._runs:
+            structure = t.inspect_pair(*programs, batch, self.plate)
             like = next(iter(structure.parameters.values()), torch.zeros(()))
-            # The programs are kept, too: once they were gone, their ids could be used again.
-            self._runs[key] = (structure, self.make_state(like), model, guide)
-        structure, state, *_ = self._runs[key]
-        return structure, state
+            self._runs[model, guide] = structure, self.make_state(like)
+        return _Run(programs, *self._runs[model, guide])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A pair outside `fit`: its programs with keyword arguments bound, structure and state."""
+
+    programs: tuple[Callable[..., Any], Callable[..., Any]]
+    structure: t.Structure
+    state: ObjectiveState
+
+
+def _bound(model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    if not kwargs:
+        return model, guide
+    return functools.partial(model, **kwargs), functools.partial(guide, **kwargs)
 
 
 class ELBO(Objective):
@@ -198,6 +223,8 @@ class ELBO(Objective):
         vectorize_particles: bool | None = None,
         plate: str | None = None,
     ) -> None:
+        if not isinstance(beta, Schedule):
+            check_number("beta", beta, minimum=0)
         self.beta = as_schedule("beta", beta)
         super().__init__(num_particles, vectorize_particles=vectorize_particles, plate=plate)
 
@@ -208,9 +235,11 @@ class ELBO(Objective):
 
     def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
-        beta: Tensor | float = state.beta  # type: ignore[assignment]
+        beta: Tensor | float = state.get_buffer("beta").clone()  # it may advance during backward
         if self.beta == Constant(1.0):
             beta = 1.0
+        elif "joint" in terms.notes:
+            terms.require_split()
         rate = terms.scaled("q") - terms.scaled("prior")
         loss = -(terms.scaled("likelihood") - beta * rate + terms.scaled("penalty")).mean()
         if any(_needs_score(p) for p in terms.passes):
@@ -223,9 +252,7 @@ class ELBO(Objective):
 def _needs_score(terms: t.Terms) -> bool:
     """Whether a guide site can't be reparametrised."""
     return any(
-        not site.guide.has_rsample
-        for site in terms.sites.values()
-        if site.guide is not None and site.kind in ("latent", "auxiliary")
+        not site.guide.has_rsample for site in terms.sites.values() if site.guide is not None
     )
 
 

@@ -230,7 +230,7 @@ def autoguide(device: torch.device, n: int = 12) -> Pair:
     def model(x: Tensor, y: Tensor) -> None:
         weight = pyro.sample("weight", dist.Normal(x.new_zeros(D), x.new_ones(D)).to_event(1))
         sigma = pyro.sample("sigma", dist.LogNormal(x.new_tensor(0.0), x.new_tensor(1.0)))
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", n, subsample=torch.arange(len(x), device=x.device)):
             loc = (x * weight).sum(-1)
             pyro.sample("y", dist.Normal(loc, sigma), obs=y)
 

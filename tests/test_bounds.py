@@ -246,8 +246,8 @@ def test_the_data_sets_bound_with_a_global_latent(device: torch.device) -> None:
     for estimate in (bounds.elbo, bounds.evidence):
         found = estimate(model, guide, x, 20)
         assert found.total == pytest.approx(float(exact), rel=1e-6)
-        assert "bound with global latent" in str(found)
-        with pytest.raises(UndefinedError, match=r"global latent\(s\) mu"):
+        assert "a bound for the data set of 6, with global site(s) mu" in str(found)
+        with pytest.raises(UndefinedError, match=r"global site\(s\) mu"):
             _ = found.per_datum
 
 
@@ -272,7 +272,7 @@ def test_bounds_take_any_pair(name: str, device: torch.device) -> None:
     assert math.isfinite(lower.total)
     assert lower.total < better.total + 3.0
     if name in pairs.GLOBAL:
-        with pytest.raises(UndefinedError, match="global latent"):
+        with pytest.raises(UndefinedError, match="global site"):
             _ = better.per_datum
     else:
         assert better.per_datum.shape == (len(batch[0]),)

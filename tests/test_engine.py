@@ -1,4 +1,4 @@
-"""One step: nothing waits for the device, nothing bad is kept, one optimiser, fused if it can be."""
+"""One step: nothing waits for the device, nothing bad is kept, one optimiser, fused or not."""
 
 from __future__ import annotations
 

@@ -107,19 +107,19 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
         lambda: fit(vae(), with_nan()),
         "data, row 13",
         "finite values; got nan (1 such value(s) in this row)",
-        "drop or fill the row",
+        "drop the row",
     ),
     "NaN in validation": (
         lambda: fit(vae(), binary(), valid=with_nan()),
         "valid, row 13",
         "finite values; got nan",
-        "drop or fill the row",
+        "drop the row",
     ),
     "infinite": (
         lambda: fit(vae(), torch.full((N, D), float("inf"))),
         "data, row 0",
         "finite values; got inf (6 such",
-        "drop or fill",
+        "drop the row",
     ),
     "grey for Bernoulli": (
         lambda: fit(vae(), torch.full((N, D), 0.5)),
@@ -138,7 +138,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
             vae(likelihood=functools.partial(likelihoods.Binomial, total_count=3)), 4 * binary()
         ),
         "data, row 0",
-        "IntegerInterval(lower_bound=0, upper_bound=tensor",
+        "IntegerInterval(lower_bound=0, upper_bound=3.0); got 4",
         "total_count or levels",
     ),
     "negative for grey Bernoulli": (
@@ -331,7 +331,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
     "beta not a number": (
         lambda: ELBO(beta=float("nan")),
         "beta",
-        "a finite number; got nan",
+        "a finite number of at least 0; got nan",
         None,
     ),
     "no such data set": (
@@ -365,6 +365,8 @@ def two_latents() -> tuple[Any, Any]:
                     pair.guide.posterior(x).base_dist.loc[:, 0] if not observe else x.new_zeros(())
                 )
                 pyro.sample(name, dist.Normal(loc, 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(x.new_zeros(D), 1.0).to_event(1), obs=x)
 
     return functools.partial(program, observe=True), functools.partial(program, observe=False)
 

@@ -74,7 +74,7 @@ def test_it_runs_in_pyros_svi(device: torch.device) -> None:
         x = torch.rand(12, pairs.D, device=device).round()
         svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
         if isinstance(elbo, ELBO):  # its one look at the pair is on forked generators
-            elbo._run_for(vae.model, vae.guide, (x,))
+            elbo._run_for(vae.model, vae.guide, (x,), {})
         torch.manual_seed(1)
         results.append([svi.step(x) for _ in range(5)] + [svi.evaluate_loss(x)])
     assert results[0] == pytest.approx(results[1], rel=1e-9)
@@ -163,7 +163,7 @@ def test_a_schedule_advances_by_training_steps_alone(device: torch.device) -> No
     betas = []
     for _ in range(6):
         objective.loss(model, guide, *batch)  # evaluation: no advance
-        betas.append(objective._run_for(model, guide, batch)[1].get_buffer("beta").item())
+        betas.append(objective._run_for(model, guide, batch, {}).state.get_buffer("beta").item())
         objective.loss_and_grads(model, guide, *batch)
     assert betas == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 

@@ -172,7 +172,7 @@ def test_a_training_is_never_overwritten(tmp_path: Path) -> None:
         ({"seed": 3}, "seed=0"),
         ({"lr": 0.5}, r"lr=0\.001"),
         ({"batch_size": 8}, "batch_size=16"),
-        ({"optimizer": torch.optim.RMSprop}, "optimizer='Adam'"),
+        ({"optimizer": torch.optim.RMSprop}, r"optimizer='Adam\(amsgrad"),
         ({"data": binary(41)}, "num_rows=40"),
     ],
 )

@@ -525,16 +525,15 @@ def test_a_latent_without_a_guide_is_refused_by_name(device: torch.device) -> No
 
 
 def test_a_guide_site_without_a_model_site_is_refused(device: torch.device) -> None:
-    model, _, batch = pairs.functions(device)
-    _, guide, _ = pairs.two_sites(device)
+    model, guide, batch = pairs.functions(device)
 
-    def both(x: Tensor) -> None:
+    def more(x: Tensor) -> None:
         guide(x)
-        pairs_guide(x)
+        with pyro.plate("others", len(x)):
+            pyro.sample("z1", dist.Normal(x.new_tensor(0.0), x.new_tensor(1.0)))
 
-    _, pairs_guide, _ = pairs.functions(device)
-    with pytest.raises(PairError, match=r"plate|guide site 'z1'"):
-        t.inspect_pair(model, both, batch)
+    with pytest.raises(PairError, match=r"guide site 'z1'.*'z' and 'x'"):
+        t.inspect_pair(model, more, batch, plate="data")
 
 
 # Vectorised or looped

@@ -128,7 +128,7 @@ def test_a_pair_with_an_idle_parameter() -> None:
 def test_a_pair_that_doesnt_match() -> None:
     model, _, batch = pairs.two_sites(torch.device("cpu"))
     _, guide, _ = pairs.subsample_given(torch.device("cpu"))
-    with pytest.raises(PairError, match="site"):
+    with pytest.raises(PairError, match="one full size in model and guide"):
         check_pair(model, guide, *batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -51,7 +52,7 @@ class Batches:
         """The batches of one epoch, from step ``start`` on."""
         source = self.source
         if isinstance(source, LoaderSource):
-            yield from source.batches()
+            yield from itertools.islice(source.batches(), start, None)
             return
         device = source.device
         generator = torch.Generator(device)

@@ -32,6 +32,7 @@ class Splits:
         valid: Validation data; binarised once.
         test: Test data; binarised once.
         levels: Number of values that an entry can take, 0 to levels - 1; None if continuous.
+        raw_levels: The same before binarisation.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Splits:
     valid: Data
     test: Data
     levels: int | None
+    raw_levels: int | None = None
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -133,29 +135,30 @@ def load(
         download(name, folder)
     rest, held_out, levels = _read(name, folder)
     rest = tuple(MappedRows(a) if isinstance(a, np.memmap) else a for a in rest)
-    order = np.random.default_rng(seed).permutation(len(rest[0])) if shuffle else None
-    if order is not None:
-        rest = tuple(a[order] for a in rest)
-    if "test" in held_out:
-        tested = held_out["test"]
-    else:
-        rest, tested = _cut(rest, "test", 0.1 if test is None else test)
-    if "valid" in held_out:
-        validated = held_out["valid"]
-    else:
-        of = len(rest[0]) + (0 if "test" in held_out else len(tested[0]))
-        rest, validated = _cut(rest, "valid", 0.1 if valid is None else valid, of)
-    if levels is None and binarize != "none":
-        scale = 1.0
-    else:
-        scale = 1.0 if levels in (None, 2) or binarize == "none" else 1.0 / (levels - 1)
+    rows = np.arange(len(rest[0]))
+    if shuffle:
+        rows = np.random.default_rng(seed).permutation(rows)
+    count = len(rows)
+    parts = {"train": rows}
+    for part, amount in (("test", test), ("valid", valid)):
+        if part not in held_out:
+            parts["train"], parts[part] = _cut(parts["train"], part, amount, count)
+    scale = 1.0 if levels in (None, 2) or binarize == "none" else 1.0 / (levels - 1)
     fixed: Binarize = "static" if binarize == "dynamic" else binarize
+
+    def made(which: str, kind: Binarize, number: int) -> Data:
+        if which in held_out:
+            return Data(held_out[which], scale, kind, seed=seed + number)
+        chosen = parts[which]
+        return Data(tuple(a[chosen] for a in rest), scale, kind, seed=seed + number, origin=chosen)
+
     return Splits(
         name=name,
-        train=Data(rest, scale, binarize, seed=seed),
-        valid=Data(validated, scale, fixed, seed=seed + 1),
-        test=Data(tested, scale, fixed, seed=seed + 2),
+        train=made("train", binarize, 0),
+        valid=made("valid", fixed, 1),
+        test=made("test", fixed, 2),
         levels=2 if binarize != "none" else levels,
+        raw_levels=levels,
     )
 
 
@@ -163,18 +166,18 @@ Arrays = tuple[Any, ...]
 
 
 def _cut(
-    arrays: Arrays, where: str, amount: float | int, of: int | None = None
-) -> tuple[Arrays, Arrays]:
-    """Takes the last rows off, a number of them or a part of ``of``."""
-    amount = check_number(where, amount, minimum=0)
-    total = of or len(arrays[0])
-    count = round(amount * total) if amount < 1 else int(amount)
-    if count >= len(arrays[0]):
-        raise ArgumentError(
-            where, f"fewer rows than the {len(arrays[0])} that there are", f"{count}"
-        )
-    keep = len(arrays[0]) - count
-    return tuple(a[:keep] for a in arrays), tuple(a[keep:] for a in arrays)
+    rows: np.ndarray, where: str, amount: float | int | None, total: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Takes the last rows off: a number of them, or a part of all (a tenth, and at least one)."""
+    if amount is None:
+        count = max(1, round(0.1 * total))
+    else:
+        amount = check_number(where, amount, minimum=0)
+        count = round(amount * total) if amount < 1 else int(amount)
+    if count >= len(rows):
+        raise ArgumentError(where, f"fewer rows than the {len(rows)} that there are", f"{count}")
+    keep = len(rows) - count
+    return rows[:keep], rows[keep:]
 
 
 def _read(name: str, folder: Path) -> tuple[Arrays, dict[str, Arrays], int | None]:
@@ -257,8 +260,29 @@ def _read_file(path: Path) -> tuple[Arrays, dict[str, Arrays], int | None]:
         arrays = (read_idx(path),)
     x = arrays[0]
     if x.ndim < 2 or len(x) < 3:
-        raise DataError(str(path), "at least 3 rows of data", f"shape {x.shape}")
+        raise DataError(
+            str(path),
+            "at least 3 rows of data, each with at least one axis",
+            f"shape {x.shape}",
+            ["x[:, None], for one number a row"] if x.ndim == 1 else [],
+        )
+    if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        raise DataError(
+            str(path),
+            "images with channels first, (N, C, H, W)",
+            f"shape {x.shape}, with channels last",
+            ["np.moveaxis(x, -1, 1)"],
+        )
     if x.ndim == 3:  # rows of one-channel images
         arrays = (x[:, None], *arrays[1:])
         held_out = {k: (v[0][:, None], *v[1:]) for k, v in held_out.items()}
-    return arrays, held_out, 256 if x.dtype == np.uint8 else None
+    return arrays, held_out, _levels(x)
+
+
+def _levels(x: np.ndarray) -> int | None:
+    """Two where integers are all 0 or 1, 256 for other bytes; None if the type doesn't tell."""
+    if x.dtype.kind not in "bui":
+        return None
+    if x.dtype.kind == "b" or (int(x.min()) >= 0 and int(x.max()) <= 1):
+        return 2
+    return 256 if x.dtype == np.uint8 else None

@@ -65,6 +65,8 @@ class Data:
             Bernoulli(scaled value); ``"dynamic"``, drawn anew for every training batch, and fixed
             for evaluation.
         seed: Of the fixed draws.
+        origin: Numbers of the rows where they came from, for error messages; None if they are
+            numbered as they are.
 
     Example:
         >>> grey = Data((np.full((4, 2), 0.5),), binarize="static")
@@ -76,6 +78,7 @@ class Data:
     scale: float = 1.0
     binarize: Binarize = "none"
     seed: int = field(default=0, kw_only=True)
+    origin: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.binarize not in BINARIZE:
@@ -91,7 +94,12 @@ class Data:
 
     def take(self, index: Any) -> Data:
         """The rows at ``index`` (a slice or integers)."""
-        return replace(self, arrays=tuple(a[index] for a in self.arrays))
+        origin = None if self.origin is None else self.origin[index]
+        return replace(self, arrays=tuple(a[index] for a in self.arrays), origin=origin)
+
+    def unlabelled(self) -> Data:
+        """The first array alone."""
+        return replace(self, arrays=self.arrays[:1])
 
     def reshape(self, event_shape: Sequence[int]) -> Data:
         """The same data with events of another shape."""
@@ -109,7 +117,7 @@ class Data:
                 x.shape, dtype=np.float32
             )
             x = (uniform < x).astype(np.float32)
-        return Data((x, *rest))
+        return Data((x, *rest), origin=self.origin)
 
 
 class Source(ABC):
@@ -128,6 +136,10 @@ class Source(ABC):
     @abstractmethod
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """The rows at ``index``, an integer tensor on the device."""
+
+    def origin_of(self, row: int) -> int:
+        """The number of a row where it came from, such as a file."""
+        return row
 
     def all(self, chunk: int = 4096) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """All rows in order, in chunks, each with the number of its first row."""
@@ -170,6 +182,10 @@ class ArraySource(Source):
         elif self.data.binarize == "dynamic":
             x = (self._uniform(x, index, generator) < x).to(self.dtype)
         return (x, *batch[1:])
+
+    def origin_of(self, row: int) -> int:
+        """The number of a row where it came from."""
+        return row if self.data.origin is None else int(self.data.origin[row])
 
     def _uniform(self, x: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """Uniform numbers for dynamic binarisation; fixed ones for each row without a generator."""
@@ -245,6 +261,8 @@ def _as_tensor(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array
     array = np.asarray(array)
+    if any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:  # torch computes with no such type
@@ -295,6 +313,8 @@ def as_source(
             )
         _check_length(len(data))
         return DatasetSource(data, device, dtype)
+    if hasattr(data, "train") and hasattr(data, "valid"):
+        raise DataError("data", "one part of a data set", type(data).__name__, ["data.train"])
     if not isinstance(data, Data):
         data = Data(tuple(data) if isinstance(data, (tuple, list)) else (data,))
     return ArraySource(_checked(data), device, dtype)
@@ -341,6 +361,7 @@ def check_rows(
     support: Callable[[Tensor], Tensor] | None = None,
     describe: str = "",
     fixes: Sequence[str] = (),
+    where: str = "data",
 ) -> None:
     """Refuses data with NaN, infinity or values outside a support, naming the first row.
 
@@ -349,38 +370,45 @@ def check_rows(
         support: From a batch of data to true where a value is possible; None for all values.
         describe: The support in words.
         fixes: What to try where the support is violated.
+        where: What the data are called.
 
     Raises:
         DataError: Naming the array, the first offending row, and its value.
     """
     for start, batch in source.all():
         for i, part in enumerate(batch):
-            name = "data" if len(batch) == 1 else f"data[{i}]"
+            name = where if len(batch) == 1 else f"{where}[{i}]"
             if part.is_floating_point():
-                _refuse(
-                    name,
-                    part,
-                    part.isfinite(),
-                    start,
-                    "finite values",
-                    ["drop or fill the row; a mask in the model can leave entries out"],
-                )
+                _refuse(source, name, part, part.isfinite(), start, "finite values", _FILL)
             if i == 0 and support is not None:
-                _refuse(name, part, support(part), start, describe, fixes)
+                _refuse(source, name, part, support(part), start, describe, fixes)
         if isinstance(source, LoaderSource):
             return
 
 
+_FILL = [
+    "drop the row",
+    "fill it with 0, and leave it out with a mask in model and guide (poutine.mask)",
+]
+
+
 def _refuse(
-    name: str, part: Tensor, good: Tensor, start: int, expected: str, fixes: Sequence[str]
+    source: Source,
+    name: str,
+    part: Tensor,
+    good: Tensor,
+    start: int,
+    expected: str,
+    fixes: Sequence[str],
 ) -> None:
     if bool(good.all()):
         return
+    good = good.reshape(good.shape + (1,) * (part.dim() - good.dim()))
     bad = ~good.expand(part.shape).reshape(len(part), -1)
     row = int(bad.any(1).nonzero()[0])
     value = part.reshape(len(part), -1)[row][bad[row]][0].item()
     raise DataError(
-        f"{name}, row {start + row}",
+        f"{name}, row {source.origin_of(start + row)}",
         expected,
         f"{value:g} ({int(bad[row].sum())} such value(s) in this row)",
         fixes,

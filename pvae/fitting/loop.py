@@ -25,13 +25,21 @@ from pvae import terms as t
 from pvae.data import Batches, Source, as_source, check_rows
 from pvae.data.sources import LoaderSource
 from pvae.engine import Stepper, make_optimizer
-from pvae.errors import ArgumentError, PairError, PvaeWarning, TrainingError, check_int, oxford
-from pvae.fitting.checks import check_batch_norm, check_data, check_parameters
+from pvae.errors import (
+    ArgumentError,
+    DataError,
+    PairError,
+    PvaeWarning,
+    TrainingError,
+    check_int,
+    oxford,
+)
+from pvae.fitting.checks import check_batches, check_parameters
 from pvae.fitting.history import History
 from pvae.fitting.options import Options
-from pvae.fitting.state import Progress, buffers_of, copy_into, restore, snapshot
+from pvae.fitting.state import Progress, buffers_of, copy_into, fingerprint, restore, snapshot
 from pvae.objectives import ELBO, Objective, ObjectiveState
-from pvae.schedules import Schedule
+from pvae.schedules import Constant, Schedule, Timed
 
 __all__ = ["Fit", "place"]
 
@@ -61,6 +69,11 @@ class Fit:
         options: Options,
     ) -> None:
         self.model, self.guide, self.options, self.epochs = model, guide, options, options.epochs
+        with randomness.forked():  # data sets and samplers may draw, too
+            self._set_up(data, objective, valid)
+
+    def _set_up(self, data: Any, objective: PyroELBO | None, valid: Any) -> None:
+        options, model, guide = self.options, self.model, self.guide
         self.objective = _as_objective(objective, options.plate)
         self.interrupted = False
         if options.patience is not None and valid is None:
@@ -74,8 +87,6 @@ class Fit:
             self.steps_per_epoch = -(
                 -self.source.num_rows // size
             )  # as many as its subsamples take
-        total = max(1, self.epochs * self.steps_per_epoch)
-        self.lr_factor = options.schedule.resolve(self.steps_per_epoch, total)
         parameters = list(self.structure.parameters.values())
         optimizer = make_optimizer(options.optimizer, parameters, options.lr)
         self.stepper = Stepper(
@@ -84,9 +95,11 @@ class Fit:
             self.objective,
             self.structure,
             optimizer,
-            self._make_state(parameters[0], total),
+            self._make_state(parameters[0]),
             options.clip_norm,
         )
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._set_length()
         self.buffers = buffers_of(model, guide, self.structure.modules)
         self.progress = Progress()
         self._rng: dict[str, Tensor] | None = None
@@ -95,8 +108,10 @@ class Fit:
             "batch_size": self.batches.batch_size,
             "num_rows": self.source.num_rows,
             "objective": repr(self.objective),
-            "optimizer": type(optimizer).__name__,
+            "optimizer": f"{type(optimizer).__name__}({_plain(optimizer.defaults)})",
+            "data": fingerprint(self.source),
         }
+        self._store = set(pyro.get_param_store().keys())
         self._open_folder()
 
     def _inspect(self, data: Any, valid: Any) -> tuple[t.Structure, Source, Source | None]:
@@ -112,11 +127,11 @@ class Fit:
             raise
         check_parameters(structure)
         source = as_source(data, structure.device, structure.dtype)
-        check_data(model, guide, source, "data")
+        t.check_data(model, guide, source)
         if valid is None:
             return structure, source, None
         validation = as_source(valid, structure.device, structure.dtype)
-        check_data(model, guide, validation, "valid")
+        t.check_data(model, guide, validation, "valid")
         return structure, source, validation
 
     def _make_batches(self) -> Batches:
@@ -124,21 +139,38 @@ class Fit:
         is_whole = options.batch_size is None or self.structure.subsample_size is not None
         rows = source.num_rows if is_whole else options.batch_size
         assert rows is not None  # noqa: S101
-        batches = Batches(source, rows, options.seed, shuffle=self.structure.subsample_size is None)
-        check_batch_norm(self.structure, source.num_rows, batches.batch_size)
+        # With one batch an epoch the order is no matter, but to parameters of single rows.
+        batches = Batches(source, rows, options.seed, shuffle=rows < source.num_rows)
+        check_batches(self.model, self.guide, self.structure, source, batches.batch_size)
         if options.save_steps is not None and isinstance(source, LoaderSource):
             raise ArgumentError(
                 "save_steps", "data by index", "a DataLoader", ["pass loader.dataset"]
             )
         return batches
 
-    def _make_state(self, like: Tensor, total: int) -> ObjectiveState | None:
+    def _make_state(self, like: Tensor) -> ObjectiveState | None:
         """The objective's state for this training; Pyro's own objectives have none."""
         if not isinstance(self.objective, Objective):
             return None
+        total = max(1, self.epochs * self.steps_per_epoch)
         state = self.objective.make_state(like, self.steps_per_epoch, total)
         _warn_of_long_schedules(state.schedules, total)
         return state
+
+    def _set_length(self) -> None:
+        """Gives schedules over the whole training its length."""
+        total = max(1, self.epochs * self.steps_per_epoch)
+        self.lr_factor = self.options.schedule.resolve(self.steps_per_epoch, total)
+        if isinstance(self.objective, Objective) and self.stepper.state is not None:
+            self.stepper.state.resolve(self.objective.schedules, self.steps_per_epoch, total)
+
+    @property
+    def _spanning(self) -> list[str]:
+        """Names of schedules that span the whole training, whatever its length."""
+        named = {"lr_schedule": self.options.schedule}
+        if isinstance(self.objective, Objective):
+            named |= self.objective.schedules
+        return [name for name, s in named.items() if isinstance(s, Timed) and s.length is None]
 
     def _open_folder(self) -> None:
         """Goes on from the folder's checkpoint, or empties the folder, all else being checked."""
@@ -153,9 +185,21 @@ class Fit:
                 )
                 self._rng = randomness.get_state()
             self.history.write(options.history_file)
+            if self.progress.epochs != self.epochs:
+                self._warn_of_stretching(self.progress.epochs)
         elif options.overwrite:
             options.checkpoint_file.unlink(missing_ok=True)
             options.history_file.unlink(missing_ok=True)
+
+    def _warn_of_stretching(self, before: int) -> None:
+        if self._spanning:
+            warnings.warn(
+                f"{oxford(self._spanning)} spans the whole training, which was {before} epoch(s) "
+                f"and now is {self.epochs}: it goes on as the longer one would at this step, so "
+                "the result isn't that of one training of that length.",
+                PvaeWarning,
+                stacklevel=5,
+            )
 
     @property
     def history(self) -> History:
@@ -179,8 +223,11 @@ class Fit:
 
     def refine(self, epochs: int) -> Fit:
         """Trains for more epochs, from where the last training ended; returns itself."""
-        self.epochs = self.progress.epoch + check_int("epochs", epochs)
+        before, self.epochs = self.epochs, self.progress.epoch + check_int("epochs", epochs)
         self.progress.stopped_early = False
+        if self.epochs != before:
+            self._warn_of_stretching(before)
+            self._set_length()
         self.train()
         return self
 
@@ -196,6 +243,7 @@ class Fit:
     def train(self) -> None:
         """Trains up to ``epochs`` epochs in all; `fit` and `refine` call this."""
         done = self.progress
+        done.epochs, self.interrupted = self.epochs, False
         with self._surroundings() as (bar, stop):
             first = True
             while done.epoch < self.epochs and not done.stopped_early:
@@ -212,12 +260,15 @@ class Fit:
                     if done.global_step % LOOK_EVERY == 0:
                         self._look(bar)
                     if self.options.save_steps and done.global_step % self.options.save_steps == 0:
+                        self._look(bar)
                         self._save_checkpoint()
                     if stop.is_set():
                         break
+                if done.step == 0:
+                    raise DataError("data", "at least one batch in an epoch", "none")
                 self._look(bar)
                 done.seconds += time.perf_counter() - started
-                if done.step == self.steps_per_epoch:
+                if not stop.is_set() or done.step >= self.steps_per_epoch:
                     self._end_epoch(bar)
                 if stop.is_set():
                     self.interrupted = True
@@ -238,21 +289,27 @@ class Fit:
             yield from itertools.repeat(whole, self.steps_per_epoch - start)
 
     def _set_lr(self) -> None:
+        if isinstance(self.lr_factor, Constant) and self.lr_factor.number == 1.0:
+            return  # the optimiser's own, which it may change itself
         factor = self.lr_factor(self.progress.global_step)
-        for group in self.stepper.optimizer.param_groups:
-            group["lr"] = self.options.lr * factor
+        for group, lr in zip(self.stepper.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * factor
 
     def _look(self, bar: Any) -> None:
         """Waits for the device: shows the average so far, and stops if a step has failed."""
         failure = self.stepper.look(self.progress.global_step - 1)
         if failure is not None:
-            epoch, batch = divmod(failure.step, self.steps_per_epoch)
-            self.progress.global_step = failure.step
-            self.progress.epoch, self.progress.step = epoch, batch
+            done = self.progress  # a step that failed is one of the epoch that is going on
+            done.step -= done.global_step - failure.step
+            done.global_step = failure.step
+            self.stepper.recover(failure.step)
+            epoch, batch = done.epoch, done.step
             what = (
                 f"a value that isn't finite at site {oxford(failure.sites)}"
                 if failure.sites
                 else f"a gradient that isn't finite, of {oxford(failure.parameters[:3])}"
+                if failure.parameters
+                else f"a loss of {type(self.objective).__name__} that isn't finite"
             )
             raise TrainingError(
                 f"epoch {epoch}, batch {batch}",
@@ -269,8 +326,8 @@ class Fit:
 
     @property
     def _name(self) -> str:
-        """What the bound is called: with a point-mass guide it is none."""
-        return "log_joint" if self.structure.has_points else "elbo"
+        """What log p - log q is called: with a point mass it is no bound."""
+        return self.structure.quantity
 
     def _end_epoch(self, bar: Any) -> None:
         done, average = self.progress, self.stepper.averages()
@@ -278,7 +335,8 @@ class Fit:
         record["loss"] = average["loss"]
         record[self._name] = average["elbo"]
         record["log_likelihood"] = average["log_likelihood"]
-        record["rate"] = None if self.structure.has_points else average["rate"]
+        no_rate = self.structure.has_points or self.structure.improper
+        record["rate"] = None if no_rate else average["rate"]
         record["grad_norm"] = average["grad_norm"]
         record["lr"] = self.stepper.optimizer.param_groups[0]["lr"]
         if self.stepper.state is not None:
@@ -294,6 +352,7 @@ class Fit:
         done.history.append(record)
         done.epoch, done.step = done.epoch + 1, 0
         self.stepper.reset()
+        self._warn_of_late_parameters()
         if self.valid is not None:
             value = record[f"valid_{self._name}"]
             self._note_best(value)
@@ -304,6 +363,18 @@ class Fit:
             done.history.write_last(self.options.history_file)
         if done.epoch % self.options.save_every == 0 and done.epoch < self.epochs:
             self._save_checkpoint()
+
+    def _warn_of_late_parameters(self) -> None:
+        late = set(pyro.get_param_store().keys()) - self._store
+        if late:
+            self._store |= late
+            warnings.warn(
+                f"{oxford(sorted(late))} came up during training, after the optimiser had taken "
+                "the parameters of the first batch: not trained. Announce every parameter on every "
+                "batch.",
+                PvaeWarning,
+                stacklevel=5,
+            )
 
     def _validate(self) -> dict[str, Any]:
         """The validation ELBO and its parts, by one draw that is the same after each epoch."""
@@ -446,3 +517,9 @@ def _warn_of_long_schedules(schedules: dict[str, Schedule], total: int) -> None:
 
 def _shown(average: dict[str, float]) -> float:
     return average["elbo"] if math.isfinite(average["elbo"]) else -average["loss"]
+
+
+def _plain(defaults: dict[str, Any]) -> str:
+    """An optimiser's settings but for the learning rate, which is checked apart."""
+    hidden = ("lr", "fused", "foreach", "capturable", "differentiable")
+    return ", ".join(f"{k}={v}" for k, v in sorted(defaults.items()) if k not in hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -13,11 +14,21 @@ from torch import Tensor, nn
 
 from pvae import checkpoint, randomness
 from pvae import terms as t
+from pvae.data import Source
+from pvae.data.sources import LoaderSource
 from pvae.engine import Stepper
 from pvae.errors import CheckpointError, PvaeWarning
 from pvae.fitting.history import History
 
-__all__ = ["Progress", "buffers_of", "copy_into", "load", "restore", "snapshot"]
+__all__ = [
+    "Progress",
+    "buffers_of",
+    "copy_into",
+    "fingerprint",
+    "load",
+    "restore",
+    "snapshot",
+]
 
 
 @dataclass
@@ -25,6 +36,7 @@ class Progress:
     """Where a training is.
 
     Attributes:
+        epochs: Number of epochs that the training is to have.
         epoch: Number of whole epochs.
         step: Steps done in the epoch after those.
         global_step: Steps done in all.
@@ -34,6 +46,7 @@ class Progress:
         stopped_early: Whether validation ended it.
     """
 
+    epochs: int = 0
     epoch: int = 0
     step: int = 0
     global_step: int = 0
@@ -58,6 +71,19 @@ def buffers_of(model: Any, guide: Any, modules: Iterable[nn.Module] = ()) -> dic
                 seen.add(id(tensor))
                 named[f"{prefix}.{name}"] = tensor
     return named
+
+
+def fingerprint(source: Source) -> str | None:
+    """A digest of the first and last rows: other data under the same call should be noticed."""
+    if isinstance(source, LoaderSource):
+        return None
+    ends = min(32, source.num_rows)
+    index = torch.arange(ends, device=source.device)
+    digest = hashlib.sha256()
+    for rows in (index, source.num_rows - ends + index):
+        for part in source.rows(rows):
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load(

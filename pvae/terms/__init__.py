@@ -11,11 +11,13 @@ from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair, probing, run_pair
 from pvae.terms.result import SiteTerms, Terms
 from pvae.terms.structure import Structure, evaluating
+from pvae.terms.support import check_data
 
 __all__ = [
     "SiteTerms",
     "Structure",
     "Terms",
+    "check_data",
     "compute",
     "evaluating",
     "first_batch",

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pvae.data import Source
+from pvae.data.sources import LoaderSource
 from pvae.errors import PairError, check_int
 from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair
@@ -33,9 +36,14 @@ def inspect_source(
 ) -> Structure:
     """What a pair is made of, by a batch of ``num_rows`` rows, or by all rows.
 
-    A pair that subsamples itself insists on all of the data; one that doesn't run on a batch is
-    tried with them.
+    All rows go to a pair that subsamples itself, to an autoguide that isn't set up yet (its first
+    batch decides how many parameters it has), and to one that doesn't run on a batch.
     """
+    if isinstance(source, LoaderSource):
+        return inspect_pair(model, guide, first_batch(source, num_rows), plate)
+    autoguide = poutine.unwrap(guide)
+    if isinstance(autoguide, AutoGuide) and getattr(autoguide, "prototype_trace", None) is None:
+        inspect_pair(model, guide, first_batch(source, source.num_rows), plate)
     try:
         structure = inspect_pair(model, guide, first_batch(source, num_rows), plate)
     except PairError:
@@ -44,7 +52,7 @@ def inspect_source(
         whole: Structure | None = None
         with contextlib.suppress(PairError):
             whole = inspect_pair(model, guide, first_batch(source, source.num_rows), plate)
-        if whole is None or whole.subsample_size is None:
+        if whole is None or (whole.subsample_size is None and whole.tied_to is None):
             raise
         return whole
     if structure.subsample_size is not None and num_rows < source.num_rows:
@@ -85,6 +93,8 @@ def stream(
     with evaluating(structure.modules):
         if structure.subsample_size is not None:
             parts = _self_subsampled(source, structure)
+        elif structure.tied_to is not None:
+            parts = _of_one_length(source, structure.tied_to)
         else:
             parts = _chunks(source, max(1, min(1024, max_rows // num_particles)))
         for rows, keep, batch, indices in parts:
@@ -130,22 +140,25 @@ def _self_subsampled(source: Source, structure: Structure) -> Iterator[Chunk]:
         yield slice(start, stop), keep, batch, {structure.plate: indices}
 
 
+def _of_one_length(source: Source, size: int) -> Iterator[Chunk]:
+    """Chunks of the only length that the pair runs on, the last one filled up."""
+    if size > source.num_rows:
+        raise PairError(
+            "data",
+            f"at least {size} rows, the only length that the pair runs on",
+            f"{source.num_rows} rows",
+            ["plates of length len(x)", "parameters that don't belong to single rows"],
+        )
+    for start in range(0, source.num_rows, size):
+        stop = min(start + size, source.num_rows)
+        indices = torch.arange(start, start + size, device=source.device) % source.num_rows
+        keep = stop - start if stop - start < size else None
+        yield slice(start, stop), keep, source.rows(indices), {}
+
+
 def _rows_of(terms: Terms, count: int) -> Terms:
     """The first rows of a chunk."""
     for site in terms.sites.values():
-        if not site.is_local:
-            continue
-        for key in (
-            "value",
-            "log_p",
-            "log_q",
-            "log_p_dims",
-            "log_q_dims",
-            "scaled_log_p",
-            "scaled_log_q",
-        ):
-            tensor = getattr(site, key)
-            if tensor is not None:
-                setattr(site, key, tensor[:, :count])
+        site.first_rows(count)
     terms.num_rows = count
     return terms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,13 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pvae.errors import PairError, UndefinedError
-from pvae.terms.messages import delta_of, is_factor, is_penalty, plate_scale
+from pvae.terms.messages import (
+    is_factor,
+    is_penalty,
+    log_density_of_delta,
+    plate_scale,
+    score,
+)
 from pvae.terms.result import Kind, SiteTerms, Terms
 from pvae.terms.structure import Structure
 
@@ -41,20 +48,16 @@ class Collector:
             kind = "latent" if in_model else "auxiliary"
         entry = self._entry(site, kind)
         entry.guide = site["fn"]
-        delta = delta_of(site["fn"])
-        if delta is None:
-            raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        else:  # never x == v, which is false after any round trip
-            raw = delta[0].log_density
-            raw = raw.sum(tuple(range(-delta[1], 0))) if delta[1] else raw
+        raw = log_density_of_delta(site["fn"])
+        raw = score(site) if raw is None else raw
         entry.log_q, entry.scaled_log_q = self._both(site, raw, entry.is_local)
         if self.per_dimension and kind == "latent" and entry.is_local:
             entry.log_q_dims = self._dims(site)
 
     def model(self, site: Any) -> None:
         """Takes in a site of the model."""
-        raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        if raw.dim() > self.rank:
+        raw = score(site)
+        if raw.dim() > self.rank and self.structure.enumerated:
             self.summed_out.append((site, raw))
             return
         kind: Kind = "penalty" if is_penalty(site) else "factor" if is_factor(site) else "observed"
@@ -78,38 +81,40 @@ class Collector:
     def _entry(self, site: Any, kind: Kind) -> SiteTerms:
         name = site["name"]
         if name not in self.sites:
-            local = any(f.name == self.structure.plate for f in site["cond_indep_stack"])
-            self.sites[name] = SiteTerms(name, kind, local, self._value(site))
+            local = any(f.name in self.structure.plates for f in site["cond_indep_stack"])
+            draws, axis = self._draws(site, is_local=local)
+            self.sites[name] = SiteTerms(name, kind, local, draws, axis)
         return self.sites[name]
 
-    def _value(self, site: Any) -> Tensor:
-        """The value with particles first: (K, ...), without the plates that it isn't in."""
+    def _draws(self, site: Any, *, is_local: bool) -> tuple[Tensor, int]:
+        """The value with particles first, without plates that it isn't in; its axis of data."""
         value: Tensor = site["value"]
-        if not self.vectorized:
-            return value.unsqueeze(0)
         batch = value.dim() - len(site["fn"].event_shape)
-        if batch < self.rank:  # data, which are the same for all particles
-            return value.unsqueeze(0).expand(self.num_particles, *value.shape)
-        own = max(
-            (-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES),
-            default=0,
-        )
-        return value.reshape(value.shape[:1] + value.shape[batch - own :])
+        if not self.vectorized:
+            draws, own = value.unsqueeze(0), batch
+        elif batch < self.rank:  # data, which are the same for all particles
+            draws, own = value.unsqueeze(0).expand(self.num_particles, *value.shape), batch
+        else:
+            plates = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+            own = max((-f.dim for f in plates), default=0)
+            draws = value.reshape(value.shape[:1] + value.shape[batch - own :])
+        return draws, 1 + own + self.structure.dim if is_local else 1
 
     def _both(self, site: Any, raw: Tensor, is_local: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
         masked = scale_and_mask(raw, mask=site["mask"])
         scale = site["scale"]
-        keep = plate_scale(site, without=self.structure.plate)
-        plain = self._reduce(masked if keep == 1.0 else masked * keep, is_local=is_local)
+        keep = plate_scale(site, without=self.structure.plates)
+        kept = masked if keep == 1.0 else masked * keep
+        plain = self._reduce(kept, site["name"], is_local=is_local)
         if isinstance(scale, Tensor):
-            return plain, self._reduce(masked * scale, is_local=is_local)
+            return plain, self._reduce(masked * scale, site["name"], is_local=is_local)
         return plain, plain if scale == keep else plain * (scale / keep)
 
-    def _reduce(self, log_prob: Tensor, *, is_local: bool) -> Tensor:
+    def _reduce(self, log_prob: Tensor, name: str, *, is_local: bool) -> Tensor:
         """Sums out all dimensions but particles and, inside the data plate, data."""
         if log_prob.dim() > self.rank:
             raise PairError(
-                "a site of the pair",
+                f"site '{name}'",
                 f"a log density with at most {self.rank} dimension(s), one a plate",
                 f"shape {tuple(log_prob.shape)}",
                 [".to_event(k) on the site's distribution", "a plate around the site"],
@@ -134,7 +139,8 @@ class Collector:
     def _dims(self, site: Any) -> Tensor:
         fn, value = site["fn"], site["value"]
         frames = [f.name for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
-        if not isinstance(fn, torch.distributions.Independent) or frames != [self.structure.plate]:
+        alone = len(frames) == 1 and frames[0] in self.structure.plates
+        if not (isinstance(fn, torch.distributions.Independent) and alone):
             raise UndefinedError(
                 f"terms per dimension at site '{site['name']}'",
                 "independent dimensions: a distribution made with .to_event(k), in the data plate",
@@ -146,36 +152,27 @@ class Collector:
         if isinstance(mask, Tensor):
             mask = mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)
         each = scale_and_mask(each, mask=mask)
-        return each if self.vectorized else each.unsqueeze(0)
+        rows = value.shape[value.dim() - len(fn.event_shape) + self.structure.dim]
+        return each.reshape(self.num_particles, rows, *fn.event_shape)
 
     def _sum_out(self, notes: dict[str, Any]) -> None:
         """Sums out enumerated latents with everything that depends on them, datum by datum."""
-        dims = [
-            s["infer"].get("_enumerate_dim")
-            for s, _ in self.summed_out
-            if s["name"] in self.structure.enumerated
-        ]
         names = [s["name"] for s, _ in self.summed_out]
-        if len(set(dims)) != len(dims):
-            raise PairError(
-                "enumerated sites",
-                "one dimension each",
-                f"a shared one in {names}",
-                ["no pyro.markov around them"],
-            )
+        scale = self._common_scale(names)
         total: Tensor | None = None
         for site, raw in self.summed_out:
             masked = scale_and_mask(raw, mask=site["mask"])
+            if site["name"] in self.structure.enumerated:
+                masked = self._without_padding(site, masked)
             extra = masked.dim() - self.rank
             kept = {*range(extra), extra + self.axis} | ({extra} if self.vectorized else set())
             out = [i for i in range(masked.dim()) if i not in kept]
             part = masked.sum(out, keepdim=True) if out else masked
             total = part if total is None else total + part
         assert total is not None  # noqa: S101
-        extra = total.dim() - self.rank
-        summed = total.logsumexp(tuple(range(extra)))
+        summed = total.logsumexp(tuple(range(total.dim() - self.rank)))
         others = {
-            ("latent" if not s["is_observed"] else "observed")
+            "observed" if s["is_observed"] else "latent"
             for s, _ in self.summed_out
             if s["name"] not in self.structure.enumerated
         }
@@ -186,7 +183,41 @@ class Collector:
             if site["name"] in self.sites:
                 self.sites[site["name"]].model = site["fn"]
         entry = SiteTerms("+".join(names), kind, is_local=True)
-        entry.log_p = self._reduce(summed, is_local=True)
-        scale = self.summed_out[0][0]["scale"]
+        entry.log_p = self._reduce(summed, entry.name, is_local=True)
         entry.scaled_log_p = entry.log_p * scale
         self.sites[entry.name] = entry
+
+    def _common_scale(self, names: list[str]) -> Any:
+        """The scale of sites summed out together: inside a logarithm there can be only one."""
+        scales = [s["scale"] for s, _ in self.summed_out]
+        keeps = [plate_scale(s, without=self.structure.plates) for s, _ in self.summed_out]
+        numbers = [s for s in scales if not isinstance(s, Tensor)]
+        if len(numbers) != len(scales) or len({*numbers}) > 1 or any(k != 1.0 for k in keeps):
+            raise PairError(
+                f"sites {', '.join(names)}, summed out together",
+                "one common scale, a number",
+                f"scales {', '.join(map(str, scales))}",
+                ["no poutine.scale and no subsampled inner plate there", "a guide for the latent"],
+            )
+        dims = [
+            s["infer"].get("_enumerate_dim")
+            for s, _ in self.summed_out
+            if s["name"] in self.structure.enumerated
+        ]
+        if len(set(dims)) != len(dims):
+            raise PairError(
+                "enumerated sites",
+                "one dimension each",
+                f"a shared one in {', '.join(names)}",
+                ["no pyro.markov around them"],
+            )
+        return scales[0]
+
+    def _without_padding(self, site: Any, masked: Tensor) -> Tensor:
+        """Where an enumerated latent is masked out, its states count as one, not as many."""
+        mask = site["mask"]
+        if mask is None or mask is True:
+            return masked
+        count = masked.shape[masked.dim() + site["infer"]["_enumerate_dim"]]
+        masked_out = torch.as_tensor(mask, device=masked.device).logical_not()
+        return masked - masked_out.to(masked.dtype) * math.log(count)

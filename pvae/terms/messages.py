@@ -1,4 +1,4 @@
-"""Reading Pyro's messages: what kind of site one is, and what scales it."""
+"""Reading Pyro's messages: what kind of site one is, what it scores, and what scales it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,24 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
+from pvae.errors import PairError
 from pvae.sites import PENALTY
 
-__all__ = ["delta_of", "extra_scale", "is_factor", "is_penalty", "plate_scale", "sample_sites"]
+__all__ = [
+    "extra_scale",
+    "is_factor",
+    "is_improper",
+    "is_penalty",
+    "log_density_of_delta",
+    "plate_scale",
+    "sample_sites",
+    "score",
+]
 
 
 def is_factor(site: Any) -> bool:
@@ -34,32 +47,56 @@ def sample_sites(trace: Any) -> list[Any]:
     ]
 
 
-def delta_of(fn: Any) -> tuple[Any, int] | None:
-    """The Delta inside a distribution, and the number of dimensions made into its event."""
-    dims = 0
-    while True:
-        if isinstance(fn, dist.Delta):
-            return fn, dims
-        if isinstance(fn, torch.distributions.Independent):
-            dims += fn.reinterpreted_batch_ndims
-            fn = fn.base_dist
-        else:
-            return None
+def log_density_of_delta(fn: Any) -> Tensor | None:
+    """The log density that a Delta carries, also inside Independent and masks; None for others.
+
+    It is never read off by comparing values, which are unequal after any round trip.
+    """
+    if isinstance(fn, dist.Delta):
+        return fn.log_density
+    if isinstance(fn, torch.distributions.Independent):
+        inner = log_density_of_delta(fn.base_dist)
+        return None if inner is None else sum_rightmost(inner, fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution):
+        inner = log_density_of_delta(fn.base_dist)
+        return None if inner is None else scale_and_mask(inner, mask=fn._mask)
+    return None
+
+
+def is_improper(fn: Any) -> bool:
+    """Whether a density has no finite integral, as a flat prior's."""
+    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    return isinstance(fn, dist.ImproperUniform) or bool(getattr(fn, "is_improper", False))
+
+
+def score(site: Any) -> Tensor:
+    """The log density of a site's value, neither masked nor scaled.
+
+    Raises:
+        PairError: If the distribution refuses the value, naming the site.
+    """
+    try:
+        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except (ValueError, RuntimeError) as error:
+        first, *_ = (str(error).strip() or type(error).__name__).splitlines()
+        raise PairError(
+            f"site '{site['name']}'",
+            f"a value that {type(site['fn']).__name__} can score",
+            first,
+            ["data in the likelihood's support", "a guide whose draws are in the prior's support"],
+        ) from error
 
 
 def extra_scale(site: Any) -> Any:
     """The factor of a site that no plate explains."""
-    factor = 1.0
-    for frame in site["cond_indep_stack"]:
-        if frame.full_size not in (None, -1):
-            factor *= frame.full_size / frame.size
-    return site["scale"] / factor
+    return site["scale"] / plate_scale(site)
 
 
-def plate_scale(site: Any, without: str) -> float:
-    """The factor that subsampled plates other than one give a site."""
+def plate_scale(site: Any, without: frozenset[str] = frozenset()) -> float:
+    """The factor that subsampled plates give a site, those in ``without`` left out."""
     factor = 1.0
     for frame in site["cond_indep_stack"]:
-        if frame.name != without and frame.full_size not in (None, -1):
+        if frame.name not in without and frame.full_size not in (None, -1):
             factor *= frame.full_size / frame.size
     return factor

@@ -14,10 +14,11 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, check_int
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.messages import sample_sites
-from pvae.terms.probe import Batch, inspect_pair, probing, run_pair
+from pvae.terms.probe import Batch, as_batch, inspect_pair, probing, run_pair
 from pvae.terms.result import Terms, stack
 from pvae.terms.structure import Structure
 
@@ -45,10 +46,22 @@ class _Given(Messenger):
         msg["done"] = True
 
 
+class _Redrawn(Messenger):
+    """Lets sites draw, which moves the generators on as it did before, and then replaces values."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+
+
 def compute(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    batch: Batch,
+    batch: Any,
     *,
     structure: Structure | None = None,
     plate: str | None = None,
@@ -58,12 +71,15 @@ def compute(
     stop_guide: bool = False,
     given: Mapping[str, Tensor] | None = None,
 ) -> Terms:
-    """Runs guide and replayed model once and returns their terms.
+    """Runs guide and replayed model once, in the mode that they are in, and returns their terms.
+
+    In training mode that is a training pass: dropout is on, and running statistics move. Use
+    `evaluating` around it for the other mode.
 
     Arguments:
         model: A Pyro program; a module, a function or a method.
         guide: Its guide.
-        batch: What they are called with, N data.
+        batch: What they are called with, N data: a tuple, or one tensor.
         structure: What `inspect_pair` found; None to find it now.
         plate: Name of the data plate, where its length doesn't tell.
         num_particles: K draws from the guide.
@@ -80,6 +96,7 @@ def compute(
         UndefinedError: If a site has no density per dimension.
     """
     check_int("num_particles", num_particles)
+    batch = as_batch(batch)
     structure = structure or inspect_pair(model, guide, batch, plate)
     if num_particles > 1 and vectorize is None:
         vectorize = _can_vectorize(structure, model, guide, batch)
@@ -122,27 +139,34 @@ def _compare(structure: Structure, model: Any, guide: Any, batch: Batch) -> str:
     with probing((model, guide)):
         try:
             both = _one_pass(model, guide, batch, structure, 2)
+            ones = [
+                _one_pass(model, guide, batch, structure, 1, given=_given_of(both, k, structure))
+                for k in range(2)
+            ]
         except Exception as error:
-            return f"two particles at once fail with {str(error).strip().splitlines()[0]}"
-        for k in range(2):
-            values = {
-                name: site.value[k]
-                for name, site in both.sites.items()
-                if site.value is not None and site.kind in ("latent", "auxiliary")
-            }
-            values |= _subsample_of(both.guide_trace, structure)
-            one = _one_pass(model, guide, batch, structure, 1, given=values)
-            for name, site in both.sites.items():
-                for key in ("log_p", "log_q"):
-                    ours, theirs = getattr(site, key), getattr(one.sites[name], key)
-                    if ours is None:
-                        continue
-                    worst = (ours[k] - theirs[0]).abs().max()
-                    size = theirs[0].abs().max().clamp(min=1.0)
-                    tolerance = _TOLERANCE.get(ours.dtype, 1e-2)
-                    if not bool(worst <= tolerance * size):
-                        return f"at site '{name}' {key} then differs by {float(worst):.3g} nats"
+            first, *_ = (str(error).strip() or type(error).__name__).splitlines()
+            return f"two particles at once fail with {first}"
+    for k, one in enumerate(ones):
+        for name, site in both.sites.items():
+            for key in ("log_p", "log_q"):
+                ours, theirs = getattr(site, key), getattr(one.sites[name], key)
+                if ours is None:
+                    continue
+                worst = (ours[k] - theirs[0]).abs().max()
+                size = theirs[0].abs().max().clamp(min=1.0)
+                if not bool(worst <= _TOLERANCE.get(ours.dtype, 1e-2) * size):
+                    return f"at site '{name}' {key} then differs by {float(worst):.3g} nats"
     return ""
+
+
+def _given_of(terms: Terms, k: int, structure: Structure) -> dict[str, Tensor]:
+    """The draws of one particle, to be scored again."""
+    draws = {
+        name: site.draws[k]
+        for name, site in terms.sites.items()
+        if site.draws is not None and site.kind in ("latent", "auxiliary")
+    }
+    return draws | _subsample_of(terms.guide_trace, structure)
 
 
 def _subsample_of(trace: Any, structure: Structure) -> dict[str, Tensor]:
@@ -176,6 +200,7 @@ def _one_pass(
     elif given or num_particles > 1:
         target = wrapped(model)
     wrapped_guide = wrapped(guide) if given or num_particles > 1 else guide
+    before = randomness.get_state() if stop_guide else None
     guide_trace, model_trace = run_pair(target, wrapped_guide, batch)
     collect = Collector(structure, num_particles, per_dimension)
     for site in sample_sites(guide_trace):
@@ -185,24 +210,41 @@ def _one_pass(
     terms = collect.terms()
     terms.guide_trace, terms.model_trace = guide_trace, model_trace
     if stop_guide:
-        _score_stopped(wrapped(guide), batch, structure, terms)
+        assert before is not None  # noqa: S101
+        _score_stopped(wrapped(guide), batch, structure, terms, before)
     return terms
 
 
-def _score_stopped(guide: Any, batch: Batch, structure: Structure, terms: Terms) -> None:
+def _score_stopped(
+    guide: Any, batch: Batch, structure: Structure, terms: Terms, before: dict[str, Tensor]
+) -> None:
     """A second guide pass at the same values, while no parameter requires a gradient.
 
     Stopping the parameters of the distributions instead would also cut what one latent
-    contributes to the next one's distribution, and can't be done for a flow at all.
+    contributes to the next one's distribution, and can't be done for a flow at all. The pass
+    starts from the same generators, so that dropout drops the same units, and running statistics
+    don't move twice. Values go in under another name (a view), because a transform that has
+    cached the draw would give back its cached, unstopped, log density.
     """
     if isinstance(poutine.unwrap(guide), Messenger):
         raise PairError("guide", "a guide that can be replayed", "an AutoMessenger", ["AutoNormal"])
+    values = {
+        name: node["value"].view_as(node["value"])
+        for name, node in terms.guide_trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+    }
     collect = Collector(structure, terms.num_particles, per_dimension=False)
-    with _stopped(structure.parameters.values()):
-        replayed = poutine.replay(guide, trace=terms.guide_trace)
-        trace = poutine.trace(replayed).get_trace(*batch)
+    norms = [m for m in structure.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+    buffers = [b for m in norms if m.training for b in m.buffers(recurse=False)]
+    copies = [b.clone() for b in buffers]
+    with _stopped(structure.parameters.values()), randomness.forked():
+        randomness.set_state(before)
+        trace = _Redrawn(values)(poutine.trace(guide).get_trace)(*batch)
         for site in sample_sites(trace):  # a flow runs its networks only when it is scored
             collect.guide(site, in_model=site["name"] in terms.sites)
+    with torch.no_grad():
+        for buffer, copy in zip(buffers, copies, strict=True):
+            buffer.copy_(copy)
     stopped = collect.terms()
     terms.stopped_log_q, terms.stopped_global_log_q = stopped.log_q, stopped.global_log_q
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,17 +10,38 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae import randomness
-from pvae.errors import PairError, PvaeError, oxford
-from pvae.terms.messages import delta_of, extra_scale, is_factor, sample_sites
+from pvae.errors import PairError, PvaeError, PvaeWarning, oxford
+from pvae.terms.messages import (
+    extra_scale,
+    is_factor,
+    is_improper,
+    is_penalty,
+    log_density_of_delta,
+    sample_sites,
+)
+from pvae.terms.plates import DataPlate, find_data_plate
 from pvae.terms.structure import Structure
 
-__all__ = ["inspect_pair", "probing", "run_pair"]
+__all__ = ["Batch", "as_batch", "inspect_pair", "probing", "run_pair"]
 
-Batch = tuple[Tensor, ...]
+Batch = tuple[Any, ...]
+RERUNS = 3
+
+
+def as_batch(batch: Any) -> Batch:
+    """What a pair is called with, as a tuple; one tensor is a batch of one."""
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch)
+
+
+def num_rows_of(batch: Batch) -> int | None:
+    """Length of the first tensor; None if there is none."""
+    return next((len(b) for b in batch if isinstance(b, Tensor) and b.dim()), None)
 
 
 @contextmanager
@@ -54,7 +76,7 @@ def probing(roots: Iterable[Any]) -> Iterator[list[nn.Module]]:
 def inspect_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    batch: Batch,
+    batch: Any,
     plate: str | None = None,
 ) -> Structure:
     """Traces one batch of a pair, in evaluation mode and on forked generators.
@@ -66,34 +88,50 @@ def inspect_pair(
         plate: Name of the data plate. If None: the only plate that has the batch's length.
 
     Raises:
-        PairError: If there is no data plate or more than one candidate, a latent of the model
-            has no guide, or a site can't be scored.
+        PairError: If model and guide don't match, there is no data plate or more than one
+            candidate, a latent of the model has no guide, or data stand outside the plate.
     """
+    batch = as_batch(batch)
+    rows = num_rows_of(batch)
     with probing((model, guide)) as modules:
         guide_trace, model_trace = run_pair(model, guide, batch)
-        again, _ = run_pair(model, guide, batch, model_too=False)
-    sites = [*sample_sites(guide_trace), *sample_sites(model_trace)]
-    frame = _data_frame(sites, batch, plate)
-    local = {s["name"] for s in sites if frame.name in (f.name for f in s["cond_indep_stack"])}
-    guided = {s["name"]: s for s in sample_sites(guide_trace) if not s["is_observed"]}
-    in_model = {s["name"]: s for s in sample_sites(model_trace)}
+        again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
+        is_tied = rows is not None and rows > 1 and not _runs_on(model, guide, batch, rows - 1)
+    of_model, of_guide = sample_sites(model_trace), sample_sites(guide_trace)
+    sites = [*of_guide, *of_model]
+    data_plate = find_data_plate(of_model, of_guide, rows, plate)
+    guided = {s["name"]: s for s in of_guide if not s["is_observed"]}
+    in_model = {s["name"]: s for s in of_model}
     latents = [n for n, s in in_model.items() if not s["is_observed"]]
     unguided = [n for n in latents if n not in guided]
-    _check_sites(guided, in_model, unguided, frame)
-    rows = len(batch[0])
+    _check_sites(of_guide, guided, in_model, unguided, data_plate)
+    _check_with_pyro(model_trace, guide_trace)
+    _check_locality(guided, in_model, data_plate, rows)
+    local = {s["name"] for s in sites if data_plate.holds(s)}
     parameters, unannounced = _parameters(model, guide, guide_trace, model_trace, modules)
+    is_whole = data_plate.size == (rows or data_plate.size)
     return Structure(
-        plate=frame.name,
-        dim=frame.dim,
+        plate=data_plate.name,
+        plates=data_plate.names,
+        dim=data_plate.dim,
         nesting=max(-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized),
-        subsample_size=None if _size(frame, sites) == rows else frame.size,
-        full_size=_full_size(frame, sites),
-        is_scaled=_full_size(frame, sites) != _size(frame, sites),
+        subsample_size=None if is_whole else data_plate.size,
+        full_size=data_plate.full_size,
+        is_scaled=data_plate.full_size != data_plate.size,
+        tied_to=rows if is_tied else None,
         latents=tuple(n for n in latents if n in local and n in guided),
         global_latents=tuple(n for n in latents if n not in local and n in guided),
+        global_sites=tuple(
+            dict.fromkeys(s["name"] for s in sites if s["name"] not in local and not is_penalty(s))
+        ),
         observed=tuple(n for n, s in in_model.items() if s["is_observed"] and not is_factor(s)),
         auxiliary=tuple(n for n in guided if n not in in_model),
-        points=frozenset(n for n, s in guided.items() if _is_point(s, again.nodes[n])),
+        points=frozenset(
+            n
+            for n, s in guided.items()
+            if n in in_model and _is_point(s, [a.nodes[n] for a in again], guided, in_model)
+        ),
+        improper=tuple(n for n in latents if is_improper(in_model[n]["fn"])),
         enumerated=tuple(unguided),
         removed_scales=_removed_scales(sites),
         parameters=parameters,
@@ -118,6 +156,16 @@ def run_pair(
     return guide_trace, _named("model", lambda: poutine.trace(replayed).get_trace(*batch), batch)
 
 
+def _runs_on(model: Any, guide: Any, batch: Batch, rows: int) -> bool:
+    """Whether a pair also runs on fewer rows; one with parameters for each row doesn't."""
+    fewer = tuple(b[:rows] if isinstance(b, Tensor) and b.dim() else b for b in batch)
+    try:
+        run_pair(model, guide, fewer)
+    except PvaeError:
+        return False
+    return True
+
+
 def _named(what: str, run: Callable[[], Any], batch: Batch) -> Any:
     try:
         return run()
@@ -128,79 +176,39 @@ def _named(what: str, run: Callable[[], Any], batch: Batch) -> Any:
         for cause in reversed(chain):  # the first error; the others are Pyro's additions to it
             if isinstance(cause, PvaeError):
                 raise cause from None
-        shapes = ", ".join(str(tuple(b.shape)) if isinstance(b, Tensor) else repr(b) for b in batch)
         first_line = (str(error).strip() or "no message").splitlines()[0]
+        fixes = [f"{what}(*batch) on one batch by hand, to see the whole traceback"]
+        if "plate" in first_line:
+            fixes.insert(0, ".to_event(k) at the site, so that batch_shape is the plates' sizes")
         raise PairError(
             what,
-            f"to run when called with a batch of shape {shapes}",
+            f"to run when called with ({', '.join(map(_shown, batch))})",
             f"{type(error).__name__}: {first_line}",
-            [
-                f"{what}(*batch) on one batch by hand, to see the whole traceback",
-                "every site .to_event(k), so that batch_shape is the plates' sizes",
-            ],
+            fixes,
         ) from error
 
 
-def _size(frame: Any, sites: list[Any]) -> int:
-    """A plate's size; a plate written without one has the size of what stands in it."""
-    if frame.size != -1:
-        return int(frame.size)
-    sizes = [1]
-    for site in sites:
-        if any(f.name == frame.name for f in site["cond_indep_stack"]):
-            shape = site["fn"].batch_shape
-            sizes.append(shape[frame.dim] if len(shape) >= -frame.dim else 1)
-    return max(sizes)
-
-
-def _full_size(frame: Any, sites: list[Any]) -> int:
-    full = frame.full_size
-    return _size(frame, sites) if full in (None, -1) else int(full)
-
-
-def _data_frame(sites: list[Any], batch: Batch, plate: str | None) -> Any:
-    rows = len(batch[0])
-    frames = {f.name: f for s in sites for f in s["cond_indep_stack"] if f.vectorized}
-    sequential = {f.name for s in sites for f in s["cond_indep_stack"] if not f.vectorized}
-    known = ", ".join(f"'{n}' of size {_size(f, sites)}" for n, f in frames.items()) or "none"
-    if plate is not None:
-        if plate not in frames:
-            raise PairError(
-                "plate",
-                "the name of a vectorised plate of the pair",
-                f"{plate!r}; the plates are: {known}",
-            )
-        return frames[plate]
-    found = [f for f in frames.values() if _size(f, sites) == rows]
-    found = found or [f for f in frames.values() if _full_size(f, sites) == rows]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise PairError(
-            "data plate",
-            f"one plate with the batch's length {rows}",
-            f"{oxford(f.name for f in found)}",
-            [f"plate='{found[0].name}'", "a batch of another length"],
-        )
-    vectorised = "with pyro.plate('data', len(x)): z = pyro.sample('z', ...)"
-    fixes = [f"the plates' sizes: {known}"] if frames else []
-    if sequential:
-        fixes = [f"{vectorised}, instead of 'for i in pyro.plate(...)'"]
-    raise PairError(
-        "data plate",
-        f"a vectorised plate of the batch's length {rows}",
-        f"only the sequential plate(s) {oxford(sequential)}"
-        if sequential
-        else f"plates: {known}"
-        if frames
-        else "no plate at all",
-        fixes or [vectorised + ", in model and guide"],
-    )
+def _shown(part: Any) -> str:
+    if isinstance(part, Tensor):
+        return f"{str(part.dtype).removeprefix('torch.')} of shape {tuple(part.shape)}"
+    return type(part).__name__
 
 
 def _check_sites(
-    guided: dict[str, Any], in_model: dict[str, Any], unguided: list[str], frame: Any
+    of_guide: list[Any],
+    guided: dict[str, Any],
+    in_model: dict[str, Any],
+    unguided: list[str],
+    data_plate: DataPlate,
 ) -> None:
+    for site in of_guide:
+        if site["is_observed"] and not is_factor(site):
+            raise PairError(
+                f"guide site '{site['name']}'",
+                "draws, as a guide makes them",
+                "observed data",
+                ["model and guide in this order: are they swapped?", "drop obs= in the guide"],
+            )
     for name in unguided:
         site = in_model[name]
         if (site["infer"] or {}).get("enumerate") != "parallel":
@@ -215,16 +223,16 @@ def _check_sites(
                 ],
             )
         plates = [f.name for f in site["cond_indep_stack"]]
-        if plates != [frame.name]:
+        if plates != [data_plate.name]:
             raise PairError(
                 f"enumerated site '{name}'",
-                f"the data plate '{frame.name}' and no other around it",
+                f"the data plate '{data_plate.name}' and no other around it",
                 f"plates: {oxford(plates) if plates else 'none'}",
                 ["a guide for it"],
             )
     for name, site in guided.items():
-        auxiliary = (site["infer"] or {}).get("is_auxiliary")
-        if name not in in_model and not auxiliary:
+        infer = site["infer"] or {}
+        if name not in in_model and not infer.get("is_auxiliary"):
             raise PairError(
                 f"guide site '{name}'",
                 "a latent site of that name in the model",
@@ -238,14 +246,92 @@ def _check_sites(
                 "observed data",
                 ["drop it from the guide", "call the model without that data"],
             )
+        if infer.get("enumerate") == "parallel":
+            warnings.warn(
+                f"Site '{name}' of the guide asks to be enumerated, but is drawn here. "
+                "objective=pyro.infer.TraceEnum_ELBO() enumerates it.",
+                PvaeWarning,
+                stacklevel=4,
+            )
+    if not any(s["is_observed"] and not is_penalty(s) for s in in_model.values()):
+        raise PairError(
+            "model",
+            "at least one observed site: pyro.sample(..., obs=x)",
+            f"sites: {oxford(in_model) if in_model else 'none'}, all of them drawn",
+            ["model and guide in this order: are they swapped?"],
+        )
 
 
-def _is_point(site: Any, again: Any) -> bool:
+def _check_with_pyro(model_trace: Any, guide_trace: Any) -> None:
+    """Pyro's own checks of shapes, which its ELBOs make when validation is on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing sites, which are refused elsewhere
+            check_model_guide_match(model_trace, guide_trace)
+    except ValueError as error:
+        raise _from_pyro(error) from error
+    for trace in (model_trace, guide_trace):
+        for site in prune_subsample_sites(trace).nodes.values():
+            if site["type"] != "sample":
+                continue
+            try:
+                site["log_prob"] = site["fn"].log_prob(
+                    site["value"], *site["args"], **site["kwargs"]
+                )
+            except (ValueError, RuntimeError):  # outside the support: the data are checked apart
+                continue
+            try:
+                check_site_shape(site, max_plate_nesting=float("inf"))
+            except ValueError as error:
+                raise _from_pyro(error) from error
+
+
+def _from_pyro(error: ValueError) -> PairError:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return PairError(
+        "pair",
+        "sites whose shapes fit their plates, and each other in model and guide",
+        "; ".join(lines[:3]),
+        [".to_event(k) at the site that is named", "the site inside the data plate"],
+    )
+
+
+def _check_locality(
+    guided: dict[str, Any], in_model: dict[str, Any], data_plate: DataPlate, rows: int | None
+) -> None:
+    for name, site in in_model.items():
+        inside = data_plate.holds(site)
+        if name in guided and not site["is_observed"] and data_plate.holds(guided[name]) != inside:
+            where = "model" if inside else "guide"
+            raise PairError(
+                f"latent '{name}'",
+                f"the data plate '{data_plate.name}' around it in model and guide alike",
+                f"in the {where} alone",
+                [f"with pyro.plate('{data_plate.name}', ...) in both"],
+            )
+        value = site["value"]
+        is_data = site["is_observed"] and isinstance(value, Tensor) and value.dim() > 0
+        if is_data and not inside and rows and rows > 1 and value.shape[0] == rows:
+            raise PairError(
+                f"observed site '{name}'",
+                f"the data plate '{data_plate.name}' around it: it has {rows} rows, like the batch",
+                "outside of it",
+                [f"the pyro.sample('{name}', ...) indented into the plate"],
+            )
+
+
+def _is_point(
+    site: Any, again: list[Any], guided: dict[str, Any], in_model: dict[str, Any]
+) -> bool:
     """A Delta is a point if its density is 1 and nothing random feeds it."""
-    delta = delta_of(site["fn"])
-    if delta is None or bool((delta[0].log_density != 0).any()):
+    log_density = log_density_of_delta(site["fn"])
+    if log_density is None or bool((log_density != 0).any()):
         return False
-    return torch.equal(site["value"], again["value"])
+    for name, other in guided.items():  # draws of a few values may repeat by chance
+        discrete = not getattr(other["fn"], "has_rsample", True)
+        if name not in in_model and discrete:
+            return False
+    return all(torch.equal(site["value"], other["value"]) for other in again)
 
 
 def _removed_scales(sites: list[Any]) -> dict[str, float]:

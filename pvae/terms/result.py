@@ -30,7 +30,8 @@ class SiteTerms:
         kind: ``"observed"``, ``"latent"``, ``"auxiliary"`` (guide only), ``"factor"``,
             ``"penalty"`` (a marked factor), or ``"enumerated"`` (sites summed out together).
         is_local: Whether it is inside the data plate.
-        value: Its value, shape ``(K, N, ...)`` or ``(K, ...)``; None for enumerated ones.
+        draws: Its value as the programs see it, particles first; None for enumerated ones.
+        data_axis: The axis of ``draws`` that counts the data.
         model: The model's distribution; where particles were looped, the last one's.
         guide: The guide's distribution; likewise.
         log_p: The model's log density.
@@ -44,7 +45,8 @@ class SiteTerms:
     name: str
     kind: Kind
     is_local: bool
-    value: Tensor | None = None
+    draws: Tensor | None = None
+    data_axis: int = 1
     model: Any = None
     guide: Any = None
     log_p: Tensor | None = None
@@ -53,6 +55,34 @@ class SiteTerms:
     log_q_dims: Tensor | None = None
     scaled_log_p: Tensor | None = None
     scaled_log_q: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor | None:
+        """The value, shape ``(K, N, ...)`` inside the data plate and ``(K, ...)`` outside."""
+        if self.draws is None or not self.is_local:
+            return self.draws
+        return self.draws.movedim(self.data_axis, 1)
+
+    def first_rows(self, count: int) -> None:
+        """Keeps the first rows of what is inside the data plate."""
+        if not self.is_local:
+            return
+        if self.draws is not None:
+            self.draws = self.draws.narrow(self.data_axis, 0, count)
+        for key in PER_DATUM:
+            tensor = getattr(self, key)
+            if tensor is not None:
+                setattr(self, key, tensor[:, :count])
+
+
+PER_DATUM = (
+    "log_p",
+    "log_q",
+    "log_p_dims",
+    "log_q_dims",
+    "scaled_log_p",
+    "scaled_log_q",
+)
 
 
 @dataclass
@@ -101,13 +131,13 @@ class Terms:
     @property
     def log_likelihood(self) -> Tensor:
         """log p(x | z): observed sites and unmarked factors. Shape ``(K, N)``."""
-        self._require_split()
+        self.require_split()
         return self._sum(lambda s: None if s.kind == "latent" else s.log_p, local=True)
 
     @property
     def log_prior(self) -> Tensor:
         """log p(z) of local latents. Shape ``(K, N)``."""
-        self._require_split()
+        self.require_split()
         return self._sum(lambda s: s.log_p if s.kind == "latent" else None, local=True)
 
     @property
@@ -153,7 +183,8 @@ class Terms:
         elbo = self.log_weight.mean() + outside
         if "joint" in self.notes:
             return elbo, torch.full_like(elbo, float("nan"))
-        return elbo, self.log_likelihood.mean()
+        data_outside = self._sum(lambda s: None if s.kind == "latent" else s.log_p, local=False)
+        return elbo, self.log_likelihood.mean() + data_outside.mean() / full
 
     def scaled(self, pick: Literal["likelihood", "prior", "q", "penalty"]) -> Tensor:
         """A part of the plate-scaled objective, local and global: one number a particle, ``(K,)``.
@@ -176,9 +207,10 @@ class Terms:
             total = total + (part.sum(1) if part.dim() == 2 else part)
         return total
 
-    def _require_split(self) -> None:
+    def require_split(self) -> None:
+        """Refuses the parts where one sum over states has both data and latents in it."""
         for site in self.sites.values():
-            if site.kind == "enumerated" and site.value is None and "joint" in self.notes:
+            if site.kind == "enumerated" and "joint" in self.notes:
                 raise UndefinedError(
                     "log p(x | z) and log p(z) apart",
                     "data and latents that don't share an enumerated latent",
@@ -197,15 +229,8 @@ def stack(passes: Iterable[Terms]) -> Terms:
         merged = SiteTerms(
             name, site.kind, site.is_local, model=others[-1].model, guide=others[-1].guide
         )
-        for key in (
-            "value",
-            "log_p",
-            "log_q",
-            "log_p_dims",
-            "log_q_dims",
-            "scaled_log_p",
-            "scaled_log_q",
-        ):
+        merged.data_axis = site.data_axis
+        for key in ("draws", *PER_DATUM):
             if getattr(site, key) is not None:
                 setattr(merged, key, torch.cat([getattr(o, key) for o in others]))
         sites[name] = merged

@@ -21,16 +21,20 @@ class Structure:
 
     Attributes:
         plate: Name of the data plate.
+        plates: All its names; model and guide may differ.
         dim: Its dimension, counted from the right.
         nesting: Number of dimensions that plates take.
         subsample_size: Rows that the pair draws by itself; None if it takes the batch as it is.
         full_size: The data plate's full size.
         is_scaled: Whether the plate's size is larger than the batch's, so that Pyro scales it up.
+        tied_to: The batch's length, if the pair runs on no other, as with parameters for each row.
         latents: Latent sites inside the data plate.
         global_latents: Latent sites outside it.
+        global_sites: All sites outside it that have a density, auxiliary ones and factors too.
         observed: Observed sites.
         auxiliary: Sites of the guide that the model doesn't have.
         points: Latents whose guide is a point mass, which has no density.
+        improper: Latents whose prior is improper, so that there is no evidence.
         enumerated: Latents that the model sums out.
         removed_scales: ``poutine.scale`` factors by site, which no evidence contains.
         parameters: Trainable parameters (unconstrained) by name.
@@ -40,16 +44,20 @@ class Structure:
     """
 
     plate: str
+    plates: frozenset[str]
     dim: int
     nesting: int
     subsample_size: int | None
     full_size: int
     is_scaled: bool
+    tied_to: int | None
     latents: tuple[str, ...]
     global_latents: tuple[str, ...]
+    global_sites: tuple[str, ...]
     observed: tuple[str, ...]
     auxiliary: tuple[str, ...]
     points: frozenset[str]
+    improper: tuple[str, ...]
     enumerated: tuple[str, ...]
     removed_scales: dict[str, float]
     parameters: dict[str, Tensor]
@@ -61,6 +69,17 @@ class Structure:
     def has_points(self) -> bool:
         """Whether some latent of a datum has a point-mass guide."""
         return bool(self.points & set(self.latents))
+
+    @property
+    def quantity(self) -> str:
+        """What log p - log q is: ``elbo``, or what it is instead where it is no bound.
+
+        With a point mass, of a datum or shared, it is ``log_joint``; with an improper prior,
+        ``unnormalised_elbo``.
+        """
+        if self.points:
+            return "log_joint"
+        return "unnormalised_elbo" if self.improper else "elbo"
 
     @property
     def device(self) -> torch.device:
@@ -95,15 +114,14 @@ class Structure:
                 ],
             )
 
-    def require_local(self, what: str) -> None:
-        """Refuses a quantity for each datum where a global latent ties the data together."""
-        if self.global_latents:
+    def require_proper(self, what: str) -> None:
+        """Refuses a quantity that needs p(z) to be a distribution."""
+        if self.improper:
             raise UndefinedError(
                 what,
-                "a pair whose latents are all inside the data plate",
-                f"global latent {oxford(self.global_latents)}, given which alone the data are "
-                "independent",
-                ["the bound for the whole data set: .total of bounds.elbo or bounds.evidence"],
+                "a prior that is a distribution",
+                f"an improper prior at site {oxford(self.improper)}",
+                ["a proper prior, such as priors.StandardNormal"],
             )
 
 
