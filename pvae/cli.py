@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pvae.data import Data, Splits
-    from pvae.fitting import Fit
+    from pvae.data import Splits
+    from pvae.fitting import Fit, History
     from pvae.pair import VAE
     from pvae.runs import Config
 
@@ -39,11 +39,12 @@ RunFolder = Annotated[Path, typer.Argument(help="A folder that 'pvae train' wrot
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Annotated[
         str,
         typer.Option(
             help="digits, mnist, fashion_mnist, kmnist, static_mnist, freyfaces, "
-            "or a file: .npy, .npz, IDX."
+            "or a file: .npy, .npz, IDX; images as (N, H, W) or (N, C, H, W)."
         ),
     ] = "digits",
     data_dir: Annotated[
@@ -65,8 +66,9 @@ def train(
         ),
     ] = None,
     sigma: Annotated[
-        str, typer.Option(help="Of a gaussian: a number, shared, feature, predicted, optimal.")
-    ] = "optimal",
+        str | None,
+        typer.Option(help="Of a gaussian: a number, shared, feature, predicted, optimal."),
+    ] = None,
     guide: Annotated[str | None, typer.Option(help="mean_field, point.")] = None,
     network: Annotated[str, typer.Option(help="mlp, conv, resnet.")] = "mlp",
     hidden: Annotated[
@@ -85,7 +87,7 @@ def train(
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of networks, data and draws.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<data>-<recipe>.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in the folder.")] = False,  # noqa: FBT002
+    resume: Annotated[bool, typer.Option(help="Go on; only --epochs may be new.")] = False,  # noqa: FBT002
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the folder.")] = False,  # noqa: FBT002
 ) -> None:
     """Train a pair and write a run folder: config, checkpoint, history, figures, summary."""
@@ -112,7 +114,9 @@ def train(
         patience=patience,
         seed=seed,
     )
-    config = _prepare_folder(folder, asked, resume=resume, overwrite=overwrite)
+    sources = {name: context.get_parameter_source(name) for name in vars(asked)}
+    given = {n for n, source in sources.items() if source and source.name != "DEFAULT"}
+    config = _prepare_folder(folder, asked, given, resume=resume, overwrite=overwrite)
     _train(folder, config, device, resume=resume, overwrite=overwrite, fetch=download)
 
 
@@ -125,8 +129,10 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
         raise ArgumentError("--hidden", "widths such as 256,256", repr(text)) from None
 
 
-def _prepare_folder(folder: Path, asked: Config, *, resume: bool, overwrite: bool) -> Config:
-    """The configuration to run: the folder's own when resuming, with more epochs if asked."""
+def _prepare_folder(
+    folder: Path, asked: Config, given: set[str], *, resume: bool, overwrite: bool
+) -> Config:
+    """The configuration to run: when resuming the folder's own, with more epochs if asked."""
     from dataclasses import replace
 
     from pvae.runs import Config
@@ -134,11 +140,22 @@ def _prepare_folder(folder: Path, asked: Config, *, resume: bool, overwrite: boo
     exists = (folder / "config.json").exists()
     if resume and overwrite:
         raise ArgumentError("--overwrite", "either --resume or --overwrite", "both")
-    if resume and exists:
-        there, fresh = Config.read(folder), Config()
-        return replace(there, epochs=asked.epochs) if asked.epochs != fresh.epochs else there
-    if resume:
+    if resume and not exists:
         raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
+    if resume:
+        there = Config.read(folder)
+        others = sorted(given - {"epochs", "data_dir"})
+        differ = [name for name in others if getattr(there, name) != getattr(asked, name)]
+        if differ:
+            raise ArgumentError(
+                "--resume",
+                "the options of the run: "
+                + ", ".join(f"--{n.replace('_', '-')} {getattr(there, n)}" for n in differ),
+                ", ".join(f"{getattr(asked, n)}" for n in differ),
+                ["--resume with --epochs alone", "--out with another name, to train anew"],
+            )
+        there = replace(there, data_dir=asked.data_dir) if "data_dir" in given else there
+        return replace(there, epochs=asked.epochs) if "epochs" in given else there
     in_use = folder.exists() and any(folder.iterdir())
     if in_use and not (exists and overwrite):
         raise ArgumentError(
@@ -156,21 +173,24 @@ def _train(
     folder: Path, config: Config, device: str, *, resume: bool, overwrite: bool, fetch: bool
 ) -> None:
     import pvae
-    from pvae import randomness, report
+    from pvae import fitting, randomness, terms
+    from pvae.data import as_source
 
     splits = config.load_data(fetch=fetch)
     with randomness.forked(config.seed):
         vae = config.build(splits)
-    with config.written(folder):
+    where, dtype = fitting.place(vae.model, vae.guide, device)
+    terms.check_data(vae.model, vae.guide, as_source(splits.test, where, dtype), "test data")
+    with config.written(folder, splits):
         run = pvae.fit(
             vae.model,
             vae.guide,
-            _without_labels(splits.train),
+            splits.train.unlabelled(),
             config.objective(),
             epochs=config.epochs,
             batch_size=config.batch_size,
             lr=config.lr,
-            valid=_without_labels(splits.valid),
+            valid=splits.valid.unlabelled(),
             patience=config.patience,
             device=device,
             seed=config.seed,
@@ -183,30 +203,40 @@ def _train(
         typer.echo(f"interrupted; to go on: pvae train --resume --out {folder}", err=True)
         raise typer.Exit(130)
     _draw_figures(folder, vae, splits, run)
+    text = _summary(folder, config, vae, splits, history=run.history, seconds=run.progress.seconds)
+    pvae.checkpoint.write_atomically(folder / "summary.txt", f"{text}\n".encode())
+    typer.echo(text)
+
+
+def _summary(
+    folder: Path,
+    config: Config,
+    vae: VAE,
+    splits: Splits,
+    history: History,
+    seconds: float | None = None,
+    num_particles: int = 500,
+    seed: int | None = None,
+) -> str:
+    """The one screen of a run."""
+    from pvae import report
+
+    is_gaussian = config.likelihood_for(splits) == "gaussian"
+    levels = splits.levels
     summary = report.summarize(
         vae.model,
         vae.guide,
-        _without_labels(splits.test),
+        splits.test.unlabelled(),
         title=f"pvae {config.recipe} on {splits.name}: {folder}",
-        levels=splits.levels if config.likelihood_for(splits) != "gaussian" else None,
-        bin_width=_bin_width(config, splits),
-        history=run.history,
-        seconds=run.progress.seconds,
-        seed=config.seed,
+        levels=None if is_gaussian else levels,
+        bin_width=1.0 / (levels - 1) if is_gaussian and levels is not None else None,
+        num_particles=num_particles,
+        history=history,
+        seconds=seconds,
+        seed=config.seed if seed is None else seed,
     )
-    pvae.checkpoint.write_atomically(folder / "summary.txt", f"{summary}\n".encode())
-    typer.echo(str(summary).replace(" RUN", f" {folder}"))
-
-
-def _without_labels(data: Data) -> Data:
-    from dataclasses import replace
-
-    return replace(data, arrays=data.arrays[:1])
-
-
-def _bin_width(config: Config, splits: Splits) -> float | None:
-    gaussian = config.likelihood_for(splits) == "gaussian"
-    return 1.0 / (splits.levels - 1) if gaussian and splits.levels is not None else None
+    commands = ", ".join(f"pvae {name} {folder}" for name in ("sample", "reconstruct", "encode"))
+    return str(summary).replace(report.NOTHING, commands)
 
 
 def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
@@ -217,7 +247,7 @@ def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
 
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
-    plots.training_curve(run.history).savefig(figures / "training.png")
+    plots.training_curve(run).savefig(figures / "training.png")
     source = as_source(splits.test, run.structure.device, run.structure.dtype)
     _, (x, *labels) = next(source.all(2000))
     if vae.encode(x[:1]).shape[-1] >= 2:
@@ -249,23 +279,13 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Estimate ELBO, evidence and their parts on the test data."""
-    from pvae import report
     from pvae.fitting import History
     from pvae.runs import open_run
 
     config, vae, splits = open_run(run, device)
-    summary = report.summarize(
-        vae.model,
-        vae.guide,
-        _without_labels(splits.test),
-        title=f"pvae {config.recipe} on {splits.name}: {run}",
-        levels=splits.levels if config.likelihood_for(splits) != "gaussian" else None,
-        bin_width=_bin_width(config, splits),
-        num_particles=num_particles,
-        history=History.read(run / "history.jsonl"),
-        seed=seed,
-    )
-    typer.echo(str(summary).replace(" RUN", f" {run}"))
+    history = History.read(run / "history.jsonl")
+    text = _summary(run, config, vae, splits, history, num_particles=num_particles, seed=seed)
+    typer.echo(text)
 
 
 @app.command()
@@ -345,7 +365,7 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
 
     import torch
 
-    from pvae.data import as_source, load
+    from pvae.data import as_source, check_rows, load
     from pvae.errors import DataError
     from pvae.runs import open_run
 
@@ -354,14 +374,38 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
     if data is not None:
         if not data.is_file():
             raise DataError("--data", "a file", f"{data}, which is none")
-        found = load(data, valid=0, test=0, shuffle=False).train
+        found = load(data, valid=0, test=0, shuffle=False)
         if found.event_shape != splits.event_shape:
             raise DataError(
                 str(data), f"data of shape {splits.event_shape}", f"shape {found.event_shape}"
             )
-        chosen = replace(splits.test, arrays=found.arrays[:1])
-    source = as_source(_without_labels(chosen))
+        _check_kind(data, found.train.arrays[0], splits)
+        chosen = replace(chosen, arrays=found.train.arrays[:1], origin=None)
+    source = as_source(chosen.unlabelled())
+    check_rows(source, where=str(data or "data"))
     return vae, torch.cat([batch[0] for _, batch in source.all()])
+
+
+def _check_kind(path: Path, x: Any, splits: Splits) -> None:
+    """Refuses numbers of another kind than those of the training: bytes for real numbers, say."""
+    import numpy as np
+
+    from pvae.errors import DataError
+
+    x, levels = np.asarray(x), splits.raw_levels
+    if levels is None and x.dtype == np.uint8:
+        raise DataError(
+            str(path), "real numbers, as the run was trained on", "bytes", ["x / 255, say"]
+        )
+    if levels is not None:
+        off = (x < 0) | (x > levels - 1) | (x != np.round(x))
+        if off.any() or (levels > 2 and x.size and x.max() <= 1 and x.dtype.kind == "f"):
+            raise DataError(
+                str(path),
+                f"whole numbers from 0 to {levels - 1}, as the run was trained on",
+                f"values from {x.min():g} to {x.max():g}",
+                [f"x * {levels - 1}, rounded, if they are parts of 1"],
+            )
 
 
 def _save(path: Path, tensor: Tensor) -> Path:

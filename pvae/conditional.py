@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -196,17 +196,14 @@ def positive(raw: Tensor) -> Tensor:
 
 
 class _Fixed(Conditional):
-    """A distribution instance, its tensors held as buffers so that they move with the module."""
+    """A distribution instance, its tensors held as buffers so that they move with the module.
+
+    Each call builds the distribution anew around the buffers, so nothing that it computes and
+    keeps (probabilities from logits, say) outlives a move or a load.
+    """
 
     def __init__(self, fn: Any) -> None:
         super().__init__(tuple(fn.event_shape) or None)
-        if any(t.requires_grad for _, _, t in _tensors(fn)):
-            raise ArgumentError(
-                f"{type(fn).__name__} instance",
-                "a distribution without trainable tensors, which it would hide from the optimiser",
-                "a tensor that requires grad",
-                ["pass a Conditional, or a module that builds the distribution in forward"],
-            )
         if fn.batch_shape:
             raise ArgumentError(
                 f"{type(fn).__name__} instance",
@@ -214,36 +211,87 @@ class _Fixed(Conditional):
                 f"batch_shape {tuple(fn.batch_shape)}, event_shape {tuple(fn.event_shape)}",
                 [f".to_event({len(fn.batch_shape)})"],
             )
-        self.fn = copy.deepcopy(fn)
-        self._slots: list[tuple[dict[str, Any], str, str]] = []
-        for i, (owner, key, tensor) in enumerate(list(_tensors(self.fn))):
-            name = f"{i}_{key.lstrip('_')}"
+        found: dict[str, Tensor] = {}
+        self.skeleton = _take_apart(fn, type(fn).__name__, "", found)
+        for name, tensor in found.items():
             self.register_buffer(name, tensor.clone())
-            self._slots.append((owner, key, name))
 
     def forward(self, *context: Tensor) -> Any:
-        for owner, key, name in self._slots:
-            owner[key] = self._buffers[name]
-        return self.fn
+        return _put_together(self.skeleton, self._buffers)
 
 
-def _tensors(thing: Any) -> Iterator[tuple[Any, Any, Tensor]]:
-    """Every tensor inside a distribution: the container that holds it, its key, the tensor."""
-    inside = (dist.Distribution, torch.distributions.Distribution, torch.distributions.Transform)
-    if isinstance(thing, inside):
-        thing = thing.__dict__
-    items = (
-        list(thing.items())
-        if isinstance(thing, dict)
-        else list(enumerate(thing))
-        if isinstance(thing, list)
-        else []
-    )
-    for key, value in items:
-        if isinstance(value, Tensor):
-            yield thing, str(key) if isinstance(thing, dict) else key, value
-        else:
-            yield from _tensors(value)
+class _Slot:
+    """The place of a tensor in a distribution that was taken apart."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _take_apart(thing: Any, what: str, path: str, found: dict[str, Tensor]) -> Any:
+    """A copy of a distribution with slots in place of tensors, which go into ``found`` by path."""
+    if isinstance(thing, nn.Module) or (isinstance(thing, Tensor) and thing.requires_grad):
+        raise ArgumentError(
+            f"{what} instance",
+            "a distribution without trainable tensors, which it would hide from the optimiser",
+            f"{type(thing).__name__} at {path or what}",
+            ["pass a Conditional, or a module that builds the distribution in forward"],
+        )
+    if isinstance(thing, Tensor):
+        found[path] = thing
+        return _Slot(path)
+    if isinstance(thing, (list, tuple)):
+        parts = [_take_apart(v, what, f"{path}_{k}", found) for k, v in enumerate(thing)]
+        return type(thing)(parts) if type(thing) in (list, tuple) else thing
+    if isinstance(thing, dict):
+        return {k: _take_apart(v, what, f"{path}_{k}", found) for k, v in thing.items()}
+    if not isinstance(thing, _WITH_TENSORS):
+        return thing
+    taken = copy.copy(thing)
+    for key, value in _own(thing).items():
+        name = f"{path}_{key.lstrip('_')}".lstrip("_")
+        taken.__dict__[key] = _take_apart(value, what, name, found)
+    for key in set(vars(thing)) - set(_own(thing)):
+        del taken.__dict__[key]
+    return taken
+
+
+_WITH_TENSORS = (
+    dist.Distribution,
+    torch.distributions.Distribution,
+    torch.distributions.Transform,
+    torch.distributions.constraints.Constraint,
+)
+
+
+def _own(thing: Any) -> dict[str, Any]:
+    """What an object was made with: caches, and all lazy attributes but the first, left out."""
+    kept, lazy_seen = {}, False
+    for key, value in vars(thing).items():
+        is_lazy = isinstance(
+            inspect.getattr_static(type(thing), key, None), torch.distributions.utils.lazy_property
+        )
+        if key.startswith("_cached") or (is_lazy and lazy_seen):
+            continue
+        lazy_seen |= is_lazy
+        kept[key] = value
+    return kept
+
+
+def _put_together(thing: Any, tensors: Mapping[str, Tensor | None]) -> Any:
+    """The distribution again, from what `_take_apart` returned."""
+    if isinstance(thing, _Slot):
+        return tensors[thing.name]
+    if type(thing) in (list, tuple):
+        return type(thing)(_put_together(v, tensors) for v in thing)
+    if type(thing) is dict:
+        return {k: _put_together(v, tensors) for k, v in thing.items()}
+    if not isinstance(thing, _WITH_TENSORS):
+        return thing
+    whole = copy.copy(thing)
+    whole.__dict__ = {k: _put_together(v, tensors) for k, v in vars(thing).items()}
+    if isinstance(whole, torch.distributions.Transform):
+        whole._cached_x_y = None, None
+    return whole
 
 
 class _Called(Conditional):
@@ -257,7 +305,18 @@ class _Called(Conditional):
         )
 
     def forward(self, *context: Tensor) -> Any:
-        return self.function(*context[: self.takes])
+        fn = self.function(*context[: self.takes])
+        if isinstance(fn, (Tensor, tuple, list)):
+            raise ArgumentError(
+                type(self.function).__name__,
+                "a Pyro distribution from what stands for one",
+                "tensors: it is a network",
+                [
+                    "guides.MeanField(network, latent_dim)",
+                    "likelihoods.Gaussian(network, event_shape)",
+                ],
+            )
+        return fn
 
 
 class _Flow(Conditional):

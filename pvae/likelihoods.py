@@ -156,7 +156,8 @@ class Gaussian(FromNetwork):
 
     The buffer of ``"optimal"`` is the running mean of squared errors over the training batches
     (all of them equally at first, the last thousand or so later), so that in evaluation
-    log p(x_n | z_n) never depends on what else is in the batch.
+    log p(x_n | z_n) never depends on what else is in the batch. In training it does, so padding
+    can't be masked out; that is refused.
 
     References:
         Simple and Effective VAE Training with Calibrated Decoders (Rybkin et al., 2021),
@@ -236,11 +237,14 @@ class Gaussian(FromNetwork):
 class _OptimalNormal(dist.TorchDistribution):
     """Normal values, scored with the mean squared error of the very values scored as variance.
 
-    Draws have the scale ``sigma``, since there is nothing to take an error from.
+    The mean is over data and entries, apart for each particle. Draws have the scale ``sigma``,
+    since there is nothing to take an error from.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = True
+    couples_data = True
+    """Says that a datum's density depends on the others: a mask can't leave any out."""
 
     def __init__(
         self,
@@ -248,7 +252,7 @@ class _OptimalNormal(dist.TorchDistribution):
         sigma: Tensor,
         event_dim: int,
         min_sigma: float,
-        observe: Callable[[Tensor], None],
+        observe: Callable[[Tensor], None] | None,
     ) -> None:
         self.loc, self.sigma, self.min_sigma, self.observe = loc, sigma, min_sigma, observe
         rank = loc.dim() - event_dim
@@ -263,13 +267,18 @@ class _OptimalNormal(dist.TorchDistribution):
         return self.loc
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+        if tuple(batch_shape) == tuple(self.batch_shape):
+            return self
         loc = self.loc.expand(*batch_shape, *self.event_shape)
         return _OptimalNormal(loc, self.sigma, len(self.event_shape), self.min_sigma, self.observe)
 
     def log_prob(self, value: Tensor) -> Tensor:
         square = (value - self.loc).square()
-        mean_square = square.mean()
-        self.observe(mean_square.detach())
+        own = len(self.event_shape) + bool(self.batch_shape)  # entries, and data
+        mean_square = square.mean(tuple(range(-own, 0)), keepdim=True)
+        if self.observe is not None:
+            self.observe(mean_square.detach().mean())
+            self.observe = None  # a score may be asked for twice
         variance = mean_square.clamp(min=self.min_sigma**2)
         each = -0.5 * (square / variance + variance.log() + math.log(2 * math.pi))
         return sum_rightmost(each, len(self.event_shape))

@@ -39,12 +39,31 @@ def _join(x: Tensor, event_dim: int, context: Sequence[Tensor], context_dim: int
             "no context",
             ["pass the labels: model(x, y), guide(x, y)", "context_dim=0"],
         )
-    parts = []
-    for c in context:
-        is_class = not c.dtype.is_floating_point
-        parts.append(F.one_hot(c.long(), context_dim).to(x.dtype) if is_class else c.to(x.dtype))
+    parts = [_features(c, context_dim, x) for c in context]
     batch = torch.broadcast_shapes(x.shape[:-1], *(p.shape[:-1] for p in parts))
     return torch.cat([p.expand(*batch, p.shape[-1]) for p in (x, *parts)], dim=-1)
+
+
+def _features(c: Tensor, context_dim: int, x: Tensor) -> Tensor:
+    """A context as features in its last axis: one-hot if it is integer."""
+    if not c.dtype.is_floating_point:
+        try:
+            return F.one_hot(c.long(), context_dim).to(x.dtype)
+        except RuntimeError as error:
+            raise PairError(
+                "context",
+                f"classes from 0 to {context_dim - 1}, as context_dim={context_dim} says",
+                f"classes from {int(c.min())} to {int(c.max())}",
+                ["context_dim=" + str(int(c.max()) + 1)],
+            ) from error
+    if c.shape[-1:] != (context_dim,) or (x.dim() > 1 and c.dim() < 2):
+        raise PairError(
+            "context",
+            f"floating features of shape (..., {context_dim}), one row a datum",
+            f"shape {tuple(c.shape)}",
+            ["y[:, None], for one number a datum", "integers, for classes"],
+        )
+    return c.to(x.dtype)
 
 
 def _check_input(name: str, x: Tensor, in_shape: tuple[int, ...]) -> None:

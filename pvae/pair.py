@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.conditional import as_conditional
-from pvae.errors import PairError, UndefinedError, check_int
+from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
 
 __all__ = ["VAE", "Guide", "Model"]
@@ -116,7 +116,7 @@ class VAE(nn.Module):
         self.guide = Guide(guide)
         _check_bounded(self)
 
-    def sample(self, num_samples: int, *context: Tensor, mean: bool = False) -> Tensor:
+    def sample(self, num_samples: int, *context: Any, mean: bool = False) -> Tensor:
         """The sampling algorithm: draw z from the prior, decode it. No encoder is used.
 
         Arguments:
@@ -130,6 +130,14 @@ class VAE(nn.Module):
         """
         check_int("num_samples", num_samples)
         with _evaluating(self.model):
+            context = tuple(self._batch(*context))
+            for part in context:
+                if not part.dim() or len(part) != num_samples:
+                    raise ArgumentError(
+                        "context",
+                        f"{num_samples} labels or the like, one for each sample",
+                        f"shape {tuple(part.shape)}",
+                    )
             prior = self.model.prior(*context)
             _check_prior(prior, context, num_samples)
             z = prior.expand([num_samples])()

@@ -128,35 +128,50 @@ def samples(
 
 
 def training_curve(history: Any) -> Picture:
-    """The bound over epochs, in training and validation, and its rate.
+    """The bound (or what is in its place) over epochs, in training and validation, and its rate.
 
     Arguments:
-        history: A `pvae.fitting.History`, or records with the same names.
+        history: A `pvae.fitting.History`, a `pvae.Fit`, or records with the same names.
     """
-    records = list(history)
-    figure = Picture(figsize=(7, 3), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [r["epoch"] for r in records]
-    for axis, names, title in (
-        (left, ("elbo", "log_joint"), "nats per datum"),
-        (right, ("rate",), "rate, nats per datum"),
+    records = list(getattr(history, "history", history))
+    panels = [
+        (("elbo", "log_joint", "unnormalised_elbo"), "nats per datum"),
+        (("rate",), "rate, nats per datum"),
+    ]
+    found = [
+        (title, [(k, _column(records, k)) for n in names for k in (n, f"valid_{n}")])
+        for names, title in panels
+    ]
+    shown = [(t, [c for c in columns if c[1]]) for t, columns in found]
+    shown = [(t, columns) for t, columns in shown if columns] or [("no epoch yet", [])]
+    figure = Picture(figsize=(3.5 * len(shown), 3), dpi=100, layout="constrained")
+    for axis, (title, columns) in zip(
+        figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
     ):
-        for name in names:
-            for key, style in ((name, "-"), (f"valid_{name}", "--")):
-                points = [(e, r[key]) for e, r in zip(epochs, records, strict=True)
-                          if r.get(key) is not None]  # fmt: skip
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, label=key)
+        for name, points in columns:
+            axis.plot(*zip(*points, strict=True), "--" if "valid" in name else "-", label=name)
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=9)
-        if axis.lines:
+        if columns:
             axis.legend(fontsize=8)
-    if len(records) > 4:  # the first epochs are off the scale of all others
-        lowest = sorted(v for line in left.lines for v in line.get_ydata()[len(records) // 10 :])
-        if lowest:
-            span = lowest[-1] - lowest[0]
-            left.set_ylim(lowest[0] - 0.05 * span - 1e-6, lowest[-1] + 0.05 * span + 1e-6)
+        _leave_out_the_start(axis, len(records))
     return figure
+
+
+def _column(records: Sequence[Any], key: str) -> list[tuple[int, float]]:
+    return [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
+
+
+def _leave_out_the_start(axis: Any, epochs: int) -> None:
+    """Where the first tenth of the epochs is off the scale of the rest, says so and cuts it off."""
+    lines = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines]
+    late = [v for y in lines for v in y[epochs // 10 :]]
+    if epochs < 10 or not late:
+        return
+    span = max(late) - min(late)
+    if min(v for y in lines for v in y) < min(late) - span:
+        axis.set_ylim(min(late) - 0.05 * span, max(late) + 0.05 * span)
+        axis.set_xlabel("epoch (the first ones are below)")
 
 
 def latent_map(codes: Any, labels: Any = None) -> Picture:
@@ -164,7 +179,7 @@ def latent_map(codes: Any, labels: Any = None) -> Picture:
 
     Arguments:
         codes: Shape ``(N, latent_dim)``.
-        labels: Classes, shape ``(N,)``.
+        labels: Classes (numbers or names) or real numbers, shape ``(N,)``.
     """
     z = np.asarray(codes.detach().cpu() if hasattr(codes, "detach") else codes)
     figure = Picture(figsize=(5, 4.5), dpi=100, layout="constrained")
@@ -180,8 +195,14 @@ def latent_map(codes: Any, labels: Any = None) -> Picture:
         axis.scatter(z[:, 0], z[:, 1], s=4)
     else:
         y = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
-        points = axis.scatter(z[:, 0], z[:, 1], c=y, s=4, cmap="tab10")
-        figure.colorbar(points, ax=axis, ticks=np.unique(y) if len(np.unique(y)) < 20 else None)
+        names_of, codes_of = np.unique(y, return_inverse=True)
+        is_classes = len(names_of) <= 20 and (y.dtype.kind not in "f" or (y == y.round()).all())
+        if y.dtype.kind not in "biuf":
+            y = codes_of
+        points = axis.scatter(z[:, 0], z[:, 1], c=y, s=4, cmap="tab10" if is_classes else "viridis")
+        bar = figure.colorbar(points, ax=axis, ticks=np.unique(y) if is_classes else None)
+        if is_classes:
+            bar.ax.set_yticklabels([str(name) for name in names_of])
     axis.set_xlabel(names[0])
     axis.set_ylabel(names[1])
     axis.set_title("codes: means of q(z | x)", fontsize=9)
@@ -196,6 +217,8 @@ def manifold(
 ) -> Picture:
     """What a two-dimensional latent decodes to, at the quantiles of a standard normal.
 
+    With another prior these are just places in the latent space.
+
     Arguments:
         decode: From latents, shape ``(N, 2)``, to data; such as ``vae.decode``.
         num: Steps along each axis.
@@ -207,9 +230,12 @@ def manifold(
     z = np.array([(a, b) for b in reversed(quantiles) for a in quantiles], dtype=np.float32)
     images = as_images(decode(z), event_shape)
     rows = [np.concatenate(list(images[i : i + num]), axis=1) for i in range(0, num * num, num)]
+    whole = np.concatenate(rows, axis=0)
+    if whole.ndim == 3:
+        whole = (whole - whole.min()) / max(float(whole.max() - whole.min()), 1e-12)
     figure = Picture(figsize=(5, 5), dpi=120, layout="constrained")
     axis = figure.subplots()
-    axis.imshow(np.concatenate(rows, axis=0), cmap="gray", interpolation="nearest")
+    axis.imshow(whole, cmap="gray", interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title("decoded manifold: E[x | z] at quantiles of N(0, I)", fontsize=9)

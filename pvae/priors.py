@@ -108,6 +108,7 @@ class FlatDistribution(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = True
+    is_improper = True
 
     def __init__(self, event_shape: Sequence[int], batch_shape: Sequence[int] = ()) -> None:
         super().__init__(Size(batch_shape), Size(event_shape), validate_args=False)

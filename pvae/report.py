@@ -86,10 +86,14 @@ def summarize(
     few = max(1, min(num_particles, 10))
     lower = bounds.elbo(model, guide, source, few, **options)
     lines = [(lower.name, _with_error(lower), f"nats per datum, N = {lower.num_data}, K = {few}")]
-    best = None if structure.has_points else lower
+    best = lower if structure.quantity == "elbo" else None
     try:
-        best = bounds.evidence(model, guide, source, num_particles, **options)
-        lines.append(("evidence", _with_error(best), f"IWAE, K = {num_particles}; a lower bound"))
+        found = bounds.evidence(model, guide, source, num_particles, **options)
+        is_bound = "a lower bound" if structure.quantity == "elbo" else "no bound: a point mass"
+        lines.append(
+            (found.name.split(",")[0], _with_error(found), f"IWAE, K = {num_particles}; {is_bound}")
+        )
+        best = found if structure.quantity == "elbo" else None
     except UndefinedError as error:
         lines.append(("evidence", "not defined", f"{error.actual}"))
     if lower.distortion is not None:
@@ -98,6 +102,8 @@ def summarize(
         lines.append(("rate", f"{lower.rate.mean:.2f}", "E_q[log q(z | x) - log p(z)]"))
     elif structure.has_points:
         lines.append(("rate", "not defined", "a point mass has no density to compare"))
+    elif structure.improper:
+        lines.append(("rate", "not defined", "an improper prior has no scale to compare with"))
     lines += _bits(best, source, levels, bin_width)
     active = _active(model, guide, source, structure, seed)
     if active is not None:
@@ -108,10 +114,9 @@ def summarize(
 
 
 def _with_error(bound: bounds.Bound) -> str:
-    if bound.values is None:
-        return f"{bound.mean:.2f}"
-    draws = "" if bound.se_draws is None else f" (draws {bound.se_draws:.2g})"
-    return f"{bound.mean:.2f} +- {bound.se_data:.2g}{draws}"
+    over_data = "" if bound.values is None else f" +- {bound.se_data:.2g}"
+    over_draws = "" if bound.se_draws is None else f" (draws {bound.se_draws:.2g})"
+    return f"{bound.mean:.2f}{over_data}{over_draws}"
 
 
 def _bits(
@@ -136,29 +141,33 @@ def _active(
     return int(active.sum()), active.numel()
 
 
+NOTHING = "nothing stands out: sample, reconstruct, encode with it"
+
+
 def _advice(
     lower: bounds.Bound,
     best: bounds.Bound | None,
     active: tuple[int, int] | None,
     history: list[dict[str, Any]],
 ) -> str:
-    """One line on what to do next, by the largest trouble seen."""
-    if best is None:
-        return "for draws of x and an evidence, make the guide stochastic: --recipe vae"
-    if active is not None and active[0] == 0:
-        return "no latent dimension is used (posterior collapse): try --warmup, a KL warm-up"
-    values = [r.get("valid_elbo", r.get("valid_log_joint")) for r in history]
+    """One line on what to do next, by the largest trouble seen; training that isn't done first."""
+    names = ("elbo", "log_joint", "unnormalised_elbo")
+    values = [next((r[k] for n in names if (k := f"valid_{n}") in r), None) for r in history]
     known = [v for v in values if v is not None]
-    if len(known) >= 10:
+    if history and len(known) >= 2:
         tenth = max(1, len(known) // 10)
         late, before = max(known[-tenth:]), max(known[:-tenth])
         if late > before + 0.05:
-            return "the validation value still rises: more --epochs, with --resume"
-        if known.index(max(known)) < 0.7 * len(known):
-            return "the validation value fell after its best epoch: --patience 10, or a smaller net"
+            return "the validation value still rises: more epochs (--resume --epochs N)"
+        if len(known) >= 10 and known.index(max(known)) < 0.7 * len(known):
+            return "the validation value fell after its best epoch: patience=10, or a smaller net"
+    if best is None:
+        return "for draws of x and an evidence, a stochastic guide and a proper prior (recipe vae)"
+    if active is not None and active[0] == 0:
+        return "no latent dimension is used (posterior collapse): a warm-up of beta (--warmup N)"
     gap = best.mean - lower.mean
     if best is not lower and lower.rate is not None and gap > 0.5 * abs(lower.rate.mean):
         return f"the bound is loose by at least {gap:.1f} nats: a larger encoder, or another guide"
     if active is not None and active[0] < 0.5 * active[1]:
-        return f"{active[1] - active[0]} latent dimensions are unused: a smaller --latent-dim fits"
-    return "pvae sample RUN, pvae reconstruct RUN, pvae encode RUN"
+        return f"{active[1] - active[0]} latent dimensions are unused: a smaller latent_dim fits"
+    return NOTHING

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Config:
     recipe: str = "vae"
     prior: str | None = None
     likelihood: str | None = None
-    sigma: str = "optimal"
+    sigma: str | None = None
     guide: str | None = None
     network: str = "mlp"
     hidden: tuple[int, ...] | None = None
@@ -87,14 +87,13 @@ class Config:
             scale = 1.0 / (splits.levels - 1)
 
             def scaled(data: Data) -> Data:
-                return Data(data.arrays, scale, seed=data.seed)
+                return replace(data, scale=scale)
 
-            return Splits(
-                splits.name,
-                scaled(splits.train),
-                scaled(splits.valid),
-                scaled(splits.test),
-                splits.levels,
+            return replace(
+                splits,
+                train=scaled(splits.train),
+                valid=scaled(splits.valid),
+                test=scaled(splits.test),
             )
         return splits
 
@@ -111,6 +110,10 @@ class Config:
     def build(self, splits: Splits) -> VAE:
         """The pair, untrained."""
         name, levels = self.likelihood_for(splits), splits.levels
+        if self.sigma is not None and name != "gaussian":
+            raise ArgumentError(
+                "--sigma", "a gaussian likelihood beside it", name, ["--likelihood gaussian"]
+            )
         options: dict[str, Any] = {
             "likelihood": self._likelihood(name, splits),
             "network": self.network,
@@ -122,16 +125,19 @@ class Config:
             options["prior"] = PRIORS[self.prior]
         if self.guide is not None:
             options["guide"] = GUIDES[self.guide]
-        default = (256, 256) if self.network == "mlp" else (32, 64)
         return RECIPES[self.recipe].build(
-            splits.event_shape, self.latent_dim, hidden=self.hidden or default, **options
+            splits.event_shape, self.latent_dim, hidden=self.widths, **options
         )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths (or channels) of hidden layers."""
+        return self.hidden or ((256, 256) if self.network == "mlp" else (32, 64))
 
     def _likelihood(self, name: str, splits: Splits) -> Callable[..., Any]:
         if name == "gaussian":
-            sigma: float | str = self.sigma
-            if sigma == "optimal" and (self.recipe == "ae" or self.guide == "point"):
-                sigma = 0.5**0.5
+            is_point = self.guide == "point" or (self.recipe == "ae" and self.guide is None)
+            sigma: float | str = self.sigma or (0.5**0.5 if is_point else "optimal")
             with contextlib.suppress(ValueError):
                 sigma = float(sigma)
             return partial(likelihoods.Gaussian, sigma=sigma)
@@ -161,16 +167,28 @@ class Config:
 
     # The file
 
-    def write(self, folder: Path) -> None:
-        """Writes ``config.json``."""
-        write_atomically(folder / "config.json", json.dumps(asdict(self), indent=2).encode())
+    def resolved(self, splits: Splits) -> dict[str, Any]:
+        """What recipe and data have decided where the configuration says ``None``."""
+        is_ae = self.recipe == "ae"
+        prior = "flat" if is_ae else "standard_normal"
+        guide = "point" if is_ae else "mean_field"
+        return {
+            "prior": self.prior or prior,
+            "likelihood": self.likelihood_for(splits),
+            "guide": self.guide or guide,
+            "hidden": list(self.widths),
+            "event_shape": list(splits.event_shape),
+            "levels": splits.levels,
+            "rows": [len(splits.train), len(splits.valid), len(splits.test)],
+        }
 
     @contextlib.contextmanager
-    def written(self, folder: Path) -> Iterator[None]:
+    def written(self, folder: Path, splits: Splits) -> Iterator[None]:
         """Writes ``config.json``, and puts things back if the training is refused."""
         existed, path = folder.exists(), folder / "config.json"
         before = path.read_bytes() if path.exists() else None
-        self.write(folder)
+        content = {**asdict(self), "resolved": self.resolved(splits)}
+        write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
         try:
             yield
         except TrainingError:
@@ -195,6 +213,7 @@ class Config:
         try:
             values = json.loads(path.read_text())
             known = {f.name for f in fields(cls)}
+            values.pop("resolved", None)
             if not isinstance(values, dict) or set(values) - known:
                 raise ValueError("other names than those of a run")
             hidden = values.get("hidden")

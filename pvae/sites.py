@@ -73,7 +73,7 @@ def announce_parameters(module: nn.Module, prefix: str) -> None:
             "fn": None,
             "args": (),
             "kwargs": {"constraint": constraints.real},
-            "infer": None,
+            "infer": {},
             "scale": 1.0,
             "mask": None,
             "cond_indep_stack": (),

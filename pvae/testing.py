@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pvae import randomness
+from pvae import bounds, randomness
 from pvae import terms as t
 from pvae.conditional import Conditional
-from pvae.errors import ContractError, PvaeError, UndefinedError
+from pvae.errors import ContractError, PvaeError, PvaeWarning, UndefinedError
 from pvae.objectives import ELBO
 
 __all__ = ["check_conditional", "check_pair"]
@@ -127,7 +128,15 @@ def _check_particles(
         return part.roll(k, dims=0)
 
     values = [shifted(drawn, k) if len(drawn) == len(context[0]) else drawn for k in range(3)]
-    together = conditional(*(torch.stack([shifted(c, k) for k in range(3)]) for c in context))
+    try:
+        together = conditional(*(torch.stack([shifted(c, k) for k in range(3)]) for c in context))
+    except (RuntimeError, ValueError) as error:
+        raise ContractError(
+            "leading dimensions",
+            "context (K, N, ...) to be taken like (N, ...)",
+            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            ["flatten leading dimensions before the network, and restore them"],
+        ) from error
     looped = torch.stack(
         [conditional(*(shifted(c, k) for c in context)).log_prob(values[k]) for k in range(3)]
     )
@@ -174,7 +183,7 @@ def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None
 def check_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    *batch: Tensor,
+    *batch: Any,
     plate: str | None = None,
     tolerance: float = 1e-4,
 ) -> None:
@@ -183,12 +192,12 @@ def check_pair(
     The rules: its sites match and its data plate can be found; the ELBO over its terms is that of
     Pyro's ``Trace_ELBO``; several particles at once give what a loop gives (or are looped, with a
     warning); a datum's terms don't depend on what else is in the batch; every parameter gets a
-    finite gradient; modules leave Pyro's parameter store as it was.
+    finite gradient. Modules that put parameters into Pyro's global store are warned about.
 
     Arguments:
         model: A Pyro program.
         guide: Its guide.
-        batch: What they are called with, at least two data.
+        batch: What they are called with, at least two data; arrays, too.
         plate: Name of the data plate, where the batch's length doesn't tell.
         tolerance: Largest difference of log densities, relative to their size.
 
@@ -198,21 +207,25 @@ def check_pair(
     """
     store = pyro.get_param_store()
     before = dict(store.named_parameters())
+    source, structure = bounds.prepare(model, guide, batch, plate=plate)
+    batch = t.first_batch(source, source.num_rows)
     structure = t.inspect_pair(model, guide, batch, plate)
     with t.evaluating(structure.modules), randomness.forked(seed=0):
         if not structure.enumerated:
             _check_elbo(model, guide, batch, structure, tolerance)
         t.compute(model, guide, batch, structure=structure, num_particles=2)
-        if not structure.is_scaled and structure.subsample_size is None:
+        if structure.tied_to is None and structure.subsample_size is None:
             _check_independence(model, guide, batch, structure, tolerance)
     with randomness.forked(seed=0):
         _check_pair_gradients(model, guide, batch, structure)
-    if isinstance(model, torch.nn.Module) and isinstance(guide, torch.nn.Module):
-        _require(
-            "parameters: none in Pyro's global store",
-            dict(store.named_parameters()) == before,
-            "the store has changed",
-            "plain nn.Module instead of PyroModule, or pyro.settings module_local_params=True",
+    are_modules = isinstance(model, torch.nn.Module) and isinstance(guide, torch.nn.Module)
+    if are_modules and dict(store.named_parameters()) != before:
+        warnings.warn(
+            "The pair's modules have parameters in Pyro's global store, where two pairs of the "
+            "same names meet. Plain nn.Module, or pyro.settings module_local_params=True, keep "
+            "them apart.",
+            PvaeWarning,
+            stacklevel=2,
         )
 
 
@@ -240,12 +253,9 @@ def _check_independence(
     half = rows // 2
     given = {}
     for name, site in whole.sites.items():
-        if site.kind in ("latent", "auxiliary") and site.value is not None:
-            value = site.value[0]
-            if site.is_local:
-                axis = value.dim() - len(site.guide.event_shape) + structure.dim
-                value = value.narrow(axis, 0, half)
-            given[name] = value
+        if site.kind in ("latent", "auxiliary") and site.draws is not None:
+            value = site.draws[0]
+            given[name] = value.narrow(site.data_axis - 1, 0, half) if site.is_local else value
     try:
         part = t.compute(
             model, guide, tuple(b[:half] for b in batch), structure=structure, given=given

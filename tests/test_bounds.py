@@ -349,3 +349,102 @@ def test_it_prints_itself(device: torch.device) -> None:
     text = str(bounds.evidence(vae.model, vae.guide, x, 10))
     assert text.startswith("evidence, IWAE-10: ")
     assert "nats per datum, N = 20, K = 10" in text
+
+
+# Found by trying to break them
+
+
+@pytest.mark.usefixtures("store")
+def test_a_joint_autoguide_counts_in_the_total(device: torch.device) -> None:
+    """Its density is at an auxiliary site outside the plate, over all local latents at once."""
+    x = torch.randn(8, device=device)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), x.new_tensor(1.0)))
+            pyro.sample("x", dist.Normal(z, x.new_tensor(0.5)), obs=x)
+
+    guide = pyro.infer.autoguide.AutoMultivariateNormal(model)
+    lower = bounds.elbo(model, guide, x, 200)
+    better = bounds.evidence(model, guide, x, 3, num_global=200)
+    exact = float(dist.Normal(0.0, math.sqrt(1.25)).log_prob(x).sum())
+    trace_elbo = [-pyro.infer.Trace_ELBO().loss(model, guide, x) for _ in range(200)]
+    mean, error = np.mean(trace_elbo), np.std(trace_elbo) / math.sqrt(200)
+    assert lower.se_total is not None
+    assert abs(lower.total - mean) < STEPS * math.hypot(error, lower.se_total)
+    assert better.total < exact
+    with pytest.raises(UndefinedError, match="_AutoMultivariateNormal_latent"):
+        _ = lower.per_datum
+
+
+def test_a_factor_outside_the_plate_counts_in_the_total(device: torch.device) -> None:
+    toy = orthogonal()
+    pair, x = exact_pair(toy, device), toy.sample(12)
+
+    def model(x: Tensor) -> None:
+        pyro.factor("prior_of_weights", x.new_tensor(-1000.0))
+        pair.model(x)
+
+    found = bounds.elbo(model, pair.guide, x)
+    assert found.total == pytest.approx(float(toy.log_evidence(x).sum()) - 1000.0)
+    assert "prior_of_weights" in str(found)
+
+
+def test_rows_that_a_loader_doesnt_yield_dont_count(device: torch.device) -> None:
+    toy = orthogonal()
+    pair, x = exact_pair(toy, device), toy.sample(25)
+    rows = torch.utils.data.TensorDataset(x)
+    loader = torch.utils.data.DataLoader(rows, batch_size=10, drop_last=True)
+    found = bounds.elbo(pair.model, pair.guide, loader)
+    assert found.num_data == 20
+    assert found.mean == pytest.approx(float(toy.log_evidence(x[:20]).mean()))
+    assert bounds.evidence(pair.model, pair.guide, loader, 5).mean == pytest.approx(found.mean)
+
+
+def test_an_improper_prior_has_no_evidence(device: torch.device) -> None:
+    vae = recipes.vae(D, Q, prior=priors.Flat, hidden=(8,)).to(device)
+    x = torch.rand(20, D).round()
+    with pytest.raises(UndefinedError, match="an improper prior at site 'z'"):
+        bounds.evidence(vae.model, vae.guide, x)
+    found = bounds.elbo(vae.model, vae.guide, x)
+    assert found.name == "unnormalised ELBO"
+    assert found.rate is None
+
+
+@pytest.mark.usefixtures("store")
+def test_a_global_point_mass_makes_no_bound(device: torch.device) -> None:
+    x = torch.randn(50, device=device)
+
+    def model(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(x.new_tensor(0.0), x.new_tensor(1e-4)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, x.new_tensor(1.0)), obs=x)
+
+    guide = pyro.infer.autoguide.AutoDelta(model)
+    assert bounds.elbo(model, guide, x).name == "log joint"
+    assert bounds.evidence(model, guide, x, 2).name.startswith("log joint")
+
+
+def test_out_of_support_data_are_named(device: torch.device) -> None:
+    vae = recipes.vae(D, Q, hidden=(8,)).to(device)
+    with pytest.raises(pvae.errors.DataError, match=r"row 0: expected values in the support"):
+        bounds.elbo(vae.model, vae.guide, torch.full((20, D), 0.5))
+
+
+@pytest.mark.usefixtures("store")
+def test_a_pair_of_one_length_is_evaluated_at_that_length(device: torch.device) -> None:
+    """A guide with parameters for each row, of more rows than a chunk has."""
+    x = torch.randn(1500, device=device)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), x.new_tensor(1.0)))
+            pyro.sample("x", dist.Normal(z, x.new_tensor(1.0)), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", lambda: x / 2)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, x.new_tensor(math.sqrt(0.5))))
+
+    found = bounds.evidence(model, guide, x, 3, structure=t.inspect_pair(model, guide, (x,)))
+    torch.testing.assert_close(found.per_datum, dist.Normal(0.0, math.sqrt(2.0)).log_prob(x))

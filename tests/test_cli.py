@@ -115,6 +115,9 @@ def test_resume_trains_more_epochs(tmp_path: Path) -> None:
     for name, tensor in a.part("param").items():
         assert torch.equal(tensor, b.part("param")[name]), name
     assert Config.read(parts).epochs == 3
+    resolved = json.loads((parts / "config.json").read_text())["resolved"]
+    assert resolved["likelihood"] == "binomial"
+    assert resolved["rows"] == [1437, 180, 180]
 
 
 @pytest.mark.slow
@@ -200,6 +203,7 @@ MISTAKES = {
     "activation": (["train", "--activation", "Relu"], "a torch.nn activation"),
     "sigma": (["train", "--likelihood", "gaussian", "--sigma", "big"], "Gaussian.sigma"),
     "both": (["train", "--resume", "--overwrite"], "either --resume or --overwrite"),
+    "sigma of a binomial": (["train", "--sigma", "0.5"], "a gaussian likelihood beside it"),
     "no run": (["evaluate", "nowhere"], "expected the config.json of a run"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], "a run to resume"),
     "flat prior": (["train", "--prior", "normal", "--recipe", "ae"], "a prior without parameters"),
@@ -286,6 +290,60 @@ def test_a_refused_training_leaves_the_run_as_it_was(
     with pytest.raises(SystemExit):
         pvae.cli.main()
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+
+
+def test_resume_refuses_other_options(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pvae", "train", "--out", str(run), "--resume", "--lr", "0.5", "--latent-dim", "5"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        pvae.cli.main()
+    assert (
+        "the options of the run: --latent-dim 2, --lr 0.001; got 5, 0.5" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.full((3, 64), 0.5), "whole numbers from 0 to 16"),
+        (np.full((3, 64), 99.0), "whole numbers from 0 to 16"),
+        (np.full((3, 64), np.nan), "whole numbers from 0 to 16"),
+        (np.zeros((3, 63)), r"data of shape (64,)"),
+    ],
+)
+def test_data_of_another_kind_arent_encoded(
+    x: np.ndarray,
+    words: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    np.save(tmp_path / "x.npy", x)
+    monkeypatch.setattr(
+        sys, "argv", ["pvae", "encode", str(run), "--data", str(tmp_path / "x.npy")]
+    )
+    with pytest.raises(SystemExit):
+        pvae.cli.main()
+    assert words in capsys.readouterr().err
+
+
+def test_bad_test_data_are_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever the row lands, and by its number in the file."""
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    x[7, 2] = np.nan
+    for seed in range(12):  # in one of these it is in the test part
+        np.save(tmp_path / "x.npy", x)
+        arguments = ["pvae", "train", "--data", str(tmp_path / "x.npy"), "--seed", str(seed)]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "run")])
+        with pytest.raises(SystemExit):
+            pvae.cli.main()
+        assert "row 7: expected finite values" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_run_is_named(run: Path, tmp_path: Path) -> None:

@@ -665,3 +665,254 @@ def test_memory_is_bounded_by_rows_and_not_by_particles(device: torch.device) ->
     ]
     assert max(sizes) <= 64
     assert sum(sizes) == 500 * 40
+
+
+# Found by trying to break it
+
+
+class Named(pairs.Generator, pairs.Inference):
+    """A plate of any name, scale and place, for model or guide."""
+
+    def __init__(self, *, is_guide: bool, plate: str = "data", full: int | None = None) -> None:
+        super().__init__()
+        self.is_guide, self.plate, self.full = is_guide, plate, full
+
+    def forward(self, x: Tensor) -> None:
+        size = None if self.full is None else len(x)
+        with pyro.plate(self.plate, self.full or len(x), subsample_size=size):
+            (self.infer if self.is_guide else self.generate)(x)
+
+
+def test_plates_may_have_different_names(device: torch.device) -> None:
+    model = Named(is_guide=False, plate="rows").to(device)
+    guide = Named(is_guide=True, plate="guide_rows").to(device)
+    x = pairs.data(12, device)
+    for plate in (None, "rows", "guide_rows"):
+        structure = t.inspect_pair(model, guide, (x,), plate)
+        torch.manual_seed(0)
+        terms = t.compute(model, guide, (x,), structure=structure)
+        torch.manual_seed(0)
+        with pyro.validation_enabled(is_validate=False):  # Pyro warns of the names
+            expected = Trace_ELBO().loss(model, guide, x)
+        assert float(terms.log_weight.sum().detach()) == pytest.approx(-expected)
+
+
+@pytest.mark.parametrize("full", [100, 12])
+def test_plates_of_different_scales_are_refused(full: int, device: torch.device) -> None:
+    model = Named(is_guide=False, full=full).to(device)
+    guide = Named(is_guide=True, full=200).to(device)
+    with pytest.raises(PairError, match="one full size in model and guide"):
+        t.inspect_pair(model, guide, (pairs.data(12, device),))
+
+
+def test_a_likelihood_after_the_plate_is_refused(device: torch.device) -> None:
+    """Its indentation lost, x would count as a global site and every bound be wrong."""
+    decoder = nn.Linear(pairs.Q, pairs.D).to(device)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(pairs.Q), x.new_ones(pairs.Q)).to_event(1))
+        pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(2), obs=x)
+
+    _, guide, (x,) = pairs.functions(device)
+    with pytest.raises(PairError, match=r"observed site 'x'.*around it: it has 12 rows"):
+        t.inspect_pair(model, guide, (x,))
+
+
+@pytest.mark.parametrize("event_dim", [0, 2])
+def test_a_missing_or_extra_event_dimension_is_refused(
+    event_dim: int, device: torch.device
+) -> None:
+    """Never summed out as if it were an enumerated latent."""
+    decoder = nn.Linear(pairs.Q, 6).to(device)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(pairs.Q), x.new_ones(pairs.Q)).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(event_dim), obs=x)
+
+    _, guide, (x,) = pairs.functions(device, n=6)
+    with pytest.raises(PairError, match=r"x|model"):
+        t.inspect_pair(model, guide, (x,))
+
+
+def test_model_and_guide_swapped_are_refused(device: torch.device) -> None:
+    model, guide, batch = pairs.functions(device)
+    with pytest.raises(PairError, match="are they swapped"):
+        t.inspect_pair(guide, model, batch)
+
+
+def test_a_latent_local_in_one_program_alone_is_refused(device: torch.device) -> None:
+    model, _, (x,) = pairs.functions(device)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("others", 3):
+            pyro.sample("y", dist.Normal(x.new_zeros(()), 1.0), infer={"is_auxiliary": True})
+        loc = pyro.param("loc", x.new_zeros(len(x), pairs.Q))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(2))
+
+    with pytest.raises(PairError):
+        t.inspect_pair(model, guide, (x,))
+
+
+def test_data_in_the_guide_are_refused(device: torch.device) -> None:
+    model, guide, (x,) = pairs.functions(device)
+
+    def observing(x: Tensor) -> None:
+        guide(x)
+        with pyro.plate("data2", len(x)):
+            pyro.sample("x", dist.Normal(x.new_zeros(pairs.D), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(PairError, match=r"guide site 'x'.*observed data"):
+        t.inspect_pair(model, observing, (x,), plate="data")
+
+
+def test_padding_under_an_enumerated_latent_counts_nothing(device: torch.device) -> None:
+    x = torch.tensor([0.3, -0.2, 9.0, 9.0], device=device)
+    keep = torch.tensor([True, True, False, False], device=device)
+    centers = torch.tensor([-1.0, 0.0, 1.0], device=device)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=keep[: len(x)]):
+            uniform = dist.Categorical(x.new_ones(3))
+            c = pyro.sample("c", uniform, infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(centers[c], x.new_tensor(1.0)), obs=x)
+
+    terms = t.compute(model, lambda x: None, (x,))
+    each = dist.Normal(centers, 1.0).log_prob(x[:2, None]).logsumexp(1) - torch.tensor(3.0).log()
+    close(terms.log_joint[0, :2], each)
+    close(terms.log_joint[0, 2:], torch.zeros(2, device=device))
+
+
+def test_one_scale_inside_a_logarithm(device: torch.device) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            uniform = dist.Categorical(x.new_ones(3))
+            c = pyro.sample("c", uniform, infer={"enumerate": "parallel"})
+            with poutine.scale(scale=2.0):
+                pyro.sample("x", dist.Normal(c.to(x.dtype), x.new_tensor(1.0)), obs=x[:, 0])
+
+    with pytest.raises(PairError, match="one common scale"):
+        t.compute(model, lambda x: None, (pairs.data(5, device),))
+
+
+def test_more_kinds_of_point_masses(device: torch.device) -> None:
+    model, _, (x,) = pairs.functions(device)
+    code = x[:, : pairs.Q]
+
+    def masked(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            pyro.sample("z", dist.Delta(x[:, : pairs.Q], event_dim=1).mask(keep))
+
+    assert t.inspect_pair(model, masked, (x,)).points == {"z"}
+
+    def switched(x: Tensor) -> None:
+        """A coin that shows the same side nearly always feeds the point."""
+        with pyro.plate("data", len(x)):
+            coin = dist.Bernoulli(x.new_tensor(1e-9))
+            side = pyro.sample("side", coin, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(x[:, : pairs.Q] + side[:, None], event_dim=1))
+
+    assert t.inspect_pair(model, switched, (x,)).points == set()
+    assert code.shape == (12, pairs.Q)
+
+
+class CachingFlow(nn.Module):
+    """A guide with one of Pyro's own flows, which caches the last draw and its log density."""
+
+    def __init__(self, kind: str = "affine_autoregressive") -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(pairs.Q))
+        self.flow = getattr(dist.transforms, kind)(pairs.Q)
+
+    def forward(self, x: Tensor) -> None:
+        base = dist.Normal(self.loc + x[:, : pairs.Q], 1.0).to_event(1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
+
+
+def test_the_stopped_guide_of_a_caching_flow(device: torch.device) -> None:
+    model, _, (x,) = pairs.functions(device)
+    guide = CachingFlow().to(device)
+    frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False)
+    terms = t.compute(model, guide, (x,), stop_guide=True)
+    close(terms.stopped_log_q, terms.log_q)
+
+    def log_q(z: Tensor) -> Tensor:
+        base = dist.Normal(frozen.loc + x[:, : pairs.Q], 1.0).to_event(1)
+        return dist.TransformedDistribution(base, [frozen.flow]).log_prob(z)
+
+    values = [terms.guide_trace.nodes["z"]["value"]]
+    parameters = list(guide.parameters())
+    expected = through_latents(values, log_q, parameters)
+    assert terms.stopped_log_q is not None
+    ours = torch.autograd.grad(terms.stopped_log_q.sum(), parameters)
+    for mine, theirs in zip(ours, expected, strict=True):
+        close(mine, theirs)
+
+
+def test_the_stopped_pass_drops_the_same_units_and_moves_no_statistics(
+    device: torch.device,
+) -> None:
+    class Noisy(pairs.Inference):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm1d(pairs.D), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                self.infer(self.drop(self.norm(x)))
+
+    model, _, (x,) = pairs.functions(device)
+    guide = Noisy().to(device)
+    terms = t.compute(model, guide, (x,), stop_guide=True)
+    close(terms.stopped_log_q, terms.log_q)
+    assert guide.norm.num_batches_tracked == 1
+
+
+def test_a_flow_that_cant_be_inverted_is_looped(device: torch.device) -> None:
+    model, _, (x,) = pairs.functions(device)
+    guide = CachingFlow("planar").to(device)
+    with pytest.warns(PvaeWarning, match="looped"):
+        terms = t.compute(model, guide, (x,), num_particles=3)
+    assert terms.log_q.shape == (3, 12)
+
+
+def test_values_have_data_second_whatever_the_plates(device: torch.device) -> None:
+    """Parts left of the data: value (K, N, parts, ...)."""
+
+    def model(x: Tensor) -> None:
+        data_plate = pyro.plate("data", len(x), dim=-1)
+        with pyro.plate("parts", 4, dim=-2), data_plate:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        with data_plate:
+            pyro.sample("x", dist.Normal(z.sum((-1, -3)), 1.0), obs=x[:, 0])
+
+    def guide(x: Tensor) -> None:
+        scale = pyro.param("scale", x.new_tensor(0.5))
+        with pyro.plate("parts", 4, dim=-2), pyro.plate("data", len(x), dim=-1):
+            loc = x[:, :1].expand(4, len(x), 1) * torch.ones(2, device=x.device)
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    x = pairs.data(7, device)
+    for k in (1, 3):
+        z = t.compute(model, guide, (x,), num_particles=k, vectorize=False).sites["z"]
+        assert z.value is not None
+        assert z.value.shape == (k, 7, 4, 2)
+        assert z.log_q is not None
+        total = dist.Normal(x[:, 0, None, None], 0.5).log_prob(z.value).sum((-1, -2))
+        close(z.log_q, total)
+
+
+def test_a_guides_wish_to_be_enumerated_is_answered(device: torch.device) -> None:
+    model, _, (x,) = pairs.discrete(device)
+
+    def guide(x: Tensor) -> None:
+        logits = pyro.param("logits", x.new_zeros(pairs.Q))
+        with pyro.plate("data", len(x)):
+            fn = dist.Bernoulli(logits=logits).to_event(1)
+            pyro.sample("z", fn, infer={"enumerate": "parallel"})
+
+    with pytest.warns(PvaeWarning, match="TraceEnum_ELBO"):
+        t.inspect_pair(model, guide, (x,))

@@ -56,6 +56,13 @@ class Collector:
 
     def model(self, site: Any) -> None:
         """Takes in a site of the model."""
+        if getattr(site["fn"], "couples_data", False) and isinstance(site["mask"], Tensor):
+            raise PairError(
+                f"site '{site['name']}'",
+                "no mask on data whose scale is estimated from the batch",
+                "a mask, whose padding would count",
+                ["likelihoods.Gaussian(..., sigma='shared')", "batches without padding"],
+            )
         raw = score(site)
         if raw.dim() > self.rank and self.structure.enumerated:
             self.summed_out.append((site, raw))

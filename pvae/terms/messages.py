@@ -78,7 +78,7 @@ def score(site: Any) -> Tensor:
     """
     try:
         return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         first, *_ = (str(error).strip() or type(error).__name__).splitlines()
         raise PairError(
             f"site '{site['name']}'",

@@ -96,7 +96,7 @@ def inspect_pair(
     with probing((model, guide)) as modules:
         guide_trace, model_trace = run_pair(model, guide, batch)
         again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
-        is_tied = rows is not None and rows > 1 and not _runs_on(model, guide, batch, rows - 1)
+        fewer = None if rows is None or rows < 2 else _with_rows(model, guide, batch, rows - 1)
     of_model, of_guide = sample_sites(model_trace), sample_sites(guide_trace)
     sites = [*of_guide, *of_model]
     data_plate = find_data_plate(of_model, of_guide, rows, plate)
@@ -106,7 +106,7 @@ def inspect_pair(
     unguided = [n for n in latents if n not in guided]
     _check_sites(of_guide, guided, in_model, unguided, data_plate)
     _check_with_pyro(model_trace, guide_trace)
-    _check_locality(guided, in_model, data_plate, rows)
+    _check_locality(guided, in_model, data_plate, rows, fewer)
     local = {s["name"] for s in sites if data_plate.holds(s)}
     parameters, unannounced = _parameters(model, guide, guide_trace, model_trace, modules)
     is_whole = data_plate.size == (rows or data_plate.size)
@@ -118,7 +118,7 @@ def inspect_pair(
         subsample_size=None if is_whole else data_plate.size,
         full_size=data_plate.full_size,
         is_scaled=data_plate.full_size != data_plate.size,
-        tied_to=rows if is_tied else None,
+        tied_to=rows if rows is not None and rows > 1 and fewer is None else None,
         latents=tuple(n for n in latents if n in local and n in guided),
         global_latents=tuple(n for n in latents if n not in local and n in guided),
         global_sites=tuple(
@@ -156,14 +156,16 @@ def run_pair(
     return guide_trace, _named("model", lambda: poutine.trace(replayed).get_trace(*batch), batch)
 
 
-def _runs_on(model: Any, guide: Any, batch: Batch, rows: int) -> bool:
-    """Whether a pair also runs on fewer rows; one with parameters for each row doesn't."""
+def _with_rows(model: Any, guide: Any, batch: Batch, rows: int) -> Any:
+    """The model's trace on fewer rows; None if the pair doesn't run on them.
+
+    One with parameters for each row doesn't, for example.
+    """
     fewer = tuple(b[:rows] if isinstance(b, Tensor) and b.dim() else b for b in batch)
     try:
-        run_pair(model, guide, fewer)
+        return run_pair(model, guide, fewer)[1]
     except PvaeError:
-        return False
-    return True
+        return None
 
 
 def _named(what: str, run: Callable[[], Any], batch: Batch) -> Any:
@@ -278,7 +280,7 @@ def _check_with_pyro(model_trace: Any, guide_trace: Any) -> None:
                 site["log_prob"] = site["fn"].log_prob(
                     site["value"], *site["args"], **site["kwargs"]
                 )
-            except (ValueError, RuntimeError):  # outside the support: the data are checked apart
+            except Exception:  # noqa: S112 - outside the support, or no inverse
                 continue
             try:
                 check_site_shape(site, max_plate_nesting=float("inf"))
@@ -297,8 +299,13 @@ def _from_pyro(error: ValueError) -> PairError:
 
 
 def _check_locality(
-    guided: dict[str, Any], in_model: dict[str, Any], data_plate: DataPlate, rows: int | None
+    guided: dict[str, Any],
+    in_model: dict[str, Any],
+    data_plate: DataPlate,
+    rows: int | None,
+    fewer: Any,
 ) -> None:
+    """Refuses latents and data that stand outside the data plate and belong inside."""
     for name, site in in_model.items():
         inside = data_plate.holds(site)
         if name in guided and not site["is_observed"] and data_plate.holds(guided[name]) != inside:
@@ -310,13 +317,23 @@ def _check_locality(
                 [f"with pyro.plate('{data_plate.name}', ...) in both"],
             )
         value = site["value"]
-        is_data = site["is_observed"] and isinstance(value, Tensor) and value.dim() > 0
-        if is_data and not inside and rows and rows > 1 and value.shape[0] == rows:
+        if not (site["is_observed"] and isinstance(value, Tensor) and value.dim() and rows):
+            continue
+        is_event = value.dim() - len(site["fn"].event_shape) < -data_plate.dim
+        has_rows = rows > 1 and value.shape[0] == rows
+        if has_rows and fewer is not None and name in fewer.nodes:
+            has_rows = fewer.nodes[name]["value"].shape[0] == rows - 1
+        if has_rows and (not inside or is_event):
             raise PairError(
                 f"observed site '{name}'",
                 f"the data plate '{data_plate.name}' around it: it has {rows} rows, like the batch",
-                "outside of it",
-                [f"the pyro.sample('{name}', ...) indented into the plate"],
+                f"event_shape {tuple(site['fn'].event_shape)}, which holds them all"
+                if inside
+                else "outside of it",
+                [
+                    f"the pyro.sample('{name}', ...) indented into the plate",
+                    ".to_event(k) for the axes of one datum alone",
+                ],
             )
 
 
