@@ -428,16 +428,17 @@ def doctor() -> None:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
+    import torch
+
     import pvae
 
     typer.echo(f"pvae {pvae.__version__}, Python {platform.python_version()}, {platform.machine()}")
-    for package in ("torch", "pyro-ppl", "numpy", "scikit-learn", "arviz", "matplotlib", "zuko"):
+    typer.echo(f"  torch {torch.__version__}")  # which says what it was built for
+    for package in ("pyro-ppl", "numpy", "scikit-learn", "arviz", "matplotlib", "zuko"):
         try:
             typer.echo(f"  {package} {version(package)}")
         except PackageNotFoundError:
             typer.echo(f"  {package}: not installed")
-    import torch
-
     typer.echo(f"  threads: {torch.get_num_threads()}")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)

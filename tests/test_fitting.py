@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
-from pvae import VAE, bounds, data, guides, likelihoods, priors, randomness, recipes, schedules
-from pvae.errors import ArgumentError, DataError, PvaeWarning, TrainingError
-from pvae.networks import MLP
+from pvae import VAE, bounds, data, randomness, recipes, schedules
+from pvae.errors import ArgumentError, PvaeWarning
 from pvae.objectives import ELBO
 from tests import pairs
 
@@ -418,158 +414,3 @@ def test_a_pair_that_subsamples_itself_gets_all_data(device: torch.device) -> No
     run = fit(model, guide, x, epochs=3, device=device)
     assert run.history["step"] == [4, 8, 12]
     assert run.batches.batch_size == N
-
-
-# Failures
-
-
-class Poisoned(pvae.Guide):
-    """Gives NaN at one training step."""
-
-    at = 7
-    calls = 0
-
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        if self.training:
-            self.calls += 1
-            if self.calls == self.at + 1:
-                x = x * float("nan")
-        return super().forward(x, *context)
-
-
-@pytest.mark.parametrize(
-    "optimizer", [torch.optim.Adam, torch.optim.RMSprop], ids=["fused", "not fused"]
-)
-def test_a_nan_stops_training_in_the_state_before_it(optimizer: Any, device: torch.device) -> None:
-    """NaN in mid-epoch: the error names epoch, batch and site; parameters, optimiser and batch
-    norm's running statistics are those of a training that ended just before that step."""
-
-    def normed() -> VAE:
-        torch.manual_seed(0)
-        encoder = nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, 2 * Q))
-        return VAE(
-            priors.StandardNormal(Q),
-            likelihoods.Bernoulli(MLP(Q, D, (8,)), D),
-            guides.MeanField(encoder, Q),
-        )
-
-    pair, good = normed(), normed()
-    pair.guide.__class__ = Poisoned
-    options = {"optimizer": optimizer, "batch_size": 8, "device": device}
-    with pytest.raises(TrainingError) as error, pyro.validation_enabled(is_validate=False):
-        fit(pair.model, pair.guide, binary(), epochs=5, **options)
-    message = str(error.value)
-    assert message.startswith("epoch 1, batch 2: expected a finite loss")
-    assert "site 'z' and 'x'" in message
-    calls = []
-
-    class Stopped(pvae.Guide):
-        def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-            if self.training:
-                calls.append(x)
-                if len(calls) == 7:
-                    os.kill(os.getpid(), signal.SIGINT)
-            return super().forward(x, *context)
-
-    good.guide.__class__ = Stopped
-    run = fit(good.model, good.guide, binary(), epochs=5, **options)
-    assert run.interrupted
-    assert run.progress.global_step == 7
-    assert same(state(pair), state(good))
-
-
-def test_a_bad_gradient_names_parameters(device: torch.device) -> None:
-    class Bad(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return grad * float("inf")
-
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = MLP(Q, D, (8,))
-
-        def forward(self, z: Tensor) -> Tensor:
-            return Bad.apply(self.net(z))
-
-    pair = VAE(
-        priors.StandardNormal(Q),
-        likelihoods.Bernoulli(Broken(), D),
-        guides.MeanField(MLP(D, 2 * Q, (8,)), Q),
-    )
-    before = state(pair)
-    with pytest.raises(TrainingError, match=r"gradient that isn't finite, of 'model\.likelihood"):
-        fit(pair.model, pair.guide, binary(), epochs=2, device=device)
-    assert same({k: v.cpu() for k, v in state(pair).items()}, before)
-
-
-def test_ctrl_c_stops_at_a_steps_end_and_fit_goes_on(device: torch.device) -> None:
-    pair, whole = vae(), vae()
-    fit(whole.model, whole.guide, binary(), epochs=4, device=device)
-    calls = []
-
-    class Interrupting(pvae.Guide):
-        def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-            if self.training:
-                calls.append(x)
-                if len(calls) == 5:
-                    os.kill(os.getpid(), signal.SIGINT)
-            return super().forward(x, *context)
-
-    pair.guide.__class__ = Interrupting
-    before = signal.getsignal(signal.SIGINT)
-    run = fit(pair.model, pair.guide, binary(), epochs=4, device=device)
-    assert run.interrupted
-    assert run.progress.global_step == 5
-    assert signal.getsignal(signal.SIGINT) is before
-    run.refine(3)
-    assert same(state(pair), state(whole))
-
-
-def test_threads_can_fit(device: torch.device) -> None:
-    """Signals can only be handled in the main thread; elsewhere fit goes without."""
-    pair = vae()
-    results: list[Any] = []
-    thread = threading.Thread(
-        target=lambda: results.append(
-            fit(pair.model, pair.guide, binary(), epochs=1, device=device)
-        )
-    )
-    thread.start()
-    thread.join()
-    assert len(results[0].history) == 1
-
-
-def test_bad_rows_are_named_before_training(device: torch.device) -> None:
-    pair = vae()
-    before = state(pair)
-    x = binary()
-    x[17, 3] = float("nan")
-    with pytest.raises(DataError, match=r"data, row 17: expected finite values"):
-        fit(pair.model, pair.guide, x, device=device)
-    with pytest.raises(DataError, match=r"valid, row 17"):
-        fit(pair.model, pair.guide, binary(), valid=x, device=device)
-    assert same({k: v.cpu() for k, v in state(pair).items()}, before)
-
-
-def test_batch_norm_needs_two_rows(device: torch.device) -> None:
-    encoder = nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, 2 * Q))
-    pair = VAE(
-        priors.StandardNormal(Q),
-        likelihoods.Bernoulli(MLP(Q, D, (8,)), D),
-        guides.MeanField(encoder, Q),
-    )
-    with pytest.raises(ArgumentError, match="a single row"):
-        fit(pair.model, pair.guide, binary(33), device=device)
-
-
-def test_no_epoch_changes_nothing(device: torch.device) -> None:
-    pair = vae()
-    before = state(pair)
-    run = fit(pair.model, pair.guide, binary(), epochs=0, device=device)
-    assert same({k: v.cpu() for k, v in state(pair).items()}, before)
-    assert len(run.history) == 0

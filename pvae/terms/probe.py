@@ -159,13 +159,21 @@ def run_pair(
 def _with_rows(model: Any, guide: Any, batch: Batch, rows: int) -> Any:
     """The model's trace on fewer rows; None if the pair doesn't run on them.
 
-    One with parameters for each row doesn't, for example.
+    One with parameters for each row doesn't, for example: it draws as many as before.
     """
     fewer = tuple(b[:rows] if isinstance(b, Tensor) and b.dim() else b for b in batch)
     try:
-        return run_pair(model, guide, fewer)[1]
+        trace = run_pair(model, guide, fewer)[1]
     except PvaeError:
         return None
+    return trace if all(map(_fills_its_plates, sample_sites(trace))) else None
+
+
+def _fills_its_plates(site: Any) -> bool:
+    shape = site["value"].shape if isinstance(site["value"], Tensor) else ()
+    batch = tuple(shape)[: len(shape) - len(site["fn"].event_shape)]
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and -f.dim <= len(batch)]
+    return all(batch[f.dim] in (1, f.size) or f.size < 0 for f in frames)
 
 
 def _named(what: str, run: Callable[[], Any], batch: Batch) -> Any:
