@@ -262,11 +262,17 @@ _WITH_TENSORS = (
     torch.distributions.constraints.Constraint,
 )
 
+_Inverse = torch.distributions.transforms._InverseTransform
+
 
 def _own(thing: Any) -> dict[str, Any]:
     """What an object was made with: caches, and all lazy attributes but the first, left out."""
-    kept, lazy_seen = {}, False
+    kept: dict[str, Any] = {}
+    lazy_seen = False
     for key, value in vars(thing).items():
+        if key == "_inv" and not isinstance(thing, _Inverse):
+            kept[key] = None  # made when first asked for, and pointing back at the transform
+            continue
         is_lazy = isinstance(
             inspect.getattr_static(type(thing), key, None), torch.distributions.utils.lazy_property
         )

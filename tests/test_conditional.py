@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -143,3 +144,52 @@ assert pyro.settings.get("validate_distributions_torch") is True
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     assert pyro.settings.get("validate_distributions_pyro") is True
+
+
+# Distribution instances
+
+
+def test_an_instance_follows_what_is_loaded() -> None:
+    """Nothing that the instance had computed outlives a new state, a copy or a move."""
+    instances = {
+        "logits": lambda v: dist.Categorical(logits=v),
+        "probs": lambda v: dist.Bernoulli(probs=v.sigmoid()).to_event(1),
+        "mixture": lambda v: dist.MixtureSameFamily(
+            dist.Categorical(logits=v), dist.Normal(torch.arange(3.0), 1.0)
+        ),
+        "tril": lambda v: dist.MultivariateNormal(v, precision_matrix=torch.eye(3) * v.exp()),
+        "transformed": lambda v: dist.TransformedDistribution(
+            dist.Normal(v, 1.0).to_event(1), [dist.transforms.AffineTransform(v, 2.0)]
+        ),
+    }
+    for name, make in instances.items():
+        first, second = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([2.0, -1.0, 0.5])
+        instance = make(first)
+        x = make(second).sample()
+        instance.log_prob(x)  # fills what is computed when first asked for
+        part, other = as_conditional(instance), as_conditional(make(second))
+        part().log_prob(x)
+        part.load_state_dict(other.state_dict())
+        torch.testing.assert_close(part().log_prob(x), make(second).log_prob(x), msg=name)
+        copied = copy.deepcopy(part)
+        copied.load_state_dict(as_conditional(make(first)).state_dict())
+        torch.testing.assert_close(copied().log_prob(x), make(first).log_prob(x), msg=name)
+        torch.testing.assert_close(part().log_prob(x), make(second).log_prob(x), msg=name)
+        single = part.float()().log_prob(x.float())
+        torch.testing.assert_close(
+            single.double(), make(second).log_prob(x), rtol=1e-4, atol=1e-4, msg=name
+        )
+
+
+def test_trainable_parts_of_an_instance_are_refused() -> None:
+    flow = dist.TransformedDistribution(
+        dist.Normal(torch.zeros(3), 1.0).to_event(1), [dist.transforms.Planar(3)]
+    )
+    with pytest.raises(ArgumentError, match="a distribution without trainable tensors"):
+        as_conditional(flow)
+
+
+def test_a_network_is_no_distribution() -> None:
+    part = as_conditional(nn.Linear(3, 4), "guide")
+    with pytest.raises(ArgumentError, match=r"(?s)it is a network.*guides\.MeanField\(network"):
+        part(torch.zeros(5, 3))

@@ -130,6 +130,31 @@ def test_what_is_refused(thing: object, words: str) -> None:
         as_source(thing)
 
 
+def test_a_view_backwards() -> None:
+    """Torch has no negative strides."""
+    x = np.arange(12.0).reshape(4, 3)[::-1]
+    (batch,) = as_source(x).rows(torch.tensor([0]))
+    assert batch[0].tolist() == [9.0, 10.0, 11.0]
+
+
+def test_a_bad_row_is_named_as_in_its_file(tmp_path: Path) -> None:
+    """The splits are shuffled; the message says where to look."""
+    x = np.random.default_rng(0).random((50, 3))
+    x[17, 1] = np.nan
+    for name in ("x.npy", "x.npz"):
+        (np.save if name == "x.npy" else np.savez)(tmp_path / name, x)
+        splits = data.load(tmp_path / name, seed=1)
+        parts = [as_source(getattr(splits, part)) for part in ("train", "valid", "test")]
+        messages = []
+        for part in parts:
+            try:
+                data.check_rows(part)
+            except DataError as error:
+                messages.append(str(error))
+        assert len(messages) == 1
+        assert messages[0].startswith("data, row 17:")
+
+
 def test_iterable_datasets_need_a_loader_with_a_length() -> None:
     class Stream(IterableDataset):
         def __iter__(self) -> Iterator[torch.Tensor]:
@@ -337,6 +362,11 @@ def test_files(tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", rng.integers(0, 256, (30, 6, 5)).astype(np.uint8))
     splits = data.load(tmp_path / "images.npz")
     assert (splits.event_shape, splits.levels) == ((1, 6, 5), 256)
+    np.save(tmp_path / "bits.npy", rng.integers(0, 2, (30, 4)))
+    assert data.load(tmp_path / "bits.npy").levels == 2  # whatever their type
+    np.save(tmp_path / "last.npy", rng.random((30, 6, 5, 3)))
+    with pytest.raises(DataError, match=r"(?s)channels first.*np\.moveaxis\(x, -1, 1\)"):
+        data.load(tmp_path / "last.npy")
     np.savez(tmp_path / "odd.npz", a=x, b=x)
     with pytest.raises(DataError, match=r"an array 'x'.*got a, b"):
         data.load(tmp_path / "odd.npz")

@@ -94,3 +94,7 @@ def test_wrong_inputs_are_named() -> None:
         ConvEncoder((28, 28), 2)
     with pytest.raises(ArgumentError, match=r"MLP\.hidden"):
         MLP(4, 2, hidden=(0,))
+    with pytest.raises(PairError, match=r"classes from 0 to 2.*got classes from 0 to 3(.|\n)*=4"):
+        MLP(4, 2, context_dim=3)(torch.zeros(4, 4), torch.arange(4))
+    with pytest.raises(PairError, match=r"(?s)floating features.*integers, for classes"):
+        MLP(4, 2, context_dim=1)(torch.zeros(5, 4), torch.rand(5))

@@ -10,11 +10,19 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    MCMC,
+    NUTS,
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from torch import Tensor, nn
 
 from pvae import VAE, guides, likelihoods, priors, recipes
-from pvae.errors import PairError, UndefinedError
+from pvae.errors import ArgumentError, PairError, UndefinedError
 from pvae.networks import MLP
 from pvae.testing import check_pair
 
@@ -100,7 +108,7 @@ def test_model_and_guide_announce_different_names(device: torch.device) -> None:
 
 def test_frozen_parameters_stay(device: torch.device) -> None:
     pair, x = vae(device), data(device)
-    pair.model.requires_grad_(requires_grad=False)
+    pair.model.requires_grad_(False)  # noqa: FBT003
     before = copy.deepcopy(pair.state_dict())
     SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x)
     assert all(name.startswith("guide") == yes for name, yes in moved(before, pair).items())
@@ -215,6 +223,30 @@ def test_labels_reach_all_three(device: torch.device) -> None:
     assert pair.reconstruct(x, y, num_samples=2).shape == (2, N, D)
     recipe = recipes.vae(D, Q, num_classes=3, hidden=(8,)).to(device)
     check_pair(recipe.model, recipe.guide, x, y)
+
+
+def test_labels_for_samples(device: torch.device) -> None:
+    pair = conditional(device)
+    assert pair.sample(3, [0, 1, 2]).shape == (3, D)
+    for wrong in ([0, 1], 1):
+        with pytest.raises(ArgumentError, match="3 labels or the like, one for each sample"):
+            pair.sample(3, wrong)
+
+
+def test_pyro_can_infer_with_the_model(device: torch.device) -> None:
+    """Replayed, conditioned, enumerated, sampled by NUTS: it is a Pyro program as any other."""
+    pair, x = vae(device), data(device)[:2]
+    for parameter in pair.parameters():
+        parameter.requires_grad_(False)  # noqa: FBT003
+    mcmc = MCMC(
+        NUTS(pair.model, max_tree_depth=3), num_samples=5, warmup_steps=5, disable_progbar=True
+    )
+    mcmc.run(x)
+    assert mcmc.get_samples()["z"].shape == (5, 2, Q)
+    trace = pyro.poutine.trace(config_enumerate(pair.model)).get_trace(x)
+    assert "enumerate" not in trace.nodes["z"]["infer"]
+    draws = Predictive(pair.model, num_samples=7)(None, size=3)
+    assert draws["x"].shape[-2:] == (3, D)
 
 
 def test_the_model_generates(device: torch.device) -> None:

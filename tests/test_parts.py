@@ -10,11 +10,13 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
-from pvae import guides, likelihoods, priors
+import pvae
+from pvae import guides, likelihoods, priors, terms
 from pvae.conditional import Conditional, as_conditional, positive
-from pvae.errors import UndefinedError
+from pvae.errors import PvaeError, UndefinedError
 from pvae.networks import MLP, ConvDecoder
 from pvae.testing import check_conditional
 
@@ -269,6 +271,59 @@ def test_optimal_sigma_in_evaluation_is_a_buffer() -> None:
         whole, torch.distributions.Normal(part.network(z), scale).log_prob(x).sum(1)
     )
     torch.testing.assert_close(part.mean_square, expected.detach())
+
+
+def test_optimal_sigma_is_each_particles_own() -> None:
+    """Vectorised particles are scored as looped ones are, and noted once."""
+    part = likelihoods.Gaussian(decoder, D)
+    z, x = torch.randn(3, N, Q), torch.randn(N, D)
+    together = part(z).log_prob(x)
+    assert float(part.batches_seen) == 1
+    torch.testing.assert_close(together, torch.stack([part(each).log_prob(x) for each in z]))
+
+
+def test_optimal_sigma_is_noted_once_a_step(device: torch.device) -> None:
+    """Also where the objective scores twice, as score-function gradients do."""
+    model, guide, (x,) = discrete_pair_with_optimal_sigma(device)
+    run = pvae.fit(model, guide, x, epochs=3, batch_size=10, progress=False, device=device)
+    assert float(model.likelihood.batches_seen) == run.progress.global_step == 6
+
+
+def test_optimal_sigma_refuses_masks(device: torch.device) -> None:
+    pair = pvae.recipes.vae(D, Q, hidden=(4,), likelihood=likelihoods.Gaussian).to(device)
+    keep = torch.arange(20, device=device) % 2 == 0
+
+    def model(x: Tensor) -> None:
+        with poutine.mask(mask=keep):
+            pair.model(x)
+
+    def guide(x: Tensor) -> None:
+        with poutine.mask(mask=keep):
+            pair.guide(x)
+
+    with pytest.raises(PvaeError, match="mask"):
+        terms.compute(model, guide, torch.randn(20, D, device=device))
+
+
+def discrete_pair_with_optimal_sigma(device: torch.device) -> tuple[Any, Any, tuple[Tensor]]:
+    torch.manual_seed(0)
+    pair = pvae.VAE(
+        dist.Bernoulli(torch.full((Q,), 0.5)).to_event(1),
+        likelihoods.Gaussian(nn.Linear(Q, D), D),
+        Bits(nn.Linear(D, Q)),
+    ).to(device)
+    return pair.model, pair.guide, (torch.randn(20, D, device=device),)
+
+
+class Bits(nn.Module):
+    """A guide that can't be reparametrised."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return dist.Bernoulli(logits=self.network(x)).to_event(1)
 
 
 def test_mean_field_is_reparametrised() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import pvae
 from pvae import plots, recipes
 from pvae.errors import UndefinedError
 from pvae.fitting import History
@@ -91,6 +92,10 @@ def test_the_latent_map() -> None:
     wide = plots.latent_map(torch.randn(30, 5) * torch.tensor([0.1, 5.0, 0.1, 0.1, 0.1]))
     offsets = np.asarray(wide.axes[0].collections[0].get_offsets())
     assert offsets[:, 0].std() > 10 * offsets[:, 1].std()  # principal axes, largest first
+    named = plots.latent_map(z, np.array(["cat", "dog", "owl"])[y.numpy()])
+    drawn(named)
+    assert [t.get_text() for t in named.axes[1].get_yticklabels()] == ["cat", "dog", "owl"]
+    drawn(plots.latent_map(z, torch.linspace(0, 1, 30)))
     with pytest.raises(UndefinedError, match="2 or more"):
         plots.latent_map(torch.randn(30, 1))
 
@@ -111,3 +116,15 @@ def test_the_manifold_is_decoded_at_the_priors_quantiles() -> None:
     assert figure._repr_png_().startswith(b"\x89PNG")  # notebooks show it without set-up
     vae = recipes.vae(16, 2, hidden=(8,))
     drawn(plots.manifold(vae.decode, num=3))
+    colour = plots.manifold(lambda z: torch.rand(len(z), 3, 4, 4), num=2)
+    assert images_of(colour)[0].shape == (8, 8, 3)
+    drawn(colour)
+
+
+def test_the_training_curve_takes_a_fit() -> None:
+    ae = recipes.ae(6, 2, hidden=(4,))
+    run = pvae.fit(ae.model, ae.guide, torch.rand(20, 6).round(), epochs=2, progress=False)
+    figure = plots.training_curve(run)
+    assert len(figure.axes) == 1  # a point mass has no rate
+    assert [line.get_label() for line in figure.axes[0].lines] == ["log_joint"]
+    drawn(figure)

@@ -72,6 +72,20 @@ def test_an_autoencoder_gets_what_is_defined_and_why_the_rest_isnt(device: torch
     assert "stochastic" in summary.advice
 
 
+def test_an_improper_prior_has_no_evidence(device: torch.device) -> None:
+    vae = VAE(
+        priors.Flat(Q),
+        likelihoods.Bernoulli(MLP(Q, D, (8,)), D),
+        guides.MeanField(MLP(D, 2 * Q, (8,)), Q),
+    ).to(device)
+    summary = report.summarize(vae.model, vae.guide, torch.rand(20, D).round(), levels=2)
+    found = lines(summary)
+    assert "ELBO" not in found
+    assert "unnormalised ELBO" in found
+    for name in ("evidence", "rate", "bits per dimension"):
+        assert found[name][0] == "not defined"
+
+
 @pytest.mark.usefixtures("store")
 def test_any_pair_has_a_summary(device: torch.device) -> None:
     for name in ("two_sites", "global_latent", "masked", "functions"):
@@ -98,6 +112,7 @@ def test_advice_follows_the_trouble(device: torch.device) -> None:
     assert "fell after its best epoch" in advice([-50.0 + i for i in range(10)] + [-60.0] * 20)
     torch.nn.init.zeros_(last)
     assert "posterior collapse" in advice([-50.0] * 3)
+    assert "still rises" in advice([-50.0 + i for i in range(20)])  # first things first
 
 
 # Active units
