@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import pvae
 
@@ -14,17 +13,28 @@ ROOT = Path(pvae.__file__).parent.parent
 README = ROOT / "README.md"
 
 
-@pytest.mark.usefixtures("store")
-def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    torch.set_default_dtype(torch.float32)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+def run_blocks(page: Path) -> int:
+    """Runs a page's Python in order, as one program; returns the number of blocks."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     namespace: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)  # noqa: S102
+        exec(compile(block, str(page), "exec"), namespace)  # noqa: S102
+    return len(blocks)
+
+
+@pytest.mark.float32
+@pytest.mark.usefixtures("store")
+def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_blocks(README) == 3
     printed = capsys.readouterr().out
     assert printed.startswith("evidence, IWAE-1000: -")
     assert "ELBO: -" in printed
+
+
+@pytest.mark.float32
+@pytest.mark.usefixtures("store")
+def test_the_how_tos_run() -> None:
+    assert run_blocks(ROOT / "docs" / "pairs.md") >= 6
 
 
 def test_what_it_points_at_exists() -> None:
