@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,10 +73,11 @@ def unlabelled(part: data.Data) -> data.Data:
 
 
 class Loop(nn.Module):
-    """The same networks as a hand-written torch VAE."""
+    """The same networks as a hand-written torch VAE; its KL divergence sampled, or closed form."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, closed_form: bool) -> None:
         super().__init__()
+        self.closed_form = closed_form
         self.encoder = nn.Sequential(
             nn.Linear(784, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 100)
         )
@@ -85,9 +87,13 @@ class Loop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mu, logvar = self.encoder(x).chunk(2, -1)
-        z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+        noise = torch.randn_like(mu)
+        z = mu + (0.5 * logvar).exp() * noise
         bce = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
-        kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()
+        if self.closed_form:
+            kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()
+        else:
+            kl = 0.5 * (z.square() - noise.square() - logvar).sum()
         return (bce + kl) / len(x)
 
     def train_on(self, x: Tensor, epochs: int, seed: int) -> None:
@@ -118,52 +124,71 @@ class Loop(nn.Module):
         return total / len(x)
 
 
+def ours_on_mnist(
+    splits: data.Splits, test: np.ndarray, seed: int, epochs: int, *, closed_form: bool
+) -> dict[str, float]:
+    vae = build(seed, (784, 200, 200, 50), nn.Tanh, likelihoods.Bernoulli, to_scale=log_variance)
+    run = pvae.fit(
+        vae.model,
+        vae.guide,
+        unlabelled(splits.train),
+        TraceMeanField_ELBO() if closed_form else None,
+        epochs=epochs,
+        lr_schedule=schedules.Cosine(),
+        seed=seed,
+        device="cpu",
+    )
+    found = bounds.evidence(vae.model, vae.guide, test, 5000)
+    assert found.se_draws is not None
+    return {
+        "-IWAE-5000": -found.mean,
+        "se over draws": found.se_draws,
+        "seconds": run.progress.seconds,
+    }
+
+
+def theirs_on_mnist(
+    splits: data.Splits, test: np.ndarray, seed: int, epochs: int, *, closed_form: bool
+) -> dict[str, float]:
+    grey = torch.from_numpy(splits.train.arrays[0]).float() / 255
+    torch.manual_seed(seed)
+    loop = Loop(closed_form=closed_form)
+    started = time.perf_counter()
+    loop.train_on(grey, epochs, seed)
+    seconds = time.perf_counter() - started
+    return {"-IWAE-5000": -loop.iwae(torch.from_numpy(test), 5000), "seconds": seconds}
+
+
 def part_a(arguments: argparse.Namespace) -> dict[str, Any]:
     splits = flat(data.load("mnist", arguments.data_dir, binarize="dynamic", valid=0, seed=0))
     test = unlabelled(splits.test).fixed().arrays[0][:1000]
-    grey = torch.from_numpy(splits.train.arrays[0]).float() / 255
-    rows: list[dict[str, Any]] = []
-    for seed in range(arguments.seeds or 2):
-        vae = build(
-            seed, (784, 200, 200, 50), nn.Tanh, likelihoods.Bernoulli, to_scale=log_variance
-        )
-        run = pvae.fit(
-            vae.model,
-            vae.guide,
-            unlabelled(splits.train),
-            epochs=arguments.epochs or 100,
-            lr_schedule=schedules.Cosine(),
-            seed=seed,
-            device="cpu",
-        )
-        ours = bounds.evidence(vae.model, vae.guide, test, 5000)
-        torch.manual_seed(seed)
-        loop = Loop()
-        started = time.perf_counter()
-        loop.train_on(grey, arguments.epochs or 100, seed)
-        seconds = time.perf_counter() - started
-        theirs = loop.iwae(torch.from_numpy(test), 5000)
-        rows.append(
-            {
-                "seed": seed,
-                "pvae -IWAE-5000": -ours.mean,
-                "pvae se over draws": ours.se_draws,
-                "torch loop -IWAE-5000": -theirs,
-                "difference": theirs - ours.mean,
-                "pvae / loop, training time": run.progress.seconds / seconds,
-            }
-        )
-        say(rows[-1])
-    worst = max(abs(row["difference"]) for row in rows)
+    epochs = arguments.epochs or 100
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for closed_form in (False, True):
+        kl = "closed-form KL" if closed_form else "sampled KL"
+        for seed in range(arguments.seeds or 2):
+            for who, train in (("pvae", ours_on_mnist), ("loop", theirs_on_mnist)):
+
+                def measure() -> dict[str, Any]:
+                    return train(splits, test, seed, epochs, closed_form=closed_form)  # noqa: B023
+
+                row = kept(arguments, f"a {who} {kl} {seed} {epochs}", measure)
+                rows.setdefault(f"{who}, {kl}", []).append(row)
+                say({f"{who}, {kl}, seed {seed}": row})
+    means = {k: statistics.mean(r["-IWAE-5000"] for r in v) for k, v in rows.items()}
+    gaps = [means[f"pvae, {kl}"] - means[f"loop, {kl}"] for kl in ("sampled KL", "closed-form KL")]
     return {
-        "what": "MNIST dynamic, 784-200-200-50 tanh, 100 epochs: -IWAE-5000, first 1,000 test",
-        "target": "within 0.3 nats of the plain torch loop beside it (89.76 on one seed elsewhere)",
+        "what": "MNIST dynamic, 784-200-200-50 tanh, 100 epochs: -IWAE-5000, first 1,000 test "
+        "images, mean of 2 seeds",
+        "target": "within 0.3 nats of a plain torch loop beside it with the same gradient "
+        "(89.76 on one seed elsewhere)",
         "measured": "; ".join(
-            f"seed {r['seed']}: pvae {r['pvae -IWAE-5000']:.2f}, "
-            f"loop {r['torch loop -IWAE-5000']:.2f}"
-            for r in rows
+            f"{k}: {v:.2f} (seeds "
+            + ", ".join("{:.2f}".format(row["-IWAE-5000"]) for row in rows[k])
+            + ")"
+            for k, v in means.items()
         ),
-        "met": worst <= 0.3,
+        "met": max(map(abs, gaps)) <= 0.3,
         "rows": rows,
     }
 
@@ -350,6 +375,21 @@ def say(thing: Any) -> None:
     print(json.dumps(thing), flush=True)
 
 
+def kept(
+    arguments: argparse.Namespace, name: str, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A measurement, or what it was before, where ``--work`` names a folder to go on from."""
+    if not arguments.work:
+        return measure()
+    path = Path(arguments.work) / f"{name.replace(' ', '_')}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = measure() | {"commit": commit()}
+    path.write_text(json.dumps(found))
+    return found
+
+
 def commit() -> str:
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -403,7 +443,7 @@ def main() -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--seeds", type=int, help="fewer seeds, for a trial")
     parser.add_argument("--epochs", type=int, help="fewer epochs, for a trial (not for c)")
-    parser.add_argument("--work", help="folder for the checkpoints of d, to resume from")
+    parser.add_argument("--work", help="folder of what a and d have done, to go on from")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for part in arguments.parts:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so ``pvae --help`` answers at o
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -470,6 +471,8 @@ def _troubles() -> Iterator[str]:
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2, no traceback."""
+    # Torch's threads spin while they wait; where other work holds a core, that costs all the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except TrainingError as error:
