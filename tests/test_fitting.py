@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from pathlib import Path
@@ -17,33 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
-from pvae import VAE, bounds, data, randomness, recipes, schedules
+from pvae import bounds, data, randomness, recipes, schedules
 from pvae.errors import ArgumentError, PvaeWarning
 from pvae.objectives import ELBO
 from tests import pairs
-
-D, Q, N = 6, 2, 40
-
-
-def vae(seed: int = 0, **options: Any) -> VAE:
-    torch.manual_seed(seed)
-    return recipes.vae(D, Q, hidden=(8,), **options)
-
-
-def binary(n: int = N) -> Tensor:
-    return torch.rand(n, D, generator=torch.Generator().manual_seed(n)).round()
-
-
-fit = functools.partial(pvae.fit, progress=False, batch_size=16)
-
-
-def state(pair: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(pair.state_dict())
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
+from tests.fits import D, N, Q, binary, fit, same, state, vae
 
 # The same as SVI
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
-from pvae import VAE, data, guides, likelihoods, priors, randomness, recipes, schedules
+from pvae import VAE, data, guides, likelihoods, priors, randomness, schedules
 from pvae.errors import (
     ArgumentError,
     CheckpointError,
@@ -34,13 +33,7 @@ from pvae.errors import (
 )
 from pvae.networks import MLP
 from tests import pairs
-
-D, Q, N = 6, 2, 40
-
-
-def vae(seed: int = 0, **options: Any) -> VAE:
-    torch.manual_seed(seed)
-    return recipes.vae(D, Q, hidden=(8,), **options)
+from tests.fits import D, N, Q, binary, fit, same, state, vae
 
 
 def normed() -> VAE:
@@ -50,21 +43,6 @@ def normed() -> VAE:
         likelihoods.Bernoulli(MLP(Q, D, (8,)), D),
         guides.MeanField(nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, 2 * Q)), Q),
     )
-
-
-def binary(n: int = N) -> Tensor:
-    return torch.rand(n, D, generator=torch.Generator().manual_seed(n)).round()
-
-
-fit = functools.partial(pvae.fit, progress=False, batch_size=16)
-
-
-def state(pair: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(pair.state_dict())
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def does_at(step: int, act: Callable[[Tensor], Tensor]) -> type[pvae.Guide]:
