@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     import pvae.bounds as bounds
     import pvae.checkpoint as checkpoint
     import pvae.conditional as conditional
+    import pvae.corruptions as corruptions
     import pvae.data as data
     import pvae.diagnostics as diagnostics
     import pvae.engine as engine
     import pvae.errors as errors
     import pvae.guides as guides
+    import pvae.jacobian as jacobian
+    import pvae.latent as latent
     import pvae.likelihoods as likelihoods
+    import pvae.mmd as mmd
     import pvae.networks as networks
     import pvae.objectives as objectives
+    import pvae.penalties as penalties
     import pvae.plots as plots
     import pvae.priors as priors
     import pvae.randomness as randomness
@@ -42,14 +47,19 @@ _MODULES = (
     "bounds",
     "checkpoint",
     "conditional",
+    "corruptions",
     "data",
     "diagnostics",
     "engine",
     "errors",
     "guides",
+    "jacobian",
+    "latent",
     "likelihoods",
+    "mmd",
     "networks",
     "objectives",
+    "penalties",
     "plots",
     "priors",
     "randomness",
@@ -83,16 +93,21 @@ __all__ = [
     "bounds",
     "checkpoint",
     "conditional",
+    "corruptions",
     "data",
     "diagnostics",
     "engine",
     "errors",
     "fit",
     "guides",
+    "jacobian",
+    "latent",
     "likelihoods",
     "load",
+    "mmd",
     "networks",
     "objectives",
+    "penalties",
     "plots",
     "priors",
     "randomness",

@@ -226,7 +226,7 @@ def prepare(
     """Data, checked, as a source on the pair's device, and what the pair is made of."""
     if structure is not None:
         return as_source(data, structure.device, structure.dtype), structure
-    like = _first_tensor(model, guide)
+    like = t.home_of((model, guide), data)
     source = as_source(data, like.device, like.dtype)
     try:
         structure = t.inspect_source(model, guide, source, plate=plate)
@@ -236,15 +236,6 @@ def prepare(
     source = as_source(data, structure.device, structure.dtype)
     t.check_data(model, guide, source)
     return source, structure
-
-
-def _first_tensor(*programs: Any) -> Tensor:
-    for program in programs:
-        if isinstance(program, torch.nn.Module):
-            for tensor in (*program.parameters(), *program.buffers()):
-                if tensor.is_floating_point():
-                    return tensor
-    return torch.zeros(())
 
 
 class _Moments:

@@ -56,9 +56,15 @@ def train(
     binarize: Annotated[
         str, typer.Option(help="none, threshold, static, or dynamic (redrawn for every batch).")
     ] = "none",
-    recipe: Annotated[str, typer.Option(help="vae, or ae (deterministic).")] = "vae",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="vae; or deterministic: ae, sparse_ae, sparse_activations_ae, contractive_ae, "
+            "denoising_ae, rae, wae, vq_vae."
+        ),
+    ] = "vae",
     prior: Annotated[
-        str | None, typer.Option(help="standard_normal, normal, laplace, flat.")
+        str | None, typer.Option(help="standard_normal, normal, laplace, student_t, flat.")
     ] = None,
     likelihood: Annotated[
         str | None,
@@ -71,6 +77,41 @@ def train(
         typer.Option(help="Of a gaussian: a number, shared, feature, predicted, optimal."),
     ] = None,
     guide: Annotated[str | None, typer.Option(help="mean_field, point.")] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Corruption: standard deviation of added noise.")
+    ] = None,
+    mask: Annotated[
+        float | None, typer.Option(help="Corruption: share of entries put to 0.")
+    ] = None,
+    salt_and_pepper: Annotated[
+        float | None, typer.Option(help="Corruption: share of entries put to 0 or 1.")
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Corruption: side of a square put to 0.")
+    ] = None,
+    downsample: Annotated[
+        int | None, typer.Option(help="Corruption: factor of a lower resolution.")
+    ] = None,
+    l1: Annotated[
+        float | None, typer.Option(help="Rate of a Laplace prior: an L1 penalty on the code.")
+    ] = None,
+    l1_activations: Annotated[
+        float | None, typer.Option(help="Weight of the L1 norm of all activations.")
+    ] = None,
+    contractive: Annotated[
+        float | None, typer.Option(help="Weight of the norm of the code's Jacobian.")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Weight of the squared norm of weights.")
+    ] = None,
+    mmd: Annotated[
+        float | None, typer.Option(help="Weight of the discrepancy of all codes from N(0, I).")
+    ] = None,
+    num_codes: Annotated[int | None, typer.Option(help="Of vq_vae: size of the codebook.")] = None,
+    num_latents: Annotated[int | None, typer.Option(help="Of vq_vae: vectors of a code.")] = None,
+    commitment: Annotated[
+        float | None, typer.Option(help="Of vq_vae: weight of the distance to the codes.")
+    ] = None,
     network: Annotated[str, typer.Option(help="mlp, conv, resnet.")] = "mlp",
     hidden: Annotated[
         str | None, typer.Option(help="Widths (or channels) of hidden layers, as in 256,256.")
@@ -104,6 +145,19 @@ def train(
         likelihood=likelihood,
         sigma=sigma,
         guide=guide,
+        noise=noise,
+        mask=mask,
+        salt_and_pepper=salt_and_pepper,
+        block=block,
+        downsample=downsample,
+        l1=l1,
+        l1_activations=l1_activations,
+        contractive=contractive,
+        weight_decay=weight_decay,
+        mmd=mmd,
+        num_codes=num_codes,
+        num_latents=num_latents,
+        commitment=commitment,
         network=network,
         hidden=_widths(hidden),
         activation=activation,
@@ -182,7 +236,7 @@ def _train(
         vae = config.build(splits)
     where, dtype = fitting.place(vae.model, vae.guide, device)
     terms.check_data(vae.model, vae.guide, as_source(splits.test, where, dtype), "test data")
-    with config.written(folder, splits):
+    with config.written(folder, splits, vae):
         run = pvae.fit(
             vae.model,
             vae.guide,
@@ -251,8 +305,8 @@ def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
     plots.training_curve(run).savefig(figures / "training.png")
     source = as_source(splits.test, run.structure.device, run.structure.dtype)
     _, (x, *labels) = next(source.all(2000))
-    if vae.encode(x[:1]).shape[-1] >= 2:
-        codes = vae.encode(x)
+    codes = vae.encode(x).flatten(1)
+    if codes.shape[1] >= 2:
         plots.latent_map(codes, labels[0] if labels else None).savefig(figures / "latent.png")
     try:
         plots.as_images(x[:1])
@@ -264,7 +318,7 @@ def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
         plots.samples(
             vae.sample(50, mean=True), title="samples from the model (means of x given z)"
         ).savefig(figures / "sample_means.png")
-        if vae.encode(x[:1]).shape[-1] == 2:
+        if codes.shape[1] == 2:
             plots.manifold(vae.decode).savefig(figures / "manifold.png")
     except UndefinedError:  # a flat prior has nothing to sample
         return
@@ -294,16 +348,29 @@ def sample(
     run: RunFolder,
     num_samples: Annotated[int, typer.Option("-n", help="How many.")] = 100,
     mean: Annotated[bool, typer.Option(help="Means of x given z instead of draws.")] = False,  # noqa: FBT002
+    density: Annotated[
+        str | None,
+        typer.Option(help="gaussian, gmm: fitted to the training codes, in the prior's place."),
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/samples.npy.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Draw from the model: z from the prior, x from the decoder. No encoder is used."""
-    from pvae import plots, randomness
+    """Draw from the model: z from the prior, x from the decoder. No encoder is used.
+
+    An autoencoder has no prior to draw from; --density gives it one.
+    """
+    from pvae import VAE, latent, plots, randomness
     from pvae.errors import UndefinedError
     from pvae.runs import open_run
 
-    _, vae, _ = open_run(run, device)
+    _, vae, splits = open_run(run, device)
+    if density is not None:
+        if density not in ("gaussian", "gmm"):
+            raise ArgumentError("--density", "gaussian or gmm", repr(density))
+        codes = latent.codes(vae.model, vae.guide, splits.train.unlabelled())
+        fitted = latent.fit_density(codes, density, seed=seed)
+        vae = VAE(fitted, vae.model.likelihood, vae.guide.posterior)
     with randomness.forked(seed):
         x = vae.sample(num_samples, mean=mean)
     path = _save(to or run / "samples.npy", x)
@@ -326,13 +393,20 @@ def reconstruct(
         Path | None, typer.Option(help="A file of data; otherwise the test data.")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/reconstructions.npy.")] = None,
+    corrupt: Annotated[bool, typer.Option(help="Corrupt the data first, as training did.")] = False,  # noqa: FBT002
+    seed: Annotated[int, typer.Option(help="Of the corruption.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Encode data and decode them again: means of x at the mean of q(z | x)."""
-    from pvae import plots
+    from pvae import plots, randomness
     from pvae.errors import UndefinedError
 
     vae, x = _open_with_data(run, data, device)
+    if corrupt:
+        if vae.guide.corruption is None:
+            raise ArgumentError("--corrupt", "a run that was trained with a corruption", f"{run}")
+        with randomness.forked(seed):
+            x = vae.guide.corruption(x)
     y = vae.reconstruct(x)
     path = _save(to or run / "reconstructions.npy", y)
     typer.echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
@@ -357,7 +431,7 @@ def encode(
     vae, x = _open_with_data(run, data, device)
     z = vae.encode(x)
     path = _save(to or run / "codes.npy", z)
-    typer.echo(f"{len(z)} codes of size {z.shape[-1]}: {path}")
+    typer.echo(f"{len(z)} codes of shape {tuple(z.shape[1:])}: {path}")
 
 
 def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Tensor]:

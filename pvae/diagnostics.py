@@ -6,14 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pvae import bounds, randomness
 from pvae import terms as t
-from pvae.data import Source
-from pvae.errors import UndefinedError
+from pvae.errors import UndefinedError, check_int, check_number
+from pvae.jacobian import squared_jacobian_norm
+from pvae.latent.checks import mean_of, only_site
+from pvae.latent.coding import means_and_noise
 
-__all__ = ["active_units"]
+__all__ = ["active_units", "hoyer", "near_zero", "sensitivity"]
 
 
 def active_units(
@@ -51,61 +54,109 @@ def active_units(
     Returns:
         True where active, shape ``latent_shape``.
     """
-    source, structure = bounds.prepare(model, guide, data, structure)
-    if site is None:
-        if len(structure.latents) != 1:
-            raise UndefinedError(
-                "active_units",
-                "a site, as the pair doesn't have exactly one latent of its data",
-                ", ".join(structure.latents) or "none",
-                [f"site='{name}'" for name in structure.latents[:2]],
-            )
-        site = structure.latents[0]
-    size = structure.subsample_size or 1
+    check_int("num_particles", num_particles, minimum=2)
     with randomness.forked(seed):
-        means, _ = _means(model, guide, source, structure, site, 1, max_rows)
-        if means is None:
-            rows = max(max_rows, num_particles * size)  # all draws of a datum in one chunk
-            means, noise = _means(model, guide, source, structure, site, num_particles, rows)
-            assert means is not None  # noqa: S101
-            return means.var(0) - noise > threshold
-    return means.var(0) > threshold
+        source, structure = bounds.prepare(model, guide, data, structure)
+        site = only_site("active_units", "latent of the data", structure.latents, site)
+        means, noise = means_and_noise(
+            model, guide, source, structure, site, num_particles, max_rows
+        )
+    return means.double().var(0) - noise.double().mean(0) > threshold
 
 
-def _means(
-    model: Any,
-    guide: Any,
-    source: Source,
-    structure: t.Structure,
-    site: str,
-    num_particles: int,
-    max_rows: int,
-) -> tuple[Tensor | None, Tensor]:
-    """E_q[z | x_n] for each datum, and what the noise of draws adds to its variance over data.
+def hoyer(codes: Tensor) -> Tensor:
+    r"""How sparse each code is, whatever its scale: 0 if all entries are alike, 1 if one is not 0.
 
-    With one particle, None if the guide's own mean isn't known.
+    .. math:: \frac{\sqrt d - \|z\|_1 / \|z\|_2}{\sqrt d - 1}
+
+    A code of zeros alone counts as sparse, 1.
+
+    References:
+        Non-negative Matrix Factorization with Sparseness Constraints (Hoyer, 2004),
+        https://www.jmlr.org/papers/v5/hoyer04a.html
+
+    Arguments:
+        codes: Shape ``(..., d)``, d at least 2.
+
+    Example:
+        >>> hoyer(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1.0, 1.0]]))
+        tensor([1., 0.])
     """
-    means, noise = [], torch.zeros((), device=structure.device)
-    for _, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
-        found = terms.sites[site]
-        assert found.value is not None  # noqa: S101
-        draws = found.value.double()
-        exact = _mean(found.guide, found.value)
-        if exact is not None:
-            means.append(exact.double())
-        elif num_particles == 1:
-            return None, noise
-        else:
-            means.append(draws.mean(0))
-            noise = noise + (draws.var(0) / len(draws)).sum(0)
-    return torch.cat(means), noise / source.num_rows
+    root = check_int("hoyer: entries of a code", codes.shape[-1], minimum=2) ** 0.5
+    norm = torch.linalg.vector_norm(codes, dim=-1)
+    ratio = codes.abs().sum(-1) / torch.where(norm > 0, norm, 1.0)
+    return torch.where(norm > 0, (root - ratio) / (root - 1), 1.0)
 
 
-def _mean(fn: Any, value: Tensor) -> Tensor | None:
-    """The guide's mean for each datum, if it is known and has the shape of a draw."""
-    try:
-        mean = fn.mean
-    except (NotImplementedError, AttributeError):
-        return None
-    mean = mean[0] if mean.dim() == value.dim() else mean
-    return mean if mean.shape == value.shape[1:] else None
+def near_zero(codes: Tensor, threshold: float = 0.01) -> Tensor:
+    """Share of each code's entries that are near 0, whatever the codes' scale.
+
+    Arguments:
+        codes: Shape ``(N, d)``.
+        threshold: What counts as near, in units of the root mean square of all entries.
+
+    Example:
+        >>> near_zero(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+        tensor([0.5000, 0.0000])
+    """
+    limit = check_number("threshold", threshold, minimum=0) * codes.square().mean().sqrt()
+    return (codes.abs() <= limit).to(codes.dtype).mean(-1)
+
+
+def sensitivity(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    site: str | None = None,
+    structure: t.Structure | None = None,
+    num_probes: int | None = None,
+    max_rows: int = 1024,
+    seed: int = 0,
+) -> Tensor:
+    r"""How far a code moves with its datum, :math:`\|\partial z / \partial x\|_F`.
+
+    z is the code, or the mean of a stochastic guide, in evaluation mode. The norm scales with the
+    codes; divided by their spread, ``codes.var(0).sum().sqrt()``, it compares between pairs.
+
+    References:
+        Contractive Auto-Encoders (Rifai et al., 2011),
+        https://icml.cc/2011/papers/455_icmlpaper.pdf
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source; the first is differentiated.
+        site: The latent; None if the pair has one.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        num_probes: Random directions for an estimate (see `pvae.jacobian`); None for exact norms.
+        max_rows: Bound on the rows in memory at once.
+        seed: Of draws and directions.
+
+    Returns:
+        Shape ``(N,)``.
+
+    Raises:
+        UndefinedError: If the mean of q isn't known.
+    """
+    found = []
+    with randomness.forked(seed):
+        source, structure = bounds.prepare(model, guide, data, structure)
+        name = only_site("sensitivity", "latent of the data", structure.latents, site)
+        with t.evaluating(structure.modules):
+            for _, (x, *context) in source.all(max_rows):
+
+                def code(x: Tensor, rest: tuple[Tensor, ...] = tuple(context)) -> Tensor:
+                    fn = poutine.trace(guide).get_trace(x, *rest).nodes[name]["fn"]
+                    mean = mean_of(fn)
+                    if mean is None:
+                        raise UndefinedError(
+                            f"site '{name}'",
+                            "a distribution whose mean is known",
+                            type(fn).__name__,
+                        )
+                    return mean
+
+                square = squared_jacobian_norm(code, x, num_probes=num_probes)
+                found.append(square.sqrt())
+    return torch.cat(found)

@@ -24,7 +24,7 @@ __all__ = ["Failure", "Stepper", "make_optimizer"]
 
 OptimizerLike = Callable[..., torch.optim.Optimizer]
 
-PARTS = ("loss", "elbo", "log_likelihood", "rate", "grad_norm")
+PARTS = ("loss", "elbo", "log_likelihood", "rate", "penalty", "grad_norm")
 """What is summed over an epoch: per datum and in nats, but for the norm of the gradient."""
 
 
@@ -94,6 +94,7 @@ class Stepper:
         self.bad_parameters: Tensor | None = None
         self.site_names: tuple[str, ...] = ()
         self.with_grad: list[str] = []
+        self.has_penalties = False
         self.buffers = [b for m in structure.modules for b in m.buffers(recurse=False)]
         self.is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
 
@@ -164,7 +165,9 @@ class Stepper:
         with torch.no_grad():
             self._note_sites(terms)
             elbo, likelihood = terms.elbo_per_datum()
-            return [loss.detach(), elbo, likelihood, likelihood - elbo], terms.num_rows
+            self.has_penalties = any(s.kind == "penalty" for s in terms.sites.values())
+            penalty = -terms.scaled("penalty").mean() / divisor
+            return [loss.detach(), elbo, likelihood, likelihood - elbo, penalty], terms.num_rows
 
     def _backward_of_pyro(self, batch: tuple[Tensor, ...]) -> tuple[list[Tensor], int]:
         rows = self.structure.subsample_size or len(batch[0])
@@ -185,7 +188,7 @@ class Stepper:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], divisor)
         loss = loss.detach().to(self.sums.device)
         unknown = torch.full_like(loss, float("nan"))
-        return [loss, unknown, unknown, unknown], rows
+        return [loss, unknown, unknown, unknown, unknown], rows
 
     def _gradient_norm(self) -> Tensor:
         names = [n for n, p in self.structure.parameters.items() if p.grad is not None]

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pvae.conditional import FromNetwork, NetworkLike, positive
+from pvae.errors import ArgumentError, check_int, check_number
 
-__all__ = ["MeanField", "Point"]
+__all__ = ["CodeDelta", "MeanField", "NearestCode", "Point"]
 
 
 class MeanField(FromNetwork):
@@ -77,3 +80,108 @@ class Point(FromNetwork):
         """The point mass at the code."""
         assert self.event_shape is not None  # noqa: S101
         return dist.Delta(params[0], event_dim=len(self.event_shape))
+
+
+class CodeDelta(dist.Delta):
+    """A point mass at the nearest codes, which remembers what the encoder had given.
+
+    Attributes:
+        encoded: The encoder's output, shape ``(..., *event_shape)``.
+        quantised: The codes nearest to it; the point itself has this value, and the gradient of
+            ``encoded``.
+    """
+
+    def __init__(self, encoded: Tensor, quantised: Tensor, event_dim: int) -> None:
+        self.encoded, self.quantised = encoded, quantised
+        through = encoded + (quantised - encoded).detach()
+        super().__init__(through, event_dim=event_dim)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> CodeDelta:
+        """The same point for more data."""
+        shape = (*batch_shape, *self.event_shape)
+        return CodeDelta(
+            self.encoded.expand(shape), self.quantised.expand(shape), len(self.event_shape)
+        )
+
+
+class NearestCode(FromNetwork):
+    r"""The point-mass guide of a VQ-VAE: each vector of the latent is its nearest code.
+
+    .. math:: z_m = e_k, \quad k = \arg\min_j \|e_\theta(x)_m - e_j\|
+
+    Gradients pass straight through to the encoder. The codes follow the vectors that chose them by
+    exponential moving averages, so they are no parameters; a code that nothing has chosen for long
+    is put where an encoding of the batch is. `pvae.penalties.Commitment` keeps the encoder near
+    its codes.
+
+    References:
+        Neural Discrete Representation Learning (van den Oord et al., 2017),
+        https://arxiv.org/abs/1711.00937
+
+    Arguments:
+        network: The encoder, with one output for each entry of the latent.
+        event_shape: Shape of the latent, ``(M, D)``: M vectors of D entries.
+        num_codes: Size of the codebook.
+        decay: Of the moving averages.
+        dead: A code is put elsewhere when its average number of vectors a batch is below this.
+
+    Example:
+        >>> q = NearestCode(torch.nn.Linear(64, 4 * 2), (4, 2), num_codes=16)(torch.zeros(5, 64))
+        >>> q.batch_shape, q.event_shape
+        (torch.Size([5]), torch.Size([4, 2]))
+    """
+
+    codes: Tensor
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(
+        self,
+        network: NetworkLike,
+        event_shape: int | Sequence[int],
+        num_codes: int = 64,
+        decay: float = 0.99,
+        dead: float = 0.01,
+    ) -> None:
+        super().__init__(network, event_shape)
+        assert self.event_shape is not None  # noqa: S101
+        size = (check_int("NearestCode.num_codes", num_codes), self.event_shape[-1])
+        self.decay = check_number("NearestCode.decay", decay, minimum=0)
+        self.dead = check_number("NearestCode.dead", dead, minimum=0)
+        if self.decay >= 1:
+            raise ArgumentError("NearestCode.decay", "a number below 1", f"{decay}")
+        self.register_buffer("codes", torch.randn(size))
+        self.register_buffer("counts", torch.zeros(size[0]))
+        self.register_buffer("sums", torch.zeros(size))
+
+    @property
+    def is_point(self) -> bool:
+        """True."""
+        return True
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Numbers of the codes nearest to vectors, shape ``(..., D)`` to ``(...)``."""
+        flat = vectors.detach().reshape(-1, vectors.shape[-1])
+        return torch.cdist(flat, self.codes).argmin(1).reshape(vectors.shape[:-1])
+
+    def distribution(self, *params: Tensor) -> Any:
+        """The point mass at the nearest codes."""
+        encoded = params[0]
+        if self.training and torch.is_grad_enabled():
+            self._follow(encoded.detach().reshape(-1, encoded.shape[-1]))
+        assert self.event_shape is not None  # noqa: S101
+        quantised = self.codes[self.nearest(encoded)]
+        return CodeDelta(encoded, quantised, len(self.event_shape))
+
+    @torch.no_grad()
+    def _follow(self, vectors: Tensor) -> None:
+        """Moves the codes after their vectors; nothing waits for the device."""
+        chosen = F.one_hot(self.nearest(vectors), len(self.codes)).to(vectors.dtype)
+        self.counts.lerp_(chosen.sum(0), 1 - self.decay)
+        self.sums.lerp_(chosen.T @ vectors, 1 - self.decay)
+        other = vectors[torch.randint(len(vectors), (len(self.codes),), device=vectors.device)]
+        is_dead = (self.counts < self.dead)[:, None]
+        mean = self.sums / self.counts.clamp(min=1e-12)[:, None]
+        self.codes.copy_(torch.where(is_dead, other, mean))
+        self.sums.copy_(torch.where(is_dead, self.codes, self.sums))
+        self.counts.copy_(torch.where(is_dead[:, 0], 1.0, self.counts))

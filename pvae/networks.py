@@ -13,10 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from pvae.errors import ArgumentError, PairError, as_shape, check_int
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named", "unit_norm"]
 
 
 def activation_named(name: str) -> type[nn.Module]:
@@ -25,6 +26,37 @@ def activation_named(name: str) -> type[nn.Module]:
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ArgumentError("activation", "the name of a torch.nn activation", repr(name), ["ReLU"])
     return found
+
+
+class _UnitColumns(nn.Module):
+    """A weight whose columns, what one input contributes to all outputs, have norm 1."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (
+            F.normalize(weight.transpose(0, 1).flatten(1), dim=1)
+            .reshape(weight.shape[1], weight.shape[0], *weight.shape[2:])
+            .transpose(0, 1)
+        )
+
+
+def unit_norm(network: nn.Module) -> nn.Module:
+    """Gives every linear and convolutional layer of a network columns of norm 1; returns it.
+
+    For the decoder of a sparse autoencoder: it can't make up for a code that shrinks, which is how
+    a penalty on the code's size is cheated.
+
+    Arguments:
+        network: Changed in place.
+
+    Example:
+        >>> layer = unit_norm(torch.nn.Linear(3, 4))
+        >>> layer.weight.norm(dim=0).allclose(torch.ones(3))
+        True
+    """
+    for module in list(network.modules()):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            parametrize.register_parametrization(module, "weight", _UnitColumns())
+    return network
 
 
 def _join(x: Tensor, event_dim: int, context: Sequence[Tensor], context_dim: int) -> Tensor:

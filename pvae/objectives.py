@@ -91,7 +91,12 @@ class Objective(PyroELBO):
 
     def __repr__(self) -> str:
         names = inspect.signature(type(self)).parameters
-        config = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
+        default = {n: p.default for n, p in names.items()}
+        config = [
+            f"{n}={value!r}"
+            for n in names
+            if (value := getattr(self, n)) != default[n] and value != Constant(1.0)
+        ]
         return f"{type(self).__name__}({', '.join(config)})"
 
     @property
@@ -188,10 +193,10 @@ def _bound(model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
 
 
 class ELBO(Objective):
-    r"""The evidence lower bound, with a weight on its rate.
+    r"""The evidence lower bound, with a weight on its rate, less the pair's penalties.
 
     .. math::
-        L = E_q[\log p(x | z)] - \beta\, E_q[\log q(z | x) - \log p(z)]
+        L = E_q[\log p(x | z)] - \beta\, E_q[\log q(z | x) - \log p(z)] - c \sum_j \lambda_j R_j
 
     With :math:`\beta = 1` the numbers and gradients are those of ``pyro.infer.Trace_ELBO``: sites
     that can be reparametrised get pathwise gradients, others score-function gradients with Pyro's
@@ -206,47 +211,57 @@ class ELBO(Objective):
         beta: Weight of the rate; a number, or a schedule such as
             ``schedules.Warmup(10, "epochs")``. Where it isn't 1 the loss isn't the ELBO; the ELBO
             is logged beside it.
+        penalty_weight: c, a factor on all penalties, a number or a schedule.
         vectorize_particles: Whether particles go through the networks at once; None to find out.
         plate: Name of the data plate, where the batch's length doesn't tell.
 
     Example:
         >>> from pvae.schedules import Warmup
         >>> ELBO(beta=Warmup(10, "epochs"))
-        ELBO(num_particles=1, beta=Warmup(length=10, unit='epochs', start=0.0, end=1.0))
+        ELBO(beta=Warmup(length=10, unit='epochs', start=0.0, end=1.0))
     """
 
     def __init__(
         self,
         num_particles: int = 1,
         beta: float | Schedule = 1.0,
+        penalty_weight: float | Schedule = 1.0,
         *,
         vectorize_particles: bool | None = None,
         plate: str | None = None,
     ) -> None:
-        if not isinstance(beta, Schedule):
-            check_number("beta", beta, minimum=0)
-        self.beta = as_schedule("beta", beta)
+        self.beta = _weight("beta", beta)
+        self.penalty_weight = _weight("penalty_weight", penalty_weight)
         super().__init__(num_particles, vectorize_particles=vectorize_particles, plate=plate)
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        """Beta's."""
-        return {"beta": self.beta}
+        """Those of the two weights."""
+        return {"beta": self.beta, "penalty_weight": self.penalty_weight}
 
     def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
-        beta: Tensor | float = state.get_buffer("beta").clone()  # it may advance during backward
-        if self.beta == Constant(1.0):
-            beta = 1.0
-        elif "joint" in terms.notes:
+        beta, factor = self._now("beta", state), self._now("penalty_weight", state)
+        if self.beta != Constant(1.0) and "joint" in terms.notes:
             terms.require_split()
         rate = terms.scaled("q") - terms.scaled("prior")
-        loss = -(terms.scaled("likelihood") - beta * rate + terms.scaled("penalty")).mean()
+        loss = -(terms.scaled("likelihood") - beta * rate + factor * terms.scaled("penalty")).mean()
         if any(_needs_score(p) for p in terms.passes):
-            score = torch.stack([_score_function(p, beta) for p in terms.passes]).sum()
+            score = torch.stack([_score_function(p, beta, factor) for p in terms.passes]).sum()
             score = score / terms.num_particles
             return loss.detach() - (score - score.detach())
         return loss
+
+    def _now(self, name: str, state: ObjectiveState) -> Tensor | float:
+        if getattr(self, name) == Constant(1.0):
+            return 1.0
+        return state.get_buffer(name).clone()  # it may advance during backward
+
+
+def _weight(name: str, value: float | Schedule) -> Schedule:
+    if not isinstance(value, Schedule):
+        check_number(name, value, minimum=0)
+    return as_schedule(name, value)
 
 
 def _needs_score(terms: t.Terms) -> bool:
@@ -256,7 +271,7 @@ def _needs_score(terms: t.Terms) -> bool:
     )
 
 
-def _score_function(terms: t.Terms, beta: Tensor | float) -> Tensor:
+def _score_function(terms: t.Terms, beta: Tensor | float, factor: Tensor | float) -> Tensor:
     """The ELBO of one pass with score-function terms, as ``Trace_ELBO`` has it, summed over K.
 
     References:
@@ -280,16 +295,16 @@ def _score_function(terms: t.Terms, beta: Tensor | float) -> Tensor:
     log_r, surrogate = MultiFrameTensor(), terms.like.new_zeros(())
     for name, stack in model_stacks.items():
         site = model_trace.nodes[name]
-        weight = 1.0 if site["is_observed"] else beta
+        weight = factor if t.is_penalty(site) else 1.0 if site["is_observed"] else beta
         log_r.add((stack, weight * site["log_prob"].detach()))
         surrogate = surrogate + weight * site["log_prob_sum"]
     for name, stack in guide_stacks.items():
         site = guide_trace.nodes[name]
-        weight = 1.0 if t.is_penalty(site) else beta
+        weight = factor if t.is_penalty(site) else beta
         log_r.add((stack, -weight * site["log_prob"].detach()))
     for name, stack in guide_stacks.items():
         site = guide_trace.nodes[name]
-        weight = 1.0 if t.is_penalty(site) else beta
+        weight = factor if t.is_penalty(site) else beta
         _, score, entropy = site["score_parts"]
         if isinstance(entropy, Tensor):
             surrogate = surrogate - weight * entropy.sum()

@@ -6,7 +6,7 @@ them: ``SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pvae.conditional import as_conditional
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
+from pvae.penalties import Penalty, Run, on_side, penalise, recording
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
 
 __all__ = ["VAE", "Guide", "Model"]
@@ -30,12 +31,16 @@ class Model(nn.Module):
     Arguments:
         prior: p(z), or p(z | y): a `Conditional`, a distribution, a function, a module, a flow.
         likelihood: p(x | z), or p(x | z, y): the same.
+        penalties: What training subtracts from the objective; see `pvae.penalties`.
     """
 
-    def __init__(self, prior: Any, likelihood: Any) -> None:
+    def __init__(
+        self, prior: Any, likelihood: Any, penalties: Penalty | Sequence[Penalty] = ()
+    ) -> None:
         super().__init__()
         self.prior = as_conditional(prior, "prior")
         self.likelihood = as_conditional(likelihood, "likelihood")
+        self.penalties = on_side("model", penalties)
 
     def forward(self, x: Tensor | None, *context: Tensor, size: int | None = None) -> Tensor:
         """Runs the program on a batch, or generates one.
@@ -55,11 +60,15 @@ class Model(nn.Module):
             _check_prior(prior, context, size)
             z = pyro.sample(LATENT, prior)
             _check_latent(z, prior)
-            likelihood = self.likelihood(z, *context)
+            active = self.penalties if self.training and x is not None else ()
+            with recording(self.likelihood, active) as activations:
+                likelihood = self.likelihood(z, *context)
             _check_batch(OBSERVED, likelihood, z.shape[: z.dim() - len(prior.event_shape)])
             if x is not None:
                 _check_event(x, likelihood)
-            return pyro.sample(OBSERVED, likelihood, obs=x)
+            x = pyro.sample(OBSERVED, likelihood, obs=x)
+            penalise(Run("model", self.likelihood, x, z, context, likelihood, activations), active)
+            return x
 
 
 class Guide(nn.Module):
@@ -67,19 +76,36 @@ class Guide(nn.Module):
 
     Arguments:
         posterior: The guide family: a `Conditional`, a function, a module, a conditional flow.
+        corruption: From x to what the guide sees of it in training; see `pvae.corruptions`.
+        penalties: What training subtracts from the objective; see `pvae.penalties`.
     """
 
-    def __init__(self, posterior: Any) -> None:
+    def __init__(
+        self,
+        posterior: Any,
+        corruption: Callable[[Tensor], Tensor] | None = None,
+        penalties: Penalty | Sequence[Penalty] = (),
+    ) -> None:
         super().__init__()
         self.posterior = as_conditional(posterior, "guide")
+        if corruption is not None and not callable(corruption):
+            raise ArgumentError("corruption", "a function or module of x", repr(corruption))
+        self.corruption = corruption
+        self.penalties = on_side("guide", penalties)
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """Runs the program on a batch and returns the latent, shape ``(N, *latent_shape)``."""
         announce_parameters(self, "guide")
+        if self.training and self.corruption is not None:
+            x = _corrupted(x, self.corruption)
+        active = self.penalties if self.training else ()
         with pyro.plate(DATA_PLATE, len(x)):
-            posterior = self.posterior(x, *context)
+            with recording(self.posterior, active) as activations:
+                posterior = self.posterior(x, *context)
             _check_batch(LATENT, posterior, x.shape[:1])
-            return pyro.sample(LATENT, posterior)
+            z = pyro.sample(LATENT, posterior)
+            penalise(Run("guide", self.posterior, x, z, context, posterior, activations), active)
+            return z
 
 
 class VAE(nn.Module):
@@ -91,6 +117,8 @@ class VAE(nn.Module):
         prior: p(z), or p(z | y).
         likelihood: p(x | z), or p(x | z, y).
         guide: q(z | x), or q(z | x, y).
+        corruption: What the guide sees of x in training; makes it a denoising autoencoder.
+        penalties: What training subtracts from the objective, on either side.
 
     Raises:
         PairError: If the pair has no best fit: a point mass beside a likelihood or a prior whose
@@ -110,10 +138,18 @@ class VAE(nn.Module):
         (torch.Size([5, 64]), torch.Size([3, 2]))
     """
 
-    def __init__(self, prior: Any, likelihood: Any, guide: Any) -> None:
+    def __init__(
+        self,
+        prior: Any,
+        likelihood: Any,
+        guide: Any,
+        *,
+        corruption: Callable[[Tensor], Tensor] | None = None,
+        penalties: Penalty | Sequence[Penalty] = (),
+    ) -> None:
         super().__init__()
-        self.model = Model(prior, likelihood)
-        self.guide = Guide(guide)
+        self.model = Model(prior, likelihood, penalties)
+        self.guide = Guide(guide, corruption, penalties)
         _check_bounded(self)
 
     def sample(self, num_samples: int, *context: Any, mean: bool = False) -> Tensor:
@@ -238,6 +274,18 @@ def _batch_size(x: Tensor | None, context: Sequence[Tensor], size: int | None) -
     if size is None:
         raise PairError("model", "data, a context or size=N to know how many", "none of them")
     return size
+
+
+def _corrupted(x: Tensor, corruption: Callable[[Tensor], Tensor]) -> Tensor:
+    seen = corruption(x)
+    if seen.shape != x.shape:
+        raise PairError(
+            "corruption",
+            f"data of the shape that they had, {tuple(x.shape)}",
+            f"shape {tuple(seen.shape)}",
+            ["small images in the size of the large ones, as corruptions.Downsampling has them"],
+        )
+    return seen
 
 
 def _check_prior(prior: Any, context: Sequence[Tensor], size: int) -> None:

@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 from pvae.conditional import Conditional
 from pvae.errors import UndefinedError, check_number
 
-__all__ = ["Flat", "Laplace", "Normal", "StandardNormal"]
+__all__ = ["Flat", "Laplace", "Normal", "StandardNormal", "StudentT"]
 
 
 class StandardNormal(Conditional):
@@ -101,6 +101,48 @@ class Laplace(Conditional):
     def forward(self, *context: Tensor) -> Any:
         """The Laplace distribution, whatever the context."""
         return dist.Laplace(self.loc, self.scale).to_event(self.loc.dim())
+
+
+class StudentT(Conditional):
+    r"""A sparse prior with heavy tails, :math:`p(z) = \prod_d \mathrm{St}(z_d; \nu, 0, s)`.
+
+    With a point-mass guide it is the penalty
+    :math:`\tfrac{\nu + 1}{2} \sum_d \log(1 + z_d^2 / (\nu s^2))`, which pulls small entries to 0
+    and leaves large ones alone.
+
+    References:
+        Emergence of simple-cell receptive field properties by learning a sparse code for natural
+        images (Olshausen & Field, 1996), https://doi.org/10.1038/381607a0
+
+    Arguments:
+        event_shape: Shape of the latent, an integer for a vector.
+        df: :math:`\nu`, degrees of freedom.
+        scale: s.
+
+    Example:
+        >>> prior = StudentT(1, df=1.0, scale=0.5)()
+        >>> prior.log_prob(torch.zeros(1)) - prior.log_prob(torch.ones(1))  # log(1 + 1 / 0.25)
+        tensor(1.6094)
+    """
+
+    df: Tensor
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, event_shape: int | Sequence[int], df: float = 3.0, scale: float = 1.0
+    ) -> None:
+        super().__init__(event_shape)
+        assert self.event_shape is not None  # noqa: S101
+        shape = self.event_shape
+        self.register_buffer("df", torch.full(shape, check_number("StudentT.df", df, above=0)))
+        self.register_buffer("loc", torch.zeros(shape))
+        scale = check_number("StudentT.scale", scale, above=0)
+        self.register_buffer("scale", torch.full(shape, scale))
+
+    def forward(self, *context: Tensor) -> Any:
+        """Student's t distribution, whatever the context."""
+        return dist.StudentT(self.df, self.loc, self.scale).to_event(self.loc.dim())
 
 
 class FlatDistribution(dist.TorchDistribution):

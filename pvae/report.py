@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pvae import bounds, diagnostics
+from pvae import bounds, diagnostics, latent
 from pvae import terms as t
 from pvae.errors import UndefinedError
 
@@ -108,6 +108,8 @@ def summarize(
     active = _active(model, guide, source, structure, seed)
     if active is not None:
         lines.append(("active units", f"{active[0]} of {active[1]}", "Var_x(E_q[z]) > 0.01"))
+    if structure.points and len(structure.latents) == 1:
+        lines += _of_codes(model, guide, source, structure, seed)
     if seconds is not None:
         lines.append(("training", f"{seconds:.0f} s", f"{len(history)} epoch(s)"))
     return Summary(title or "pvae", tuple(lines), _advice(lower, best, active, list(history)))
@@ -139,6 +141,31 @@ def _active(
         return None
     active = diagnostics.active_units(model, guide, source, structure=structure, seed=seed)
     return int(active.sum()), active.numel()
+
+
+def _of_codes(
+    model: Any, guide: Any, source: Any, structure: t.Structure, seed: int
+) -> list[tuple[str, str, str]]:
+    """What is defined for a point mass: how sparse and how sensitive its codes are."""
+    codes = latent.codes(model, guide, source, structure=structure, seed=seed).flatten(1)
+    lines = []
+    if codes.shape[1] > 1:
+        zero = 100 * float(diagnostics.near_zero(codes).mean())
+        value = float(diagnostics.hoyer(codes).mean())
+        lines.append(
+            ("sparsity", f"{value:.3f}", f"Hoyer's, of codes; {zero:.0f}% of entries near 0")
+        )
+    num_probes = None if codes.shape[1] <= 256 else 16
+    norms = diagnostics.sensitivity(
+        model, guide, source, structure=structure, num_probes=num_probes, seed=seed
+    )
+    spread = codes.var(0).sum().sqrt()
+    if bool(spread > 0):
+        value = float((norms / spread).mean())
+        lines.append(
+            ("sensitivity", f"{value:.3f}", "|dz/dx| over the codes' spread, per unit of x")
+        )
+    return lines
 
 
 NOTHING = "nothing stands out: sample, reconstruct, encode with it"

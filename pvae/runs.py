@@ -7,6 +7,7 @@ A run folder holds ``config.json``, ``checkpoint.safetensors``, ``history.jsonl`
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pvae import fitting, guides, likelihoods, priors
+from torch import nn
+
+from pvae import corruptions, fitting, guides, likelihoods, penalties, priors
 from pvae.checkpoint import write_atomically
 from pvae.data import Data, Splits, load
 from pvae.errors import ArgumentError, CheckpointError, PvaeError, TrainingError
@@ -24,13 +27,36 @@ from pvae.pair import VAE
 from pvae.recipes import RECIPES
 from pvae.schedules import Warmup
 
-__all__ = ["GUIDES", "LIKELIHOODS", "NETWORKS", "PRIORS", "Config", "open_run"]
+__all__ = [
+    "CORRUPTIONS",
+    "GUIDES",
+    "LIKELIHOODS",
+    "NETWORKS",
+    "PENALTIES",
+    "PRIORS",
+    "Config",
+    "open_run",
+]
 
 PRIORS: dict[str, Callable[..., Any]] = {
     "standard_normal": priors.StandardNormal,
     "normal": priors.Normal,
     "laplace": priors.Laplace,
+    "student_t": priors.StudentT,
     "flat": priors.Flat,
+}
+CORRUPTIONS: dict[str, Callable[..., Any]] = {
+    "noise": corruptions.Noise,
+    "mask": corruptions.Masking,
+    "salt_and_pepper": corruptions.SaltAndPepper,
+    "block": corruptions.BlockMasking,
+    "downsample": corruptions.Downsampling,
+}
+PENALTIES: dict[str, Callable[[float], penalties.Penalty]] = {
+    "l1_activations": penalties.Activations,
+    "contractive": penalties.Contractive,
+    "weight_decay": penalties.WeightDecay,
+    "mmd": penalties.MMD,
 }
 GUIDES: dict[str, Callable[..., Any]] = {"mean_field": guides.MeanField, "point": guides.Point}
 LIKELIHOODS = ("bernoulli", "binomial", "categorical", "gaussian")
@@ -49,6 +75,19 @@ class Config:
     likelihood: str | None = None
     sigma: str | None = None
     guide: str | None = None
+    noise: float | None = None
+    mask: float | None = None
+    salt_and_pepper: float | None = None
+    block: int | None = None
+    downsample: int | None = None
+    l1: float | None = None
+    l1_activations: float | None = None
+    contractive: float | None = None
+    weight_decay: float | None = None
+    mmd: float | None = None
+    num_codes: int | None = None
+    num_latents: int | None = None
+    commitment: float | None = None
     network: str = "mlp"
     hidden: tuple[int, ...] | None = None
     activation: str = "ReLU"
@@ -101,7 +140,7 @@ class Config:
         """The likelihood: as asked for, or the natural one of the data."""
         if self.likelihood is not None:
             return self.likelihood
-        if self.recipe == "ae" or splits.levels is None:
+        if self.has_point or splits.levels is None:
             return "gaussian"
         return "bernoulli" if splits.levels == 2 else "binomial"
 
@@ -126,8 +165,54 @@ class Config:
         if self.guide is not None:
             options["guide"] = GUIDES[self.guide]
         return RECIPES[self.recipe].build(
-            splits.event_shape, self.latent_dim, hidden=self.widths, **options
+            splits.event_shape,
+            self.latent_dim,
+            hidden=self.widths,
+            **self._variations(splits),
+            **options,
         )
+
+    def _variations(self, splits: Splits) -> dict[str, Any]:
+        """What makes a variant: the recipe's own arguments, corruptions, penalties."""
+        own = _arguments(self.recipe)
+        found: dict[str, Any] = {}
+        others: list[penalties.Penalty] = []
+        for name in ("l1", *PENALTIES, "num_codes", "num_latents", "commitment"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name in own:
+                found[name] = value
+            elif name in PENALTIES:
+                others.append(PENALTIES[name](value))
+            elif name == "l1" and self.prior is None:
+                found["prior"] = partial(priors.Laplace, rate=value)
+            else:
+                option = f"--{name.replace('_', '-')}"
+                raise ArgumentError(
+                    option,
+                    "an option of the recipe",
+                    f"--recipe {self.recipe}" + (" with --prior" if name == "l1" else ""),
+                    [f"--recipe {r}" for r in RECIPES if name in _arguments(r)][:2],
+                )
+        if others:
+            found["penalties"] = others
+        chosen = [(n, getattr(self, n)) for n in CORRUPTIONS if getattr(self, n) is not None]
+        if chosen:
+            made = [CORRUPTIONS[n](v) for n, v in chosen]
+            for part in made:
+                is_scaled = self.likelihood_for(splits) == "gaussian"
+                if isinstance(part, corruptions.SaltAndPepper) and splits.levels and not is_scaled:
+                    part.high = float(splits.levels - 1)
+            found["corruption"] = nn.Sequential(*made)
+        return found
+
+    @property
+    def has_point(self) -> bool:
+        """Whether the guide is a point mass."""
+        if self.guide is not None:
+            return self.guide == "point"
+        return RECIPES[self.recipe].has_point
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -136,8 +221,7 @@ class Config:
 
     def _likelihood(self, name: str, splits: Splits) -> Callable[..., Any]:
         if name == "gaussian":
-            is_point = self.guide == "point" or (self.recipe == "ae" and self.guide is None)
-            sigma: float | str = self.sigma or (0.5**0.5 if is_point else "optimal")
+            sigma: float | str = self.sigma or (0.5**0.5 if self.has_point else "optimal")
             with contextlib.suppress(ValueError):
                 sigma = float(sigma)
             return partial(likelihoods.Gaussian, sigma=sigma)
@@ -167,15 +251,17 @@ class Config:
 
     # The file
 
-    def resolved(self, splits: Splits) -> dict[str, Any]:
+    def resolved(self, splits: Splits, vae: VAE) -> dict[str, Any]:
         """What recipe and data have decided where the configuration says ``None``."""
-        is_ae = self.recipe == "ae"
-        prior = "flat" if is_ae else "standard_normal"
-        guide = "point" if is_ae else "mean_field"
         return {
-            "prior": self.prior or prior,
+            "prior": type(vae.model.prior).__name__,
             "likelihood": self.likelihood_for(splits),
-            "guide": self.guide or guide,
+            "guide": type(vae.guide.posterior).__name__,
+            "corruption": None if vae.guide.corruption is None else str(vae.guide.corruption),
+            "penalties": {
+                type(p).__name__: float(p.weight)
+                for p in (*vae.model.penalties, *vae.guide.penalties)
+            },
             "hidden": list(self.widths),
             "event_shape": list(splits.event_shape),
             "levels": splits.levels,
@@ -183,11 +269,11 @@ class Config:
         }
 
     @contextlib.contextmanager
-    def written(self, folder: Path, splits: Splits) -> Iterator[None]:
+    def written(self, folder: Path, splits: Splits, vae: VAE) -> Iterator[None]:
         """Writes ``config.json``, and puts things back if the training is refused."""
         existed, path = folder.exists(), folder / "config.json"
         before = path.read_bytes() if path.exists() else None
-        content = {**asdict(self), "resolved": self.resolved(splits)}
+        content = {**asdict(self), "resolved": self.resolved(splits, vae)}
         write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
         try:
             yield
@@ -225,6 +311,10 @@ class Config:
                 f"{type(error).__name__}: {error}",
                 ["pvae train --out DIR first, then the folder DIR"],
             ) from error
+
+
+def _arguments(recipe: str) -> set[str]:
+    return set(inspect.signature(RECIPES[recipe].build).parameters)
 
 
 def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Splits]:

@@ -193,7 +193,7 @@ def test_doctor() -> None:
 MISTAKES = {
     "data": (["train", "--data", "mnits"], "expected one of digits, mnist"),
     "data set missing": (["train", "--data", "mnist"], "PVAE_DATA=DIR"),
-    "recipe": (["train", "--recipe", "gan"], "--recipe: expected one of vae, ae; got 'gan'"),
+    "recipe": (["train", "--recipe", "gan"], "--recipe: expected one of vae, ae, sparse_ae"),
     "prior": (["train", "--prior", "cauchy"], "--prior: expected one of standard_normal"),
     "likelihood": (["train", "--likelihood", "poisson"], "--likelihood: expected one of bernoulli"),
     "not binary": (["train", "--likelihood", "bernoulli"], "--binarize dynamic"),
@@ -206,6 +206,10 @@ MISTAKES = {
     "sigma of a binomial": (["train", "--sigma", "0.5"], "a gaussian likelihood beside it"),
     "no run": (["evaluate", "nowhere"], "expected the config.json of a run"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], "a run to resume"),
+    "codes of a vae": (["train", "--num-codes", "8"], "--recipe vq_vae"),
+    "two priors": (["train", "--l1", "1", "--prior", "flat"], "--l1: expected an option of the"),
+    "rate of noise": (["train", "--mask", "1.5"], "Masking.rate: expected a probability"),
+    "small codes": (["train", "--recipe", "sparse_ae", "--l1", "0"], "l1: expected a finite"),
     "flat prior": (["train", "--prior", "normal", "--recipe", "ae"], "a prior without parameters"),
 }
 

@@ -15,21 +15,22 @@ import pytest
 import pvae
 
 ROOT = Path(pvae.__file__).parent
-GROUND = {"errors", "sites", "schedules", "randomness", "data", "conditional"}
-PARTS = {"networks", "priors", "likelihoods", "guides", "pair"}
+GROUND = {"errors", "sites", "schedules", "randomness", "data", "conditional", "jacobian", "mmd"}
+PARTS = {"networks", "priors", "likelihoods", "guides", "corruptions", "penalties", "pair"}
 TOOLS = [  # each may import the ground and the tools above it
     "terms",
     "objectives",
     "engine",
     "checkpoint",
     "bounds",
+    "latent",
     "diagnostics",
     "fitting",
     "testing",
 ]
 FACES = {"recipes", "runs", "plots", "report", "cli", "__main__"}
 PART_IMPORTS = {"priors": {"networks"}, "likelihoods": {"networks"}, "guides": {"networks"}}
-PART_IMPORTS |= {"networks": set(), "pair": PARTS}
+PART_IMPORTS |= {"networks": set(), "corruptions": set(), "penalties": set(), "pair": PARTS}
 
 
 def files() -> list[Path]:

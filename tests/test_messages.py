@@ -349,7 +349,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
     "which latent": (
         lambda: diagnostics.active_units(*two_latents(), torch.zeros(N, D)),
         "active_units",
-        "a site, as the pair doesn't have exactly one latent of its data; got a, b",
+        "site=NAME, as there isn't exactly one latent of the data; got 'a' and 'b'",
         "site='a'",
     ),
 }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import Tensor
 
 from pvae import VAE, bounds, diagnostics, guides, likelihoods, priors, recipes, report
 from pvae.errors import UndefinedError
@@ -140,6 +143,26 @@ def test_active_units_are_those_that_depend_on_the_data(device: torch.device) ->
     assert active.tolist() == [True, False, False]
     lower = diagnostics.active_units(vae.model, vae.guide, x, threshold=1e-3)
     assert lower.tolist() == [True, True, False]
+
+
+def test_a_latent_fed_by_another_draw_isnt_active_by_that(device: torch.device) -> None:
+    """q(z1 | x) q(z2 | z1): what z2 varies by given z1 is no dependence on the data."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("z2", dist.Normal(z1, 1.0))
+            pyro.sample("x", dist.Normal(z1, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("z2", dist.Normal(z1, 1.0))
+
+    x = torch.randn(400, device=device)
+    assert not diagnostics.active_units(model, guide, x, site="z2", num_particles=400)
+    with pytest.raises(UndefinedError, match="'nope'; there are: 'z1' and 'z2'"):
+        diagnostics.active_units(model, guide, x, site="nope")
 
 
 def test_active_units_without_a_known_mean(device: torch.device) -> None:

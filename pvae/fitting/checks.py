@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +17,9 @@ from pvae import randomness
 from pvae import terms as t
 from pvae.data import Source
 from pvae.data.sources import LoaderSource
-from pvae.errors import ArgumentError, PairError, PvaeWarning, oxford
+from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
 
-__all__ = ["check_batches", "check_parameters"]
+__all__ = ["check_batches", "check_overcomplete", "check_parameters"]
 
 
 def check_batches(
@@ -91,12 +93,8 @@ def _check_one_row(
     norms = [m for m in structure.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
     if not norms:
         return
-    kept = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
-    modes = [(m, m.training) for m in structure.modules]
-    for module in structure.modules:
-        module.training = True
     try:
-        with randomness.forked(), torch.no_grad():
+        with _trying(structure):
             t.run_pair(model, guide, t.first_batch(source, 1))
     except PairError as error:
         if "more than 1 value per channel" not in str(error):
@@ -107,11 +105,59 @@ def _check_one_row(
             f"{source.num_rows} rows in batches of {batch_size}: the last one has a single row",
             [f"batch_size={batch_size + 1}", "one row fewer"],
         ) from error
+
+
+@contextmanager
+def _trying(structure: t.Structure) -> Iterator[None]:
+    """Training mode, which leaves no trace: modes, buffers and generators are put back."""
+    kept = [(b, b.clone()) for m in structure.modules for b in m.buffers(recurse=False)]
+    modes = [(m, m.training) for m in structure.modules]
+    for module in structure.modules:
+        module.training = True
+    try:
+        with randomness.forked(), torch.no_grad():
+            yield
     finally:
         for buffer, copy in kept:
             buffer.copy_(copy)
         for module, training in modes:
             module.training = training
+
+
+def check_overcomplete(model: Any, guide: Any, structure: t.Structure, source: Source) -> None:
+    """Warns of an autoencoder that nothing keeps from learning the identity."""
+    if isinstance(source, LoaderSource) or not (structure.points & set(structure.improper)):
+        return
+    batch = t.first_batch(source, min(8, source.num_rows))
+    points = sorted(structure.points & set(structure.improper))
+    try:
+        with t.evaluating(structure.modules), randomness.forked():
+            clean, of_model = t.run_pair(model, guide, batch)
+        code, data = (
+            sum(_size(of_model.nodes[n]) for n in names) for names in (points, structure.observed)
+        )
+        if code < data:
+            return
+        with _trying(structure):
+            of_guide, of_model = t.run_pair(model, guide, batch)
+    except PvaeError:  # training will say so
+        return
+    sites = [*of_guide.nodes.values(), *of_model.nodes.values()]
+    if any(t.is_penalty(s) for s in sites if s["type"] == "sample"):
+        return
+    if any(not torch.equal(of_guide.nodes[n]["value"], clean.nodes[n]["value"]) for n in points):
+        return  # corrupted data, dropout, or a norm over the batch
+    warnings.warn(
+        f"The code has {code} entries, the data have {data}: an autoencoder can learn the "
+        "identity, and nothing here keeps it from that. A smaller latent_dim, a sparse or normal "
+        "prior, a corruption, or a penalty would.",
+        PvaeWarning,
+        stacklevel=5,
+    )
+
+
+def _size(site: Any) -> int:
+    return math.prod(site["fn"].event_shape)
 
 
 def check_parameters(structure: t.Structure) -> None:

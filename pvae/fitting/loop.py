@@ -34,7 +34,7 @@ from pvae.errors import (
     check_int,
     oxford,
 )
-from pvae.fitting.checks import check_batches, check_parameters
+from pvae.fitting.checks import check_batches, check_overcomplete, check_parameters
 from pvae.fitting.history import History
 from pvae.fitting.options import Options
 from pvae.fitting.state import Progress, buffers_of, copy_into, fingerprint, restore, snapshot
@@ -117,7 +117,7 @@ class Fit:
     def _inspect(self, data: Any, valid: Any) -> tuple[t.Structure, Source, Source | None]:
         """Looks at pair and data together, on the device, and refuses what can't be trained."""
         options, model, guide = self.options, self.model, self.guide
-        where, dtype = place(model, guide, options.device)
+        where, dtype = place(model, guide, options.device, data)
         source = as_source(data, where, dtype)
         num_rows = min(options.batch_size or source.num_rows, source.num_rows)
         try:
@@ -128,6 +128,7 @@ class Fit:
         check_parameters(structure)
         source = as_source(data, structure.device, structure.dtype)
         t.check_data(model, guide, source)
+        check_overcomplete(model, guide, structure, source)
         if valid is None:
             return structure, source, None
         validation = as_source(valid, structure.device, structure.dtype)
@@ -337,10 +338,14 @@ class Fit:
         record["log_likelihood"] = average["log_likelihood"]
         no_rate = self.structure.has_points or self.structure.improper
         record["rate"] = None if no_rate else average["rate"]
+        if self.stepper.has_penalties:
+            record["penalty"] = average["penalty"]
         record["grad_norm"] = average["grad_norm"]
         record["lr"] = self.stepper.optimizer.param_groups[0]["lr"]
         if self.stepper.state is not None:
-            for name in self.stepper.state.schedules:
+            for name, schedule in self.stepper.state.schedules.items():
+                if schedule == Constant(1.0):
+                    continue
                 record[name] = float(getattr(self.stepper.state, name))
         if self.valid is not None:
             record.update(self._validate())
@@ -480,12 +485,19 @@ def _as_objective(objective: PyroELBO | None, plate: str | None) -> PyroELBO:
     return objective
 
 
-def place(model: Any, guide: Any, device: str | torch.device) -> tuple[torch.device, torch.dtype]:
-    """Moves modules to the device; returns it, and the type of their first floating tensor."""
+def place(
+    model: Any, guide: Any, device: str | torch.device, data: Any = None
+) -> tuple[torch.device, torch.dtype]:
+    """Moves modules to the device; returns it, and the type of their first floating tensor.
+
+    Functions can't be moved: ``"auto"`` is then where the data are.
+    """
     modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
     tensors = [p for m in modules for p in (*m.parameters(), *m.buffers()) if p.is_floating_point()]
     if device == "auto":
-        where = torch.device("cuda" if tensors and torch.cuda.is_available() else "cpu")
+        where = t.home_of((), data).device
+        if tensors:
+            where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:
         try:
             where = torch.device(device)

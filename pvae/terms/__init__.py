@@ -5,7 +5,7 @@ Every tool (objectives, bounds, diagnostics, export) reads these; nobody else tr
 data set in chunks of bounded memory.
 """
 
-from pvae.terms.chunks import first_batch, inspect_source, stream
+from pvae.terms.chunks import first_batch, home_of, inspect_source, stream
 from pvae.terms.messages import is_penalty
 from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair, probing, run_pair
@@ -21,6 +21,7 @@ __all__ = [
     "compute",
     "evaluating",
     "first_batch",
+    "home_of",
     "inspect_pair",
     "inspect_source",
     "is_penalty",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor
+from torch import Tensor, nn
 
 from pvae.data import Source
 from pvae.data.sources import LoaderSource
@@ -19,12 +19,23 @@ from pvae.terms.probe import inspect_pair
 from pvae.terms.result import Terms
 from pvae.terms.structure import Structure, evaluating
 
-__all__ = ["first_batch", "inspect_source", "stream"]
+__all__ = ["first_batch", "home_of", "inspect_source", "stream"]
 
 
 def first_batch(source: Source, num_rows: int) -> tuple[Tensor, ...]:
     """The first rows of a source; a DataLoader's first batch."""
     return next(source.all(min(num_rows, source.num_rows)))[1]
+
+
+def home_of(programs: Iterable[Any], data: Any) -> Tensor:
+    """A floating tensor that is where a pair is: a module's; for functions, one of the data."""
+    modules = [p for p in programs if isinstance(p, nn.Module)]
+    given = data if isinstance(data, (tuple, list)) else (data,)
+    tensors = (v for m in modules for v in (*m.parameters(), *m.buffers()))
+    for tensor in (*tensors, *given):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            return tensor
+    return torch.zeros(())
 
 
 def inspect_source(

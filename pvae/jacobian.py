@@ -1,0 +1,83 @@
+"""The Jacobian of a code with respect to the data, in the Frobenius norm, datum by datum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pvae.errors import check_int
+
+__all__ = ["squared_jacobian_norm"]
+
+
+def squared_jacobian_norm(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    num_probes: int | None = None,
+    max_entries: int = 2**24,
+    create_graph: bool = False,
+) -> Tensor:
+    r"""The squared Frobenius norm :math:`\|\partial z / \partial x\|_F^2` for each datum.
+
+    Exact, it takes one backward pass for each entry of z, several of them at once. With probes it
+    is Hutchinson's estimate :math:`\frac1P \sum_p \|v_p^T J\|^2`, v standard normal, which is
+    unbiased and whose variance is :math:`2 \|J J^T\|_F^2 / P` (its root, the norm, is then
+    estimated too low, by about :math:`\|J J^T\|_F^2 / (4 P \|J\|_F^3)`).
+
+    Arguments:
+        function: From data to codes, each from its own datum alone; shape ``(N, ...)`` both.
+        x: Data.
+        num_probes: P; None for the exact norm.
+        max_entries: Bound on the numbers of a Jacobian that are in memory at once.
+        create_graph: Whether the result is to be differentiated.
+
+    References:
+        A stochastic estimator of the trace of the influence matrix (Hutchinson, 1990),
+        https://doi.org/10.1080/03610919008812866
+
+    Returns:
+        Shape ``(N,)``.
+
+    Example:
+        >>> squared_jacobian_norm(lambda x: 3 * x, torch.zeros(2, 5))
+        tensor([45., 45.])
+    """
+    if num_probes is not None:
+        check_int("num_probes", num_probes)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        z = function(leaf)
+        flat = z.reshape(len(x), -1)
+        size = flat.shape[1]
+        if num_probes is None:
+            probes = torch.eye(size, dtype=flat.dtype, device=flat.device)
+            probes = probes[:, None].expand(size, *flat.shape)
+        else:
+            probes = torch.randn(num_probes, *flat.shape, dtype=flat.dtype, device=flat.device)
+        step = max(1, max_entries // max(1, leaf.numel()))
+
+        def part(vectors: Tensor) -> Tensor:
+            (rows,) = torch.autograd.grad(
+                flat,
+                leaf,
+                vectors,
+                is_grads_batched=True,
+                create_graph=create_graph,
+                retain_graph=True,
+            )
+            return rows.flatten(2).square().sum((0, 2))
+
+        chunks = probes.split(step)
+        total = sum(
+            checkpoint(part, chunk, use_reentrant=False)
+            if create_graph and len(chunks) > 1
+            else part(chunk)
+            for chunk in chunks
+        )
+    assert isinstance(total, Tensor)  # noqa: S101
+    total = total if num_probes is None else total / num_probes
+    return total if create_graph else total.detach()

@@ -1,0 +1,142 @@
+"""Codes of data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import bounds, randomness
+from pvae import terms as t
+from pvae.data import Source
+from pvae.errors import UndefinedError, check_int
+from pvae.latent.checks import mean_of, only_site
+
+__all__ = ["codes", "means_and_noise"]
+
+
+def codes(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    site: str | None = None,
+    num_samples: int | None = None,
+    num_particles: int = 32,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    seed: int = 0,
+) -> Tensor:
+    r"""The code of each datum, :math:`E_q[z | x_n]`, or draws from q(z | x).
+
+    The mean is exact where the guide's distribution knows its mean and nothing random feeds it; a
+    point mass is its own mean. Otherwise it is one over draws of what comes before the site, and
+    of the site itself where its mean isn't known.
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        site: The latent; None if the pair has one.
+        num_samples: S draws from the guide; None for the mean.
+        num_particles: Draws for the mean, where it isn't exact.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
+        seed: Of the draws; the caller's generators are left as they are.
+
+    Returns:
+        Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
+
+    Raises:
+        UndefinedError: If there is more than one latent to choose from, or q has no mean.
+
+    Example:
+        >>> autoencoder = pvae.recipes.ae(64, 2)
+        >>> codes(autoencoder.model, autoencoder.guide, torch.zeros(5, 64)).shape
+        torch.Size([5, 2])
+    """
+    check_int("num_particles", num_particles)
+    if num_samples is not None:
+        check_int("num_samples", num_samples)
+    with randomness.forked(seed):
+        source, structure = bounds.prepare(model, guide, data, structure, plate)
+        site = only_site("codes", "latent of the data", structure.latents, site)
+
+        if num_samples is not None:
+            passes = t.stream(model, guide, source, structure, num_samples, max_rows)
+            draws = _by_rows(passes, lambda terms: terms.sites[site].value)
+            return torch.cat([torch.cat(parts) for parts in draws], 1)
+        means, _ = means_and_noise(model, guide, source, structure, site, num_particles, max_rows)
+    return means
+
+
+def means_and_noise(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    source: Source,
+    structure: t.Structure,
+    site: str,
+    num_particles: int,
+    max_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """:math:`E_q[z | x_n]` as `codes` has it, and its variance from being one over draws."""
+
+    def passes(k: int) -> Any:
+        return t.stream(model, guide, source, structure, k, max_rows)
+
+    drawn = (*structure.latents, *structure.global_latents, *structure.auxiliary)
+    with contextlib.closing(passes(1 if drawn == (site,) else num_particles)) as looking:
+        _, terms = next(looking)
+    k = 1 if _is_exact(terms, site) else num_particles
+
+    def sums(terms: t.Terms) -> Tensor:
+        means = _means(terms, site)
+        return torch.stack([means.sum(0), means.square().sum(0)])
+
+    parts = [torch.stack(p).sum(0) for p in _by_rows(passes(k), sums)]
+    first, second = torch.cat(parts, 1) / k
+    missing = int(first.isnan().reshape(len(first), -1).any(1).sum())
+    if missing:
+        raise UndefinedError(
+            f"mean of q at site '{site}'",
+            "a distribution that has a mean",
+            f"{type(terms.sites[site].guide).__name__} whose mean is NaN, for {missing} data",
+            ["num_samples=1, for draws"],
+        )
+    return first, (second - first.square()).clamp(min=0) / max(k - 1, 1)
+
+
+def _by_rows(
+    passes: Iterable[tuple[slice, t.Terms]], pick: Callable[[t.Terms], Any]
+) -> list[list[Tensor]]:
+    """What each chunk of data has, pass by pass: its particles may come in several."""
+    parts: dict[int, list[Tensor]] = {}
+    for rows, terms in passes:
+        parts.setdefault(rows.start, []).append(pick(terms))
+    return list(parts.values())
+
+
+def _means(terms: t.Terms, site: str) -> Tensor:
+    """The guide's mean for each particle and datum, ``(K, N, ...)``; the draw if it isn't known."""
+    found = []
+    for one in terms.passes:
+        draws, axis = one.sites[site].draws, one.sites[site].data_axis
+        assert draws is not None  # noqa: S101
+        mean = mean_of(one.sites[site].guide)
+        shape = [-1 if i == axis else size for i, size in enumerate(draws.shape)]
+        each = draws if mean is None else mean.reshape(shape)
+        found.append(each.movedim(axis, 1)[:, : terms.num_rows])  # the mean is of all rows
+    return torch.cat(found)
+
+
+def _is_exact(terms: t.Terms, site: str) -> bool:
+    """Whether the guide's mean is known, and the same whatever has been drawn before."""
+    if any(mean_of(one.sites[site].guide) is None for one in terms.passes):
+        return False
+    means = _means(terms, site)
+    return bool((means == means[:1]).all())

@@ -1,0 +1,378 @@
+r"""Penalties :math:`\lambda R` on a pair, as factors marked as such: optimised, but no density.
+
+A penalty acts in training mode alone, so that no evidence, bound or validation value counts it.
+Its weight is a number; for a schedule, ``objectives.ELBO(penalty=schedule)`` multiplies all of
+them. What is a log density of the code belongs in the prior instead: the L1 norm of the code is
+`pvae.priors.Laplace`, its square `pvae.priors.StandardNormal`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pvae import sites
+from pvae.conditional import Conditional
+from pvae.errors import ArgumentError, PairError, check_int, check_number
+from pvae.jacobian import squared_jacobian_norm
+from pvae.mmd import Kernel, mmd
+
+__all__ = [
+    "MMD",
+    "Activations",
+    "Commitment",
+    "Contractive",
+    "Custom",
+    "Penalty",
+    "Run",
+    "WeightDecay",
+    "on_side",
+    "penalise",
+    "recording",
+]
+
+Side = Literal["guide", "model"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one side of a pair has just computed; what a penalty is a function of.
+
+    Attributes:
+        side: ``"guide"`` or ``"model"``.
+        part: The guide family, or the likelihood.
+        x: Data, as this side sees them: in a guide, corrupted ones.
+        z: The latent, shape ``(..., N, *latent_shape)``.
+        context: Labels and the like.
+        fn: The distribution that ``part`` returned.
+        activations: Outputs of the activations inside ``part``, in the order of their calls.
+    """
+
+    side: Side
+    part: Conditional
+    x: Tensor
+    z: Tensor
+    context: tuple[Tensor, ...]
+    fn: Any
+    activations: Sequence[Tensor]
+
+
+class Penalty(nn.Module, ABC):
+    r"""The abstract penalty: ``forward(run)`` returns R, one value a datum.
+
+    To write one as a class, name the sides of the pair that it is computed on in ``sides``, call
+    ``super().__init__(weight)``, and return R of shape ``fn.batch_shape``, or one that broadcasts
+    to it. A function of (x, z) needs no class: `Custom`.
+
+    Arguments:
+        weight: :math:`\lambda`, in nats per unit of R.
+    """
+
+    sides: tuple[Side, ...] = ("model",)
+    records_activations = False
+    weight: Tensor
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        number = check_number(f"{type(self).__name__}.weight", weight, minimum=0)
+        self.register_buffer("weight", torch.tensor(float(number)))
+
+    @abstractmethod
+    def forward(self, run: Run) -> Tensor:
+        """R for each datum, without the weight."""
+
+
+class Custom(Penalty):
+    r"""A penalty of your own, :math:`\lambda R(x, z, y, \dots)`.
+
+    Arguments:
+        function: From x, z and what context the pair has to one value a datum, shape ``(..., N)``;
+            a function or a module, whose parameters are then trained, too.
+        weight: :math:`\lambda`.
+
+    Example:
+        >>> ridge = Custom(lambda x, z: z.square().sum(-1), weight=0.5)
+        >>> ridge.sides
+        ('model',)
+    """
+
+    def __init__(self, function: Callable[..., Tensor], weight: float) -> None:
+        super().__init__(weight)
+        if not callable(function):
+            raise ArgumentError("Custom.function", "a function of (x, z)", repr(function))
+        self.function = function
+
+    def forward(self, run: Run) -> Tensor:
+        """R(x, z, ...)."""
+        return self.function(run.x, run.z, *run.context)
+
+
+class Activations(Penalty):
+    r"""The L1 norm of all activations of encoder and decoder, :math:`\sum_j \|a^{[j]}\|_1`.
+
+    Activations are the outputs of the torch modules that are activations (``nn.ReLU``, ...),
+    whatever the network; by default also the code, which is the encoder's last one, and not the
+    output, which is the data's own.
+
+    Arguments:
+        weight: :math:`\lambda`.
+        code: Whether the code (the mean of a stochastic guide) counts.
+        output: Whether the mean of p(x | z) counts.
+
+    References:
+        Sparse autoencoder (Ng, 2011), lecture notes of CS294A,
+        https://web.stanford.edu/class/cs294a/sparseAutoencoder_2011new.pdf
+    """
+
+    sides = ("guide", "model")
+    records_activations = True
+
+    def __init__(self, weight: float, *, code: bool = True, output: bool = False) -> None:
+        super().__init__(weight)
+        self.code, self.output = code, output
+
+    def forward(self, run: Run) -> Tensor:
+        """The sum of absolute values for each datum, on this side."""
+        counted = list(run.activations)
+        if self.code if run.side == "guide" else self.output:
+            counted.append(_mean(run))
+        elif not counted:
+            raise PairError(
+                f"Activations in the {run.side}",
+                "a network with activations that are modules",
+                f"none in {type(run.part).__name__}",
+                ["nn.ReLU() and the like in place of torch.relu", "code=True, output=True"],
+            )
+        batch = tuple(run.fn.batch_shape)
+        return sum((_per_datum(a, batch) for a in counted), torch.zeros(()).to(run.z))
+
+
+class Contractive(Penalty):
+    r"""The sensitivity of the code, :math:`\|\partial z / \partial x\|_F`.
+
+    z is the code, or the mean of a stochastic guide, at the x that the guide sees. The norm's
+    gradient at 0 is taken as 0.
+
+    Arguments:
+        weight: :math:`\lambda`.
+        squared: The squared norm, as Rifai et al. have it.
+        num_probes: Random directions for an estimate, where the code is wide (see
+            `pvae.jacobian.squared_jacobian_norm`): unbiased for the squared norm; the norm itself
+            is estimated too low. None for the exact norm.
+        max_entries: Bound on the numbers of the Jacobian that are in memory at once.
+
+    References:
+        Contractive Auto-Encoders (Rifai et al., 2011),
+        https://icml.cc/2011/papers/455_icmlpaper.pdf
+    """
+
+    sides = ("guide",)
+
+    def __init__(
+        self,
+        weight: float,
+        *,
+        squared: bool = False,
+        num_probes: int | None = None,
+        max_entries: int = 2**24,
+    ) -> None:
+        super().__init__(weight)
+        self.squared, self.max_entries = squared, check_int("max_entries", max_entries)
+        self.num_probes = None if num_probes is None else check_int("num_probes", num_probes)
+
+    def forward(self, run: Run) -> Tensor:
+        """The (squared) norm for each datum."""
+        for name, module in run.part.named_modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+                raise PairError(
+                    "Contractive",
+                    "codes that depend on their own datum alone",
+                    f"{type(module).__name__} at {name} in training mode: each code depends on "
+                    "the whole batch",
+                    ["nn.LayerNorm, or no norm, in the encoder"],
+                )
+
+        def code(x: Tensor) -> Tensor:
+            return _mean(run, run.part(x, *run.context))
+
+        square = squared_jacobian_norm(
+            code,
+            run.x,
+            num_probes=self.num_probes,
+            max_entries=self.max_entries,
+            create_graph=torch.is_grad_enabled(),
+        )
+        if self.squared:
+            return square
+        positive = square > 0
+        return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+class Commitment(Penalty):
+    r"""How far the encoder is from its codes, :math:`\|e_\theta(x) - \mathrm{sg}(e_k)\|^2`.
+
+    Arguments:
+        weight: :math:`\lambda`; 0.25 in the paper, beside the squared error.
+
+    References:
+        Neural Discrete Representation Learning (van den Oord et al., 2017),
+        https://arxiv.org/abs/1711.00937
+    """
+
+    sides = ("guide",)
+
+    def forward(self, run: Run) -> Tensor:
+        """The squared distance for each datum."""
+        if not hasattr(run.fn, "quantised"):
+            raise PairError(
+                "Commitment",
+                "a guide with a codebook",
+                type(run.part).__name__,
+                ["guides.NearestCode"],
+            )
+        gap = run.fn.encoded - run.fn.quantised.detach()
+        return gap.square().flatten(len(run.fn.batch_shape)).sum(-1)
+
+
+class WeightDecay(Penalty):
+    r"""The squared norm of weights, :math:`\|W\|^2`, biases left out.
+
+    The same for each datum, so that the loss per datum has it once.
+
+    Arguments:
+        weight: :math:`\lambda`.
+        sides: Whose: ``("model",)`` for the decoder, ``("guide",)`` for the encoder, or both.
+    """
+
+    def __init__(self, weight: float, sides: Sequence[Side] = ("guide", "model")) -> None:
+        super().__init__(weight)
+        self.sides = tuple(sides)
+        if not self.sides or set(self.sides) - {"guide", "model"}:
+            raise ArgumentError("WeightDecay.sides", "'guide', 'model' or both", repr(sides))
+
+    def forward(self, run: Run) -> Tensor:
+        """The sum over all weights with at least two axes."""
+        squares = [p.square().sum() for p in run.part.parameters() if p.dim() > 1]
+        return sum(squares, torch.zeros(()).to(run.z))
+
+
+class MMD(Penalty):
+    r"""The discrepancy between the batch's codes and a target, :math:`\mathrm{MMD}^2(q(z), p(z))`.
+
+    The same for each datum, so that the loss per datum has it once; the estimate is unbiased for
+    what infinite batches would give. With a point guide and a flat prior this is the WAE-MMD, whose
+    model is then sampled with the target as its prior (`pvae.latent.with_prior`).
+
+    Arguments:
+        weight: :math:`\lambda`.
+        target: From the number of draws to draws, shape ``(M, *latent_shape)``; None for N(0, I).
+        kernel: See `pvae.mmd.mmd`.
+
+    References:
+        Wasserstein Auto-Encoders (Tolstikhin et al., 2018), https://arxiv.org/abs/1711.01558
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        target: Callable[[int], Tensor] | None = None,
+        kernel: Literal["imq", "rbf"] | Kernel = "imq",
+    ) -> None:
+        super().__init__(weight)
+        self.target, self.kernel = target, kernel
+
+    def forward(self, run: Run) -> Tensor:
+        """The estimate, for each particle, on all data alike."""
+        batch = run.fn.batch_shape
+        if not batch or batch[-1] < 2:
+            raise PairError("MMD", "batches of at least two data", f"batch shape {tuple(batch)}")
+        z = run.z.reshape(*batch, -1)
+        drawn = torch.randn_like(z[0] if z.dim() > 2 else z)
+        if self.target is not None:
+            drawn = self.target(batch[-1]).to(z).reshape(batch[-1], -1)
+        return mmd(z, drawn, self.kernel)[..., None]
+
+
+def _mean(run: Run, fn: Any = None) -> Tensor:
+    try:
+        return (run.fn if fn is None else fn).mean
+    except (NotImplementedError, AttributeError):
+        raise PairError(
+            f"penalty on the {run.side}",
+            "a distribution whose mean is known",
+            f"{type(run.fn).__name__}",
+            ["guides.MeanField or guides.Point", "penalties.Custom, on draws of z"],
+        ) from None
+
+
+def _per_datum(activation: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """Sums of absolute values; networks may have merged the axes of particles and data."""
+    lead = 1
+    for size in batch:
+        lead *= size
+    if activation.numel() % max(lead, 1) or activation.shape[:1] not in {
+        torch.Size(batch[:1]),
+        torch.Size([lead]),
+    }:
+        raise PairError(
+            "Activations",
+            f"activations with the axes of particles and data, {batch}, first",
+            f"shape {tuple(activation.shape)}",
+            ["a network that keeps these axes in their place"],
+        )
+    return activation.reshape(*batch, -1).abs().sum(-1)
+
+
+@contextmanager
+def recording(part: nn.Module, penalties: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """Collects the outputs of activations in a network as it runs, if a penalty wants them."""
+    found: list[Tensor] = []
+    watched = part.modules() if any(p.records_activations for p in penalties) else ()
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, out: found.append(out))
+        for module in watched
+        if type(module).__module__ == "torch.nn.modules.activation"
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def on_side(side: Side, penalties: Penalty | Sequence[Penalty]) -> nn.ModuleList:
+    """Those of the penalties that are computed on one side of a pair."""
+    several = (penalties,) if isinstance(penalties, Penalty) else tuple(penalties)
+    for penalty in several:
+        if not isinstance(penalty, Penalty):
+            raise ArgumentError(
+                "penalties",
+                "penalties",
+                f"{type(penalty).__name__}",
+                ["penalties.Custom(function, weight)"],
+            )
+    return nn.ModuleList(p for p in several if side in p.sides)
+
+
+def penalise(run: Run, penalties: Iterable[Any]) -> None:
+    """Subtracts the penalties from the objective, each as a site of its own in the data plate."""
+    batch = tuple(run.fn.batch_shape)
+    for i, penalty in enumerate(penalties):
+        value = penalty(run)
+        name = f"{type(penalty).__name__.lower()}{i or ''}_{run.side}"
+        try:
+            value = value.expand(batch)
+        except RuntimeError:
+            raise PairError(
+                f"penalty {name}",
+                f"one value for each datum, shape {batch}",
+                f"shape {tuple(value.shape)}",
+                [".sum(-1) over the axes of one datum"],
+            ) from None
+        sites.penalty(name, penalty.weight * value, in_guide=run.side == "guide")

@@ -1,0 +1,316 @@
+"""The deterministic family: the same pair with a point-mass guide, in plain Pyro."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+
+import pvae
+from pvae import VAE, bounds, corruptions, guides, likelihoods, penalties, priors, recipes
+from pvae.errors import PairError, PvaeWarning, UndefinedError
+from pvae.networks import MLP, ConvDecoder, unit_norm
+
+D, Q, N = 6, 3, 20
+
+RECIPES: dict[str, Callable[[], VAE]] = {
+    "ae": lambda: recipes.ae(D, Q, hidden=(8,)),
+    "sparse": lambda: recipes.sparse_ae(D, Q, hidden=(8,)),
+    "sparse, student": lambda: recipes.sparse_ae(D, Q, hidden=(8,), prior=priors.StudentT),
+    "sparse activations": lambda: recipes.sparse_activations_ae(D, Q, hidden=(8,)),
+    "contractive": lambda: recipes.contractive_ae(D, Q, hidden=(8,)),
+    "contractive, squared": lambda: recipes.contractive_ae(D, Q, hidden=(8,), squared=True),
+    "contractive, estimated": lambda: recipes.contractive_ae(D, Q, hidden=(8,), num_probes=2),
+    "denoising": lambda: recipes.denoising_ae(D, Q, hidden=(8,)),
+    "masking": lambda: recipes.denoising_ae(D, Q, hidden=(8,), corruption=corruptions.Masking(0.2)),
+    "rae": lambda: recipes.rae(D, Q, hidden=(8,)),
+    "wae": lambda: recipes.wae(D, Q, hidden=(8,)),
+    "vq": lambda: recipes.vq_vae(D, 2, num_latents=3, num_codes=8, hidden=(8,)),
+    "denoising, sparse and contractive": lambda: recipes.sparse_ae(
+        D,
+        Q,
+        hidden=(8,),
+        corruption=corruptions.Noise(0.1),
+        penalties=[penalties.Contractive(0.1), penalties.WeightDecay(1e-3)],
+    ),
+    "denoising vae": lambda: recipes.vae(D, Q, hidden=(8,), corruption=corruptions.Noise(0.1)),
+    "contractive vae": lambda: recipes.vae(D, Q, hidden=(8,), penalties=penalties.Contractive(0.1)),
+}
+
+
+def data(n: int = N) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.rand(n, D, generator=generator).round()
+
+
+def network(part: nn.Module) -> nn.Module:
+    return part.get_submodule("network")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_plain_svi_trains_each(name: str, device: torch.device) -> None:
+    """No pvae tool: every parameter moves, the loss falls, Pyro's store stays empty."""
+    torch.manual_seed(0)
+    vae, x = RECIPES[name]().to(device), data().to(device)
+    before = copy.deepcopy(dict(vae.named_parameters()))
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = [svi.step(x) for _ in range(150)]
+    assert sum(losses[-20:]) < sum(losses[:20])
+    assert all((p != before[n]).any() for n, p in vae.named_parameters())
+    assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fit_resumes_each_exactly(name: str, tmp_path: Any, device: torch.device) -> None:
+    def run(folder: str, epochs: int, *, resume: bool = False) -> VAE:
+        torch.manual_seed(0)
+        vae = RECIPES[name]()
+        pvae.fit(
+            vae.model, vae.guide, data(), epochs=epochs, batch_size=8, device=device,
+            folder=tmp_path / folder, resume=resume, progress=False,
+        )  # fmt: skip
+        return vae
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    parts = run("parts", 4, resume=True)
+    for (name_of, a), b in zip(
+        whole.state_dict().items(), parts.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name_of
+
+
+def test_plain_the_loss_is_the_squared_error(device: torch.device) -> None:
+    vae, x = RECIPES["ae"]().to(device), data().to(device)
+    loss = Trace_ELBO().loss(vae.model, vae.guide, x)
+    back = network(vae.model.likelihood)(network(vae.guide.posterior)(x))
+    torch.testing.assert_close(vae.reconstruct(x), back.detach())
+    expected = (x - back).square().sum().detach() + N * D / 2 * math.log(math.pi)
+    assert loss == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_sparse_is_the_l1_penalty_up_to_its_constant(device: torch.device) -> None:
+    """The Laplace prior's loss is lambda ||z||_1 - d log(lambda / 2), in value and gradient."""
+    rate = 0.37
+    vae = recipes.sparse_ae(D, Q, hidden=(8,), l1=rate).to(device)
+    x = data().to(device)
+    parameters = list(vae.parameters())
+    ours = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x)
+    z = network(vae.guide.posterior)(x)
+    error = (x - network(vae.model.likelihood)(z)).square().sum()
+    penalised = error + rate * z.abs().sum()
+    constant = N * (D / 2 * math.log(math.pi) + Q * math.log(2 / rate))
+    assert float((ours - penalised).detach()) == pytest.approx(constant, abs=1e-6)
+    gradients = torch.autograd.grad(ours, parameters)
+    for a, b in zip(gradients, torch.autograd.grad(penalised, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_student_is_its_penalty_up_to_a_constant() -> None:
+    prior = priors.StudentT(Q, df=2.5, scale=0.3)()
+    z = torch.randn(10, Q)
+    penalty = 1.75 * torch.log1p(z.square() / (2.5 * 0.09)).sum(1)
+    constants = prior.log_prob(z) + penalty
+    torch.testing.assert_close(constants, constants[:1].expand(10))
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_unit_columns(conv: bool) -> None:
+    """No column grows, whatever training does to it."""
+    net: nn.Module = ConvDecoder(Q, (1, 5, 5), (4,), 8) if conv else MLP(Q, D, (8,))
+    plain = copy.deepcopy(net)
+    unit_norm(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    z = torch.randn(10, Q)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (-net(z).square().mean()).backward()
+        optimizer.step()
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            columns = module.weight.transpose(0, 1).flatten(1).norm(dim=1)
+            torch.testing.assert_close(columns, torch.ones_like(columns))
+    again = unit_norm(copy.deepcopy(plain))
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(z), net(z))
+
+
+def test_without_unit_columns_the_penalty_is_cheated() -> None:
+    """Halving the code and doubling the decoder's first layer: the same function, half the L1."""
+    cheat, honest = (
+        recipes.sparse_ae(D, Q, hidden=(), unit_norm=norm, l1=1.0) for norm in (False, True)
+    )
+    x = data()
+    with torch.no_grad():
+        for vae in (cheat, honest):
+            before = vae.reconstruct(x), vae.encode(x).abs().sum()
+            encoder, decoder = network(vae.guide.posterior), network(vae.model.likelihood)
+            for parameter in encoder.parameters():
+                parameter.mul_(0.5)
+            for name, parameter in decoder.named_parameters():
+                if "weight" in name:
+                    parameter.mul_(2.0)
+            torch.testing.assert_close(vae.encode(x).abs().sum(), before[1] / 2)
+            is_same = torch.allclose(vae.reconstruct(x), before[0])
+            assert is_same is (vae is cheat)
+
+
+# Overcomplete
+
+
+def fit(vae: VAE, **options: Any) -> Any:
+    return pvae.fit(vae.model, vae.guide, data(), epochs=1, batch_size=8, progress=False, **options)
+
+
+def test_an_overcomplete_plain_autoencoder_is_warned_about(device: torch.device) -> None:
+    for latent_dim in (D, D + 5):
+        with pytest.warns(PvaeWarning, match=rf"The code has {latent_dim} entries, the data .* 6"):
+            fit(recipes.ae(D, latent_dim, hidden=(8,)), device=device)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(recipes.ae, D, D - 1),
+        functools.partial(recipes.sparse_ae, D, D + 5),
+        functools.partial(recipes.sparse_activations_ae, D, D + 5),
+        functools.partial(recipes.contractive_ae, D, D + 5),
+        functools.partial(recipes.denoising_ae, D, D + 5),
+        functools.partial(recipes.ae, D, D + 5, corruption=lambda x: x.roll(1, 1)),
+        functools.partial(recipes.ae, D, D + 5, prior=priors.StandardNormal),
+        functools.partial(recipes.vae, D, D + 5),
+    ],
+)
+def test_what_keeps_it_from_the_identity_isnt(make: Any, device: torch.device) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(make(hidden=(8,)), device=device)
+
+
+def test_a_users_own_overcomplete_pair_is_warned_about(device: torch.device) -> None:
+    """The check looks at the programs, not at who wrote them."""
+    encoder, decoder = nn.Linear(D, D + 1).to(device), nn.Linear(D + 1, D).to(device)
+
+    class Program(nn.Module):
+        def __init__(self, part: nn.Module, *, is_guide: bool) -> None:
+            super().__init__()
+            self.part, self.is_guide = part, is_guide
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                if self.is_guide:
+                    pyro.sample("z", dist.Delta(self.part(x), event_dim=1))
+                else:
+                    flat = dist.ImproperUniform(dist.constraints.real_vector, (), (D + 1,))
+                    z = pyro.sample("z", flat)
+                    pyro.sample("x", dist.Normal(self.part(z), 1.0).to_event(1), obs=x)
+
+    with pytest.warns(PvaeWarning, match="can learn the identity"):
+        pvae.fit(
+            Program(decoder, is_guide=False),
+            Program(encoder, is_guide=True),
+            data(),
+            epochs=1,
+            progress=False,
+            device=device,
+        )
+
+
+# Quantised codes
+
+
+def quantising(device: torch.device, **options: Any) -> guides.NearestCode:
+    part = guides.NearestCode(nn.Identity(), (2, 2), num_codes=4, **options).to(device)
+    corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    part.codes.copy_(corners)
+    part.sums.copy_(corners)
+    part.counts.fill_(1.0)
+    return part
+
+
+def test_each_vector_takes_its_nearest_code(device: torch.device) -> None:
+    part = quantising(device).eval()
+    x = torch.rand(7, 2, 2, device=device)
+    torch.testing.assert_close(part(x).mean, x.round())  # the corners of a square
+
+
+def test_gradients_go_straight_through(device: torch.device) -> None:
+    part = quantising(device).eval()
+    x = torch.rand(7, 2, 2, device=device, requires_grad=True)
+    factor = torch.rand(7, 2, 2, device=device)
+    (part(x).rsample() * factor).sum().backward()
+    torch.testing.assert_close(x.grad, factor)
+
+
+def test_codes_follow_their_vectors(device: torch.device) -> None:
+    """One batch: the moving averages of counts and sums, and their ratio."""
+    part = quantising(device, decay=0.9)
+    x = torch.rand(7, 2, 2, device=device)
+    part(x)
+    for k, corner in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        mine = x.reshape(-1, 2)[(x.reshape(-1, 2).round() == torch.tensor(corner).to(x)).all(1)]
+        count = 0.9 + 0.1 * len(mine)
+        total = 0.9 * torch.tensor(corner).to(x) + 0.1 * mine.sum(0)
+        torch.testing.assert_close(part.counts[k], torch.tensor(count).to(x))
+        torch.testing.assert_close(part.codes[k], total / count)
+    codes = part.codes.clone()
+    part.eval()
+    part(x)
+    part.train()
+    with torch.no_grad():
+        part(x)
+    assert torch.equal(part.codes, codes)  # by training steps alone
+
+
+def test_dead_codes_come_back(device: torch.device) -> None:
+    part = quantising(device, decay=0.5, dead=0.1)
+    part.codes[3] = 1e6
+    part.sums[3] = 1e6
+    x = torch.rand(200, 2, 2, device=device)
+    for _ in range(6):
+        part(x)
+    used = part.nearest(x).unique()
+    assert used.tolist() == [0, 1, 2, 3]
+    assert float(part.codes.abs().max()) <= 1.0
+
+
+def test_commitment_is_the_distance_to_the_codes(device: torch.device) -> None:
+    vae = recipes.vq_vae(D, 2, num_latents=3, num_codes=8, hidden=(8,), commitment=0.3).to(device)
+    x = data().to(device)
+    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    encoded = network(vae.guide.posterior)(x).reshape(N, 3, 2)
+    part = vae.guide.posterior
+    assert isinstance(part, guides.NearestCode)
+    gap = (encoded - part.codes[part.nearest(encoded)]).square().sum((1, 2))
+    torch.testing.assert_close(-terms.penalties["commitment_guide"][0], 0.3 * gap)
+
+
+# What a point mass doesn't have
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if "vae" not in n])
+def test_evidence_is_refused_by_name(name: str, device: torch.device) -> None:
+    vae, x = RECIPES[name]().to(device), data().to(device)
+    with pytest.raises(UndefinedError, match=r"a point mass \(Delta\) at site 'z'"):
+        bounds.evidence(vae.model, vae.guide, x)
+    found = bounds.elbo(vae.model, vae.guide, x)
+    assert found.name != "ELBO"
+    assert found.rate is None
+
+
+@pytest.mark.parametrize("sigma", ["shared", "feature", "predicted", "optimal"])
+def test_a_scale_that_adapts_has_no_maximum(sigma: str) -> None:
+    family = functools.partial(likelihoods.Gaussian, sigma=sigma)
+    for make in (recipes.ae, recipes.sparse_ae, recipes.wae, recipes.vq_vae):
+        with pytest.raises(PairError, match="there is no best fit"):
+            make(D, Q, hidden=(8,), likelihood=family)

@@ -1,0 +1,382 @@
+"""Penalties: values and gradients against independent formulas, in Pyro's own Trace_ELBO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+
+import pvae
+from pvae import VAE, bounds, guides, jacobian, likelihoods, penalties, priors, recipes, schedules
+from pvae import mmd as mmd_module
+from pvae.errors import ArgumentError, PairError
+from pvae.networks import MLP, ConvDecoder, ConvEncoder
+from pvae.objectives import ELBO
+
+D, Q, N = 6, 3, 5
+SIGMAS = 4.42  # two-sided false-alarm rate 1e-5
+
+
+def pair(*own: penalties.Penalty, **options: Any) -> VAE:
+    return recipes.ae(
+        D, Q, hidden=(8,), activation=options.pop("activation", nn.Tanh), penalties=own, **options
+    )
+
+
+def encoder(vae: VAE) -> nn.Module:
+    return vae.guide.posterior.get_submodule("network")
+
+
+def decoder(vae: VAE) -> nn.Module:
+    return vae.model.likelihood.get_submodule("network")
+
+
+def data() -> Tensor:
+    return torch.rand(N, D)
+
+
+def layers(network: nn.Module) -> list[Any]:
+    return list(network.get_submodule("layers").children())
+
+
+def activations_by_hand(vae: VAE, x: Tensor) -> Tensor:
+    first, act, last = layers(encoder(vae))
+    h = act(first(x))
+    z = last(h)
+    g = layers(decoder(vae))[1](layers(decoder(vae))[0](z))
+    return h.abs().sum() + z.abs().sum() + g.abs().sum()
+
+
+def jacobian_by_hand(vae: VAE, x: Tensor) -> Tensor:
+    """Row by row, by torch.func."""
+    return torch.func.vmap(torch.func.jacrev(encoder(vae)))(x).square().sum((1, 2))
+
+
+def decay_by_hand(network: nn.Module) -> Tensor:
+    first, _, last = layers(network)
+    return first.weight.square().sum() + last.weight.square().sum()
+
+
+TABLE: dict[str, tuple[Callable[[], penalties.Penalty], Callable[[VAE, Tensor], Tensor]]] = {
+    "custom": (
+        lambda: penalties.Custom(lambda x, z: (x.sum(-1) * z.square().sum(-1)), 0.7),
+        lambda v, x: 0.7 * (x.sum(-1) * encoder(v)(x).square().sum(-1)).sum(),
+    ),
+    "activations": (
+        lambda: penalties.Activations(0.3),
+        lambda v, x: 0.3 * activations_by_hand(v, x),
+    ),
+    "contractive": (
+        lambda: penalties.Contractive(0.4),
+        lambda v, x: 0.4 * jacobian_by_hand(v, x).sqrt().sum(),
+    ),
+    "contractive, squared": (
+        lambda: penalties.Contractive(0.4, squared=True, max_entries=40),
+        lambda v, x: 0.4 * jacobian_by_hand(v, x).sum(),
+    ),
+    "weight decay": (
+        lambda: penalties.WeightDecay(0.2),
+        lambda v, x: 0.2 * N * (decay_by_hand(encoder(v)) + decay_by_hand(decoder(v))),
+    ),
+    "weight decay of the decoder": (
+        lambda: penalties.WeightDecay(0.2, ("model",)),
+        lambda v, x: 0.2 * N * decay_by_hand(decoder(v)),
+    ),
+    "mmd": (
+        lambda: penalties.MMD(2.0, target=lambda n: torch.linspace(-1, 1, n * Q).reshape(n, Q)),
+        lambda v, x: 2.0 * N * mmd_by_hand(
+            encoder(v)(x), torch.linspace(-1, 1, N * Q, device=x.device).reshape(N, Q)
+        ),
+    ),
+}  # fmt: skip
+
+
+def mmd_by_hand(x: Tensor, y: Tensor) -> Tensor:
+    """Pair by pair."""
+
+    def k(a: Tensor, b: Tensor) -> Tensor:
+        d2 = (a - b).square().sum()
+        scales = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+        c = [2 * x.shape[1] * s for s in scales]
+        return torch.stack([v / (v + d2) for v in c]).mean()
+
+    n, m = len(x), len(y)
+    xx = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    yy = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    xy = sum(k(a, b) for a in x for b in y) / (n * m)
+    return torch.as_tensor(xx + yy - 2 * xy)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_values_and_gradients_in_trace_elbo(name: str, device: torch.device) -> None:
+    """The loss and its gradients are those of squared error plus penalty, written out."""
+    make, by_hand = TABLE[name]
+    vae, x = pair(make()).to(device), data().to(device)
+    names, parameters = zip(*vae.named_parameters(), strict=True)
+    ours = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x)
+    error = (x - decoder(vae)(encoder(vae)(x))).square().sum()
+    expected = error + N * D / 2 * math.log(math.pi) + by_hand(vae, x)
+    torch.testing.assert_close(ours, expected)
+    gradients = torch.autograd.grad(ours, parameters)
+    for name_of, mine, theirs in zip(
+        names, gradients, torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, msg=name_of)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_same_through_our_objective_and_fit(name: str, device: torch.device) -> None:
+    make, _ = TABLE[name]
+    vae, x = pair(make()).to(device), data().to(device)
+    ours = ELBO().differentiable_loss(vae.model, vae.guide, x)
+    theirs = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x)
+    torch.testing.assert_close(ours, theirs)
+    run = pvae.fit(vae.model, vae.guide, x, epochs=2, progress=False, valid=x, device=device)
+    for record in run.history:
+        assert record["loss"] == pytest.approx(-record["log_joint"] + record["penalty"])
+        assert record["penalty"] > 0
+    assert np.isfinite(run.history["valid_log_joint"]).all()
+
+
+def test_there_is_no_penalty_outside_training(device: torch.device) -> None:
+    vae, x = pair(penalties.Custom(lambda x, z: 0 * z.sum(-1) + 1e3, 1.0)).to(device), data()
+    bound = bounds.elbo(vae.model, vae.guide, x.to(device))
+    assert bound.mean > -100
+    vae.eval()
+    assert Trace_ELBO().loss(vae.model, vae.guide, x.to(device)) < 1000
+
+
+def test_a_schedule_on_penalties(device: torch.device) -> None:
+    vae, x = pair(penalties.Custom(lambda x, z: 0 * z.sum(-1) + 2.0, 3.0)), torch.rand(40, D)
+    objective = ELBO(penalty_weight=schedules.Warmup(4, "steps"))
+    run = pvae.fit(
+        vae.model, vae.guide, x, objective, epochs=6, batch_size=None, progress=False,
+        device=device, lr=1e-12,
+    )  # fmt: skip
+    extra = np.array(run.history["loss"]) + np.array(run.history["log_joint"])
+    np.testing.assert_allclose(extra, 6.0 * np.minimum(np.arange(6) / 4, 1), atol=1e-9)
+    np.testing.assert_allclose(run.history["penalty"], 6.0)
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("name", TABLE)
+def test_with_a_stochastic_guide(name: str, particles: int, device: torch.device) -> None:
+    """Any penalty beside any guide: vectorised particles give what looped ones do."""
+    make, _ = TABLE[name]
+    vae = recipes.vae(
+        D, Q, hidden=(8,), penalties=[make(), penalties.Custom(lambda x, z: z.abs().sum(-1), 0.1)],
+        corruption=lambda x: x + 0.1, likelihood=likelihoods.Gaussian,
+    ).to(device)  # fmt: skip
+    vae.model.likelihood = likelihoods.Gaussian(decoder(vae), D, sigma=1.0).to(device)
+    x = data().to(device)
+    losses = []
+    for vectorize in (True, False):
+        torch.manual_seed(0)
+        objective = ELBO(particles, vectorize_particles=vectorize)
+        total = torch.stack(
+            [objective.differentiable_loss(vae.model, vae.guide, x) for _ in range(100)]
+        )
+        losses.append(total.detach())
+    error = torch.stack([v.var() / len(v) for v in losses]).sum().sqrt()
+    assert abs(float(losses[0].mean() - losses[1].mean())) < SIGMAS * float(error)
+
+
+# Jacobians
+
+
+def test_the_jacobian_of_one_layer() -> None:
+    """Rifai et al.: for a sigmoid layer, sum_j (h_j (1 - h_j))^2 ||W_j||^2."""
+    layer = nn.Sequential(nn.Linear(D, Q), nn.Sigmoid())
+    x = data()
+    h = layer(x)
+    weight = layer[0].weight
+    assert isinstance(weight, Tensor)
+    expected = (h * (1 - h)).square() @ weight.square().sum(1)
+    torch.testing.assert_close(jacobian.squared_jacobian_norm(layer, x), expected.detach())
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Sigmoid, nn.SiLU, nn.ELU, nn.GELU, nn.LeakyReLU])
+@pytest.mark.parametrize("max_entries", [10**9, 40])
+def test_jacobians_and_their_gradients(act: type[nn.Module], max_entries: int) -> None:
+    network = nn.Sequential(nn.Linear(D, 7), act(), nn.Linear(7, Q))
+    x = data()
+    expected = torch.func.vmap(torch.func.jacrev(network))(x).square().sum((1, 2))
+    found = jacobian.squared_jacobian_norm(network, x, max_entries=max_entries, create_graph=True)
+    torch.testing.assert_close(found, expected)
+    weights = [p for n, p in network.named_parameters() if "weight" in n]
+    ours = torch.autograd.grad(found.sum(), weights)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected.sum(), weights), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_jacobians_of_images(device: torch.device) -> None:
+    network = ConvEncoder((1, 7, 5), 2, (3,), 8).to(device)
+    x = torch.rand(4, 1, 7, 5, device=device)
+    rows = []
+    for row in x:
+        j = torch.autograd.functional.jacobian(lambda v: network(v[None])[0], row)
+        assert isinstance(j, Tensor)
+        rows.append(j.square().sum())
+    torch.testing.assert_close(jacobian.squared_jacobian_norm(network, x), torch.stack(rows))
+
+
+def test_the_stochastic_estimate() -> None:
+    """Unbiased for the square, with the variance stated; the root is low by what is stated."""
+    weight = torch.randn(Q, D)
+    gram = weight @ weight.T
+    exact, probes, draws = float(gram.trace()), 4, 40_000
+    x = torch.zeros(draws, D)
+    found = jacobian.squared_jacobian_norm(lambda v: v @ weight.T, x, num_probes=probes)
+    variance = 2 * float(gram.square().sum()) / probes
+    assert abs(float(found.mean()) - exact) < SIGMAS * math.sqrt(variance / draws)
+    assert float(found.var()) == pytest.approx(variance, rel=0.1)
+    bias = float(found.sqrt().mean()) - math.sqrt(exact)
+    stated = -float(gram.square().sum()) / (4 * probes * exact**1.5)
+    assert bias == pytest.approx(stated, rel=0.5)
+
+
+def test_the_gradient_at_a_jacobian_of_zero_is_finite(device: torch.device) -> None:
+    vae = pair(penalties.Contractive(1.0)).to(device)
+    for parameter in encoder(vae).parameters():
+        nn.init.zeros_(parameter)
+    loss = Trace_ELBO().differentiable_loss(vae.model, vae.guide, data().to(device))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
+
+
+def test_the_code_of_a_stochastic_guide_is_its_mean(device: torch.device) -> None:
+    vae = recipes.vae(
+        D, Q, hidden=(8,), penalties=penalties.Contractive(1.0, squared=True)
+    ).to(device)  # fmt: skip
+    x = data().to(device).round()
+    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    (found,) = terms.penalties.values()
+    mean = torch.func.vmap(torch.func.jacrev(lambda v: encoder(vae)(v)[:Q]))(x)
+    torch.testing.assert_close(-found[0], mean.square().sum((1, 2)))
+
+
+def test_batch_norm_is_refused(device: torch.device) -> None:
+    vae = VAE(
+        priors.Flat(Q),
+        likelihoods.Gaussian(MLP(Q, D, (8,)), D, sigma=1.0),
+        guides.Point(nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, Q)), Q),
+        penalties=penalties.Contractive(1.0),
+    ).to(device)
+    with pytest.raises(PairError, match=r"(?s)BatchNorm1d at network.0 in training.*LayerNorm"):
+        vae.guide(data().to(device))
+    vae.eval()
+    vae.guide(data().to(device))
+
+
+# Activations
+
+
+def test_which_activations_count(device: torch.device) -> None:
+    x = data().to(device)
+    totals = {}
+    for code, output in ((True, False), (False, False), (True, True), (False, True)):
+        torch.manual_seed(0)
+        own = penalties.Activations(1.0, code=code, output=output)
+        vae = pair(own).to(device)
+        terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+        totals[code, output] = -sum(v.sum() for v in terms.penalties.values())
+    z = encoder(vae)(x)
+    hidden = activations_by_hand(vae, x) - z.abs().sum()
+    torch.testing.assert_close(totals[False, False], hidden)
+    torch.testing.assert_close(totals[True, False], hidden + z.abs().sum())
+    out = decoder(vae)(z).abs().sum()
+    torch.testing.assert_close(totals[True, True], hidden + z.abs().sum() + out)
+    torch.testing.assert_close(totals[False, True], hidden + out)
+
+
+def test_activations_of_networks_that_merge_particles_and_data(device: torch.device) -> None:
+    """Convolutions see (K N, C, H, W); each datum still gets its own sum."""
+    vae = VAE(
+        priors.StandardNormal(Q),
+        likelihoods.Gaussian(ConvDecoder(Q, (1, 5, 5), (3,), 8), (1, 5, 5), sigma=1.0),
+        guides.MeanField(ConvEncoder((1, 5, 5), 2 * Q, (3,), 8), Q),
+        penalties=penalties.Activations(1.0),
+    ).to(device)
+    x = torch.rand(4, 1, 5, 5, device=device)
+    together = pvae.terms.compute(vae.model, vae.guide, (x,), num_particles=3, vectorize=True)
+    name = "activations_model"
+    z = together.sites["z"].value
+    assert z is not None
+    seen: list[Tensor] = []
+    for module in vae.model.likelihood.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda m, i, o: seen.append(o.abs().sum()))
+    for k in range(3):
+        for n in range(4):
+            seen.clear()
+            vae.model.likelihood(z[k, n : n + 1])
+            torch.testing.assert_close(-together.penalties[name][k, n], torch.stack(seen).sum())
+
+
+def test_networks_without_activations_are_refused(device: torch.device) -> None:
+    vae = VAE(
+        priors.Flat(Q),
+        likelihoods.Gaussian(nn.Linear(Q, D), D, sigma=1.0),
+        guides.Point(nn.Linear(D, Q), Q),
+        penalties=penalties.Activations(1.0),
+    ).to(device)
+    with pytest.raises(PairError, match=r"Activations in the model.*(.|\n)*nn\.ReLU\(\)"):
+        pvae.terms.compute(vae.model, vae.guide, (data().to(device),))
+
+
+# Discrepancies
+
+
+def test_mmd_against_every_pair() -> None:
+    x, y = torch.randn(6, 2), torch.randn(9, 2) + 1
+    torch.testing.assert_close(mmd_module.mmd(x, y), mmd_by_hand(x, y))
+    biased = mmd_module.mmd(x, y, "rbf", unbiased=False)
+
+    def k(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([(-(p - q).square().sum() / 4).exp() for p in a for q in b]).mean()
+
+    torch.testing.assert_close(biased, k(x, x) + k(y, y) - 2 * k(x, y))
+    assert biased > 0
+    together = mmd_module.mmd(torch.stack([x, x + 1]), torch.stack([y, y]))
+    torch.testing.assert_close(together[1], mmd_by_hand(x + 1, y))
+
+
+def test_the_unbiased_mmd_of_one_distribution_is_zero_in_the_mean() -> None:
+    values = mmd_module.mmd(torch.randn(3000, 10, 2), torch.randn(3000, 10, 2))
+    error = float(values.std()) / math.sqrt(3000)
+    assert abs(float(values.mean())) < SIGMAS * error
+    moved = mmd_module.mmd(torch.randn(300, 10, 2), torch.randn(300, 10, 2) + 1)
+    assert float(moved.mean()) > 10 * error
+
+
+def test_mmd_refuses_what_it_cant_do() -> None:
+    with pytest.raises(ArgumentError, match="at least 2 points"):
+        mmd_module.mmd(torch.zeros(1, 2), torch.zeros(5, 2))
+    with pytest.raises(ArgumentError, match="one of imq, rbf"):
+        mmd_module.mmd(torch.zeros(3, 2), torch.zeros(5, 2), "cubic")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="points of 2 entries"):
+        mmd_module.mmd(torch.zeros(3, 2), torch.zeros(5, 3))
+
+
+# What is refused
+
+
+def test_what_is_no_penalty(device: torch.device) -> None:
+    with pytest.raises(ArgumentError, match=r"penalties\.Custom\(function, weight\)"):
+        pair(lambda x, z: z.sum(-1))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"Contractive\.weight"):
+        penalties.Contractive(-1.0)
+    with pytest.raises(ArgumentError, match="'guide', 'model' or both"):
+        penalties.WeightDecay(1.0, ("encoder",))  # type: ignore[arg-type]
+    vae = pair(penalties.Custom(lambda x, z: z, 1.0)).to(device)
+    with pytest.raises(PairError, match=r"one value for each datum, shape \(5,\).*\(5, 3\)"):
+        pvae.terms.compute(vae.model, vae.guide, (data().to(device),))
+    vae = pair(penalties.Commitment(1.0)).to(device)
+    with pytest.raises(PairError, match=r"a guide with a codebook(.|\n)*NearestCode"):
+        vae.guide(data().to(device))
