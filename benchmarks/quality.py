@@ -435,6 +435,11 @@ def write(part: str, result: dict[str, Any], seconds: float) -> None:
     }
     path = RESULTS / f"quality_{part}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+    write_table()
+
+
+def write_table() -> None:
+    """The table of all results there are."""
     lines = [
         "# Quality on real data",
         "",
