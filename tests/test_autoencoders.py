@@ -17,7 +17,17 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import pvae
-from pvae import VAE, bounds, corruptions, guides, likelihoods, penalties, priors, recipes
+from pvae import (
+    VAE,
+    bounds,
+    corruptions,
+    guides,
+    likelihoods,
+    penalties,
+    priors,
+    recipes,
+    schedules,
+)
 from pvae.errors import PairError, PvaeWarning, UndefinedError
 from pvae.networks import MLP, ConvDecoder, unit_norm
 
@@ -224,6 +234,61 @@ def test_a_users_own_overcomplete_pair_is_warned_about(device: torch.device) -> 
             progress=False,
             device=device,
         )
+
+
+def test_compression_on_one_side_and_the_identity_on_the_other(device: torch.device) -> None:
+    """A linear autoencoder loses what PCA loses, as long as its code is too small; from the data's
+    dimension on it is the identity, which also reconstructs what is no data at all."""
+    factors = torch.randn(200, 3) @ torch.randn(3, D) + 0.3 * torch.randn(200, D)
+    x = (factors - factors.mean(0)).to(device)
+    spectrum = torch.linalg.svdvals(x).square() / len(x)
+    foreign = 3 * torch.rand(50, D, device=device)
+    errors: dict[int, tuple[float, float]] = {}
+    for latent_dim in (1, 2, D, D + 4):
+        torch.manual_seed(0)
+        ae = recipes.ae(D, latent_dim, hidden=())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PvaeWarning)
+            pvae.fit(
+                ae.model,
+                ae.guide,
+                x,
+                epochs=400,
+                batch_size=None,
+                lr=3e-2,
+                lr_schedule=schedules.Cosine(),
+                progress=False,
+                device=device,
+            )
+        ours, theirs = (float((v - ae.reconstruct(v)).square().sum(1).mean()) for v in (x, foreign))
+        errors[latent_dim] = ours, theirs
+        assert ours == pytest.approx(float(spectrum[latent_dim:].sum()), rel=0.02, abs=1e-3)
+    assert errors[1][1] > errors[2][1] > 0.1
+    assert errors[D][1] < 1e-2
+    assert errors[D + 4][1] < 1e-2
+
+
+def test_the_limit_of_a_vae_without_noise_is_the_autoencoder(device: torch.device) -> None:
+    """Flat prior, sigma to 0: the expected error goes to the autoencoder's like sigma squared."""
+    ae, x = recipes.ae(D, Q, hidden=(8,), activation=nn.Tanh).to(device), data().to(device)
+    exact = -bounds.elbo(ae.model, ae.guide, x).mean
+    gaps = []
+    for sigma in (0.1, 0.01):
+
+        def scale(raw: Tensor, sigma: float = sigma) -> Tensor:
+            return torch.full_like(raw, sigma)
+
+        class Code(nn.Module):
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                z = network(ae.guide.posterior)(x)
+                return z, z
+
+        noisy = VAE(priors.Flat(Q), ae.model.likelihood, guides.MeanField(Code(), Q, scale))
+        found = bounds.elbo(noisy.model, noisy.guide, x, 4000)
+        assert found.distortion is not None
+        gaps.append(found.distortion.mean - exact)
+    assert gaps[0] > 0
+    assert gaps[1] == pytest.approx(gaps[0] / 100, rel=0.2, abs=2e-4)
 
 
 # Quantised codes
