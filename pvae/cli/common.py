@@ -1,0 +1,58 @@
+"""What the commands share: the app, their common options, the one screen of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pvae.data import Splits
+    from pvae.fitting import History
+    from pvae.pair import VAE
+    from pvae.runs import Config
+
+__all__ = ["Device", "RunFolder", "app", "summary"]
+
+app = typer.Typer(
+    help="Variational autoencoders as probabilistic programs, on Pyro.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+RunFolder = Annotated[Path, typer.Argument(help="A folder that 'pvae train' wrote.")]
+
+
+def summary(
+    folder: Path,
+    config: Config,
+    vae: VAE,
+    splits: Splits,
+    history: History,
+    seconds: float | None = None,
+    num_particles: int = 500,
+    seed: int | None = None,
+) -> str:
+    """The one screen of a run."""
+    from pvae import report
+
+    is_gaussian = config.likelihood_for(splits) == "gaussian"
+    levels = splits.levels
+    summary = report.summarize(
+        vae.model,
+        vae.guide,
+        splits.test.unlabelled(),
+        title=f"pvae {config.recipe} on {splits.name}: {folder}",
+        levels=None if is_gaussian else levels,
+        bin_width=1.0 / (levels - 1) if is_gaussian and levels is not None else None,
+        num_particles=num_particles,
+        history=history,
+        seconds=seconds,
+        seed=config.seed if seed is None else seed,
+    )
+    commands = ", ".join(f"pvae {name} {folder}" for name in ("sample", "reconstruct", "encode"))
+    return str(summary).replace(report.NOTHING, commands)

@@ -1,0 +1,192 @@
+"""``pvae evaluate``, ``sample``, ``reconstruct`` and ``encode``: what reads a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pvae.cli.common import Device, RunFolder, app, summary
+from pvae.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pvae.data import Splits
+    from pvae.pair import VAE
+
+__all__ = ["encode", "evaluate", "reconstruct", "sample"]
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    num_particles: Annotated[
+        int, typer.Option("-K", help="Draws a datum, for the evidence.")
+    ] = 500,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Estimate ELBO, evidence and their parts on the test data."""
+    from pvae.fitting import History
+    from pvae.runs import open_run
+
+    config, vae, splits = open_run(run, device)
+    history = History.read(run / "history.jsonl")
+    text = summary(run, config, vae, splits, history, num_particles=num_particles, seed=seed)
+    typer.echo(text)
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    num_samples: Annotated[int, typer.Option("-n", help="How many.")] = 100,
+    mean: Annotated[bool, typer.Option(help="Means of x given z instead of draws.")] = False,  # noqa: FBT002
+    density: Annotated[
+        str | None,
+        typer.Option(help="gaussian, gmm: fitted to the training codes, in the prior's place."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/samples.npy.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw from the model: z from the prior, x from the decoder. No encoder is used.
+
+    An autoencoder has no prior to draw from; --density gives it one.
+    """
+    from pvae import VAE, latent, plots, randomness
+    from pvae.errors import UndefinedError
+    from pvae.runs import open_run
+
+    _, vae, splits = open_run(run, device)
+    if density is not None:
+        if density not in ("gaussian", "gmm"):
+            raise ArgumentError("--density", "gaussian or gmm", repr(density))
+        codes = latent.codes(vae.model, vae.guide, splits.train.unlabelled())
+        fitted = latent.fit_density(codes, density, seed=seed)
+        vae = VAE(fitted, vae.model.likelihood, vae.guide.posterior)
+    with randomness.forked(seed):
+        x = vae.sample(num_samples, mean=mean)
+    path = _save(to or run / "samples.npy", x)
+    typer.echo(
+        f"{num_samples} {'means' if mean else 'draws'} of shape {tuple(x.shape[1:])}: {path}"
+    )
+    kind = "means of x given z" if mean else "draws of x"
+    try:
+        figure = plots.samples(x[:100], title=f"samples from the model ({kind})")
+    except UndefinedError:
+        return
+    figure.savefig(path.with_suffix(".png"))
+    typer.echo(f"picture: {path.with_suffix('.png')}")
+
+
+@app.command()
+def reconstruct(
+    run: RunFolder,
+    data: Annotated[
+        Path | None, typer.Option(help="A file of data; otherwise the test data.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/reconstructions.npy.")] = None,
+    corrupt: Annotated[bool, typer.Option(help="Corrupt the data first, as training did.")] = False,  # noqa: FBT002
+    seed: Annotated[int, typer.Option(help="Of the corruption.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Encode data and decode them again: means of x at the mean of q(z | x)."""
+    from pvae import plots, randomness
+    from pvae.errors import UndefinedError
+
+    vae, x = _open_with_data(run, data, device)
+    if corrupt:
+        if vae.guide.corruption is None:
+            raise ArgumentError("--corrupt", "a run that was trained with a corruption", f"{run}")
+        with randomness.forked(seed):
+            x = vae.guide.corruption(x)
+    y = vae.reconstruct(x)
+    path = _save(to or run / "reconstructions.npy", y)
+    typer.echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
+    try:
+        figure = plots.reconstructions(x[:10], y[:10])
+    except UndefinedError:
+        return
+    figure.savefig(path.with_suffix(".png"))
+    typer.echo(f"picture: {path.with_suffix('.png')}")
+
+
+@app.command()
+def encode(
+    run: RunFolder,
+    data: Annotated[
+        Path | None, typer.Option(help="A file of data; otherwise the test data.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/codes.npy.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Write the codes of data: the means of q(z | x)."""
+    vae, x = _open_with_data(run, data, device)
+    z = vae.encode(x)
+    path = _save(to or run / "codes.npy", z)
+    typer.echo(f"{len(z)} codes of shape {tuple(z.shape[1:])}: {path}")
+
+
+def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Tensor]:
+    """The pair of a run, and data for it: a file's, or the run's test data."""
+    from dataclasses import replace
+
+    import torch
+
+    from pvae.data import as_source, check_rows, load
+    from pvae.errors import DataError
+    from pvae.runs import open_run
+
+    _, vae, splits = open_run(run, device)
+    chosen = splits.test
+    if data is not None:
+        if not data.is_file():
+            raise DataError("--data", "a file", f"{data}, which is none")
+        found = load(data, valid=0, test=0, shuffle=False)
+        if found.event_shape != splits.event_shape:
+            raise DataError(
+                str(data), f"data of shape {splits.event_shape}", f"shape {found.event_shape}"
+            )
+        _check_kind(data, found.train.arrays[0], splits)
+        chosen = replace(chosen, arrays=found.train.arrays[:1], origin=None)
+    source = as_source(chosen.unlabelled())
+    check_rows(source, where=str(data or "data"))
+    return vae, torch.cat([batch[0] for _, batch in source.all()])
+
+
+def _check_kind(path: Path, x: Any, splits: Splits) -> None:
+    """Refuses numbers of another kind than those of the training: bytes for real numbers, say."""
+    import numpy as np
+
+    from pvae.errors import DataError
+
+    x, levels = np.asarray(x), splits.raw_levels
+    if levels is None and x.dtype == np.uint8:
+        raise DataError(
+            str(path), "real numbers, as the run was trained on", "bytes", ["x / 255, say"]
+        )
+    if levels is not None:
+        off = (x < 0) | (x > levels - 1) | (x != np.round(x))
+        if off.any() or (levels > 2 and x.size and x.max() <= 1 and x.dtype.kind == "f"):
+            raise DataError(
+                str(path),
+                f"whole numbers from 0 to {levels - 1}, as the run was trained on",
+                f"values from {x.min():g} to {x.max():g}",
+                [f"x * {levels - 1}, rounded, if they are parts of 1"],
+            )
+
+
+def _save(path: Path, tensor: Tensor) -> Path:
+    import io
+
+    import numpy as np
+
+    from pvae.checkpoint import write_atomically
+
+    content = io.BytesIO()
+    np.save(content, tensor.cpu().numpy())
+    path = path if path.suffix == ".npy" else path.with_suffix(".npy")
+    write_atomically(path, content.getvalue())
+    return path
