@@ -156,9 +156,13 @@ def split_parameters(
     """
     rank, size = len(event_shape), math.prod(event_shape)
     if isinstance(output, Tensor):
-        if rank and tuple(output.shape[-rank:]) == (num_params * event_shape[0], *event_shape[1:]):
+        is_flat = output.shape[-1:] == (num_params * size,)
+        shape = (num_params * event_shape[0], *event_shape[1:]) if rank else ()
+        if rank > 1 and output.dim() == rank and is_flat:  # one row, not one value without a row
+            shape = ()
+        if rank and tuple(output.shape[-rank:]) == shape:
             parts = output.chunk(num_params, dim=-rank)
-        elif output.shape[-1:] == (num_params * size,):
+        elif is_flat:
             flat = output.reshape(*output.shape[:-1], num_params, *event_shape)
             parts = flat.unbind(dim=-rank - 1)
         else:

@@ -41,6 +41,10 @@ class Noise(nn.Module):
         super().__init__()
         self.sigma = check_number("Noise.sigma", sigma, minimum=0)
 
+    def extra_repr(self) -> str:
+        """What it was made with."""
+        return f"sigma={self.sigma:g}"
+
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
         return x + self.sigma * torch.randn_like(x)
@@ -60,6 +64,10 @@ class Masking(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = _rate("Masking.rate", rate)
+
+    def extra_repr(self) -> str:
+        """What it was made with."""
+        return f"rate={self.rate:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -83,6 +91,10 @@ class SaltAndPepper(nn.Module):
         super().__init__()
         self.rate = _rate("SaltAndPepper.rate", rate)
         self.low, self.high = check_number("low", low), check_number("high", high)
+
+    def extra_repr(self) -> str:
+        """What it was made with."""
+        return f"rate={self.rate:g}, low={self.low:g}, high={self.high:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -119,6 +131,10 @@ class BlockMasking(nn.Module):
     def __init__(self, size: int, fill: float = 0.0) -> None:
         super().__init__()
         self.size, self.fill = check_int("BlockMasking.size", size), check_number("fill", fill)
+
+    def extra_repr(self) -> str:
+        """What it was made with."""
+        return f"size={self.size}, fill={self.fill:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -163,6 +179,10 @@ class Downsampling(nn.Module):
         images = x.reshape(-1, 1, *x.shape[-2:])
         small = F.avg_pool2d(images, self.factor, ceil_mode=True, count_include_pad=False)
         return small.reshape(*x.shape[:-2], *small.shape[-2:])
+
+    def extra_repr(self) -> str:
+        """What it was made with."""
+        return f"factor={self.factor}"
 
     def forward(self, x: Tensor) -> Tensor:
         """The batch as a small image shows it, in the size that it had."""

@@ -143,6 +143,13 @@ def sensitivity(
     with randomness.forked(seed):
         source, structure = bounds.prepare(model, guide, data, structure)
         name = only_site("sensitivity", "latent of the data", structure.latents, site)
+        if structure.subsample_size is not None or structure.tied_to is not None:
+            raise UndefinedError(
+                "sensitivity",
+                "a pair that runs on any rows it is given",
+                "one that subsamples its data, or runs on one number of rows alone",
+                ["pyro.plate(name, len(x)), with no subsample"],
+            )
         with t.evaluating(structure.modules):
             for _, (x, *context) in source.all(max_rows):
 
@@ -155,8 +162,9 @@ def sensitivity(
                             "a distribution whose mean is known",
                             type(fn).__name__,
                         )
-                    return mean
+                    return mean.movedim(structure.dim - len(fn.event_shape), 0)
 
+                x = x if x.is_floating_point() else x.to(structure.dtype)
                 square = squared_jacobian_norm(code, x, num_probes=num_probes)
                 found.append(square.sqrt())
     return torch.cat(found)

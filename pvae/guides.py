@@ -93,7 +93,7 @@ class CodeDelta(dist.Delta):
 
     def __init__(self, encoded: Tensor, quantised: Tensor, event_dim: int) -> None:
         self.encoded, self.quantised = encoded, quantised
-        through = encoded + (quantised - encoded).detach()
+        through = quantised.detach() + (encoded - encoded.detach())
         super().__init__(through, event_dim=event_dim)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> CodeDelta:
@@ -162,7 +162,8 @@ class NearestCode(FromNetwork):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Numbers of the codes nearest to vectors, shape ``(..., D)`` to ``(...)``."""
         flat = vectors.detach().reshape(-1, vectors.shape[-1])
-        return torch.cdist(flat, self.codes).argmin(1).reshape(vectors.shape[:-1])
+        distances = torch.cdist(flat, self.codes, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.argmin(1).reshape(vectors.shape[:-1])
 
     def distribution(self, *params: Tensor) -> Any:
         """The point mass at the nearest codes."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pvae.errors import check_int
+from pvae.errors import PairError, check_int
 
-__all__ = ["squared_jacobian_norm"]
+__all__ = ["squared_jacobian_norm", "squared_norm_of"]
 
 
 def squared_jacobian_norm(
@@ -51,6 +51,25 @@ def squared_jacobian_norm(
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         z = function(leaf)
+    return squared_norm_of(
+        z, leaf, num_probes=num_probes, max_entries=max_entries, create_graph=create_graph
+    )
+
+
+def squared_norm_of(
+    z: Tensor,
+    x: Tensor,
+    *,
+    num_probes: int | None = None,
+    max_entries: int = 2**24,
+    create_graph: bool = False,
+) -> Tensor:
+    """The same of codes that have been computed from ``x``, which requires a gradient."""
+    if z.dim() < 1 or len(z) != len(x):
+        raise PairError("Jacobian", f"codes of {len(x)} data", f"shape {tuple(z.shape)}")
+    if not z.requires_grad:
+        return x.new_zeros(len(x))  # they don't depend on the data
+    with torch.enable_grad():
         flat = z.reshape(len(x), -1)
         size = flat.shape[1]
         if num_probes is None:
@@ -58,17 +77,20 @@ def squared_jacobian_norm(
             probes = probes[:, None].expand(size, *flat.shape)
         else:
             probes = torch.randn(num_probes, *flat.shape, dtype=flat.dtype, device=flat.device)
-        step = max(1, max_entries // max(1, leaf.numel()))
+        step = max(1, max_entries // max(1, x.numel()))
 
         def part(vectors: Tensor) -> Tensor:
             (rows,) = torch.autograd.grad(
                 flat,
-                leaf,
+                x,
                 vectors,
                 is_grads_batched=True,
                 create_graph=create_graph,
                 retain_graph=True,
+                allow_unused=True,
             )
+            if rows is None:
+                return flat.new_zeros(len(flat))
             return rows.flatten(2).square().sum((0, 2))
 
         chunks = probes.split(step)

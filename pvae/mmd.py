@@ -91,4 +91,7 @@ def mmd(
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    return (a[..., :, None, :] - b[..., None, :, :]).square().sum(-1)
+    centre = b.detach().mean(-2, keepdim=True)  # so that little is lost in the difference
+    a, b = a - centre, b - centre
+    norms = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :]
+    return (norms - 2 * a @ b.transpose(-2, -1)).clamp(min=0)

@@ -31,12 +31,16 @@ def activation_named(name: str) -> type[nn.Module]:
 class _UnitColumns(nn.Module):
     """A weight whose columns, what one input contributes to all outputs, have norm 1."""
 
+    def __init__(self, groups: int = 1, *, transposed: bool = False) -> None:
+        super().__init__()
+        self.groups, self.transposed = groups, transposed
+
     def forward(self, weight: Tensor) -> Tensor:
-        return (
-            F.normalize(weight.transpose(0, 1).flatten(1), dim=1)
-            .reshape(weight.shape[1], weight.shape[0], *weight.shape[2:])
-            .transpose(0, 1)
-        )
+        if self.transposed:  # (inputs, outputs, ...)
+            return F.normalize(weight.flatten(1), dim=1).reshape(weight.shape)
+        grouped = weight.unflatten(0, (self.groups, -1)).movedim(2, 1)  # group, input, output, ...
+        unit = F.normalize(grouped.flatten(2), dim=2).reshape(grouped.shape)
+        return unit.movedim(1, 2).flatten(0, 1)
 
 
 def unit_norm(network: nn.Module) -> nn.Module:
@@ -54,8 +58,11 @@ def unit_norm(network: nn.Module) -> nn.Module:
         True
     """
     for module in list(network.modules()):
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Linear):
             parametrize.register_parametrization(module, "weight", _UnitColumns())
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            unit = _UnitColumns(module.groups, transposed=module.transposed)
+            parametrize.register_parametrization(module, "weight", unit)
     return network
 
 

@@ -100,7 +100,14 @@ class Guide(nn.Module):
             x = _corrupted(x, self.corruption)
         active = self.penalties if self.training else ()
         with pyro.plate(DATA_PLATE, len(x)):
-            with recording(self.posterior, active) as activations:
+            with (
+                recording(self.posterior, active) as activations,
+                torch.set_grad_enabled(
+                    torch.is_grad_enabled() or any(p.differentiates_x for p in active)
+                ),
+            ):
+                if any(p.differentiates_x for p in active):
+                    x = _floating(x).detach().requires_grad_()
                 posterior = self.posterior(x, *context)
             _check_batch(LATENT, posterior, x.shape[:1])
             z = pyro.sample(LATENT, posterior)
@@ -277,7 +284,7 @@ def _batch_size(x: Tensor | None, context: Sequence[Tensor], size: int | None) -
 
 
 def _corrupted(x: Tensor, corruption: Callable[[Tensor], Tensor]) -> Tensor:
-    seen = corruption(x)
+    seen = corruption(_floating(x))
     if seen.shape != x.shape:
         raise PairError(
             "corruption",
@@ -286,6 +293,10 @@ def _corrupted(x: Tensor, corruption: Callable[[Tensor], Tensor]) -> Tensor:
             ["small images in the size of the large ones, as corruptions.Downsampling has them"],
         )
     return seen
+
+
+def _floating(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def _check_prior(prior: Any, context: Sequence[Tensor], size: int) -> None:

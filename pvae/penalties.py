@@ -1,8 +1,8 @@
 r"""Penalties :math:`\lambda R` on a pair, as factors marked as such: optimised, but no density.
 
 A penalty acts in training mode alone, so that no evidence, bound or validation value counts it.
-Its weight is a number; for a schedule, ``objectives.ELBO(penalty=schedule)`` multiplies all of
-them. What is a log density of the code belongs in the prior instead: the L1 norm of the code is
+Its weight is a number; for a schedule, ``objectives.ELBO(penalty_weight=schedule)`` multiplies all
+of them. What is a log density of the code belongs in the prior instead: the L1 norm of the code is
 `pvae.priors.Laplace`, its square `pvae.priors.StandardNormal`.
 """
 
@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pvae import sites
 from pvae.conditional import Conditional
 from pvae.errors import ArgumentError, PairError, check_int, check_number
-from pvae.jacobian import squared_jacobian_norm
+from pvae.jacobian import squared_norm_of
 from pvae.mmd import Kernel, mmd
 
 __all__ = [
@@ -70,12 +71,15 @@ class Penalty(nn.Module, ABC):
     ``super().__init__(weight)``, and return R of shape ``fn.batch_shape``, or one that broadcasts
     to it. A function of (x, z) needs no class: `Custom`.
 
+    With several particles z is of shape ``(K, N, ...)``: write R for any leading axes.
+
     Arguments:
         weight: :math:`\lambda`, in nats per unit of R.
     """
 
     sides: tuple[Side, ...] = ("model",)
     records_activations = False
+    differentiates_x = False
     weight: Tensor
 
     def __init__(self, weight: float) -> None:
@@ -86,6 +90,12 @@ class Penalty(nn.Module, ABC):
     @abstractmethod
     def forward(self, run: Run) -> Tensor:
         """R for each datum, without the weight."""
+
+    def extra_repr(self) -> str:
+        """All that it was made with, so that a resumed training can be compared."""
+        shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        rest = "".join(f", {k}={v!r}" for k, v in sorted(shown.items()) if not callable(v))
+        return f"weight={float(self.weight):g}{rest}"
 
 
 class Custom(Penalty):
@@ -140,15 +150,15 @@ class Activations(Penalty):
     def forward(self, run: Run) -> Tensor:
         """The sum of absolute values for each datum, on this side."""
         counted = list(run.activations)
-        if self.code if run.side == "guide" else self.output:
-            counted.append(_mean(run))
-        elif not counted:
+        if not counted and sum(1 for _ in _weights(run.part)) > 1:
             raise PairError(
                 f"Activations in the {run.side}",
                 "a network with activations that are modules",
-                f"none in {type(run.part).__name__}",
-                ["nn.ReLU() and the like in place of torch.relu", "code=True, output=True"],
+                f"several layers and no such module in {type(run.part).__name__}",
+                ["nn.ReLU() and the like in place of torch.relu"],
             )
+        if self.code if run.side == "guide" else self.output:
+            counted.append(_mean(run))
         batch = tuple(run.fn.batch_shape)
         return sum((_per_datum(a, batch) for a in counted), torch.zeros(()).to(run.z))
 
@@ -173,6 +183,7 @@ class Contractive(Penalty):
     """
 
     sides = ("guide",)
+    differentiates_x = True
 
     def __init__(
         self,
@@ -189,7 +200,7 @@ class Contractive(Penalty):
     def forward(self, run: Run) -> Tensor:
         """The (squared) norm for each datum."""
         for name, module in run.part.named_modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise PairError(
                     "Contractive",
                     "codes that depend on their own datum alone",
@@ -198,11 +209,8 @@ class Contractive(Penalty):
                     ["nn.LayerNorm, or no norm, in the encoder"],
                 )
 
-        def code(x: Tensor) -> Tensor:
-            return _mean(run, run.part(x, *run.context))
-
-        square = squared_jacobian_norm(
-            code,
+        square = squared_norm_of(
+            _mean(run),
             run.x,
             num_probes=self.num_probes,
             max_entries=self.max_entries,
@@ -241,9 +249,11 @@ class Commitment(Penalty):
 
 
 class WeightDecay(Penalty):
-    r"""The squared norm of weights, :math:`\|W\|^2`, biases left out.
+    r"""The squared norm of weights, :math:`\|W\|^2`.
 
-    The same for each datum, so that the loss per datum has it once.
+    Weights are the parameters of that name with at least two axes, as they act (after a
+    parametrisation such as `pvae.networks.unit_norm`); biases and norms are left out. The sum is
+    the same for each datum, so that the loss per datum has it once.
 
     Arguments:
         weight: :math:`\lambda`.
@@ -257,8 +267,8 @@ class WeightDecay(Penalty):
             raise ArgumentError("WeightDecay.sides", "'guide', 'model' or both", repr(sides))
 
     def forward(self, run: Run) -> Tensor:
-        """The sum over all weights with at least two axes."""
-        squares = [p.square().sum() for p in run.part.parameters() if p.dim() > 1]
+        """The sum over all weights."""
+        squares = [weight.square().sum() for weight in _weights(run.part)]
         return sum(squares, torch.zeros(()).to(run.z))
 
 
@@ -299,9 +309,30 @@ class MMD(Penalty):
         return mmd(z, drawn, self.kernel)[..., None]
 
 
-def _mean(run: Run, fn: Any = None) -> Tensor:
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_ACTIVATIONS = tuple(
+    kind
+    for kind in vars(nn.modules.activation).values()
+    if isinstance(kind, type)
+    and kind.__module__ == nn.modules.activation.__name__
+    and kind is not nn.MultiheadAttention
+)
+
+
+def _weights(part: nn.Module) -> Iterator[Tensor]:
+    for module in part.modules():
+        if isinstance(module, _NORMS):
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            yield getattr(module, "weight")  # noqa: B009
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.startswith("weight") and parameter.dim() > 1:
+                yield parameter
+
+
+def _mean(run: Run) -> Tensor:
     try:
-        return (run.fn if fn is None else fn).mean
+        return run.fn.mean
     except (NotImplementedError, AttributeError):
         raise PairError(
             f"penalty on the {run.side}",
@@ -335,9 +366,9 @@ def recording(part: nn.Module, penalties: Iterable[Any]) -> Iterator[list[Tensor
     found: list[Tensor] = []
     watched = part.modules() if any(p.records_activations for p in penalties) else ()
     handles = [
-        module.register_forward_hook(lambda _module, _inputs, out: found.append(out))
+        module.register_forward_hook(lambda _module, _inputs, out: found.append(out.clone()))
         for module in watched
-        if type(module).__module__ == "torch.nn.modules.activation"
+        if isinstance(module, _ACTIVATIONS)
     ]
     try:
         yield found
@@ -357,6 +388,10 @@ def on_side(side: Side, penalties: Penalty | Sequence[Penalty]) -> nn.ModuleList
                 f"{type(penalty).__name__}",
                 ["penalties.Custom(function, weight)"],
             )
+        if not penalty.sides or set(penalty.sides) - {"guide", "model"}:
+            raise ArgumentError(
+                f"{type(penalty).__name__}.sides", "'guide', 'model' or both", repr(penalty.sides)
+            )
     return nn.ModuleList(p for p in several if side in p.sides)
 
 
@@ -364,7 +399,7 @@ def penalise(run: Run, penalties: Iterable[Any]) -> None:
     """Subtracts the penalties from the objective, each as a site of its own in the data plate."""
     batch = tuple(run.fn.batch_shape)
     for i, penalty in enumerate(penalties):
-        value = penalty(run)
+        value = torch.as_tensor(penalty(run))
         name = f"{type(penalty).__name__.lower()}{i or ''}_{run.side}"
         try:
             value = value.expand(batch)

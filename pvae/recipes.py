@@ -153,7 +153,7 @@ def sparse_ae(
     event_shape: int | Sequence[int],
     latent_dim: int,
     *,
-    l1: float = 0.1,
+    l1: float | None = None,
     prior: Factory | None = None,
     unit_norm: bool = True,
     **options: Any,
@@ -183,7 +183,7 @@ def sparse_ae(
     Arguments:
         event_shape: Shape of one datum.
         latent_dim: Size of the code.
-        l1: :math:`\lambda`.
+        l1: :math:`\lambda`; None for 0.1.
         prior: From ``latent_dim`` to another sparse prior, such as `pvae.priors.StudentT`.
         unit_norm: Whether the decoder's columns have norm 1.
         options: As in `ae`.
@@ -192,8 +192,11 @@ def sparse_ae(
         >>> type(sparse_ae(64, 100, l1=0.3).model.prior).__name__
         'Laplace'
     """
+    if prior is not None and l1 is not None:
+        raise ArgumentError("sparse_ae", "either l1, for a Laplace prior, or another prior", "both")
     if prior is None:
-        prior = functools.partial(priors.Laplace, rate=check_number("l1", l1, above=0))
+        rate = check_number("l1", 0.1 if l1 is None else l1, above=0)
+        prior = functools.partial(priors.Laplace, rate=rate)
     return ae(event_shape, latent_dim, prior=prior, unit_norm=unit_norm, **options)
 
 
@@ -326,7 +329,7 @@ def denoising_ae(
 
     Example:
         >>> denoising_ae(64, 8).guide.corruption
-        Noise()
+        Noise(sigma=0.3)
     """
     return ae(event_shape, latent_dim, corruption=corruption or Noise(0.3), **options)
 
@@ -452,6 +455,12 @@ def vq_vae(
         >>> vq_vae(64, 2, num_latents=4).encode(torch.zeros(5, 64)).shape
         torch.Size([5, 4, 2])
     """
+    for name in ("prior", "guide", "num_classes"):
+        if options.get(name):
+            raise ArgumentError(
+                "vq_vae", f"no {name} of its own: it has a flat prior and a codebook", name, ["ae"]
+            )
+    options = {k: v for k, v in options.items() if k not in ("prior", "guide", "num_classes")}
     shape = (check_int("num_latents", num_latents), check_int("latent_dim", latent_dim))
     family = likelihood or _squared_error
     return ae(

@@ -108,7 +108,7 @@ def summarize(
     active = _active(model, guide, source, structure, seed)
     if active is not None:
         lines.append(("active units", f"{active[0]} of {active[1]}", "Var_x(E_q[z]) > 0.01"))
-    if structure.points and len(structure.latents) == 1:
+    if structure.has_points and len(structure.latents) == 1:
         lines += _of_codes(model, guide, source, structure, seed)
     if seconds is not None:
         lines.append(("training", f"{seconds:.0f} s", f"{len(history)} epoch(s)"))
@@ -156,9 +156,12 @@ def _of_codes(
             ("sparsity", f"{value:.3f}", f"Hoyer's, of codes; {zero:.0f}% of entries near 0")
         )
     num_probes = None if codes.shape[1] <= 256 else 16
-    norms = diagnostics.sensitivity(
-        model, guide, source, structure=structure, num_probes=num_probes, seed=seed
-    )
+    try:
+        norms = diagnostics.sensitivity(
+            model, guide, source, structure=structure, num_probes=num_probes, seed=seed
+        )
+    except UndefinedError as error:
+        return [*lines, ("sensitivity", "not defined", f"{error.actual}")]
     spread = codes.var(0).sum().sqrt()
     if bool(spread > 0):
         value = float((norms / spread).mean())

@@ -183,6 +183,8 @@ class Config:
                 continue
             if name in own:
                 found[name] = value
+            elif name == "l1_activations" and self.recipe == "sparse_activations_ae":
+                found["l1"] = value
             elif name in PENALTIES:
                 others.append(PENALTIES[name](value))
             elif name == "l1" and self.prior is None:
@@ -200,10 +202,15 @@ class Config:
         chosen = [(n, getattr(self, n)) for n in CORRUPTIONS if getattr(self, n) is not None]
         if chosen:
             made = [CORRUPTIONS[n](v) for n, v in chosen]
-            for part in made:
-                is_scaled = self.likelihood_for(splits) == "gaussian"
-                if isinstance(part, corruptions.SaltAndPepper) and splits.levels and not is_scaled:
-                    part.high = float(splits.levels - 1)
+            for part in made:  # which are in units of data from 0 to 1
+                if isinstance(part, corruptions.SaltAndPepper) and splits.levels is None:
+                    x = splits.train.arrays[0]
+                    part.low, part.high = float(x[:].min()), float(x[:].max())
+                elif splits.levels is not None and self.likelihood_for(splits) != "gaussian":
+                    if isinstance(part, corruptions.SaltAndPepper):
+                        part.high = float(splits.levels - 1)
+                    if isinstance(part, corruptions.Noise):
+                        part.sigma *= splits.levels - 1
             found["corruption"] = nn.Sequential(*made)
         return found
 

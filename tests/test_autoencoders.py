@@ -28,7 +28,7 @@ from pvae import (
     recipes,
     schedules,
 )
-from pvae.errors import PairError, PvaeWarning, UndefinedError
+from pvae.errors import ArgumentError, CheckpointError, PairError, PvaeWarning, UndefinedError
 from pvae.networks import MLP, ConvDecoder, unit_norm
 
 D, Q, N = 6, 3, 20
@@ -358,6 +358,60 @@ def test_commitment_is_the_distance_to_the_codes(device: torch.device) -> None:
     assert isinstance(part, guides.NearestCode)
     gap = (encoded - part.codes[part.nearest(encoded)]).square().sum((1, 2))
     torch.testing.assert_close(-terms.penalties["commitment_guide"][0], 0.3 * gap)
+
+
+def test_a_code_is_exactly_one_of_the_codebook(device: torch.device) -> None:
+    vae = recipes.vq_vae(D, 2, num_latents=3, num_codes=8, hidden=(8,)).to(device)
+    part = vae.guide.posterior
+    assert isinstance(part, guides.NearestCode)
+    z = vae.encode(100 * data().to(device)).reshape(-1, 2)
+    assert all((part.codes == row).all(1).any() for row in z)
+    far = quantising(device)
+    far.codes.add_(1e4)
+    vectors = 1e4 + torch.rand(200, 2, 2, device=device)
+    assert torch.equal(far.nearest(vectors)[:1], far.nearest(vectors[:1]))
+    torch.testing.assert_close(far.codes[far.nearest(vectors)] - 1e4, (vectors - 1e4).round())
+
+
+def test_one_vector_and_one_row(device: torch.device) -> None:
+    vae = recipes.vq_vae(D, 2, num_latents=1, num_codes=8, hidden=(8,)).to(device)
+    assert vae.encode(data(1).to(device)).shape == (1, 1, 2)
+    with pytest.raises(ArgumentError, match="vq_vae: expected no prior of its own"):
+        recipes.vq_vae(D, 2, prior=priors.Flat)
+
+
+def test_grouped_and_transposed_convolutions_get_unit_columns() -> None:
+    up, grouped = nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(4, 6, 3, groups=2)
+    unit_norm(nn.Sequential(up, grouped))
+    for column in up.weight:
+        assert float(column.detach().norm()) == pytest.approx(1.0)
+    for group in grouped.weight.unflatten(0, (2, 3)):
+        norms = group.transpose(0, 1).flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones(2))
+
+
+def test_other_parts_arent_resumed(tmp_path: Any, device: torch.device) -> None:
+    """Weights of penalties, kinds of corruption, dropout: a training is of one pair."""
+
+    def run(**options: Any) -> None:
+        vae = recipes.ae(D, Q, hidden=(8,), **options)
+        pvae.fit(
+            vae.model, vae.guide, data(), epochs=2, folder=tmp_path, resume=True, progress=False,
+            device=device,
+        )  # fmt: skip
+
+    run(corruption=corruptions.Noise(0.1), penalties=penalties.MMD(10.0))
+    run(corruption=corruptions.Noise(0.1), penalties=penalties.MMD(10.0))
+    with pytest.raises(CheckpointError, match=r"Noise\(sigma=0\.1\).*Masking\(rate=0\.9\)"):
+        run(corruption=corruptions.Masking(0.9), penalties=penalties.MMD(10.0))
+    with pytest.raises(CheckpointError, match=r"MMD\(weight=10.*MMD\(weight=500"):
+        run(corruption=corruptions.Noise(0.1), penalties=penalties.MMD(500.0))
+
+
+def test_a_last_batch_of_one_row_is_refused_before_training(device: torch.device) -> None:
+    vae = recipes.wae(D, Q, hidden=(8,))
+    with pytest.raises(ArgumentError, match="batch norm and MMD need"):
+        pvae.fit(vae.model, vae.guide, data(17), batch_size=8, progress=False, device=device)
 
 
 # What a point mass doesn't have

@@ -210,6 +210,11 @@ MISTAKES = {
     "two priors": (["train", "--l1", "1", "--prior", "flat"], "--l1: expected an option of the"),
     "rate of noise": (["train", "--mask", "1.5"], "Masking.rate: expected a probability"),
     "small codes": (["train", "--recipe", "sparse_ae", "--l1", "0"], "l1: expected a finite"),
+    "l1 and a prior": (
+        ["train", "--recipe", "sparse_ae", "--l1", "5", "--prior", "student_t"],
+        "either l1, for a Laplace prior, or another prior",
+    ),
+    "prior of a codebook": (["train", "--recipe", "vq_vae", "--prior", "flat"], "vq_vae: expected"),
     "flat prior": (["train", "--prior", "normal", "--recipe", "ae"], "a prior without parameters"),
 }
 

@@ -127,3 +127,6 @@ def test_salt_is_as_bright_as_the_data() -> None:
         corruption = vae.guide.corruption
         assert isinstance(corruption, torch.nn.Module)
         assert float(corruption(torch.full((50, 64), 0.5)).max()) == high
+        noisy = Config(noise=0.25, likelihood=likelihood)
+        part = noisy.build(noisy.load_data()).guide.corruption
+        assert str(part).count(f"sigma={0.25 * high:g}") == 1

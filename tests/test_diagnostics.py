@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDelta
+from torch import Tensor, nn
 
 from pvae import diagnostics, recipes, report
 from pvae.errors import PvaeError, UndefinedError
@@ -58,6 +60,31 @@ def test_sensitivity_of_any_pair(device: torch.device) -> None:
     model, guide, batch = pairs.two_sites(device)
     with pytest.raises(UndefinedError, match="site=NAME"):
         diagnostics.sensitivity(model, guide, batch)
+
+
+@pytest.mark.usefixtures("store")
+def test_sensitivity_where_there_is_none(device: torch.device) -> None:
+    model, guide, batch = pairs.subsample_drawn(device)
+    with pytest.raises(UndefinedError, match="one that subsamples its data"):
+        diagnostics.sensitivity(model, guide, batch)
+    vae = recipes.vae(D, 2, hidden=(8,)).to(device)
+    x = torch.rand(12, D, device=device).round()
+    point = AutoDelta(vae.model)
+    point(x)
+    summary = report.summarize(vae.model, point, x)
+    assert ("sensitivity", "not defined") in [line[:2] for line in summary.lines]
+    step = recipes.ae(D, Q).to(device)
+    step.guide.posterior.network = nn.Sequential(Step(), nn.Linear(D, Q)).to(device)
+    assert diagnostics.sensitivity(step.model, step.guide, x).tolist() == [0.0] * 12
+    counts = torch.randint(0, 5, (12, D), device=device)
+    ae = recipes.ae(D, Q).to(device)
+    found = diagnostics.sensitivity(ae.model, ae.guide, counts)
+    torch.testing.assert_close(found, diagnostics.sensitivity(ae.model, ae.guide, counts.double()))
+
+
+class Step(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0.5).to(x.dtype)
 
 
 def test_the_report_of_an_autoencoder_has_no_scale(device: torch.device) -> None:

@@ -274,6 +274,49 @@ def test_batch_norm_is_refused(device: torch.device) -> None:
     vae.guide(data().to(device))
 
 
+def test_weights_count_as_they_act(device: torch.device) -> None:
+    """Unit columns have a constant norm; scales and norms of layers are no weights."""
+    vae = recipes.sparse_ae(D, Q, hidden=(8,), penalties=penalties.WeightDecay(1.0, ("model",)))
+    vae.to(device)
+    x = data().to(device)
+    (found,) = pvae.terms.compute(vae.model, vae.guide, (x,)).penalties.values()
+    torch.testing.assert_close(-found, torch.full_like(found, Q + 8.0))  # one for each column
+    net = nn.Sequential(nn.Linear(Q, 4), nn.LayerNorm((5, 4)), nn.Linear(4, 4)).to(device)
+    part = likelihoods.Gaussian(net, (5, 4), sigma="feature").to(device)
+    run = penalties.Run("model", part, x, x, (), part(torch.rand(2, 5, Q, device=device)), [])
+    expected = sum(net.get_parameter(n).square().sum() for n in ("0.weight", "2.weight"))
+    torch.testing.assert_close(penalties.WeightDecay(1.0)(run), expected)
+
+
+def test_contractive_runs_the_encoder_once(device: torch.device) -> None:
+    """Dropout is the same draw, and a codebook moves once a step."""
+    calls = []
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(D, Q)
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(x)
+            return self.layer(x)
+
+    vae = pair(penalties.Contractive(1.0)).to(device)
+    vae.guide.posterior = guides.Point(Counting().to(device), Q)
+    x = data().to(device)
+    Trace_ELBO().differentiable_loss(vae.model, vae.guide, x).backward()
+    assert len(calls) == 1
+    with torch.no_grad():
+        value = Trace_ELBO().loss(vae.model, vae.guide, x)
+    assert value == pytest.approx(Trace_ELBO().loss(vae.model, vae.guide, x))
+    plain = pair(penalties.Contractive(1.0), corruption=nn.Identity()).to(device)
+    whole = [
+        pvae.terms.compute(plain.model, plain.guide, (v,)) for v in (x.round().long(), x.round())
+    ]
+    first, second = (t.penalties["contractive_guide"] for t in whole)
+    torch.testing.assert_close(first, second)  # integers, too
+
+
 # Activations
 
 
@@ -326,8 +369,54 @@ def test_networks_without_activations_are_refused(device: torch.device) -> None:
         guides.Point(nn.Linear(D, Q), Q),
         penalties=penalties.Activations(1.0),
     ).to(device)
-    with pytest.raises(PairError, match=r"Activations in the model.*(.|\n)*nn\.ReLU\(\)"):
-        pvae.terms.compute(vae.model, vae.guide, (data().to(device),))
+    x = data().to(device)
+    z = vae.encode(x)
+    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    penalty = sum(v.sum() for v in terms.penalties.values())
+    torch.testing.assert_close(-penalty, z.abs().sum())  # linear both ways: the code alone
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(D, 8), nn.Linear(8, Q)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    vae.guide.posterior = guides.Point(Functional().to(device), Q)
+    with pytest.raises(PairError, match=r"Activations in the guide.*(.|\n)*nn\.ReLU\(\)"):
+        vae.guide(x)
+
+
+def test_activations_of_every_kind(device: torch.device) -> None:
+    """Subclasses count; what is changed in place afterwards counts as it was."""
+
+    class Mine(nn.Tanh):
+        pass
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(D, D), nn.ReLU(), nn.Linear(D, Q)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.act(self.first(x))
+            h += 10 * x
+            return self.last(h)
+
+    x = data().to(device)
+    torch.manual_seed(0)
+    ours = pair(penalties.Activations(1.0), activation=Mine).to(device)
+    torch.manual_seed(0)
+    theirs = pair(penalties.Activations(1.0)).to(device)
+    losses = [Trace_ELBO().loss(v.model, v.guide, x) for v in (ours, theirs)]
+    assert losses[0] == losses[1]
+    part = Residual().to(device)
+    ours.guide.posterior = guides.Point(part, Q)
+    terms = pvae.terms.compute(ours.model, ours.guide, (x,))
+    found = -terms.penalties["activations_guide"].sum()
+    expected = part.act(part.first(x)).abs().sum() + part(x).abs().sum()
+    torch.testing.assert_close(found, expected)
 
 
 # Discrepancies

@@ -64,6 +64,10 @@ def sample(
         if density not in ("gaussian", "gmm"):
             raise ArgumentError("--density", "gaussian or gmm", repr(density))
         codes = latent.codes(vae.model, vae.guide, splits.train.unlabelled())
+        if codes.dim() != 2:
+            raise ArgumentError(
+                "--density", "a run whose codes are vectors", f"codes of shape {codes.shape[1:]}"
+            )
         fitted = latent.fit_density(codes, density, seed=seed)
         vae = VAE(fitted, vae.model.likelihood, vae.guide.posterior)
     with randomness.forked(seed):

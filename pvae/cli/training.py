@@ -60,7 +60,8 @@ def train(
     ] = None,
     guide: Annotated[str | None, typer.Option(help="mean_field, point.")] = None,
     noise: Annotated[
-        float | None, typer.Option(help="Corruption: standard deviation of added noise.")
+        float | None,
+        typer.Option(help="Corruption: standard deviation of added noise, for data from 0 to 1."),
     ] = None,
     mask: Annotated[
         float | None, typer.Option(help="Corruption: share of entries put to 0.")

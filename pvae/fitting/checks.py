@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from torch import nn
 
 from pvae import randomness
 from pvae import terms as t
@@ -89,19 +89,16 @@ def _check_minibatches(
 def _check_one_row(
     model: Any, guide: Any, structure: t.Structure, source: Source, batch_size: int
 ) -> None:
-    """Tries a batch of one row in training mode, which batch norm may refuse."""
-    norms = [m for m in structure.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
-    if not norms:
-        return
+    """Tries a batch of one row in training mode, which batch norm and penalties may refuse."""
     try:
         with _trying(structure):
             t.run_pair(model, guide, t.first_batch(source, 1))
     except PairError as error:
-        if "more than 1 value per channel" not in str(error):
+        if not re.search("more than 1 value per channel|at least two data", str(error)):
             raise
         raise ArgumentError(
             "batch_size",
-            "every batch with at least two rows, as batch norm needs in training",
+            "every batch with at least two rows, as batch norm and MMD need in training",
             f"{source.num_rows} rows in batches of {batch_size}: the last one has a single row",
             [f"batch_size={batch_size + 1}", "one row fewer"],
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import signal
 import threading
 import time
@@ -110,6 +111,8 @@ class Fit:
             "objective": repr(self.objective),
             "optimizer": f"{type(optimizer).__name__}({_plain(optimizer.defaults)})",
             "data": fingerprint(self.source),
+            "model": _made_of(model),
+            "guide": _made_of(guide),
         }
         self._store = set(pyro.get_param_store().keys())
         self._open_folder()
@@ -525,6 +528,13 @@ def _warn_of_long_schedules(schedules: dict[str, Schedule], total: int) -> None:
                 PvaeWarning,
                 stacklevel=5,
             )
+
+
+def _made_of(program: Any) -> str:
+    """What a module says it is made of: layers, dropout, corruptions, penalties."""
+    if not isinstance(program, nn.Module):
+        return type(program).__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(program))
 
 
 def _shown(average: dict[str, float]) -> float:

@@ -185,8 +185,8 @@ def restore(
         raise CheckpointError(
             where,
             "the settings that it was made with: "
-            + ", ".join(f"{k}={theirs.get(k)!r}" for k in differ),
-            ", ".join(f"{k}={settings[k]!r}" for k in differ),
+            + ", ".join(f"{k}={_first_difference(theirs.get(k), settings[k])!r}" for k in differ),
+            ", ".join(f"{k}={_first_difference(settings[k], theirs.get(k))!r}" for k in differ),
             ["the same call as before", "another folder, to train anew"],
         )
     copy_into(saved.part("param"), stepper.structure.parameters, where, "parameters")
@@ -211,6 +211,14 @@ def restore(
     device = stepper.structure.device
     best = {k: v.to(device) for k, v in saved.part("best").items()}
     return Progress(**numbers, history=history, best_tensors=best)
+
+
+def _first_difference(setting: Any, other: Any) -> Any:
+    """Of texts of several lines, the first line that isn't in the other one."""
+    if not (isinstance(setting, str) and isinstance(other, str) and "\n" in setting + other):
+        return setting
+    lines = (line.strip() for line in setting.splitlines() if line not in other.splitlines())
+    return next(lines, "")
 
 
 def copy_into(saved: dict[str, Tensor], present: dict[str, Tensor], where: str, what: str) -> None:
