@@ -77,7 +77,13 @@ def load_images(name: str, data_dir: str | None) -> Images:
         y, y_test = splits.train.arrays[1], splits.test.arrays[1]
         return Images(name, x, y, x_test, y_test, 16, (128,), 60, 64)
     splits = data.load(name, data_dir, valid=0)
-    few, some = splits.train.take(slice(10_000)), splits.test.take(slice(2_000))
+    # rows at random: the first half of MNIST's test images are of other writers than the second
+    order = np.random.default_rng(0)
+    few, some = (
+        part.take(np.sort(order.permutation(len(part))[:count]))
+        for part, count in ((splits.train, 10_000), (splits.test, 2_000))
+    )
+    few, some = (part.take(order.permutation(len(part))) for part in (few, some))
     x, x_test = (torch.as_tensor(part.arrays[0] / np.float32(255)) for part in (few, some))
     return Images(name, x, few.arrays[1], x_test, some.arrays[1], 16, (256,), 15, 128)
 

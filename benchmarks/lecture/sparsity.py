@@ -15,6 +15,7 @@ from lecture.common import Bench, Numbers, Rows, cell, column, maker, mean, mse,
 from pvae import VAE, diagnostics, guides, latent, likelihoods, networks, priors
 
 RATES = (0.1, 0.3, 1.0)
+LEARNED = f"learned dictionary (lambda {RATES[0]}), matching pursuit"
 SHOWN = 0.1
 """The rate of the sparse code whose sparsity and error are held against the plain one's."""
 
@@ -108,17 +109,16 @@ def sparsity(bench: Bench) -> None:
     }
     grown = mean(off[shown], "size of decoder") / mean(off["lambda 0.0"], "size of decoder")
     bench.claim(
-        "without unit_norm the penalty is cheated: the code shrinks more, the decoder grows, and "
-        "the code is less sparse (Hoyer)",
+        "without unit_norm the penalty is cheated: the code shrinks more, and the decoder grows",
         f"size of code at lambda {SHOWN} over that at 0: {shrunk['without']:.3g} without, "
-        f"{shrunk['with']:.3g} with; decoder without: {grown:.3g}; Hoyer "
-        f"{cell(column(off[shown], 'Hoyer'))} without, {cell(column(on[shown], 'Hoyer'))} with",
-        confirmed=shrunk["without"] < shrunk["with"]
-        and grown > 1
-        and all(
-            a < b
-            for a, b in zip(column(off[shown], "Hoyer"), column(on[shown], "Hoyer"), strict=True)
-        ),
+        f"{shrunk['with']:.3g} with; decoder without: {grown:.3g}",
+        confirmed=shrunk["without"] < shrunk["with"] and grown > 1,
+    )
+    bench.more(
+        f"and so the code is sparser with unit_norm than without (lambda {SHOWN})",
+        "Hoyer",
+        (f"{shown}, with", {f"{shown}, with": on[shown]}),
+        (f"{shown}, without", {f"{shown}, without": off[shown]}),
     )
     _wavelets(bench, wide)
 
@@ -196,14 +196,20 @@ def _wavelets(bench: Bench, wide: int) -> None:
             found[f"{k} kept"] = psnr(restored.float().reshape(x.shape), x)
         return found
 
-    def pursued(_: int) -> Numbers:
-        gram, inner = synthesis @ synthesis.T, synthesis @ (flat - mean_image).numpy().T
+    def pursued(atoms: np.ndarray, centre: Tensor) -> Numbers:
+        gram, inner = atoms @ atoms.T, atoms @ (flat - centre).numpy().T
         found = {}
         for k in counts:
             kept = orthogonal_mp_gram(gram, inner, n_nonzero_coefs=k, copy_Xy=True)
-            restored = torch.as_tensor(kept.T @ synthesis) + mean_image
+            restored = torch.as_tensor(kept.T @ atoms) + centre
             found[f"{k} kept"] = psnr(restored.float().reshape(x.shape), x)
         return found
+
+    def learned(seed: int) -> Numbers:
+        make = dictionary(bench, RATES[0], unit_norm=True)
+        pair = bench.fit(f"linear {RATES[0]} True", make, seed)
+        layer = next(m for m in pair.model.likelihood.modules() if isinstance(m, nn.Linear))
+        return pursued(layer.weight.detach().T.double().numpy(), layer.bias.detach().double())
 
     frame = torch.as_tensor(analysis), torch.as_tensor(np.linalg.pinv(analysis))
     rows: Rows = {
@@ -220,7 +226,10 @@ def _wavelets(bench: Bench, wide: int) -> None:
         "orthogonal", lambda _: thresholded(orthogonal, orthogonal.T)
     )
     rows["wavelet frame, thresholded"] = bench.measure("frame", lambda _: thresholded(*frame))
-    rows["wavelet frame, matching pursuit"] = bench.measure("pursuit", pursued)
+    rows["wavelet frame, matching pursuit"] = bench.measure(
+        "pursuit", lambda _: pursued(synthesis, mean_image)
+    )
+    rows[LEARNED] = bench.measure("pursuit learned", learned)
     bench.table("PSNR in dB with the k largest entries of a code kept", rows)
     bench.notes.append(
         f"Wavelets are Haar, on images less the mean training image: orthogonal, two levels "
@@ -235,5 +244,12 @@ def _wavelets(bench: Bench, wide: int) -> None:
             f"a learned sparse code beats wavelets at equal sparsity ({k} entries)",
             f"{k} kept",
             (best, rows),
-            *((name, rows) for name in list(rows)[len(RATES) + 1 :]),
+            *((name, rows) for name in list(rows)[len(RATES) + 1 : -1]),
+        )
+    for k in counts:
+        bench.more(
+            f"the learned dictionary beats the wavelet frame, both by pursuit ({k} entries)",
+            f"{k} kept",
+            (LEARNED, rows),
+            ("wavelet frame, matching pursuit", rows),
         )
