@@ -313,8 +313,9 @@ def write_page(order: Sequence[str]) -> None:
             "",
             f"## {result['part']}, {result['data']}",
             "",
-            f"{result['settings']}. Seeds {', '.join(map(str, result['seeds']))}; commit "
-            f"{made['commit']}, torch {made['torch']}, {made['minutes']} minutes.",
+            f"{result['settings']}. Seeds {', '.join(map(str, result['seeds']))}; written at "
+            f"commit {made['commit']} (with --work, some of it measured at earlier ones), torch "
+            f"{made['torch']}.",
             *(line for note in result["notes"] for line in ("", note)),
         ]
         for table in result["tables"]:
