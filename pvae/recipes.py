@@ -166,7 +166,7 @@ def sparse_ae(
 
     The constant has the prior's share :math:`N_z \log(\lambda / 2)`. The decoder's columns have
     norm 1: otherwise a code that shrinks, and a decoder that grows, lower the penalty and change
-    nothing.
+    nothing. With ``hidden=()`` that fixes the decoder's gain; with hidden layers it bounds it.
 
     ===================  ====================================================  ================
     symbol               meaning                                               argument
