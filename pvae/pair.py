@@ -107,7 +107,8 @@ class Guide(nn.Module):
                 ),
             ):
                 if any(p.differentiates_x for p in active):
-                    x = _floating(x).detach().requires_grad_()
+                    x = _floating(x)
+                    x = x if x.requires_grad else x.detach().requires_grad_()
                 posterior = self.posterior(x, *context)
             _check_batch(LATENT, posterior, x.shape[:1])
             z = pyro.sample(LATENT, posterior)

@@ -49,12 +49,3 @@ def _troubles() -> Iterator[str]:
         import arviz  # noqa: F401
     except Exception as error:
         yield f"arviz doesn't import ({error}); on Python 3.11 it needs matplotlib below 3.11"
-    try:
-        import torchvision  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError:
-        pass
-    except Exception as error:
-        yield (
-            f"torchvision doesn't import ({error}), which also breaks packages that try to; pvae "
-            "doesn't need it: pip uninstall torchvision"
-        )
