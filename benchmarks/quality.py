@@ -17,9 +17,7 @@ import argparse
 import functools
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
+from provenance import commit, made_with
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -411,28 +410,9 @@ def kept(
     return found
 
 
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return done.stdout.strip() or "unknown"
-
-
 def write(part: str, result: dict[str, Any], seconds: float) -> None:
     RESULTS.mkdir(exist_ok=True)
-    result["made with"] = {
-        "commit": commit(),
-        "pvae": pvae.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "minutes": round(seconds / 60, 1),
-    }
+    result["made with"] = made_with(seconds)
     path = RESULTS / f"quality_{part}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     write_table()

@@ -14,6 +14,7 @@ from pvae import randomness
 from pvae import terms as t
 from pvae.data import Source, as_source, check_rows
 from pvae.errors import PairError, UndefinedError, check_int
+from pvae.modes import evaluating
 
 __all__ = ["Bound", "elbo", "evidence", "prepare"]
 
@@ -346,7 +347,7 @@ def _draw_globals(
 ) -> tuple[dict[str, Tensor], float]:
     """One draw of everything outside the data plate, and its log p - log q."""
     rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
-    with t.evaluating(structure.modules):
+    with evaluating(structure.modules):
         terms = t.compute(model, guide, t.first_batch(source, rows), structure=structure)
     given = {
         name: site.draws[0]

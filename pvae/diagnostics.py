@@ -15,6 +15,7 @@ from pvae.errors import UndefinedError, check_int, check_number
 from pvae.jacobian import squared_jacobian_norm
 from pvae.latent.checks import mean_of, only_site
 from pvae.latent.coding import means_and_noise
+from pvae.modes import evaluating
 
 __all__ = ["active_units", "hoyer", "near_zero", "sensitivity"]
 
@@ -150,7 +151,7 @@ def sensitivity(
                 "one that subsamples its data, or runs on one number of rows alone",
                 ["pyro.plate(name, len(x)), with no subsample"],
             )
-        with t.evaluating(structure.modules):
+        with evaluating(structure.modules):
             for _, (x, *context) in source.all(max_rows):
 
                 def code(x: Tensor, rest: tuple[Tensor, ...] = tuple(context)) -> Tensor:

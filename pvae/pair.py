@@ -7,7 +7,6 @@ them: ``SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from pvae.conditional import as_conditional
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
+from pvae.modes import evaluating
 from pvae.penalties import Penalty, Run, on_side, penalise, recording
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
 
@@ -173,7 +173,7 @@ class VAE(nn.Module):
             Shape ``(N, *event_shape)``, on the pair's device.
         """
         check_int("num_samples", num_samples)
-        with _evaluating(self.model):
+        with evaluating(self.model.modules()):
             context = tuple(self._batch(*context))
             for part in context:
                 if not part.dim() or len(part) != num_samples:
@@ -199,7 +199,7 @@ class VAE(nn.Module):
         Returns:
             Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
         """
-        with _evaluating(self):
+        with evaluating(self.modules()):
             q = self.guide.posterior(*self._batch(x, *context))
             return _draw(LATENT, q, num_samples)
 
@@ -214,7 +214,7 @@ class VAE(nn.Module):
         Returns:
             Shape ``(..., *event_shape)``, or ``(S, ..., *event_shape)``.
         """
-        with _evaluating(self.model):
+        with evaluating(self.model.modules()):
             return _draw(OBSERVED, self.model.likelihood(*self._batch(z, *context)), num_samples)
 
     def reconstruct(self, x: Any, *context: Any, num_samples: int | None = None) -> Tensor:
@@ -241,19 +241,6 @@ class VAE(nn.Module):
                 dtype = anchor.dtype if tensor.is_floating_point() else tensor.dtype
                 tensor = tensor.to(anchor.device, dtype)
             yield tensor
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each submodule gets its own mode back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def _draw(site: str, fn: Any, num_samples: int | None) -> Tensor:

@@ -22,6 +22,7 @@ from pvae import bounds, randomness
 from pvae import terms as t
 from pvae.conditional import Conditional
 from pvae.errors import ContractError, PvaeError, PvaeWarning, UndefinedError
+from pvae.modes import evaluating
 from pvae.objectives import ELBO
 
 __all__ = ["check_conditional", "check_pair"]
@@ -210,7 +211,7 @@ def check_pair(
     source, structure = bounds.prepare(model, guide, batch, plate=plate)
     batch = t.first_batch(source, source.num_rows)
     structure = t.inspect_pair(model, guide, batch, plate)
-    with t.evaluating(structure.modules), randomness.forked(seed=0):
+    with evaluating(structure.modules), randomness.forked(seed=0):
         if not structure.enumerated:
             _check_elbo(model, guide, batch, structure, tolerance)
         t.compute(model, guide, batch, structure=structure, num_particles=2)
@@ -275,7 +276,7 @@ def _check_pair_gradients(
     model: Any, guide: Any, batch: tuple[Tensor, ...], structure: t.Structure
 ) -> None:
     objective = ELBO()
-    with t.evaluating(structure.modules), torch.enable_grad():
+    with evaluating(structure.modules), torch.enable_grad():
         terms = t.compute(model, guide, batch, structure=structure)
         loss = objective.surrogate(terms, objective.make_state(terms.like))
     names, parameters = list(structure.parameters), list(structure.parameters.values())

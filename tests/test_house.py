@@ -15,7 +15,17 @@ import pytest
 import pvae
 
 ROOT = Path(pvae.__file__).parent
-GROUND = {"errors", "sites", "schedules", "randomness", "data", "conditional", "jacobian", "mmd"}
+GROUND = {
+    "errors",
+    "sites",
+    "schedules",
+    "randomness",
+    "data",
+    "conditional",
+    "jacobian",
+    "mmd",
+    "modes",
+}
 PARTS = {"networks", "priors", "likelihoods", "guides", "corruptions", "penalties", "pair"}
 TOOLS = [  # each may import the ground and the tools above it
     "terms",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from provenance import made_with
 from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
@@ -199,15 +198,7 @@ class Bench:
             "notes": self.notes,
             "claims": self.claims,
             "tables": self.tables,
-            "made with": {
-                "commit": commit(),
-                "pvae": pvae.__version__,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-                "threads": torch.get_num_threads(),
-                "minutes": round(seconds / 60, 1),
-            },
+            "made with": made_with(seconds),
         }
         path = RESULTS / f"autoencoders_{self.part}_{self.images.name}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -270,17 +261,6 @@ def save(figure: Any, name: str) -> None:
 
 
 # Results
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=BENCHMARKS,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def write_page(order: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,7 +58,6 @@ def sample(
     An autoencoder has no prior to draw from; --density gives it one.
     """
     from pvae import VAE, latent, plots, randomness
-    from pvae.errors import UndefinedError
     from pvae.runs import open_run
 
     _, vae, splits = open_run(run, device)
@@ -77,12 +78,7 @@ def sample(
         f"{num_samples} {'means' if mean else 'draws'} of shape {tuple(x.shape[1:])}: {path}"
     )
     kind = "means of x given z" if mean else "draws of x"
-    try:
-        figure = plots.samples(x[:100], title=f"samples from the model ({kind})")
-    except UndefinedError:
-        return
-    figure.savefig(path.with_suffix(".png"))
-    typer.echo(f"picture: {path.with_suffix('.png')}")
+    _draw(path, lambda: plots.samples(x[:100], title=f"samples from the model ({kind})"))
 
 
 @app.command()
@@ -98,7 +94,6 @@ def reconstruct(
 ) -> None:
     """Encode data and decode them again: means of x at the mean of q(z | x)."""
     from pvae import plots, randomness
-    from pvae.errors import UndefinedError
 
     vae, x = _open_with_data(run, data, device)
     if corrupt:
@@ -109,12 +104,7 @@ def reconstruct(
     y = vae.reconstruct(x)
     path = _save(to or run / "reconstructions.npy", y)
     typer.echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
-    try:
-        figure = plots.reconstructions(x[:10], y[:10])
-    except UndefinedError:
-        return
-    figure.savefig(path.with_suffix(".png"))
-    typer.echo(f"picture: {path.with_suffix('.png')}")
+    _draw(path, lambda: plots.reconstructions(x[:10], y[:10]))
 
 
 @app.command()
@@ -180,6 +170,16 @@ def _check_kind(path: Path, x: Any, splits: Splits) -> None:
                 f"values from {x.min():g} to {x.max():g}",
                 [f"x * {levels - 1}, rounded, if they are parts of 1"],
             )
+
+
+def _draw(path: Path, make: Callable[[], Any]) -> None:
+    """Saves a picture beside a file, if the data are images."""
+    from pvae.errors import UndefinedError
+
+    with contextlib.suppress(UndefinedError):
+        picture = path.with_suffix(".png")
+        make().savefig(picture)
+        typer.echo(f"picture: {picture}")
 
 
 def _save(path: Path, tensor: Tensor) -> Path:

@@ -18,6 +18,7 @@ from pvae import terms as t
 from pvae.data import Source
 from pvae.data.sources import LoaderSource
 from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
+from pvae.modes import evaluating, in_mode
 
 __all__ = ["check_batches", "check_overcomplete", "check_parameters"]
 
@@ -108,17 +109,12 @@ def _check_one_row(
 def _trying(structure: t.Structure) -> Iterator[None]:
     """Training mode, which leaves no trace: modes, buffers and generators are put back."""
     kept = [(b, b.clone()) for m in structure.modules for b in m.buffers(recurse=False)]
-    modes = [(m, m.training) for m in structure.modules]
-    for module in structure.modules:
-        module.training = True
     try:
-        with randomness.forked(), torch.no_grad():
+        with in_mode(structure.modules, training=True), randomness.forked(), torch.no_grad():
             yield
     finally:
         for buffer, copy in kept:
             buffer.copy_(copy)
-        for module, training in modes:
-            module.training = training
 
 
 def check_overcomplete(model: Any, guide: Any, structure: t.Structure, source: Source) -> None:
@@ -128,7 +124,7 @@ def check_overcomplete(model: Any, guide: Any, structure: t.Structure, source: S
     batch = t.first_batch(source, min(8, source.num_rows))
     points = sorted(structure.points & set(structure.improper))
     try:
-        with t.evaluating(structure.modules), randomness.forked():
+        with evaluating(structure.modules), randomness.forked():
             clean, of_model = t.run_pair(model, guide, batch)
         code, data = (
             sum(_size(of_model.nodes[n]) for n in names) for names in (points, structure.observed)

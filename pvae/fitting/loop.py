@@ -39,6 +39,7 @@ from pvae.fitting.checks import check_batches, check_overcomplete, check_paramet
 from pvae.fitting.history import History
 from pvae.fitting.options import Options
 from pvae.fitting.state import Progress, buffers_of, copy_into, fingerprint, restore, snapshot
+from pvae.modes import in_mode
 from pvae.objectives import ELBO, Objective, ObjectiveState
 from pvae.schedules import Constant, Schedule, Timed
 
@@ -251,7 +252,6 @@ class Fit:
         with self._surroundings() as (bar, stop):
             first = True
             while done.epoch < self.epochs and not done.stopped_early:
-                self._mode(training=True)
                 started = time.perf_counter()
                 for batch in self._steps():
                     self._set_lr()
@@ -413,7 +413,6 @@ class Fit:
     def _surroundings(self) -> Iterator[tuple[Any, threading.Event]]:
         """Own generators, validation off, a bar, Ctrl-C at a step's end; all undone afterwards."""
         total = self.epochs * self.steps_per_epoch
-        modes = [(m, m.training) for m in self.structure.modules]
         bar = tqdm(
             total=total,
             initial=self.progress.global_step,
@@ -424,20 +423,13 @@ class Fit:
         with (
             bar,
             randomness.forked(self.options.seed),
+            in_mode(self.structure.modules, training=True),
             pyro.validation_enabled(is_validate=False),
             _on_interrupt() as stop,
         ):
             if self._rng is not None:
                 randomness.set_state(self._rng)
-            try:
-                yield bar, stop
-            finally:
-                for module, training in modes:
-                    module.training = training
-
-    def _mode(self, *, training: bool) -> None:
-        for module in self.structure.modules:
-            module.training = training
+            yield bar, stop
 
     def _save_checkpoint(self) -> None:
         if self.options.folder is not None:

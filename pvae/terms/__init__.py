@@ -10,7 +10,7 @@ from pvae.terms.messages import is_penalty
 from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair, probing, run_pair
 from pvae.terms.result import SiteTerms, Terms
-from pvae.terms.structure import Structure, evaluating
+from pvae.terms.structure import Structure
 from pvae.terms.support import check_data
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Terms",
     "check_data",
     "compute",
-    "evaluating",
     "first_batch",
     "home_of",
     "inspect_pair",

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from pvae.data import Source
 from pvae.data.sources import LoaderSource
 from pvae.errors import PairError, check_int
+from pvae.modes import evaluating
 from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair
 from pvae.terms.result import Terms
-from pvae.terms.structure import Structure, evaluating
+from pvae.terms.structure import Structure
 
 __all__ = ["first_batch", "home_of", "inspect_source", "stream"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from pvae.errors import UndefinedError, oxford
 
-__all__ = ["Structure", "evaluating"]
+__all__ = ["Structure"]
 
 
 @dataclass(frozen=True)
@@ -123,17 +121,3 @@ class Structure:
                 f"an improper prior at site {oxford(self.improper)}",
                 ["a proper prior, such as priors.StandardNormal"],
             )
-
-
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode without gradients; each module gets its own mode back."""
-    modes = [(m, m.training) for m in modules]
-    for m, _ in modes:
-        m.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
