@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from pvae.errors import PairError, check_int
 
-__all__ = ["squared_jacobian_norm", "squared_norm_of"]
+__all__ = ["differentiable_twice", "squared_jacobian_norm", "squared_norm_of"]
+
+
+def differentiable_twice() -> AbstractContextManager[None]:
+    """Networks that run inside can be differentiated twice: no fused attention, which can't."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def squared_jacobian_norm(
@@ -48,7 +55,7 @@ def squared_jacobian_norm(
     """
     if num_probes is not None:
         check_int("num_probes", num_probes)
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiable_twice():
         leaf = x.detach().requires_grad_()
         z = function(leaf)
     return squared_norm_of(

@@ -20,11 +20,11 @@ from pvae.errors import ArgumentError, PairError, as_shape, check_int
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named", "unit_norm"]
 
 
-def activation_named(name: str) -> type[nn.Module]:
+def activation_named(name: str, where: str = "activation") -> type[nn.Module]:
     """The activation class of ``torch.nn`` with that name, as configurations spell it."""
     found = getattr(nn, name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ArgumentError("activation", "the name of a torch.nn activation", repr(name), ["ReLU"])
+        raise ArgumentError(where, "the name of a torch.nn activation", repr(name), ["ReLU"])
     return found
 
 
@@ -125,6 +125,7 @@ class MLP(nn.Module):
         activation: Class of the activation between layers.
         context_dim: Number of features, or of classes, of the further input; 0 for none.
         in_scale: Factor on the input, such as ``1 / 255`` for bytes.
+        out_activation: Class of an activation of the output; None for none.
 
     Example:
         >>> MLP(784, 2 * 20, hidden=(400,))(torch.zeros(3, 128, 784)).shape
@@ -141,6 +142,7 @@ class MLP(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
         context_dim: int = 0,
         in_scale: float = 1.0,
+        out_activation: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.in_shape = as_shape("MLP.in_shape", in_shape)
@@ -152,6 +154,7 @@ class MLP(nn.Module):
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), activation()]
         layers.append(nn.Linear(widths[-1], math.prod(self.out_shape)))
+        layers += [] if out_activation is None else [out_activation()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
@@ -224,6 +227,7 @@ class ConvEncoder(nn.Module):
         residual: Whether a residual block follows each halving.
         context_dim: Number of features, or of classes, of the further input; 0 for none.
         in_scale: Factor on the input, such as ``1 / 255`` for bytes.
+        out_activation: Class of an activation of the output; None for none.
 
     References:
         Deep Residual Learning for Image Recognition (He et al., 2016),
@@ -245,6 +249,7 @@ class ConvEncoder(nn.Module):
         residual: bool = False,
         context_dim: int = 0,
         in_scale: float = 1.0,
+        out_activation: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.in_shape = _image_shape("ConvEncoder.in_shape", in_shape)
@@ -262,6 +267,7 @@ class ConvEncoder(nn.Module):
             nn.Linear(widths[-1] * height * width + context_dim, hidden),
             activation(),
             nn.Linear(hidden, check_int("ConvEncoder.out_features", out_features)),
+            *([] if out_activation is None else [out_activation()]),
         )
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:

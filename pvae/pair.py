@@ -6,6 +6,7 @@ them: ``SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pvae import randomness
 from pvae.conditional import as_conditional
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
+from pvae.jacobian import differentiable_twice
 from pvae.modes import evaluating
 from pvae.penalties import Penalty, Run, on_side, penalise, recording
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
@@ -99,14 +102,14 @@ class Guide(nn.Module):
         if self.training and self.corruption is not None:
             x = _corrupted(x, self.corruption)
         active = self.penalties if self.training else ()
+        differentiates = any(p.differentiates_x for p in active)
         with pyro.plate(DATA_PLATE, len(x)):
             with (
                 recording(self.posterior, active) as activations,
-                torch.set_grad_enabled(
-                    torch.is_grad_enabled() or any(p.differentiates_x for p in active)
-                ),
+                torch.set_grad_enabled(torch.is_grad_enabled() or differentiates),
+                differentiable_twice() if differentiates else contextlib.nullcontext(),
             ):
-                if any(p.differentiates_x for p in active):
+                if differentiates:
                     x = _floating(x)
                     x = x if x.requires_grad else x.detach().requires_grad_()
                 posterior = self.posterior(x, *context)
@@ -160,7 +163,9 @@ class VAE(nn.Module):
         self.guide = Guide(guide, corruption, penalties)
         _check_bounded(self)
 
-    def sample(self, num_samples: int, *context: Any, mean: bool = False) -> Tensor:
+    def sample(
+        self, num_samples: int, *context: Any, mean: bool = False, seed: int | None = None
+    ) -> Tensor:
         """The sampling algorithm: draw z from the prior, decode it. No encoder is used.
 
         Arguments:
@@ -168,6 +173,8 @@ class VAE(nn.Module):
             context: Labels and the like, N of each.
             mean: Return the likelihood's mean instead of a draw of x. A grid of means looks
                 smoother than what the model says that data look like.
+            seed: Of the draws, which then leave the caller's generators as they are; None to draw
+                from these.
 
         Returns:
             Shape ``(N, *event_shape)``, on the pair's device.
@@ -184,9 +191,10 @@ class VAE(nn.Module):
                     )
             prior = self.model.prior(*context)
             _check_prior(prior, context, num_samples)
-            z = prior.expand([num_samples])()
-            x = self.model.likelihood(z, *context)
-            return _mean_of(OBSERVED, x) if mean else x()
+            with contextlib.nullcontext() if seed is None else randomness.forked(seed):
+                z = prior.expand([num_samples])()
+                x = self.model.likelihood(z, *context)
+                return _mean_of(OBSERVED, x) if mean else x()
 
     def encode(self, x: Any, *context: Any, num_samples: int | None = None) -> Tensor:
         """The latent of each datum.

@@ -132,7 +132,8 @@ class Activations(Penalty):
 
     Arguments:
         weight: :math:`\lambda`.
-        code: Whether the code (the mean of a stochastic guide) counts.
+        code: Whether the code (the mean of a stochastic guide) counts; False where the encoder ends
+            in an activation, whose output it is.
         output: Whether the mean of p(x | z) counts.
 
     References:

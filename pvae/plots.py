@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pvae.errors import UndefinedError, check_int
@@ -15,6 +16,7 @@ from pvae.errors import UndefinedError, check_int
 __all__ = [
     "Picture",
     "as_images",
+    "grid",
     "latent_map",
     "manifold",
     "reconstructions",
@@ -66,16 +68,31 @@ def as_images(x: Any, event_shape: Sequence[int] | None = None) -> np.ndarray:
     )
 
 
-def _grid(rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()) -> Picture:
-    """Rows of images, on one grey scale."""
-    columns = max(len(row) for row in rows)
-    height = 0.75 * len(rows) + 0.4
-    width = 0.75 * columns + (0.8 if labels else 0.1)
+def grid(
+    rows: Mapping[str, Any] | Sequence[Any],
+    title: str = "",
+    event_shape: Sequence[int] | None = None,
+) -> Picture:
+    """Rows of images on one grey scale.
+
+    Arguments:
+        rows: Data of each row, shape ``(N, *event_shape)``; in a mapping, by the row's label.
+        title: Above them.
+        event_shape: Where the data don't tell that they are images.
+    """
+    labels = list(rows) if isinstance(rows, Mapping) else []
+    several = list(rows.values()) if isinstance(rows, Mapping) else rows
+    images = [as_images(row, event_shape) for row in several]
+    if not images or not max(len(row) for row in images):
+        raise UndefinedError("grid", "at least one image", "none")
+    columns = max(len(row) for row in images)
+    height = 0.75 * len(images) + 0.4
+    width = 0.75 * columns + (0.1 + 0.08 * max(map(len, labels)) if labels else 0.1)
     figure = Picture(figsize=(width, height), dpi=100, layout="constrained")
-    low = min(float(row.min()) for row in rows)
-    high = max(float(row.max()) for row in rows)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for i, row in enumerate(rows):
+    low = min(float(row.min()) for row in images)
+    high = max(float(row.max()) for row in images)
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for i, row in enumerate(images):
         for j in range(columns):
             axis = axes[i][j]
             axis.set_xticks([])
@@ -85,7 +102,7 @@ def _grid(rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()) ->
                 continue
             image = (row[j] - low) / max(high - low, 1e-12) if row[j].ndim == 3 else row[j]
             axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-        if i < len(labels):
+        if labels:
             axes[i][0].set_ylabel(labels[i], rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
@@ -103,8 +120,8 @@ def reconstructions(
         event_shape: Where x doesn't tell that it is images.
     """
     check_int("num", num)
-    rows = [as_images(part[:num], event_shape) for part in (x, reconstructed)]
-    return _grid(rows, "originals and their reconstructions (means)", ["x", "E[x | z]"])
+    rows = {"x": x[:num], "E[x | z]": reconstructed[:num]}
+    return grid(rows, "originals and their reconstructions (means)", event_shape)
 
 
 def samples(
@@ -122,9 +139,8 @@ def samples(
         title: What they are.
     """
     check_int("columns", columns)
-    images = as_images(x, event_shape)
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    return _grid(rows, title)
+    rows = [x[i : i + columns] for i in range(0, len(x), columns)]
+    return grid(rows, title, event_shape)
 
 
 def training_curve(history: Any) -> Picture:
@@ -174,18 +190,28 @@ def _leave_out_the_start(axis: Any, epochs: int) -> None:
         axis.set_xlabel("epoch (the first ones are below)")
 
 
-def latent_map(codes: Any, labels: Any = None) -> Picture:
+def latent_map(
+    codes: Any,
+    labels: Any = None,
+    *,
+    axis: Axes | None = None,
+    title: str = "codes: means of q(z | x)",
+) -> Figure:
     """Codes in the plane, coloured by label; of more dimensions, the first two principal axes.
 
     Arguments:
         codes: Shape ``(N, latent_dim)``.
         labels: Classes (numbers or names) or real numbers, shape ``(N,)``.
+        axis: Where to draw, such as one of ``figure.subplots(1, 2)``; None for a new figure.
+        title: Above it.
     """
     z = np.asarray(codes.detach().cpu() if hasattr(codes, "detach") else codes)
-    figure = Picture(figsize=(5, 4.5), dpi=100, layout="constrained")
-    axis = figure.subplots()
     if z.ndim != 2 or z.shape[1] < 2:
         raise UndefinedError("latent map", "codes of shape (N, 2 or more)", f"{z.shape}")
+    if axis is None:
+        axis = Picture(figsize=(5, 4.5), dpi=100, layout="constrained").subplots()
+    figure = axis.get_figure(root=True)
+    assert figure is not None  # noqa: S101
     names = ("z[0]", "z[1]")
     if z.shape[1] > 2:
         z = z - z.mean(0)
@@ -205,7 +231,7 @@ def latent_map(codes: Any, labels: Any = None) -> Picture:
             bar.ax.set_yticklabels([str(name) for name in names_of])
     axis.set_xlabel(names[0])
     axis.set_ylabel(names[1])
-    axis.set_title("codes: means of q(z | x)", fontsize=9)
+    axis.set_title(title, fontsize=9)
     axis.set_aspect("equal")
     return figure
 

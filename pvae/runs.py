@@ -24,14 +24,13 @@ from pvae.errors import ArgumentError, CheckpointError, PvaeError, TrainingError
 from pvae.networks import activation_named
 from pvae.objectives import ELBO, Objective
 from pvae.pair import VAE
-from pvae.recipes import RECIPES
+from pvae.recipes import NETWORKS, RECIPES
 from pvae.schedules import Warmup
 
 __all__ = [
     "CORRUPTIONS",
     "GUIDES",
     "LIKELIHOODS",
-    "NETWORKS",
     "PENALTIES",
     "PRIORS",
     "Config",
@@ -60,7 +59,6 @@ PENALTIES: dict[str, Callable[[float], penalties.Penalty]] = {
 }
 GUIDES: dict[str, Callable[..., Any]] = {"mean_field": guides.MeanField, "point": guides.Point}
 LIKELIHOODS = ("bernoulli", "binomial", "categorical", "gaussian")
-NETWORKS = ("mlp", "conv", "resnet")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,9 @@ class Config:
     commitment: float | None = None
     network: str = "mlp"
     hidden: tuple[int, ...] | None = None
+    decoder_hidden: tuple[int, ...] | None = None
     activation: str = "ReLU"
+    code_activation: str | None = None
     latent_dim: int = 8
     warmup: int = 0
     epochs: int = 100
@@ -109,7 +109,9 @@ class Config:
         ):
             if value is not None and value not in known:
                 raise ArgumentError(f"--{name}", f"one of {', '.join(known)}", repr(value))
-        activation_named(self.activation)
+        activation_named(self.activation, "--activation")
+        if self.code_activation is not None:
+            activation_named(self.code_activation, "--code-activation")
 
     # Data
 
@@ -164,6 +166,10 @@ class Config:
             options["prior"] = PRIORS[self.prior]
         if self.guide is not None:
             options["guide"] = GUIDES[self.guide]
+        if self.decoder_hidden is not None:
+            options["decoder_hidden"] = self.decoder_hidden
+        if self.code_activation is not None:
+            options["code_activation"] = activation_named(self.code_activation)
         return RECIPES[self.recipe].build(
             splits.event_shape,
             self.latent_dim,
@@ -309,8 +315,10 @@ class Config:
             values.pop("resolved", None)
             if not isinstance(values, dict) or set(values) - known:
                 raise ValueError("other names than those of a run")
-            hidden = values.get("hidden")
-            return cls(**{**values, "hidden": None if hidden is None else tuple(hidden)})
+            for name in ("hidden", "decoder_hidden"):
+                widths = values.get(name)
+                values[name] = None if widths is None else tuple(widths)
+            return cls(**values)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 str(path),

@@ -175,6 +175,55 @@ def test_without_unit_columns_the_penalty_is_cheated() -> None:
             assert is_same is (vae is cheat)
 
 
+def test_a_code_that_can_be_exactly_zero(device: torch.device) -> None:
+    """Trained, most entries are 0 with a ReLU at the encoder's end, and none without."""
+    x = data(64).to(device)
+    shares = []
+    for activation in (nn.ReLU, None):
+        torch.manual_seed(0)
+        vae = recipes.sparse_ae(D, 12, hidden=(8,), l1=0.5, code_activation=activation).to(device)
+        pvae.fit(vae.model, vae.guide, x, epochs=30, lr=1e-2, device=device, progress=False)
+        shares.append(float((vae.encode(x) == 0).double().mean()))
+    assert shares[0] > 0.5
+    assert shares[1] == 0
+
+
+@pytest.mark.parametrize("network", recipes.NETWORKS)
+def test_a_linear_decoder(device: torch.device, network: str) -> None:
+    """An affine map from code to image, whatever the encoder."""
+    vae = recipes.sparse_ae((1, 8, 8), 5, network=network, hidden=(4,)).to(device)
+    z = torch.randn(7, 5, device=device)
+    decoded, origin = vae.decode(z), vae.decode(torch.zeros(1, 5, device=device))
+    columns = vae.decode(torch.eye(5, device=device)) - origin
+    torch.testing.assert_close(decoded, torch.einsum("nk,k...->n...", z, columns) + origin)
+    torch.testing.assert_close(columns.flatten(1).norm(dim=1), torch.ones(5, device=device))
+    assert bool((vae.encode(torch.randn(7, 1, 8, 8)) >= 0).all())
+
+
+def test_widths_of_the_decoder() -> None:
+    vae = recipes.ae(D, Q, hidden=(8, 7), decoder_hidden=(6,), code_activation=nn.Tanh)
+    widths = [m.out_features for m in vae.model.likelihood.modules() if isinstance(m, nn.Linear)]
+    assert widths == [6, D]
+    assert isinstance([*vae.guide.posterior.modules()][-1], nn.Tanh)
+
+
+def test_a_code_activation_needs_a_point_mass() -> None:
+    with pytest.raises(ArgumentError, match="MeanField, whose parameters"):
+        recipes.vae(D, Q, code_activation=nn.ReLU)
+
+
+def test_a_code_that_is_an_activation_counts_once(device: torch.device) -> None:
+    vae = recipes.sparse_activations_ae(
+        D, Q, hidden=(8,), code_activation=nn.ReLU, l1=1.0, decoder_hidden=()
+    ).to(device)
+    x = data().to(device)
+    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    first = next(m for m in vae.guide.modules() if isinstance(m, nn.Linear))
+    expected = first(x).relu().sum(1) + vae.encode(x).sum(1)
+    found = torch.cat([*terms.penalties.values()]).sum(0)
+    torch.testing.assert_close(-found, expected)
+
+
 # Overcomplete
 
 
@@ -199,6 +248,11 @@ def test_an_overcomplete_plain_autoencoder_is_warned_about(device: torch.device)
         functools.partial(recipes.ae, D, D + 5, corruption=lambda x: x.roll(1, 1)),
         functools.partial(recipes.ae, D, D + 5, prior=priors.StandardNormal),
         functools.partial(recipes.vae, D, D + 5),
+        lambda hidden: VAE(  # a codebook, and no commitment
+            priors.Flat((D, 2)),
+            likelihoods.Gaussian(nn.Sequential(nn.Flatten(-2), MLP(2 * D, D, hidden)), D, sigma=1),
+            guides.NearestCode(MLP(D, 2 * D, hidden), (D, 2), num_codes=4),
+        ),
     ],
 )
 def test_what_keeps_it_from_the_identity_isnt(make: Any, device: torch.device) -> None:

@@ -17,7 +17,10 @@ from pvae.runs import Config, open_run
 from tests.test_cli import FAST, call
 
 RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "sparse_ae": (["--l1", "0.5"], {"prior": "Laplace"}),
+    "sparse_ae": (
+        ["--l1", "0.5", "--decoder-hidden", "7", "--code-activation", "Softplus"],
+        {"prior": "Laplace"},
+    ),
     "sparse_activations_ae": (["--l1", "0.01"], {"penalties": {"Activations": 0.01}}),
     "contractive_ae": (
         ["--contractive", "0.2", "--weight-decay", "0.01"],
@@ -61,6 +64,10 @@ def test_each_recipe_trains_and_is_opened_again(recipe: str, tmp_path: Path) -> 
     _, vae, splits = open_run(folder, "cpu")
     x = splits.test.unlabelled().fixed().arrays[0][:5]
     assert vae.reconstruct(x).shape == (5, 64)
+    if recipe == "sparse_ae":
+        decoder, encoder = ([*p.modules()] for p in (vae.model.likelihood, vae.guide.posterior))
+        assert [m.out_features for m in decoder if isinstance(m, torch.nn.Linear)] == [7, 64]
+        assert any(isinstance(m, torch.nn.Softplus) for m in encoder)
     text = call("evaluate", str(folder), "-K", "5")
     if recipe == "vae":
         assert "sparsity" not in text
@@ -69,6 +76,18 @@ def test_each_recipe_trains_and_is_opened_again(recipe: str, tmp_path: Path) -> 
     for word in ("log joint", "distortion", "sparsity", "sensitivity"):
         assert f"  {word} " in text
     assert "ELBO" not in text
+
+
+def test_a_linear_decoder_by_option(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    call("train", "--recipe", "ae", "--decoder-hidden", "linear", "--out", str(folder), *FAST)
+    config, vae, _ = open_run(folder, "cpu")
+    assert config.decoder_hidden == ()
+    assert sum(isinstance(m, torch.nn.Linear) for m in vae.model.likelihood.modules()) == 1
+    with pytest.raises(pvae.PvaeError, match="--decoder-hidden: expected widths"):
+        call("train", "--decoder-hidden", "flat", "--out", str(tmp_path / "other"))
+    with pytest.raises(pvae.PvaeError, match="--code-activation: expected the name"):
+        call("train", "--recipe", "ae", "--code-activation", "Re", "--out", str(tmp_path / "other"))
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,17 @@ def test_samples_follow_the_sampling_algorithm(device: torch.device) -> None:
         )
 
 
+def test_samples_by_seed(device: torch.device) -> None:
+    pair = recipes.vae(D, Q, hidden=(4,)).to(device)
+    before = torch.get_rng_state()
+    first, second, other = (pair.sample(5, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    pair.sample(5)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_samples_have_the_models_moments(device: torch.device) -> None:
     """The mean of draws against E_z[E[x | z]], to 4.5 standard errors (false alarm < 1e-5)."""
     pair, n = vae(device), 20_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,22 @@ import numpy as np
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
+from scipy import stats
 from torch import Tensor, nn
 
 import pvae
-from pvae import VAE, bounds, guides, jacobian, likelihoods, penalties, priors, recipes, schedules
+from pvae import (
+    VAE,
+    bounds,
+    guides,
+    jacobian,
+    likelihoods,
+    networks,
+    penalties,
+    priors,
+    recipes,
+    schedules,
+)
 from pvae import mmd as mmd_module
 from pvae.errors import ArgumentError, PairError
 from pvae.networks import MLP, ConvDecoder, ConvEncoder
@@ -281,8 +294,8 @@ def test_batch_norm_is_refused(device: torch.device) -> None:
 
 def test_weights_count_as_they_act(device: torch.device) -> None:
     """Unit columns have a constant norm; scales and norms of layers are no weights."""
-    vae = recipes.sparse_ae(D, Q, hidden=(8,), penalties=penalties.WeightDecay(1.0, ("model",)))
-    vae.to(device)
+    decay = penalties.WeightDecay(1.0, ("model",))
+    vae = recipes.sparse_ae(D, Q, hidden=(8,), decoder_hidden=None, penalties=decay).to(device)
     x = data().to(device)
     (found,) = pvae.terms.compute(vae.model, vae.guide, (x,)).penalties.values()
     torch.testing.assert_close(-found, torch.full_like(found, Q + 8.0))  # one for each column
@@ -479,3 +492,85 @@ def test_what_is_no_penalty(device: torch.device) -> None:
     vae = pair(penalties.Commitment(1.0)).to(device)
     with pytest.raises(PairError, match=r"a guide with a codebook(.|\n)*NearestCode"):
         vae.guide(data().to(device))
+
+
+def test_contractive_through_fused_attention(device: torch.device) -> None:
+    """Torch's fused attention can be differentiated once; the penalty needs it twice."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x[..., None]).unsqueeze(-3)  # one head
+            return nn.functional.scaled_dot_product_attention(h, h, h).mean((-3, -2))
+
+    encoder = Attention().to(device)
+    vae = pvae.VAE(
+        priors.Flat(8),
+        likelihoods.Gaussian(networks.MLP(8, D, (4,)), D, sigma=0.5),
+        guides.Point(encoder, 8),
+        penalties=penalties.Contractive(1.0),
+    ).to(device)
+    x = data().to(device)
+    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    (penalty,) = terms.penalties.values()
+    penalty.sum().backward()
+    with jacobian.differentiable_twice():
+        exact = torch.stack([torch.func.jacrev(encoder)(row[None])[0, :, 0] for row in x])
+    torch.testing.assert_close(-penalty.squeeze(0), exact.flatten(1).norm(dim=1))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.guide.parameters())
+
+
+def test_the_two_sample_test_keeps_its_level() -> None:
+    """P-values of equal samples are uniform: 200 tests, a false alarm in one of 1e6 runs."""
+    generator = torch.Generator().manual_seed(0)
+    p_values = []
+    for seed in range(200):
+        x, y = (torch.randn(n, 2, generator=generator) for n in (15, 20))
+        p_values.append(mmd_module.two_sample_test(x, y, num_permutations=99, seed=seed).p_value)
+    found = stats.kstest(p_values, "uniform")
+    assert found.statistic < 0.2
+    assert min(p_values) >= 0.01
+
+
+def test_the_two_sample_test_against_every_permutation() -> None:
+    """All 20 ways to draw 3 of 6 points, by the estimate written out."""
+    x, y = torch.randn(3, 2), torch.randn(3, 2) + 1
+    both = torch.cat([x, y])
+    values = []
+    for chosen in itertools.combinations(range(6), 3):
+        rest = [i for i in range(6) if i not in chosen]
+        values.append(mmd_by_hand(both[list(chosen)], both[rest]))
+    exact = sum(float(v >= values[0] - 1e-12) for v in values) / 20
+    found = mmd_module.two_sample_test(x, y, "imq", num_permutations=20_000)
+    torch.testing.assert_close(found.mmd, float(values[0]))
+    assert abs(found.p_value - exact) < 5 * (0.25 / 20_000) ** 0.5
+
+
+def test_the_two_sample_test_finds_a_difference() -> None:
+    x, y = torch.randn(100, 3), torch.randn(100, 3) + 1
+    before = torch.get_rng_state()
+    first, second = (mmd_module.two_sample_test(x, y, seed=1) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == second
+    assert first.p_value == 0.001
+    kernel = mmd_module.median_kernel(torch.cat([x, y]))
+    torch.testing.assert_close(first.mmd, float(mmd_module.mmd(x, y, kernel)))
+    distances = torch.pdist(x)
+    middle = float(distances.square().median())
+    torch.testing.assert_close(
+        mmd_module.median_kernel(x)(torch.tensor(1.0)), torch.tensor(-1 / (2 * middle)).exp()
+    )
+
+
+def test_the_two_sample_test_refuses_what_it_cant_do() -> None:
+    with pytest.raises(ArgumentError, match=r"points \(N, D\)"):
+        mmd_module.two_sample_test(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ArgumentError, match="at least 2 points"):
+        mmd_module.two_sample_test(torch.zeros(1, 2), torch.zeros(3, 2))
+    with pytest.raises(ArgumentError, match="num_permutations"):
+        mmd_module.two_sample_test(torch.rand(3, 2), torch.rand(3, 2), num_permutations=0)
+    with pytest.raises(ArgumentError, match="points that differ"):
+        mmd_module.median_kernel(torch.zeros(3, 2))

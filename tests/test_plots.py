@@ -100,6 +100,29 @@ def test_the_latent_map() -> None:
         plots.latent_map(torch.randn(30, 1))
 
 
+def test_two_latent_maps_side_by_side() -> None:
+    figure = plots.Picture()
+    left, right = figure.subplots(1, 2)
+    z = torch.randn(30, 2)
+    assert plots.latent_map(z, axis=left, title="AE") is figure
+    plots.latent_map(z + 1, axis=right)
+    offsets = [np.asarray(a.collections[0].get_offsets()) for a in (left, right)]
+    np.testing.assert_allclose(offsets[1], offsets[0] + 1, rtol=1e-6)
+    assert left.get_title() == "AE"
+    drawn(figure)
+
+
+def test_a_grid_with_labels() -> None:
+    rows = {"clean": torch.zeros(3, 16), "restored": torch.ones(2, 16)}
+    figure = plots.grid(rows, "of size 4")
+    labels = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
+    assert labels == ["clean", "restored"]
+    assert sum(axis.get_visible() for axis in figure.axes) == 5
+    drawn(figure)
+    with pytest.raises(UndefinedError, match="at least one image"):
+        plots.grid([])
+
+
 def test_the_manifold_is_decoded_at_the_priors_quantiles() -> None:
     seen = []
 

@@ -90,14 +90,7 @@ def squared_error(pair, seen=x_test, clean=x_test):
 
 def show(rows, num=12):
     """Rows of images, each with its name."""
-    _, axes = plt.subplots(
-        len(rows), 1, figsize=(8, 0.62 * len(rows)), dpi=80, layout="constrained", squeeze=False
-    )
-    for axis, (name, x) in zip(axes[:, 0], rows.items(), strict=True):
-        tiles = [np.pad(image, 1, constant_values=1) for image in plots.as_images(x[:num])]
-        axis.imshow(np.hstack(tiles), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    return plots.grid({name: x[:num].clamp(0, 1) for name, x in rows.items()})
 
 
 mean_image_error = (x_test - x_train.mean(0)).square().sum(1).mean().item()
@@ -231,29 +224,14 @@ assert math.isclose(by_hand.item(), by_pyro - constant, rel_tol=1e-4)
 # %% [markdown]
 # An L1 norm can be cheated: halve the code, double the decoder's weights, and $\hat x$ is the same at half
 # the price. So the decoder's columns get **norm 1** (`networks.unit_norm`, on by default in the recipe).
-# A linear decoder shows what that does, because its columns are images: $\hat x = \sum_k z_k w_k + b$. Here
-# is one of your own making; parts are arguments.
-
+# The recipe's decoder is linear, so that its columns are images: $\hat x = \sum_k z_k w_k + b$.
 
 # %%
-def dictionary(data_dim, num_columns, hidden, unit_norm):
-    columns = nn.Linear(num_columns, data_dim)
-    return pvae.VAE(
-        prior=priors.Laplace(num_columns, rate=rate),
-        likelihood=likelihoods.Gaussian(
-            networks.unit_norm(columns) if unit_norm else columns, data_dim, sigma=0.5**0.5
-        ),
-        guide=guides.Point(
-            nn.Sequential(networks.MLP(data_dim, num_columns, hidden), nn.ReLU()), num_columns
-        ),
-    )
-
-
-sparse = train(dictionary, size, unit_norm=True)
-cheating = train(dictionary, size, unit_norm=False)
+sparse = train(recipes.sparse_ae, size, l1=rate)
+cheating = train(recipes.sparse_ae, size, l1=rate, unit_norm=False)
 
 # %% [markdown]
-# (The `ReLU` at the encoder's end lets codes be exactly 0.) `diagnostics.hoyer` measures sparsity whatever
+# (Its encoder ends in a `ReLU`, so that codes can be exactly 0.) `diagnostics.hoyer` measures sparsity whatever
 # the scale: 0 if all entries are alike, 1 if all but one are 0.
 
 # %%
@@ -272,7 +250,7 @@ assert measured["sparse"]["near zero"] > 0.7
 
 norms, used = {}, {}
 for name, pair in (("sparse", sparse), ("not unit-norm", cheating)):
-    columns = pair.model.likelihood.network.weight.detach()
+    columns = pair.model.likelihood.network.layers[0].weight.detach()
     used[name] = latent.codes(pair.model, pair.guide, x_train).mean(0).topk(20).indices
     norms[name] = columns[:, used[name]].norm(dim=0)
     print(f"{name:>14}: norms of the 20 most used columns {norms[name].mean():.2f}")
@@ -285,7 +263,7 @@ assert norms["not unit-norm"].mean() > 1.1
 # %%
 assert measured["not unit-norm"]["L1"] < 0.85 * measured["sparse"]["L1"]
 assert measured["not unit-norm"]["hoyer"] < measured["sparse"]["hoyer"] + 0.05
-columns = sparse.model.likelihood.network.weight.detach()
+columns = sparse.model.likelihood.network.layers[0].weight.detach()
 plots.samples(columns[:, used["sparse"]].T, title="the 20 most used columns of the sparse decoder")
 
 # %% [markdown]
@@ -503,15 +481,14 @@ vae_2d = train(
     recipes.vae, 2, likelihood=functools.partial(likelihoods.Gaussian, sigma="optimal"), epochs=25
 )
 maps = {"AE": by_size[2], "VAE": vae_2d}
-figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), dpi=70, layout="constrained")
-for axis, (name, pair) in zip(axes, maps.items(), strict=True):
+figure = plots.Picture(figsize=(9, 3.8), dpi=70, layout="constrained")
+for axis, (name, pair) in zip(figure.subplots(1, 2), maps.items(), strict=True):
     code = latent.codes(pair.model, pair.guide, x_test)
-    points = axis.scatter(*code.T, c=y_test, s=8, cmap="tab10", vmin=-0.5, vmax=9.5)
+    plots.latent_map(code, y_test, axis=axis, title=f"{name}: codes of test digits")
     for radius in (1, 2):
         axis.add_patch(plt.Circle((0, 0), radius, fill=False, color="grey", linestyle="--"))
-    axis.set(title=f"{name}: codes of test digits", xlabel="z[0]", ylabel="z[1]", aspect="equal")
     axis.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2))
-colours = figure.colorbar(points, ax=axes, ticks=range(10))
+figure
 
 # %%
 torch.manual_seed(1)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from lecture.common import Bench, Numbers, Rows, cell, column, maker, mean, mse
-from pvae import VAE
+from lecture.common import Bench, Images, Numbers, Rows, cell, column, maker, mean, mse, save
+from pvae import VAE, plots
 
 FEW = 200
 
 
 def capacity(bench: Bench) -> None:
     images = bench.images
-    sizes = [max(1, round(images.size * part)) for part in (1 / 32, 1 / 8, 1 / 4, 1 / 2, 1)]
-    sizes.append(4 * images.size)
+    small = images.size < 200
+    parts = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 1, 4) if small else (1 / 128, 1 / 32, 1 / 8, 1, 2)
+    sizes = [max(1, round(images.size * part)) for part in parts]
     over = sizes[-1]
-    wide = {"hidden": (4 * images.size,) if images.size < 200 else (images.size,)}
+    wide = {"hidden": (4 * images.size,) if small else (images.size,)}
     foreign = _foreign(images.x_test)
     few = images.x[:FEW]
 
@@ -47,9 +49,9 @@ def capacity(bench: Bench) -> None:
         for size in (sizes[1], over)
     }
     held: dict[str, Callable[[], VAE]] = {
-        "sparse (0.1)": maker(images, "sparse_ae", over, l1=0.1, **wide),
-        "contractive (0.3)": maker(
-            images, "contractive_ae", over, contractive=0.3, num_probes=4, **wide
+        "sparse": maker(images, "sparse_ae", over, l1=0.3 * math.sqrt(images.weight), **wide),
+        "contractive": maker(
+            images, "contractive_ae", over, contractive=0.3 * images.weight, num_probes=4, **wide
         ),
         "denoising (0.3)": maker(images, "denoising_ae", over, **wide),
         "VAE": maker(images, "vae", over, **wide),
@@ -68,14 +70,22 @@ def capacity(bench: Bench) -> None:
         "Error: squared error over the squared error of the constant image that suits best (the "
         "mean), so that 1 is nothing learned and 0 the identity. Noise: uniform in each pixel; "
         "permuted: test images, their pixels in another order, the same for all; turned: test "
-        f"images by 90 degrees; {wide['hidden'][0]} hidden units."
+        f"images by 90 degrees; {wide['hidden'][0]} hidden units; l1 "
+        f"{0.3 * math.sqrt(images.weight):.2g}, contractive {0.3 * images.weight:.2g} (4 probes)."
     )
+    _picture(images, plain)
     low, same, top = f"{sizes[0]}", f"{images.size}", f"{over}"
     bench.more(
         f"undercomplete: high compression loss ({low} numbers against {same})",
         "test error",
         (low, plain),
         (same, plain),
+    )
+    bench.claim(
+        f"overcomplete plain ones give data back, unseen ones, too ({over} numbers, error below "
+        "0.01)",
+        f"test: {cell(column(plain[top], 'test error'))}",
+        confirmed=max(column(plain[top], "test error")) < 0.01,
     )
     bench.claim(
         f"overcomplete plain ones learn the identity: with {over} numbers even noise comes back "
@@ -108,6 +118,25 @@ def capacity(bench: Bench) -> None:
         ", ".join(f"{k}: {v:.3g}" for k, v in gaps.items()),
         confirmed=gaps[top] > gaps[low],
     )
+
+
+def _picture(images: Images, plain: Rows) -> None:
+    figure = plots.Picture(figsize=(7, 3.4), layout="constrained")
+    on_data, on_others = figure.subplots(1, 2, sharey=True)
+    few = [f"training error, {FEW} images", f"test error, {FEW} images"]
+    for axis, title, keys in (
+        (on_data, "data", ["training error", "test error", *few]),
+        (on_others, "foreign images", ["test error", "noise", "permuted", "turned"]),
+    ):
+        for key in keys:
+            style = "--" if "images" in key else "-"
+            errors = [mean(several, key) for several in plain.values()]
+            axis.loglog([int(size) for size in plain], errors, f"o{style}", ms=3, label=key)
+        axis.axvline(images.size, color="grey", linewidth=0.8)
+        axis.set(title=title, xlabel=f"size of the code ({images.size} pixels)")
+        axis.legend(fontsize=7)
+    on_data.set_ylabel("error, in parts of the variance")
+    save(figure, f"capacity_{images.name}")
 
 
 def _foreign(x: Tensor) -> dict[str, Tensor]:

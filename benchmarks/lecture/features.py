@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,20 +18,23 @@ from torch import Tensor
 
 from lecture.common import SIGMA, Bench, Numbers, Rows, cell, column, maker, mean, mse
 from pvae import VAE, diagnostics, latent
+from pvae.modes import evaluating
 
 WEIGHTS = (0.03, 0.1, 0.3, 1.0)
-SHARED = {"AE": "ae", "RAE": "rae", "WAE": "wae", "VAE": "vae", "contractive AE": "contractive 0.1"}
+POSTERIORS = "VAE, Jeffreys' divergence of posteriors"
+SHARED = {"AE": "ae", "RAE": "rae", "WAE": "wae", "VAE": "vae"}
 
 
 def zoo(bench: Bench) -> dict[str, Callable[[], VAE]]:
     """All variants, with codes of one size; the sparse ones' are overcomplete."""
     images = bench.images
-    wide = 2 * images.size if images.size < 200 else images.size
+    wide, weight = 2 * images.size if images.size < 200 else images.size, images.weight
+    everywhere = 0.003 * math.sqrt(weight)
     return {
         "AE": maker(images, "ae"),
-        "sparse AE (code)": maker(images, "sparse_ae", wide, l1=0.03),
-        "sparse AE (activations)": maker(images, "sparse_activations_ae", wide, l1=0.003),
-        "contractive AE": maker(images, "contractive_ae", contractive=0.1),
+        "sparse AE (code)": maker(images, "sparse_ae", wide, l1=0.1 * math.sqrt(weight)),
+        "sparse AE (activations)": maker(images, "sparse_activations_ae", wide, l1=everywhere),
+        "contractive AE": maker(images, "contractive_ae", contractive=0.1 * weight),
         "denoising AE": maker(images, "denoising_ae"),
         "RAE": maker(images, "rae"),
         "WAE": maker(images, "wae"),
@@ -39,12 +43,20 @@ def zoo(bench: Bench) -> dict[str, Callable[[], VAE]]:
     }
 
 
+def _key(bench: Bench, name: str) -> str:
+    if name == "contractive AE":  # one of the weights that are compared
+        return f"contractive {0.1 * bench.images.weight}"
+    return SHARED.get(name, f"zoo {name}")
+
+
 def _note(bench: Bench) -> str:
     dim, wide = bench.images.latent_dim, 2 * bench.images.size
     wide = wide if bench.images.size < 200 else bench.images.size
+    root = math.sqrt(bench.images.weight)
     return (
-        f"Codes and PCA of {dim} numbers; sparse codes of {wide} (l1 0.03 on the code, 0.003 on "
-        f"all activations); contractive 0.1; denoising Noise(0.3); VQ-VAE {dim // 2} vectors of 4 "
+        f"Codes and PCA of {dim} numbers; sparse codes of {wide} (l1 {0.1 * root:.2g} on the code, "
+        f"{0.003 * root:.2g} on all activations); contractive {0.1 * bench.images.weight:.2g}; "
+        f"denoising Noise(0.3); WAE {10 * bench.images.weight:.3g}; VQ-VAE {dim // 2} vectors of 4 "
         f"from 64 codes; VAE with sigma {SIGMA}."
     )
 
@@ -78,7 +90,7 @@ def comparing(bench: Bench) -> None:
 
     def both(codes: tuple[Tensor, Tensor]) -> Numbers:
         return {
-            "precision@10, euclidean": precision(codes),
+            "precision@10": precision(codes),
             "precision@10, cosine": precision(codes, "cosine"),
         }
 
@@ -88,9 +100,10 @@ def comparing(bench: Bench) -> None:
     for name, make in zoo(bench).items():
 
         def measure(seed: int, name: str = name, make: Callable[[], VAE] = make) -> Numbers:
-            return both(_codes(bench, bench.fit(SHARED.get(name, f"zoo {name}"), make, seed)))
+            return both(_codes(bench, bench.fit(_key(bench, name), make, seed)))
 
         rows[name] = bench.measure(name, measure)
+    rows[POSTERIORS] = bench.measure(POSTERIORS, lambda seed: _by_posterior(bench, seed, k))
     bench.table(
         "Test images among training images: share of the 10 nearest of the same class", rows
     )
@@ -98,11 +111,25 @@ def comparing(bench: Bench) -> None:
     for name in list(rows)[2:]:
         bench.more(
             f"codes are easier to compare than pixels and PCA ({name})",
-            "precision@10, euclidean",
+            "precision@10",
             (name, rows),
             ("pixels", rows),
             ("PCA", rows),
         )
+
+
+def _by_posterior(bench: Bench, seed: int, k: int) -> Numbers:
+    """The same with the symmetric divergence of posteriors as the distance."""
+    images = bench.images
+    pair = bench.fit("vae", maker(images, "vae"), seed)
+    found = []
+    with torch.no_grad(), evaluating(pair.modules()):
+        gallery = pair.guide.posterior(images.x)
+        for some in images.x_test.split(50):
+            distances = latent.jeffreys(pair.guide.posterior(some.unsqueeze(1)), gallery)
+            found.append(distances.topk(k, largest=False).indices)
+    precision = latent.precision_at_k(images.y_test, images.y, torch.cat(found))
+    return {"precision@10": float(precision.mean())}
 
 
 def features(bench: Bench) -> None:
@@ -128,7 +155,7 @@ def features(bench: Bench) -> None:
     for name, make in zoo(bench).items():
 
         def measure(seed: int, name: str = name, make: Callable[[], VAE] = make) -> Numbers:
-            pair = bench.fit(SHARED.get(name, f"zoo {name}"), make, seed)
+            pair = bench.fit(_key(bench, name), make, seed)
             codes = _codes(bench, pair)
             found = accuracies(codes, seed)
             found["test MSE"] = mse(pair.reconstruct(images.x_test), images.x_test)
@@ -139,7 +166,8 @@ def features(bench: Bench) -> None:
         rows[name] = bench.measure(name, measure)
     bench.table("Accuracy of logistic regression on standardised codes", rows)
     by_weight: Rows = {"AE": rows["AE"]}
-    for weight in WEIGHTS:
+    weights = [w * images.weight for w in WEIGHTS]
+    for weight in weights:
         make = maker(images, "contractive_ae", contractive=weight)
 
         def contract(seed: int, weight: float = weight, make: Callable[[], VAE] = make) -> Numbers:
@@ -159,7 +187,7 @@ def features(bench: Bench) -> None:
     )
     close = [
         w
-        for w in WEIGHTS
+        for w in weights
         if mean(by_weight[f"contractive {w}"], "test MSE") <= 1.25 * mean(rows["AE"], "test MSE")
     ]
     if close:

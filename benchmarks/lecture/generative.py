@@ -6,18 +6,15 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from io import BytesIO
 
 import numpy as np
 import torch
 import zuko
-from PIL import Image
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 import pvae
 from lecture.common import (
-    PICTURES,
     SIGMA,
     Bench,
     Images,
@@ -29,9 +26,10 @@ from lecture.common import (
     maker,
     mean,
     mse,
+    save,
 )
 from pvae import VAE, guides, latent, plots, priors
-from pvae.mmd import mmd
+from pvae.mmd import median_kernel, two_sample_test
 
 PERMUTATIONS = 500
 
@@ -147,10 +145,8 @@ def _families(bench: Bench, real: Tensor, judge: Callable[[], MLPClassifier]) ->
         "VAE, GMM": expost("vae", "gmm"),
     }
     shown = ("AE, z ~ N(0, I)", "AE, Gaussian", "AE, GMM", "WAE, z ~ N(0, I)", "VAE, z ~ N(0, I)")
-    first = torch.cat([draws[name](0)[:10].clamp(0, 1) for name in shown])
-    title = "means of x, a row each: AE with N(0, I), Gaussian, GMM; WAE, VAE with N(0, I)"
-    figure = plots.samples(first, 10, title=title)
-    figure.savefig(PICTURES / f"samples_{images.name}.png", dpi=70)
+    first = {name: draws[name](0)[:10].clamp(0, 1) for name in shown}
+    save(plots.grid(first, "samples: means of p(x | z)"), f"samples_{images.name}")
     return {name: bench.measure(name, scored(draw)) for name, draw in draws.items()}
 
 
@@ -162,9 +158,8 @@ def _expost(images: Images, pair: VAE, kind: str, count: int, seed: int) -> Tens
         density = latent.fit_density(z, flow, num_steps=600, seed=seed, progress=False)
     else:
         density = latent.fit_density(z, kind, num_components=20, ridge=1e-3, seed=seed)
-    torch.manual_seed(seed)
     whole = VAE(density, pair.model.likelihood, pair.guide.posterior)
-    return whole.sample(count, mean=True)
+    return whole.sample(count, mean=True, seed=seed)
 
 
 def _one_change(bench: Bench, real: Tensor, judge: Callable[[], MLPClassifier]) -> Rows:
@@ -183,8 +178,7 @@ def _one_change(bench: Bench, real: Tensor, judge: Callable[[], MLPClassifier]) 
                     pair.model.likelihood,
                     pair.guide.posterior,
                 )
-                torch.manual_seed(seed)
-                drawn = whole.sample(len(real), mean=True)
+                drawn = whole.sample(len(real), mean=True, seed=seed)
                 by_prior = _score(images, real, drawn, judge(), seed)
                 drawn = _expost(images, pair, "gaussian", len(real), seed)
                 by_gaussian = _score(images, real, drawn, judge(), seed)
@@ -242,45 +236,23 @@ def _classifier(images: Images) -> MLPClassifier:
 
 def _score(images: Images, real: Tensor, drawn: Tensor, judge: MLPClassifier, seed: int) -> Numbers:
     drawn = drawn.clamp(0, 1)
-    value, p = two_samples(drawn.flatten(1), real.flatten(1), seed)
+    test = two_sample_test(
+        drawn.flatten(1),
+        real.flatten(1),
+        median_kernel(real.flatten(1)),
+        num_permutations=PERMUTATIONS - 1,
+        seed=seed,
+    )
     probabilities = judge.predict_proba(drawn.flatten(1).numpy()).clip(1e-12)
     marginal = probabilities.mean(0)
     divergence = (probabilities * np.log(probabilities / marginal)).sum(1).mean()
     near = latent.nearest(drawn.flatten(1), images.x.flatten(1), 1)[1]
     return {
-        "MMD^2 x 1000": 1000 * value,
-        "p": p,
+        "MMD^2 x 1000": 1000 * test.mmd,
+        "p": test.p_value,
         "class score": math.exp(divergence),
         "nearest": float((near.square() / images.size).mean().sqrt()),
     }
-
-
-def two_samples(x: Tensor, y: Tensor, seed: int) -> tuple[float, float]:
-    """Squared MMD and its p-value under permutations; a Gaussian kernel at the median of y."""
-    both = torch.cat([x, y]).double()
-    squares = torch.cdist(both, both).square()
-    median = squares[len(x) :, len(x) :].median()
-
-    def kernel(d2: Tensor) -> Tensor:
-        return (-d2 / (2 * median)).exp()
-
-    gram = kernel(squares).fill_diagonal_(0)
-    chosen = torch.zeros(PERMUTATIONS + 1, len(both), dtype=torch.double)
-    chosen[0, : len(x)] = 1
-    generator = torch.Generator().manual_seed(seed)
-    for row in chosen[1:]:
-        row[torch.randperm(len(both), generator=generator)[: len(x)]] = 1
-    rest = 1 - chosen
-    n, m = len(x), len(y)
-    inside = (chosen @ gram * chosen).sum(1) / (n * (n - 1))
-    outside = (rest @ gram * rest).sum(1) / (m * (m - 1))
-    values = inside + outside - 2 * (chosen @ gram * rest).sum(1) / (n * m)
-    few = float(mmd(x[:50].double(), y[:50].double(), kernel))
-    rows = torch.cat([torch.arange(50), n + torch.arange(50)])
-    part = gram[rows][:, rows]
-    same = (part[:50, :50].sum() + part[50:, 50:].sum()) / (50 * 49) - 2 * part[:50, 50:].mean()
-    assert abs(few - float(same)) < 1e-9, "pvae.mmd and the Gram matrix disagree"
-    return float(values[0]), float((values >= values[0]).double().mean())
 
 
 # Maps
@@ -288,17 +260,11 @@ def two_samples(x: Tensor, y: Tensor, seed: int) -> tuple[float, float]:
 
 def _maps(bench: Bench) -> None:
     """The latent plane of an AE and of a VAE, side by side."""
-    images, halves = bench.images, []
-    for recipe in ("ae", "vae"):
+    images = bench.images
+    figure = plots.Picture(figsize=(10, 4.5), layout="constrained")
+    for recipe, axis in zip(("ae", "vae"), figure.subplots(1, 2), strict=True):
         pair = bench.fit(f"{recipe} plane", maker(images, recipe, 2), 0)
         codes = latent.codes(pair.model, pair.guide, images.x[:1500])
-        figure = plots.latent_map(codes, images.y[:1500])
-        figure.axes[0].set_title(f"{recipe.upper()}: codes of {images.name} by class", fontsize=9)
-        content = BytesIO()
-        figure.savefig(content, format="png", dpi=80)
-        halves.append(Image.open(content).convert("RGB"))
-    width, height = sum(h.width for h in halves), max(h.height for h in halves)
-    whole = Image.new("RGB", (width, height), "white")
-    whole.paste(halves[0], (0, 0))
-    whole.paste(halves[1], (halves[0].width, 0))
-    whole.quantize(128).save(PICTURES / f"latent_maps_{images.name}.png", optimize=True)
+        title = f"{recipe.upper()}: codes of {images.name} by class"
+        plots.latent_map(codes, images.y[:1500], axis=axis, title=title)
+    save(figure, f"latent_maps_{images.name}")

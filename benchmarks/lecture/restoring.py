@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lecture.common import Bench, Images, Numbers, Rows, maker, mean, psnr, save, ssim
 from pvae import plots
-from pvae.corruptions import BlockMasking, Masking, Noise
+from pvae.corruptions import BlockMasking, Masking, Noise, SaltAndPepper
 
 LEVELS = (0.1, 0.2, 0.3, 0.5)
 OWN = "denoising AE, trained on this"
@@ -23,7 +23,11 @@ def denoising(bench: Bench) -> None:
     code = 2 * images.latent_dim
     side = images.shape[-1] * 3 // 8
     damages: dict[str, nn.Module] = {f"noise {s}": Noise(s) for s in LEVELS}
-    damages |= {"half the pixels lost": Masking(0.5), f"a {side}x{side} block": BlockMasking(side)}
+    damages |= {
+        "half the pixels lost": Masking(0.5),
+        "salt and pepper on a fifth": SaltAndPepper(0.2),
+        f"a {side}x{side} block": BlockMasking(side),
+    }
     trained = {
         "denoising AE, trained at 0.3": Noise(0.3),
         "denoising AE, trained on half the pixels": Masking(0.5),
@@ -100,6 +104,7 @@ def _own(bench: Bench, code: int, x: Tensor, damage: nn.Module, seed: int) -> Te
     name = {
         "Noise": f"denoising AE, trained at {level}",
         "Masking": "denoising AE, trained on half the pixels",
+        "SaltAndPepper": "denoising AE, trained on salt and pepper",
     }.get(type(damage).__name__, "denoising AE, trained on blocks")
     return bench.fit(f"restoring {name}", make, seed).reconstruct(x)
 
@@ -125,7 +130,6 @@ def _picture(images: Images, damage: nn.Module, ways: dict[str, Restore]) -> Non
     x = images.x_test[:10]
     seen = damage(x)
     names = ("median filter 3x3", "PCA, best size", "plain AE", "denoising AE, trained at 0.3")
-    rows = [x, seen, *(ways[name](seen, damage, 0) for name in names)]
-    title = "rows: clean, noise 0.3, median filter, PCA, plain AE, denoising AE"
-    figure = plots.samples(torch.cat(rows).clamp(0, 1), 10, title=title)
-    save(figure, f"denoising_{images.name}")
+    rows = {"clean": x, "noise 0.3": seen.clamp(0, 1)}
+    rows |= {name: ways[name](seen, damage, 0).clamp(0, 1) for name in names}
+    save(plots.grid(rows, "restored images"), f"denoising_{images.name}")

@@ -12,39 +12,28 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor, nn
 
 from lecture.common import Bench, Numbers, Rows, cell, column, maker, mean, mse, psnr
-from pvae import VAE, diagnostics, guides, latent, likelihoods, networks, priors
+from pvae import VAE, diagnostics, latent
 
 RATES = (0.1, 0.3, 1.0)
-LEARNED = f"learned dictionary (lambda {RATES[0]}), matching pursuit"
-SHOWN = 0.1
-"""The rate of the sparse code whose sparsity and error are held against the plain one's."""
+LEARNED = "learned dictionary (least lambda), matching pursuit"
 
 
-def dictionary(bench: Bench, rate: float, *, unit_norm: bool) -> Callable[[], VAE]:
-    """An overcomplete sparse autoencoder with a linear decoder and a code that can be exactly 0."""
+def dictionary(bench: Bench, rate: float, *, unit_norm: bool = True) -> Callable[[], VAE]:
+    """The recipe; without a penalty, the plain autoencoder with the same networks."""
     images = bench.images
-    wide = 4 * images.size
+    linear = {"decoder_hidden": (), "code_activation": nn.ReLU, "unit_norm": unit_norm}
+    kind, options = ("sparse_ae", {"l1": rate}) if rate else ("ae", {})
+    return maker(images, kind, 4 * images.size, **linear, **options)
 
-    def make() -> VAE:
-        decoder = networks.MLP(wide, images.size, hidden=())
-        return VAE(
-            priors.Laplace(wide, rate) if rate else priors.Flat(wide),
-            likelihoods.Gaussian(
-                networks.unit_norm(decoder) if unit_norm else decoder,
-                images.shape,
-                sigma=math.sqrt(0.5),
-            ),
-            guides.Point(
-                nn.Sequential(networks.MLP(images.shape, wide, images.hidden), nn.ReLU()), wide
-            ),
-        )
 
-    return make
+def rates(bench: Bench) -> tuple[float, ...]:
+    return tuple(round(rate * math.sqrt(bench.images.weight), 2) for rate in RATES)
 
 
 def sparsity(bench: Bench) -> None:
     images = bench.images
     wide = 4 * images.size
+    least, middle, most = rates(bench)
 
     def measured(name: str, make: Callable[[], VAE]) -> list[Numbers]:
         return bench.measure(name, lambda seed: _measure(bench, bench.fit(name, make, seed)))
@@ -54,33 +43,31 @@ def sparsity(bench: Bench) -> None:
             f"lambda {rate}": measured(
                 f"linear {rate} {unit_norm}", dictionary(bench, rate, unit_norm=unit_norm)
             )
-            for rate in ((0.0, *RATES) if unit_norm else (0.0, SHOWN, RATES[-1]))
+            for rate in ((0.0, least, middle, most) if unit_norm else (0.0, least, most))
         }
         for unit_norm in (True, False)
     )
-    recipe: Rows = {}
+    deep: Rows = {}
     for unit_norm in (True, False):
-        for rate in (0.0, 0.03, 0.3):
-            kind, options = ("sparse_ae", {"l1": rate}) if rate else ("ae", {})
-            make = maker(images, kind, wide, unit_norm=unit_norm, **options)
-            norm = "columns of norm 1" if unit_norm else "decoder free"
-            recipe[f"lambda {rate}, {norm}"] = measured(f"code {rate} {unit_norm}", make)
-    for rate in (0.003, 0.03):
-        make = maker(images, "sparse_activations_ae", wide, l1=rate)
-        recipe[f"all activations, lambda {rate}"] = measured(f"activations {rate}", make)
+        make = maker(images, "sparse_ae", wide, decoder_hidden=None, unit_norm=unit_norm, l1=middle)
+        norm = "columns of norm 1" if unit_norm else "decoder free"
+        deep[f"lambda {middle}, {norm}"] = measured(f"deep {unit_norm}", make)
+    everywhere: Rows = {"lambda 0.0": measured("deep 0.0", maker(images, "ae", wide))}
+    for rate in (least / 10, least):
+        make = maker(images, "sparse_activations_ae", wide, l1=rate, code_activation=nn.ReLU)
+        everywhere[f"lambda {rate:.2g}"] = measured(f"activations {rate}", make)
     bench.table("L1 on the code; linear decoder, columns of norm 1", on)
     bench.table("L1 on the code; linear decoder, free", off)
-    bench.table(
-        "Recipes sparse_ae and sparse_activations_ae, whose decoder has a hidden layer", recipe
-    )
+    bench.table("L1 on the code; a decoder with a hidden layer", deep)
+    bench.table("L1 on all activations (code with a ReLU), and without", everywhere)
     bench.notes.append(
-        f"Codes of {wide} numbers for {images.size} pixels; with the linear decoder they end in a "
-        "ReLU. Near zero: at most 0.01 of the root mean square of all entries. Size of code: mean "
-        "L1 norm; of decoder: mean norm of the columns of its first layer. With a hidden layer, "
-        "columns of norm 1 bound the decoder's gain (by the root of the layer's width) but don't "
-        "fix it."
+        f"Codes of {wide} numbers for {images.size} pixels that end in a ReLU. Near zero: at most "
+        "0.01 of the root mean square of all entries. Size of code: mean L1 norm; of decoder: mean "
+        "norm of the columns of its first layer. With a hidden layer, columns of norm 1 bound the "
+        "decoder's gain (by the root of the layer's width) but don't fix it. Activations: Hoyer's "
+        "measure and share near zero of what the encoder's hidden layer gives."
     )
-    shown = f"lambda {SHOWN}"
+    shown = f"lambda {least}"
     for key in ("Hoyer", "near zero"):
         bench.more(f"sparse codes are sparser ({key})", key, (shown, on), ("lambda 0.0", on))
         rising = [mean(several, key) for several in on.values()]
@@ -89,16 +76,17 @@ def sparsity(bench: Bench) -> None:
             " < ".join(f"{v:.3g}" for v in rising),
             confirmed=rising == sorted(rising),
         )
-    for first in ("lambda 0.3, columns of norm 1", "all activations, lambda 0.03"):
+    strongest = list(everywhere)[-1]
+    for key in ("Hoyer", "near zero", "activations, Hoyer", "activations, near zero"):
         bench.more(
-            f"sparse codes are sparser (recipe, {first})",
-            "Hoyer",
-            (first, recipe),
-            ("lambda 0.0, columns of norm 1", recipe),
+            f"an L1 penalty on all activations makes them sparser ({key})",
+            key,
+            (strongest, everywhere),
+            ("lambda 0.0", everywhere),
         )
     plain = on["lambda 0.0"]
     bench.claim(
-        f"at comparable error: at lambda {SHOWN} less than a tenth of the images' variance is lost",
+        f"at comparable error: at lambda {least} less than a tenth of the images' variance is lost",
         f"test MSE {cell(column(on[shown], 'test MSE'))}, at 0 {cell(column(plain, 'test MSE'))}; "
         f"variance {_variance(images.x_test):.3g}",
         confirmed=max(column(on[shown], "test MSE")) < 0.1 * _variance(images.x_test),
@@ -110,12 +98,12 @@ def sparsity(bench: Bench) -> None:
     grown = mean(off[shown], "size of decoder") / mean(off["lambda 0.0"], "size of decoder")
     bench.claim(
         "without unit_norm the penalty is cheated: the code shrinks more, and the decoder grows",
-        f"size of code at lambda {SHOWN} over that at 0: {shrunk['without']:.3g} without, "
+        f"size of code at lambda {least} over that at 0: {shrunk['without']:.3g} without, "
         f"{shrunk['with']:.3g} with; decoder without: {grown:.3g}",
         confirmed=shrunk["without"] < shrunk["with"] and grown > 1,
     )
     bench.more(
-        f"and so the code is sparser with unit_norm than without (lambda {SHOWN})",
+        f"and so the code is sparser with unit_norm than without (lambda {least})",
         "Hoyer",
         (f"{shown}, with", {f"{shown}, with": on[shown]}),
         (f"{shown}, without", {f"{shown}, without": off[shown]}),
@@ -131,9 +119,16 @@ def _measure(bench: Bench, pair: VAE) -> Numbers:
     x = bench.images.x_test
     codes = latent.codes(pair.model, pair.guide, x)
     first = next(m for m in pair.model.likelihood.modules() if isinstance(m, nn.Linear))
+    layers = [m for m in pair.guide.modules() if isinstance(m, nn.ReLU)]
+    outputs: list[Tensor] = []
+    handle = layers[0].register_forward_hook(lambda _m, _x, out: outputs.append(out.detach()))
+    pair.encode(x)
+    handle.remove()
     return {
         "Hoyer": float(diagnostics.hoyer(codes).mean()),
         "near zero": float(diagnostics.near_zero(codes).mean()),
+        "activations, Hoyer": float(diagnostics.hoyer(outputs[0]).mean()),
+        "activations, near zero": float(diagnostics.near_zero(outputs[0]).mean()),
         "size of code": float(codes.abs().sum(1).mean()),
         "size of decoder": float(first.weight.detach().norm(dim=0).mean()),
         "test MSE": mse(pair.decode(codes), x),
@@ -206,8 +201,8 @@ def _wavelets(bench: Bench, wide: int) -> None:
         return found
 
     def learned(seed: int) -> Numbers:
-        make = dictionary(bench, RATES[0], unit_norm=True)
-        pair = bench.fit(f"linear {RATES[0]} True", make, seed)
+        least = rates(bench)[0]
+        pair = bench.fit(f"linear {least} True", dictionary(bench, least), seed)
         layer = next(m for m in pair.model.likelihood.modules() if isinstance(m, nn.Linear))
         return pursued(layer.weight.detach().T.double().numpy(), layer.bias.detach().double())
 
@@ -215,13 +210,11 @@ def _wavelets(bench: Bench, wide: int) -> None:
     rows: Rows = {
         f"sparse AE, lambda {rate}": bench.measure(
             f"kept {rate}",
-            code(f"linear {rate} True", dictionary(bench, rate, unit_norm=True)),
+            code(f"linear {rate} True", dictionary(bench, rate)),
         )
-        for rate in RATES
+        for rate in rates(bench)
     }
-    rows["plain AE"] = bench.measure(
-        "kept 0", code("linear 0.0 True", dictionary(bench, 0.0, unit_norm=True))
-    )
+    rows["plain AE"] = bench.measure("kept 0", code("linear 0.0 True", dictionary(bench, 0.0)))
     rows["wavelet thresholding"] = bench.measure(
         "orthogonal", lambda _: thresholded(orthogonal, orthogonal.T)
     )

@@ -99,7 +99,15 @@ def train(
     hidden: Annotated[
         str | None, typer.Option(help="Widths (or channels) of hidden layers, as in 256,256.")
     ] = None,
+    decoder_hidden: Annotated[
+        str | None,
+        typer.Option(help="Of the decoder: widths, or linear; otherwise as the recipe has it."),
+    ] = None,
     activation: Annotated[str, typer.Option(help="A class of torch.nn.")] = "ReLU",
+    code_activation: Annotated[
+        str | None,
+        typer.Option(help="Class of torch.nn at the encoder's end: ReLU, or Identity for none."),
+    ] = None,
     latent_dim: Annotated[int, typer.Option(help="Size of the latent.")] = 8,
     warmup: Annotated[int, typer.Option(help="Epochs in which the weight of the rate rises.")] = 0,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 100,
@@ -142,8 +150,12 @@ def train(
         num_latents=num_latents,
         commitment=commitment,
         network=network,
-        hidden=_widths(hidden),
+        hidden=_widths("--hidden", hidden),
+        decoder_hidden=()
+        if decoder_hidden == "linear"
+        else _widths("--decoder-hidden", decoder_hidden),
         activation=activation,
+        code_activation=code_activation,
         latent_dim=latent_dim,
         warmup=warmup,
         epochs=epochs,
@@ -158,13 +170,13 @@ def train(
     _train(folder, config, device, resume=resume, overwrite=overwrite, fetch=download)
 
 
-def _widths(text: str | None) -> tuple[int, ...] | None:
+def _widths(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
         return tuple(int(width) for width in text.split(","))
     except ValueError:
-        raise ArgumentError("--hidden", "widths such as 256,256", repr(text)) from None
+        raise ArgumentError(option, "widths such as 256,256", repr(text)) from None
 
 
 def _prepare_folder(

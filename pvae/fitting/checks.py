@@ -131,6 +131,8 @@ def check_overcomplete(model: Any, guide: Any, structure: t.Structure, source: S
         )
         if code < data:
             return
+        if any(hasattr(clean.nodes[n]["fn"], "quantised") for n in points):
+            return  # few codes
         with _trying(structure):
             of_guide, of_model = t.run_pair(model, guide, batch)
     except PvaeError:  # training will say so

@@ -1,112 +1,31 @@
-"""Named variants: functions that give a pair, ready to fit.
-
-``RECIPES`` maps a name to the function and to the objective that goes with the pair.
-"""
+"""The deterministic autoencoders: the same pair with a point-mass guide."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 
-from pvae import guides, likelihoods, networks, priors
+from pvae import guides, likelihoods, priors
 from pvae.corruptions import Noise
-from pvae.errors import ArgumentError, as_shape, check_int, check_number
-from pvae.objectives import ELBO
+from pvae.errors import ArgumentError, check_int, check_number
 from pvae.pair import VAE
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay
+from pvae.recipes.variational import Factory, vae
 
 __all__ = [
-    "RECIPES",
-    "Recipe",
     "ae",
     "contractive_ae",
     "denoising_ae",
     "rae",
     "sparse_activations_ae",
     "sparse_ae",
-    "vae",
     "vq_vae",
     "wae",
 ]
-
-Factory = Callable[..., Any]
-
-
-def vae(
-    event_shape: int | Sequence[int],
-    latent_dim: int,
-    *,
-    prior: Factory = priors.StandardNormal,
-    likelihood: Factory = likelihoods.Bernoulli,
-    guide: Factory = guides.MeanField,
-    network: str = "mlp",
-    hidden: Sequence[int] = (256, 256),
-    activation: Callable[[], nn.Module] = nn.ReLU,
-    num_classes: int = 0,
-    in_scale: float = 1.0,
-    unit_norm: bool = False,
-    corruption: Callable[[Tensor], Tensor] | None = None,
-    penalties: Penalty | Sequence[Penalty] = (),
-) -> VAE:
-    r"""A variational autoencoder.
-
-    .. math::
-        L(\theta, \phi; x) = E_{q_\theta(z | x)}[\log p_\phi(x | z)] - KL(q_\theta(z | x) \| p(z))
-
-    ==================  =====================================================  ================
-    symbol              meaning                                                argument
-    ==================  =====================================================  ================
-    :math:`p(z)`        prior                                                  ``prior``
-    :math:`p_\phi`      likelihood, with the decoder d inside                  ``likelihood``
-    :math:`q_\theta`    guide, with the encoder e inside                       ``guide``
-    :math:`N_x`         size of x                                              ``event_shape``
-    :math:`N_z`         size of z                                              ``latent_dim``
-    ==================  =====================================================  ================
-
-    References:
-        Auto-Encoding Variational Bayes (Kingma & Welling, 2014), https://arxiv.org/abs/1312.6114
-
-    Arguments:
-        event_shape: Shape of one datum.
-        latent_dim: Size of the latent.
-        prior: From ``latent_dim`` to a prior: a class of `pvae.priors`, or a function.
-        likelihood: From (network, event_shape) to a likelihood: a class of `pvae.likelihoods`, or
-            ``functools.partial(likelihoods.Binomial, total_count=16)``.
-        guide: From (network, latent_dim) to a guide family: a class of `pvae.guides`.
-        network: ``"mlp"``, ``"conv"`` or ``"resnet"``; the last two for images.
-        hidden: Widths of the encoder's layers, or channels; the decoder has them in reverse.
-        activation: Class of the activation.
-        num_classes: Classes of the labels that encoder and decoder get, too; 0 for no labels.
-        in_scale: Factor on what the encoder sees, such as ``1 / 16`` for counts up to 16.
-        unit_norm: Whether the columns of the decoder's weights have norm 1, see
-            `pvae.networks.unit_norm`.
-        corruption: What the guide sees of x in training, see `pvae.corruptions`.
-        penalties: What training subtracts from the objective, see `pvae.penalties`.
-
-    Example:
-        >>> vae((1, 28, 28), 20, network="conv", hidden=(8, 16)).sample(3).shape
-        torch.Size([3, 1, 28, 28])
-    """
-    shape = as_shape("event_shape", event_shape)
-    check_int("latent_dim", latent_dim)
-    encoder, decoder = _networks(
-        network, shape, latent_dim, hidden, activation, num_classes, in_scale
-    )
-    if unit_norm:
-        decoder = _then_unit_norm(decoder)
-    return VAE(
-        prior=prior(latent_dim),
-        likelihood=likelihood(decoder, shape),
-        guide=guide(encoder, latent_dim),
-        corruption=corruption,
-        penalties=penalties,
-    )
 
 
 def ae(event_shape: int | Sequence[int], latent_dim: int, **options: Any) -> VAE:
@@ -155,10 +74,16 @@ def sparse_ae(
     *,
     l1: float | None = None,
     prior: Factory | None = None,
+    hidden: Sequence[int] = (256, 256),
+    decoder_hidden: Sequence[int] | None = (),
+    code_activation: Factory | None = nn.ReLU,
     unit_norm: bool = True,
     **options: Any,
 ) -> VAE:
     r"""A sparse autoencoder: an L1 penalty on the code, which is a Laplace prior.
+
+    By default the decoder is a dictionary: data are sums of a few of its columns, one an entry of
+    the code, and entries that aren't used are exactly 0, as the encoder ends in a ReLU.
 
     .. math::
         L = \|x - d_\phi(e_\theta(x))\|^2 + \lambda \|e_\theta(x)\|_1
@@ -166,7 +91,8 @@ def sparse_ae(
 
     The constant has the prior's share :math:`N_z \log(\lambda / 2)`. The decoder's columns have
     norm 1: otherwise a code that shrinks, and a decoder that grows, lower the penalty and change
-    nothing. With ``hidden=()`` that fixes the decoder's gain; with hidden layers it bounds it.
+    nothing. That fixes the gain of a linear decoder, and only bounds that of one with hidden
+    layers.
 
     ===================  ====================================================  ================
     symbol               meaning                                               argument
@@ -185,19 +111,32 @@ def sparse_ae(
         latent_dim: Size of the code.
         l1: :math:`\lambda`; None for 0.1.
         prior: From ``latent_dim`` to another sparse prior, such as `pvae.priors.StudentT`.
+        hidden: Widths of the encoder's layers, or channels.
+        decoder_hidden: The decoder's, if it isn't to be linear; None for the encoder's in reverse.
+        code_activation: Class of the activation at the encoder's end; None for none.
         unit_norm: Whether the decoder's columns have norm 1.
         options: As in `ae`.
 
     Example:
-        >>> type(sparse_ae(64, 100, l1=0.3).model.prior).__name__
-        'Laplace'
+        >>> sparse = sparse_ae(64, 100, l1=0.3)
+        >>> type(sparse.model.prior).__name__, bool((sparse.encode(torch.zeros(5, 64)) == 0).any())
+        ('Laplace', True)
     """
     if prior is not None and l1 is not None:
         raise ArgumentError("sparse_ae", "either l1, for a Laplace prior, or another prior", "both")
     if prior is None:
         rate = check_number("l1", 0.1 if l1 is None else l1, above=0)
         prior = functools.partial(priors.Laplace, rate=rate)
-    return ae(event_shape, latent_dim, prior=prior, unit_norm=unit_norm, **options)
+    return ae(
+        event_shape,
+        latent_dim,
+        prior=prior,
+        hidden=hidden,
+        decoder_hidden=decoder_hidden,
+        code_activation=code_activation,
+        unit_norm=unit_norm,
+        **options,
+    )
 
 
 def sparse_activations_ae(
@@ -205,8 +144,9 @@ def sparse_activations_ae(
     latent_dim: int,
     *,
     l1: float = 0.01,
-    code: bool = True,
+    code: bool | None = None,
     output: bool = False,
+    code_activation: Factory | None = None,
     unit_norm: bool = True,
     penalties: Penalty | Sequence[Penalty] = (),
     **options: Any,
@@ -232,8 +172,10 @@ def sparse_activations_ae(
         event_shape: Shape of one datum.
         latent_dim: Size of the code.
         l1: :math:`\lambda`.
-        code: Whether the code counts.
+        code: Whether the code counts; None for yes, unless it is counted as the output of a
+            ``code_activation``.
         output: Whether the output counts.
+        code_activation: Class of an activation at the encoder's end.
         unit_norm: Whether the decoder's columns have norm 1.
         penalties: Further ones.
         options: As in `ae`.
@@ -242,9 +184,15 @@ def sparse_activations_ae(
         >>> len(sparse_activations_ae(64, 100).model.penalties)
         1
     """
+    code = code_activation is None if code is None else code
     own = Activations(l1, code=code, output=output)
     return ae(
-        event_shape, latent_dim, unit_norm=unit_norm, penalties=_joined(own, penalties), **options
+        event_shape,
+        latent_dim,
+        unit_norm=unit_norm,
+        code_activation=code_activation,
+        penalties=_joined(own, penalties),
+        **options,
     )
 
 
@@ -482,74 +430,3 @@ def _joined(*penalties: Penalty | Sequence[Penalty]) -> list[Penalty]:
 
 def _squared_error(network: Any, event_shape: Any) -> likelihoods.Gaussian:
     return likelihoods.Gaussian(network, event_shape, sigma=math.sqrt(0.5))
-
-
-def _then_unit_norm(build: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
-    return lambda p: networks.unit_norm(build(p))
-
-
-def _networks(
-    network: str,
-    shape: tuple[int, ...],
-    latent_dim: int,
-    hidden: Sequence[int],
-    activation: Callable[[], nn.Module],
-    num_classes: int,
-    in_scale: float,
-) -> tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]:
-    """Encoder and decoder, as functions of the number of parameters per value."""
-    size = math.prod(shape)
-    if network == "mlp":
-        return (
-            lambda p: networks.MLP(
-                shape, p * latent_dim, hidden, activation, num_classes, in_scale
-            ),
-            lambda p: networks.MLP(latent_dim, p * size, hidden[::-1], activation, num_classes),
-        )
-    if network in ("conv", "resnet"):
-        options: dict[str, Any] = {"residual": network == "resnet", "context_dim": num_classes}
-        return (
-            lambda p: networks.ConvEncoder(
-                shape,
-                p * latent_dim,
-                hidden,
-                activation=activation,
-                in_scale=in_scale,
-                **options,
-            ),
-            lambda p: networks.ConvDecoder(
-                latent_dim,
-                (p * shape[0], *shape[1:]),
-                hidden[::-1],
-                activation=activation,
-                **options,
-            ),
-        )
-    raise ArgumentError("network", "'mlp', 'conv' or 'resnet'", repr(network))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A named variant: what builds the pair, and the objective that goes with it."""
-
-    build: Callable[..., VAE]
-    objective: Callable[..., PyroELBO] = ELBO
-    has_point: bool = True
-
-
-RECIPES: dict[str, Recipe] = {
-    "vae": Recipe(vae, has_point=False),
-    **{
-        f.__name__: Recipe(f)
-        for f in (
-            ae,
-            sparse_ae,
-            sparse_activations_ae,
-            contractive_ae,
-            denoising_ae,
-            rae,
-            wae,
-            vq_vae,
-        )
-    },
-}
