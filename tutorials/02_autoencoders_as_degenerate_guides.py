@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -28,7 +30,6 @@ import warnings
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, without ipywidgets
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
