@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pvae.terms as terms
     import pvae.testing as testing
     from pvae.conditional import Conditional
+    from pvae.divergence import kl
     from pvae.errors import PvaeError, PvaeWarning
     from pvae.fitting import Fit, fit, load
     from pvae.pair import VAE, Guide, Model
@@ -79,6 +80,7 @@ _NAMES = {
     "PvaeWarning": "errors",
     "VAE": "pair",
     "fit": "fitting",
+    "kl": "divergence",
     "load": "fitting",
 }
 
@@ -101,6 +103,7 @@ __all__ = [
     "fit",
     "guides",
     "jacobian",
+    "kl",
     "latent",
     "likelihoods",
     "load",

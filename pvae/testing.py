@@ -238,7 +238,7 @@ def _check_elbo(
     with randomness.forked(seed=1):
         terms = t.compute(model, guide, batch, structure=structure)
         objective = ELBO()
-        ours = float(objective.surrogate(terms, objective.make_state(terms.like)))
+        ours = float(objective.surrogate(terms, objective.make_state(terms.structure)))
     _require(
         "ELBO: that of Pyro's Trace_ELBO",
         abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)),
@@ -278,7 +278,7 @@ def _check_pair_gradients(
     objective = ELBO()
     with evaluating(structure.modules), torch.enable_grad():
         terms = t.compute(model, guide, batch, structure=structure)
-        loss = objective.surrogate(terms, objective.make_state(terms.like))
+        loss = objective.surrogate(terms, objective.make_state(terms.structure))
     names, parameters = list(structure.parameters), list(structure.parameters.values())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for name, gradient in zip(names, gradients, strict=True):

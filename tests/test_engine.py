@@ -30,7 +30,7 @@ def make(device: torch.device, optimizer: Any = torch.optim.Adam) -> tuple[Stepp
         objective,
         structure,
         make_optimizer(optimizer, parameters, 1e-3),
-        objective.make_state(parameters[0]),
+        objective.make_state(structure),
         clip_norm=1.0,
     )
     return stepper, x

@@ -23,6 +23,7 @@ GROUND = {
     "data",
     "conditional",
     "jacobian",
+    "divergence",
     "mmd",
     "modes",
 }

@@ -50,7 +50,7 @@ def test_a_weighting_is_a_sigma(row: str, device: torch.device) -> None:
     sampled_kl = (terms.log_q - terms.log_prior)[0]
     loss = loss_of(squared, sampled_kl).sum()
     objective = ELBO()
-    elbo_loss = objective.surrogate(terms, objective.make_state(x))
+    elbo_loss = objective.surrogate(terms, objective.make_state(terms.structure))
     ours = torch.autograd.grad(loss, list(vae.parameters()), retain_graph=True)
     theirs = gradients(factor * elbo_loss, vae)
     for a, b in zip(ours, theirs, strict=True):

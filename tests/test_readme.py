@@ -35,6 +35,7 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("store")
 def test_the_how_tos_run() -> None:
     assert run_blocks(ROOT / "docs" / "pairs.md") >= 6
+    assert run_blocks(ROOT / "docs" / "objectives.md") == 1
 
 
 def test_what_it_points_at_exists() -> None:

@@ -97,7 +97,7 @@ class Fit:
             self.objective,
             self.structure,
             optimizer,
-            self._make_state(parameters[0]),
+            self._make_state(),
             options.clip_norm,
         )
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -130,6 +130,8 @@ class Fit:
             check_rows(source)  # was it the data?
             raise
         check_parameters(structure)
+        if isinstance(self.objective, Objective):
+            self.objective.check(structure)
         source = as_source(data, structure.device, structure.dtype)
         t.check_data(model, guide, source)
         check_overcomplete(model, guide, structure, source)
@@ -153,12 +155,14 @@ class Fit:
             )
         return batches
 
-    def _make_state(self, like: Tensor) -> ObjectiveState | None:
+    def _make_state(self) -> ObjectiveState | None:
         """The objective's state for this training; Pyro's own objectives have none."""
         if not isinstance(self.objective, Objective):
             return None
         total = max(1, self.epochs * self.steps_per_epoch)
-        state = self.objective.make_state(like, self.steps_per_epoch, total)
+        state = self.objective.make_state(
+            self.structure, self.source.num_rows, self.steps_per_epoch, total
+        )
         _warn_of_long_schedules(state.schedules, total)
         return state
 

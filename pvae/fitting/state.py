@@ -155,6 +155,8 @@ def snapshot(
     tensors, rest = checkpoint.optimizer_state(stepper.optimizer)
     saved.add("optimizer", tensors)
     saved.tensors["sums"] = stepper.sums
+    if stepper.state is not None:
+        saved.add("objective", stepper.state.tensors())
     numbers = asdict(progress)
     del numbers["best_tensors"]
     saved.meta = {
@@ -196,7 +198,7 @@ def restore(
     )
     stepper.sums.copy_(saved.tensors["sums"])
     if stepper.state is not None:
-        stepper.state.set_step(saved.meta["objective_step"])
+        stepper.state.restore(saved.part("objective"), saved.meta["objective_step"])
     randomness.set_state(saved.part("rng"))
     now, then = checkpoint.environment(stepper.structure.device), saved.meta["environment"]
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if now[k] != then.get(k)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, check_int
 from pvae.terms.collect import PARTICLES, Collector
-from pvae.terms.messages import sample_sites
+from pvae.terms.messages import is_factor, sample_sites
 from pvae.terms.probe import Batch, as_batch, inspect_pair, probing, run_pair
 from pvae.terms.result import Terms, stack
 from pvae.terms.structure import Structure
@@ -46,6 +47,14 @@ class _Given(Messenger):
         msg["done"] = True
 
 
+class _Detached(Messenger):
+    """Cuts what a draw has of the parameters that it was made with."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = msg["value"].detach()
+
+
 class _Redrawn(Messenger):
     """Lets sites draw, which moves the generators on as it did before, and then replaces values."""
 
@@ -69,6 +78,8 @@ def compute(
     vectorize: bool | None = None,
     per_dimension: bool = False,
     stop_guide: bool = False,
+    detach: bool = False,
+    share_globals: bool = False,
     given: Mapping[str, Tensor] | None = None,
 ) -> Terms:
     """Runs guide and replayed model once, in the mode that they are in, and returns their terms.
@@ -89,6 +100,8 @@ def compute(
         per_dimension: Fill ``log_p_dims`` and ``log_q_dims`` of local latents.
         stop_guide: Fill ``stopped_log_q``: log q at the same draws, which keep their gradient,
             with the guide's parameters stopped.
+        detach: Draws have no gradient, so that that of log q is the score function.
+        share_globals: All particles have one draw of what is outside the data plate.
         given: Values of guide sites, and of the data plate's indices, that aren't to be drawn.
 
     Raises:
@@ -103,8 +116,12 @@ def compute(
     options: dict[str, Any] = {
         "per_dimension": per_dimension,
         "stop_guide": stop_guide,
+        "detach": detach,
         "given": given or {},
     }
+    if share_globals and structure.global_sites and num_particles > 1:
+        shared = _draw_globals(guide, batch, structure, detach=detach)
+        options["given"] = shared | dict(given or {})
     if num_particles == 1 or vectorize:
         return _one_pass(model, guide, batch, structure, num_particles, **options)
     return stack(
@@ -184,6 +201,7 @@ def _one_pass(
     *,
     per_dimension: bool = False,
     stop_guide: bool = False,
+    detach: bool = False,
     given: Mapping[str, Tensor] | None = None,
 ) -> Terms:
     def wrapped(program: Any) -> Any:
@@ -201,7 +219,8 @@ def _one_pass(
         target = wrapped(model)
     wrapped_guide = wrapped(guide) if given or num_particles > 1 else guide
     before = randomness.get_state() if stop_guide else None
-    guide_trace, model_trace = run_pair(target, wrapped_guide, batch)
+    with _Detached() if detach else contextlib.nullcontext():
+        guide_trace, model_trace = run_pair(target, wrapped_guide, batch)
     collect = Collector(structure, num_particles, per_dimension)
     for site in sample_sites(guide_trace):
         collect.guide(site, in_model=site["name"] in model_trace.nodes)
@@ -234,19 +253,45 @@ def _score_stopped(
         if node["type"] == "sample" and not node["is_observed"]
     }
     collect = Collector(structure, terms.num_particles, per_dimension=False)
-    norms = [m for m in structure.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
-    buffers = [b for m in norms if m.training for b in m.buffers(recurse=False)]
-    copies = [b.clone() for b in buffers]
-    with _stopped(structure.parameters.values()), randomness.forked():
+    with (
+        _stopped(structure.parameters.values()),
+        randomness.forked(),
+        _statistics_kept(structure),
+    ):
         randomness.set_state(before)
         trace = _Redrawn(values)(poutine.trace(guide).get_trace)(*batch)
         for site in sample_sites(trace):  # a flow runs its networks only when it is scored
             collect.guide(site, in_model=site["name"] in terms.sites)
+    stopped = collect.terms()
+    terms.stopped_log_q, terms.stopped_global_log_q = stopped.log_q, stopped.global_log_q
+
+
+def _draw_globals(
+    guide: Any, batch: Batch, structure: Structure, *, detach: bool
+) -> dict[str, Tensor]:
+    """One draw of the guide's sites outside the data plate, by a pass of the guide alone."""
+    if isinstance(poutine.unwrap(guide), Messenger):
+        raise PairError("guide", "a guide that runs alone", "an AutoMessenger", ["AutoNormal"])
+    with _statistics_kept(structure), _Detached() if detach else contextlib.nullcontext():
+        trace, _ = run_pair(None, guide, batch, model_too=False)  # type: ignore[arg-type]
+    return {
+        site["name"]: site["value"]
+        for site in sample_sites(trace)
+        if not any(f.name in structure.plates for f in site["cond_indep_stack"])
+        and not is_factor(site)
+    }
+
+
+@contextmanager
+def _statistics_kept(structure: Structure) -> Iterator[None]:
+    """Running statistics move by the one pass that counts, and not by another in here."""
+    norms = [m for m in structure.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+    buffers = [b for m in norms if m.training for b in m.buffers(recurse=False)]
+    copies = [b.clone() for b in buffers]
+    yield
     with torch.no_grad():
         for buffer, copy in zip(buffers, copies, strict=True):
             buffer.copy_(copy)
-    stopped = collect.terms()
-    terms.stopped_log_q, terms.stopped_global_log_q = stopped.log_q, stopped.global_log_q
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def inspect_pair(
     _check_with_pyro(model_trace, guide_trace)
     _check_locality(guided, in_model, data_plate, rows, fewer)
     local = {s["name"] for s in sites if data_plate.holds(s)}
-    parameters, unannounced = _parameters(model, guide, guide_trace, model_trace, modules)
+    parameters, sides, unannounced = _parameters(model, guide, guide_trace, model_trace, modules)
     is_whole = data_plate.size == (rows or data_plate.size)
     return Structure(
         plate=data_plate.name,
@@ -134,7 +134,12 @@ def inspect_pair(
         improper=tuple(n for n in latents if is_improper(in_model[n]["fn"])),
         enumerated=tuple(unguided),
         removed_scales=_removed_scales(sites),
+        not_reparametrised=tuple(
+            n for n, s in guided.items() if not is_factor(s) and not s["fn"].has_rsample
+        ),
+        shapes={n: tuple(guided[n]["fn"].event_shape) for n in latents if n in guided},
         parameters=parameters,
+        sides=sides,
         modules=tuple(modules),
         unannounced=unannounced,
     )
@@ -372,28 +377,33 @@ def _removed_scales(sites: list[Any]) -> dict[str, float]:
 
 def _parameters(
     model: Any, guide: Any, guide_trace: Any, model_trace: Any, modules: list[nn.Module]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Parameters of modules by attribute name, of the store by store name; each tensor once."""
-    named: dict[str, Tensor] = {}
-    seen: set[int] = set()
+) -> tuple[dict[str, Tensor], dict[str, frozenset[str]], tuple[str, ...]]:
+    """Parameters of modules by attribute name, of the store by store name; each tensor once.
 
-    def add(name: str, tensor: Tensor) -> None:
-        if tensor.requires_grad and id(tensor) not in seen:
-            seen.add(id(tensor))
-            named[name] = tensor
+    Also the sides of the pair that have each of them, and what isn't announced.
+    """
+    named: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    sides: dict[str, frozenset[str]] = {}
+
+    def add(name: str, tensor: Tensor, side: str) -> None:
+        if tensor.requires_grad:
+            known = seen.setdefault(id(tensor), name)
+            named.setdefault(known, tensor)
+            sides[known] = sides.get(known, frozenset()) | {side}
 
     for prefix, root in (("model", model), ("guide", guide)):
         if isinstance(root, nn.Module):
             for name, parameter in root.named_parameters():
-                add(f"{prefix}.{name}", parameter)
-    for trace in (guide_trace, model_trace):
+                add(f"{prefix}.{name}", parameter, prefix)
+    for side, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in trace.nodes.values():
             if site["type"] == "param":
-                add(site["name"], site["value"].unconstrained())
+                add(site["name"], site["value"].unconstrained(), side)
     missing = [
         f"{type(m).__name__}.{name}"
         for m in modules
         for name, parameter in m.named_parameters(recurse=False)
         if parameter.requires_grad and id(parameter) not in seen
     ]
-    return named, tuple(missing)
+    return named, sides, tuple(missing)

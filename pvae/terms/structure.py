@@ -35,7 +35,10 @@ class Structure:
         improper: Latents whose prior is improper, so that there is no evidence.
         enumerated: Latents that the model sums out.
         removed_scales: ``poutine.scale`` factors by site, which no evidence contains.
+        not_reparametrised: Sites of the guide whose draws have no gradient.
+        shapes: Event shapes of latents that have a guide.
         parameters: Trainable parameters (unconstrained) by name.
+        sides: By the same names: ``"model"``, ``"guide"``, or both.
         modules: The networks that the pair runs, given or found in closures.
         unannounced: Names of parameters in networks that a function uses without ``pyro.module``.
         notes: What else one batch told; filled when first asked for.
@@ -58,10 +61,18 @@ class Structure:
     improper: tuple[str, ...]
     enumerated: tuple[str, ...]
     removed_scales: dict[str, float]
+    not_reparametrised: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
     parameters: dict[str, Tensor]
+    sides: dict[str, frozenset[str]]
     modules: tuple[nn.Module, ...]
     unannounced: tuple[str, ...]
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of parameters that model and guide both have."""
+        return tuple(name for name, sides in self.sides.items() if len(sides) > 1)
 
     @property
     def has_points(self) -> bool:

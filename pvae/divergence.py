@@ -1,0 +1,101 @@
+"""The Kullback-Leibler divergence of two distributions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import randomness
+from pvae.errors import UndefinedError, check_int
+
+__all__ = ["Divergence", "kl"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence in nats, for each of a batch of distributions.
+
+    Attributes:
+        value: Shape ``batch_shape``.
+        se: Its standard error over draws, the same shape; 0 where it is exact.
+        num_samples: Draws that it is estimated from; None if it is in closed form.
+    """
+
+    value: Tensor
+    se: Tensor
+    num_samples: int | None
+
+    def __str__(self) -> str:
+        how = "exact" if self.num_samples is None else f"{self.num_samples:,} draws"
+        if self.value.numel() == 1:
+            error = "" if self.num_samples is None else f" +- {float(self.se):.2g}"
+            return f"KL(q || p): {float(self.value):.4g}{error} nats, {how}"
+        return f"KL(q || p): mean {float(self.value.mean()):.4g} nats over {len(self.value)}, {how}"
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergence:
+    r"""How far q is from p, seen from q: 0 if they are equal, else above 0, without a bound.
+
+    .. math:: KL(q \| p) = E_q[\log q(z) - \log p(z)]
+
+    It isn't symmetric. It is in closed form where torch has one, and otherwise a mean over draws
+    from q, which can come out below 0 by chance. Where q puts mass outside p's support it is
+    infinite.
+
+    References:
+        On Information and Sufficiency (Kullback & Leibler, 1951),
+        https://doi.org/10.1214/aoms/1177729694
+
+    Arguments:
+        q: A distribution.
+        p: Another, of the same event shape; batch shapes broadcast.
+        num_samples: Draws, where there is no closed form.
+        seed: Of the draws; the caller's generators are left as they are.
+
+    Raises:
+        UndefinedError: If q or p is a point mass, or their event shapes differ.
+
+    Example:
+        >>> kl(dist.Normal(1.0, 1.0), dist.Normal(0.0, 1.0))
+        KL(q || p): 0.5 nats, exact
+    """
+    check_int("num_samples", num_samples, minimum=2)
+    for name, fn in (("q", q), ("p", p)):
+        inner = fn
+        while isinstance(inner, torch.distributions.Independent):
+            inner = inner.base_dist
+        if type(inner).__name__ == "Delta":
+            raise UndefinedError(
+                f"kl, {name}", "a distribution with a density", "a point mass (Delta)"
+            )
+    if tuple(q.event_shape) != tuple(p.event_shape):
+        raise UndefinedError(
+            "kl",
+            f"two distributions of event_shape {tuple(q.event_shape)}",
+            f"event_shape {tuple(p.event_shape)}",
+            [".to_event(k)"],
+        )
+    try:
+        exact = torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        pass
+    else:
+        return Divergence(exact, torch.zeros_like(exact), None)
+    with randomness.forked(seed):
+        z = q.sample(torch.Size([num_samples]))
+        batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+        z = z.reshape(z.shape[:1] + (1,) * (len(batch) - len(q.batch_shape)) + z.shape[1:])
+        inside = p.support.check(z)
+        event = (1,) * len(p.event_shape)
+        safe = torch.where(inside.reshape(inside.shape + event), z, p.sample())
+    log_p = torch.where(inside, p.log_prob(safe), -torch.inf)
+    draws = q.log_prob(z) - log_p
+    value = draws.mean(0)
+    spread = torch.where(value.isfinite(), draws.std(0), torch.inf)
+    return Divergence(value, spread / num_samples**0.5, num_samples)

@@ -1,0 +1,41 @@
+"""Objectives: what to maximise, each a few lines over terms.
+
+An objective is a ``pyro.infer.ELBO``, so it runs in Pyro's own ``SVI`` and returns what Pyro's
+ELBOs return there: the plate-scaled sum in nats. `pvae.fit` divides by the number of data. Its
+configuration can't be changed; what changes during training (the step of a schedule, a multiplier)
+lives in an `ObjectiveState` made for one pair and one training, which a checkpoint saves.
+"""
+
+from pvae.objectives.aggregate import DIPVAE, TCVAE, FactorVAE, InfoVAE
+from pvae.objectives.base import Objective, ObjectiveState
+from pvae.objectives.elbo import ELBO
+from pvae.objectives.gradients import RWS, STL, TVO, VIMCO
+from pvae.objectives.rate import GECO, Capacity, FreeBits
+from pvae.objectives.table import table
+from pvae.objectives.upper import CUBO
+from pvae.objectives.weighted import CIWAE, IWAE, PIWAE, DReG, MultiplyWeightedIWAE, Renyi
+
+__all__ = [
+    "CIWAE",
+    "CUBO",
+    "DIPVAE",
+    "ELBO",
+    "GECO",
+    "IWAE",
+    "PIWAE",
+    "RWS",
+    "STL",
+    "TCVAE",
+    "TVO",
+    "VIMCO",
+    "Capacity",
+    "DReG",
+    "FactorVAE",
+    "FreeBits",
+    "InfoVAE",
+    "MultiplyWeightedIWAE",
+    "Objective",
+    "ObjectiveState",
+    "Renyi",
+    "table",
+]

@@ -1,0 +1,388 @@
+"""Objectives with terms of the aggregated posterior q(z), which the batch stands for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.errors import ArgumentError, PairError, UndefinedError, check_int, check_number
+from pvae.mmd import Kernel, mmd
+from pvae.objectives.base import Objective, ObjectiveState
+
+__all__ = ["DIPVAE", "TCVAE", "FactorVAE", "InfoVAE", "log_density_matrix"]
+
+
+class _Aggregate(Objective):
+    """The abstract objective on the codes of a batch: one draw a datum, one latent site."""
+
+    needs = ("density", "gradient", "local", "unscaled", "split")
+    bound = "none"
+    estimator = "pathwise, the batch as the sample"
+
+    def __init__(self, site: str | None, **options: Any) -> None:
+        self.site = site
+        super().__init__(1, **options)
+
+    def check(self, structure: t.Structure) -> None:
+        """Also refuses pairs with several latents, unless one is named."""
+        super().check(structure)
+        self._site_of(structure)
+
+    def _site_of(self, structure: t.Structure) -> str:
+        if self.site is not None and self.site in structure.latents:
+            return self.site
+        if self.site is not None or len(structure.latents) != 1:
+            raise PairError(
+                type(self).__name__,
+                "one latent site",
+                f"{', '.join(structure.latents)}",
+                [f"site='{name}'" for name in structure.latents[:2]],
+            )
+        return structure.latents[0]
+
+    def _codes(self, terms: t.Terms) -> tuple[t.SiteTerms, Tensor]:
+        """The site, and its draws, ``(N, D)``."""
+        site = terms.sites[self._site_of(terms.structure)]
+        mask = terms.guide_trace.nodes[site.name]["mask"]
+        if isinstance(mask, Tensor) or site.value is None or len(site.value[0]) < 2:
+            raise PairError(
+                f"{type(self).__name__} at site '{site.name}'",
+                "batches of at least two data, without a mask",
+                "a mask" if isinstance(mask, Tensor) else "one row",
+            )
+        return site, site.value[0].flatten(1)
+
+
+def log_density_matrix(site: t.SiteTerms) -> Tensor:
+    """log q(z_i | x_j) by dimension, shape ``(N, N, D)``: draw i under the guide of datum j."""
+    fn = site.guide
+    if not isinstance(fn, torch.distributions.Independent) or site.value is None:
+        raise UndefinedError(
+            f"density by dimension at site '{site.name}'",
+            "a guide with independent dimensions, made with .to_event(k)",
+            type(fn).__name__,
+            ["guides.MeanField", "objectives.InfoVAE, which needs draws alone"],
+        )
+    each = fn.base_dist.log_prob(site.value[0].unsqueeze(1))
+    return each.reshape(*each.shape[:2], -1)
+
+
+class TCVAE(_Aggregate):
+    r"""The evidence lower bound with weights on the three parts of its rate (beta-TC-VAE).
+
+    .. math::
+        L = E[\log p(x | z)] - \alpha\, I_q(z; x)
+            - \beta\, KL\Big(q(z) \| \prod_d q(z_d)\Big) - \gamma \sum_d KL(q(z_d) \| p(z_d))
+
+    With all weights 1 it is the evidence lower bound. The aggregated posterior
+    :math:`q(z) = \frac1N \sum_n q(z | x_n)` is estimated from the batch of B data:
+
+    - ``"stratified"``: the datum that z came from counts 1/N, the others (N - 1) / (N (B - 1))
+      each, which is unbiased for q(z). (Chen et al. give one of the others another weight; this is
+      the mean over which one.)
+    - ``"weighted"``: each counts 1 / (N B), biased.
+
+    The logarithm of either is biased down as the batch is small.
+
+    References:
+        Isolating Sources of Disentanglement in VAEs (Chen et al., 2018),
+        https://arxiv.org/abs/1802.04942
+
+    Arguments:
+        beta: Weight of the total correlation.
+        alpha: Weight of the index-code mutual information.
+        gamma: Weight of the dimension-wise divergence.
+        weights: ``"stratified"`` or ``"weighted"``.
+        num_data: N; None to have it from `fit`.
+        site: The latent, where there are several.
+        options: ``penalty_weight``, ``plate``, as in `ELBO`.
+    """
+
+    source = "Chen et al. 2018, https://arxiv.org/abs/1802.04942"
+
+    def __init__(
+        self,
+        beta: float = 6.0,
+        alpha: float = 1.0,
+        gamma: float = 1.0,
+        weights: Literal["stratified", "weighted"] = "stratified",
+        num_data: int | None = None,
+        site: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.beta = check_number("beta", beta, minimum=0)
+        self.alpha = check_number("alpha", alpha, minimum=0)
+        self.gamma = check_number("gamma", gamma, minimum=0)
+        if weights not in ("stratified", "weighted"):
+            raise ArgumentError("weights", "'stratified' or 'weighted'", repr(weights))
+        self.weights = weights
+        self.num_data = None if num_data is None else check_int("num_data", num_data)
+        super().__init__(site, **options)
+
+    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+        """The plate-scaled loss in nats, a scalar to differentiate."""
+        site, _ = self._codes(terms)
+        assert site.log_q is not None  # noqa: S101
+        assert site.log_p is not None  # noqa: S101
+        matrix = log_density_matrix(site)
+        weight = self._log_weights(len(matrix), state).to(matrix)
+        log_qz = (matrix.sum(2) + weight).logsumexp(1)
+        log_product = (matrix + weight[..., None]).logsumexp(1).sum(1)
+        information = (site.log_q[0] - log_qz).mean()
+        correlation = (log_qz - log_product).mean()
+        by_dimension = (log_product - site.log_p[0]).mean()
+        rate = self.alpha * information + self.beta * correlation + self.gamma * by_dimension
+        rest = (terms.log_q - terms.log_prior - (site.log_q - site.log_p)).mean()
+        return -self.total_of_mean(terms, state, terms.log_likelihood.mean() - rate - rest)
+
+    def _log_weights(self, rows: int, state: ObjectiveState) -> Tensor:
+        """Row i: what each datum of the batch counts for the draw of datum i."""
+        size = self.num_data or state.num_data
+        if size is None:
+            raise ArgumentError(
+                "num_data", "the size of the data set", "None, outside fit", ["num_data=len(x)"]
+            )
+        if size < rows:
+            raise ArgumentError("num_data", f"at least the batch's {rows}", f"{size}")
+        if self.weights == "weighted":
+            return torch.full((rows, rows), -math.log(size * rows))
+        others = math.log((size - 1) / (size * (rows - 1)))
+        return torch.full((rows, rows), others).fill_diagonal_(-math.log(size))
+
+
+class InfoVAE(_Aggregate):
+    r"""The evidence lower bound, with part of the rate's weight on the aggregated posterior.
+
+    .. math::
+        L = E[\log p(x | z)] - (1 - \alpha)\, R
+            - (\alpha + \lambda - 1)\, \mathrm{MMD}^2(q(z), p(z))
+
+    :math:`\alpha = 1` is the MMD-VAE: nothing pulls single posteriors to the prior. The batch's
+    draws are the sample of q(z), as many from the prior that of p(z).
+
+    References:
+        InfoVAE (Zhao et al., 2019), https://arxiv.org/abs/1706.02262
+        A Kernel Two-Sample Test (Gretton et al., 2012),
+        https://jmlr.org/papers/v13/gretton12a.html
+
+    Arguments:
+        alpha: :math:`\alpha`, at most 1.
+        scale: :math:`\lambda`, in nats a datum.
+        kernel: See `pvae.mmd.mmd`.
+        site: The latent, where there are several.
+        options: As in `TCVAE`.
+    """
+
+    source = "Zhao et al. 2019, https://arxiv.org/abs/1706.02262"
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        scale: float = 100.0,
+        kernel: Literal["imq", "rbf"] | Kernel = "imq",
+        site: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.alpha, self.scale = check_number("alpha", alpha), check_number("scale", scale)
+        if self.alpha > 1 or self.alpha + self.scale < 1:
+            raise ArgumentError(
+                "alpha, scale", "alpha at most 1, alpha + scale at least 1", f"{alpha}, {scale}"
+            )
+        self.kernel = kernel
+        super().__init__(site, **options)
+
+    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+        """The plate-scaled loss in nats, a scalar to differentiate."""
+        site, z = self._codes(terms)
+        prior = site.model
+        draws = prior() if len(prior.batch_shape) else prior(torch.Size([len(z)]))
+        gap = mmd(z, draws.reshape(z.shape), self.kernel)
+        rate = (terms.log_q - terms.log_prior).mean()
+        weighted = (1 - self.alpha) * rate + (self.alpha + self.scale - 1) * gap
+        return -self.total_of_mean(terms, state, terms.log_likelihood.mean() - weighted)
+
+
+class DIPVAE(_Aggregate):
+    r"""The evidence lower bound, with the covariance of codes drawn to the identity.
+
+    .. math::
+        L = \mathrm{ELBO} - \lambda_o \sum_{i \ne j} C_{ij}^2 - \lambda_d \sum_i (C_{ii} - 1)^2
+
+    In kind 1, C is the covariance of the guide's means; in kind 2 that of its draws,
+    :math:`\mathrm{Cov}(\mu) + E[\Sigma]`.
+
+    References:
+        Variational Inference of Disentangled Latent Concepts (Kumar et al., 2018),
+        https://arxiv.org/abs/1711.00848
+
+    Arguments:
+        kind: 1 or 2.
+        off_diagonal: :math:`\lambda_o`.
+        diagonal: :math:`\lambda_d`; None for 10 times as much in kind 1, and as much in kind 2.
+        site: The latent, where there are several.
+        options: As in `TCVAE`.
+    """
+
+    source = "Kumar et al. 2018, https://arxiv.org/abs/1711.00848"
+
+    def __init__(
+        self,
+        kind: Literal[1, 2] = 2,
+        off_diagonal: float = 10.0,
+        diagonal: float | None = None,
+        site: str | None = None,
+        **options: Any,
+    ) -> None:
+        if kind not in (1, 2):
+            raise ArgumentError("kind", "1 or 2", repr(kind))
+        self.kind = kind
+        self.off_diagonal = check_number("off_diagonal", off_diagonal, minimum=0)
+        default = 10 * self.off_diagonal if kind == 1 else self.off_diagonal
+        self.diagonal = default if diagonal is None else diagonal
+        check_number("diagonal", self.diagonal, minimum=0)
+        super().__init__(site, **options)
+
+    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+        """The plate-scaled loss in nats, a scalar to differentiate."""
+        site, z = self._codes(terms)
+        fn = site.guide
+        independent = isinstance(fn, torch.distributions.Independent)
+        try:
+            mean, variance = (v.reshape(z.shape) for v in (fn.mean, fn.variance))
+        except (NotImplementedError, AttributeError):
+            mean, independent = z, False
+        if not independent:
+            raise UndefinedError(
+                f"DIPVAE at site '{site.name}'",
+                "a guide with independent dimensions whose mean and variance are known",
+                type(fn).__name__,
+                ["guides.MeanField"],
+            )
+        centred = mean - mean.mean(0)
+        covariance = centred.T @ centred / len(z)
+        if self.kind == 2:
+            covariance = covariance + variance.mean(0).diag()
+        diagonal = covariance.diagonal()
+        off = covariance.square().sum() - diagonal.square().sum()
+        penalty = self.off_diagonal * off + self.diagonal * (diagonal - 1).square().sum()
+        return -self.total_of_mean(terms, state, terms.log_weight.mean() - penalty)
+
+
+class _Discriminator(ObjectiveState):
+    """A classifier that tells codes of one datum from those with each entry of another one."""
+
+    def __init__(
+        self, size: int, hidden: tuple[int, ...], lr: float, seed: int, *base: Any
+    ) -> None:
+        super().__init__(*base)
+        layers: list[nn.Module] = []
+        with randomness.forked(seed):
+            for before, after in pairwise([size, *hidden]):
+                layers += [nn.Linear(before, after), nn.LeakyReLU(0.2)]
+            layers.append(nn.Linear(hidden[-1] if hidden else size, 1))
+        self.network = nn.Sequential(*layers).to(self.like)
+        self.network.requires_grad_(requires_grad=False)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr, betas=(0.5, 0.9))
+        self.seen: Tensor | None = None
+
+    def advance(self) -> None:
+        """Trains the classifier on the codes that the step has seen."""
+        if self.seen is not None:
+            z, self.seen = self.seen, None
+            both = torch.cat([z, z.gather(0, torch.rand_like(z).argsort(0))])
+            target = torch.zeros(len(both), 1).to(both)
+            target[: len(z)] = 1.0
+            parameters = list(self.network.parameters())
+            with torch.enable_grad():
+                for p in parameters:
+                    p.requires_grad_()
+                loss = F.binary_cross_entropy_with_logits(self.network(both), target)
+                gradients = torch.autograd.grad(loss, parameters)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.requires_grad_(False)  # noqa: FBT003
+                p.grad = torch.where(loss.detach().isfinite(), gradient, 0.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        super().advance()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Also the optimiser's."""
+        kept = super().tensors()
+        for i, p in enumerate(self.network.parameters()):
+            kept |= {f"optimizer.{i}.{k}": v for k, v in self.optimizer.state[p].items()}
+        return kept
+
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Also the optimiser's."""
+        for i, p in enumerate(self.network.parameters()):
+            start = f"optimizer.{i}."
+            found = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            self.optimizer.state[p] = {
+                k: v.clone() if k == "step" else v.to(p, copy=True) for k, v in found.items()
+            }
+        super().restore(tensors, step)
+
+
+class FactorVAE(_Aggregate):
+    r"""The evidence lower bound less the total correlation, by a classifier's density ratio.
+
+    .. math::
+        L = \mathrm{ELBO} - \gamma\, E_{q(z)}\Big[\log \frac{D(z)}{1 - D(z)}\Big]
+
+    D learns to tell codes z ~ q(z) from those whose entries are of different data, permuted within
+    the batch; it learns after each training step, and is the objective's state.
+
+    References:
+        Disentangling by Factorising (Kim & Mnih, 2018), https://arxiv.org/abs/1802.05983
+
+    Arguments:
+        gamma: Weight of the total correlation.
+        hidden: Widths of the classifier's hidden layers.
+        lr: Its learning rate (of Adam).
+        seed: Of its initial weights.
+        site: The latent, where there are several.
+        options: As in `TCVAE`.
+    """
+
+    estimator = "pathwise, a classifier's density ratio"
+    source = "Kim & Mnih 2018, https://arxiv.org/abs/1802.05983"
+
+    def __init__(
+        self,
+        gamma: float = 10.0,
+        hidden: tuple[int, ...] = (256, 256, 256),
+        lr: float = 1e-4,
+        seed: int = 0,
+        site: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.gamma = check_number("gamma", gamma, minimum=0)
+        self.hidden = tuple(check_int("hidden", width) for width in hidden)
+        self.lr = check_number("lr", lr, above=0)
+        self.seed = check_int("seed", seed, minimum=0)
+        super().__init__(site, **options)
+
+    def new_state(self, schedules: Any, structure: t.Structure, num_data: Any) -> ObjectiveState:
+        """One with the classifier."""
+        size = math.prod(structure.shapes[self._site_of(structure)])
+        base = (schedules, structure, num_data)
+        return _Discriminator(size, self.hidden, self.lr, self.seed, *base)
+
+    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+        """The plate-scaled loss in nats, a scalar to differentiate."""
+        assert isinstance(state, _Discriminator)  # noqa: S101
+        _, z = self._codes(terms)
+        if torch.is_grad_enabled():
+            state.seen = z.detach()
+        frozen = {n: p.clone() for n, p in state.network.named_parameters()}  # it learns meanwhile
+        ratio = torch.func.functional_call(state.network, frozen, z)
+        mean = terms.log_weight.mean() - self.gamma * ratio.mean()
+        return -self.total_of_mean(terms, state, mean)

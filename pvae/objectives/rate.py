@@ -1,0 +1,203 @@
+r"""Control of the rate KL(q(z | x) || p(z)), beside its weight: floors, targets, constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pvae import terms as t
+from pvae.errors import ArgumentError, check_number
+from pvae.objectives.base import MovingAverage, Objective, ObjectiveState, as_weight
+from pvae.schedules import Schedule
+
+__all__ = ["GECO", "Capacity", "FreeBits"]
+
+
+class FreeBits(Objective):
+    r"""The evidence lower bound, with a floor under the rate that costs nothing to reach.
+
+    .. math::
+        L = E[\log p(x | z)] - \sum_j \max(\lambda, \overline{R}_j)
+
+    :math:`\overline{R}_j` is the mean over the batch of the rate of one dimension, or of one site.
+    Below the floor nothing pulls the posterior towards the prior. The value is at most the
+    evidence lower bound.
+
+    References:
+        Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
+        https://arxiv.org/abs/1606.04934
+
+    Arguments:
+        floor: :math:`\lambda`, in nats, for each dimension or site; a number or a schedule.
+        per: ``"dimension"`` or ``"site"``.
+        num_particles: K, draws from the guide for each datum.
+        options: ``penalty_weight``, ``vectorize_particles``, ``plate``, as in `ELBO`.
+
+    Example:
+        >>> FreeBits(0.25, per="site")
+        FreeBits(floor=Constant(number=0.25), per='site')
+    """
+
+    needs = ("density", "gradient", "local", "unscaled", "split")
+    source = "Kingma et al. 2016, https://arxiv.org/abs/1606.04934"
+
+    def __init__(
+        self,
+        floor: float | Schedule = 0.1,
+        per: Literal["dimension", "site"] = "dimension",
+        num_particles: int = 1,
+        **options: Any,
+    ) -> None:
+        self.floor = as_weight("floor", floor)
+        if per not in ("dimension", "site"):
+            raise ArgumentError("per", "'dimension' or 'site'", repr(per))
+        self.per = per
+        super().__init__(num_particles, **options)
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The floor, and the weight of penalties."""
+        return {"floor": self.floor, **super().schedules}
+
+    @property
+    def pass_options(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """Terms by dimension, if they are wanted."""
+        return {"per_dimension": self.per == "dimension"}
+
+    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+        """The plate-scaled loss in nats, a scalar to differentiate."""
+        rest = terms.log_q - terms.log_prior  # in the end, of auxiliary sites
+        floored = terms.like.new_zeros(())
+        for site in terms.sites.values():
+            if site.kind != "latent" or site.log_p is None or site.log_q is None:
+                continue
+            rest = rest - (site.log_q - site.log_p)
+            rate = (site.log_q - site.log_p).mean()
+            if site.log_q_dims is not None and site.log_p_dims is not None:
+                rate = (site.log_q_dims - site.log_p_dims).mean((0, 1))
+            floored = floored + torch.maximum(rate, state.now("floor")).sum()
+        mean = terms.log_likelihood.mean() - rest.mean() - floored
+        return -self.total_of_mean(terms, state, mean)
+
+
+class Capacity(Objective):
+    r"""The evidence lower bound, with the rate drawn to a target that grows.
+
+    .. math::
+        L = E[\log p(x | z)] - \gamma\, |\overline{R} - C|
+
+    References:
+        Understanding disentangling in beta-VAE (Burgess et al., 2018),
+        https://arxiv.org/abs/1804.03599
+
+    Arguments:
+        capacity: C, in nats a datum; usually ``schedules.Warmup(length, end=25.0)``.
+        gamma: :math:`\gamma`.
+        num_particles: K, draws from the guide for each datum.
+        options: As in `FreeBits`.
+    """
+
+    needs = ("density", "gradient", "local", "unscaled", "split")
+    bound = "none"
+    source = "Burgess et al. 2018, https://arxiv.org/abs/1804.03599"
+
+    def __init__(
+        self,
+        capacity: float | Schedule,
+        gamma: float = 100.0,
+        num_particles: int = 1,
+        **options: Any,
+    ) -> None:
+        self.capacity = as_weight("capacity", capacity)
+        self.gamma = check_number("gamma", gamma, minimum=0)
+        super().__init__(num_particles, **options)
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The target, and the weight of penalties."""
+        return {"capacity": self.capacity, **super().schedules}
+
+    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+        """The plate-scaled loss in nats, a scalar to differentiate."""
+        rate = (terms.log_q - terms.log_prior).mean()
+        off = (rate - state.now("capacity")).abs()
+        return -self.total_of_mean(terms, state, terms.log_likelihood.mean() - self.gamma * off)
+
+
+class _Multiplier(MovingAverage):
+    """A Lagrange multiplier that follows the average of its constraint."""
+
+    log_multiplier: Tensor
+
+    def __init__(self, speed: float, limit: float, *base: Any) -> None:
+        super().__init__(*base)
+        self.speed, self.limit = speed, limit
+        self.register_buffer("log_multiplier", self.like.clone())
+
+    def advance(self) -> None:
+        """Moves the multiplier after what the step has measured."""
+        has_measured = self.measured is not None
+        super().advance()
+        if has_measured:
+            self.log_multiplier.add_(self.speed * self.average).clamp_(-self.limit, self.limit)
+
+
+class GECO(Objective):
+    r"""The least rate whose distortion is at most a tolerance, by a Lagrange multiplier.
+
+    .. math::
+        \min R + \lambda\, (D - \kappa), \qquad
+        \lambda \leftarrow \lambda \exp(\nu\, \mathrm{avg}(D - \kappa))
+
+    The multiplier rises while the distortion :math:`D = -E[\log p(x | z)]` is above the tolerance,
+    and falls below it. It is the objective's state: saved, and moved by training steps alone.
+
+    References:
+        Taming VAEs (Rezende & Viola, 2018), https://arxiv.org/abs/1810.00597
+
+    Arguments:
+        tolerance: :math:`\kappa`, in nats a datum.
+        speed: :math:`\nu`, a nat and step.
+        decay: Of the constraint's moving average.
+        num_particles: K, draws from the guide for each datum.
+        options: As in `FreeBits`.
+    """
+
+    needs = ("density", "gradient", "local", "unscaled", "split")
+    bound = "none"
+    source = "Rezende & Viola 2018, https://arxiv.org/abs/1810.00597"
+    limit = 10.0  # of the multiplier's logarithm
+
+    def __init__(
+        self,
+        tolerance: float,
+        speed: float = 1e-3,
+        decay: float = 0.99,
+        num_particles: int = 1,
+        **options: Any,
+    ) -> None:
+        self.tolerance = check_number("tolerance", tolerance)
+        self.speed = check_number("speed", speed, above=0)
+        self.decay = check_number("decay", decay, minimum=0)
+        if self.decay >= 1:
+            raise ArgumentError("decay", "a number below 1", f"{decay}")
+        super().__init__(num_particles, **options)
+
+    def new_state(self, *base: Any) -> ObjectiveState:
+        """One with the multiplier."""
+        return _Multiplier(self.speed, self.limit, self.decay, *base)
+
+    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+        """The plate-scaled loss in nats, a scalar to differentiate."""
+        assert isinstance(state, _Multiplier)  # noqa: S101
+        constraint = -terms.log_likelihood.mean() - self.tolerance
+        if torch.is_grad_enabled():
+            state.measured = constraint.detach()
+        averaged = state.averaged(constraint.detach())
+        value = constraint + (averaged - constraint).detach()
+        rate = (terms.log_q - terms.log_prior).mean()
+        weighted = state.log_multiplier.exp() * value
+        return -self.total_of_mean(terms, state, -rate - weighted)
