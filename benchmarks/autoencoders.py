@@ -4,7 +4,7 @@
 
 Each part writes ``benchmarks/results/autoencoders_<part>_<data>.json``;
 ``benchmarks/results/autoencoders.md`` is made anew from all of them. Verdicts are computed from the
-numbers. Pictures go to docs/images. MNIST (``--data mnist``: 10,000 images, short trainings) is
+numbers. Pictures go to docs/images. MNIST (``--data mnist``: 10,000 images, fewer seeds) is
 looked for in ``--data-dir`` or the environment's PVAE_DATA.
 
 generative   samples of AE, RAE, WAE and VAE against test data; from AE to VAE; maps of the codes
