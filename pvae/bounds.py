@@ -93,8 +93,9 @@ class Bound:
                 f"{self.num_data}, with global site(s) {', '.join(self.global_sites)}"
             ]
         else:
+            error = f" +- {self.se_data:.2g}" if self.num_data > 1 else ""
             lines = [
-                f"{self.name}: {self.mean:.2f} +- {self.se_data:.2g}{draws} nats per datum, "
+                f"{self.name}: {self.mean:.2f}{error}{draws} nats per datum, "
                 f"N = {self.num_data}, K = {self.num_particles}"
             ]
         for part in (self.distortion, self.rate):

@@ -30,6 +30,8 @@ class Divergence:
 
     def __str__(self) -> str:
         how = "exact" if self.num_samples is None else f"{self.num_samples:,} draws"
+        if self.value.isinf().all():
+            return "KL(q || p): infinite, q has mass where p has none"
         if self.value.numel() == 1:
             error = "" if self.num_samples is None else f" +- {float(self.se):.2g}"
             return f"KL(q || p): {float(self.value):.4g}{error} nats, {how}"
@@ -59,7 +61,8 @@ def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergenc
         seed: Of the draws; the caller's generators are left as they are.
 
     Raises:
-        UndefinedError: If q or p is a point mass, or their event shapes differ.
+        UndefinedError: If q or p is a point mass, one is discrete and the other continuous, or
+            their event shapes differ.
 
     Example:
         >>> kl(dist.Normal(1.0, 1.0), dist.Normal(0.0, 1.0))
@@ -68,7 +71,7 @@ def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergenc
     check_int("num_samples", num_samples, minimum=2)
     for name, fn in (("q", q), ("p", p)):
         inner = fn
-        while isinstance(inner, torch.distributions.Independent):
+        while hasattr(inner, "base_dist"):
             inner = inner.base_dist
         if type(inner).__name__ == "Delta":
             raise UndefinedError(
@@ -80,6 +83,12 @@ def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergenc
             f"two distributions of event_shape {tuple(q.event_shape)}",
             f"event_shape {tuple(p.event_shape)}",
             [".to_event(k)"],
+        )
+    if q.support.is_discrete != p.support.is_discrete:
+        raise UndefinedError(
+            "kl",
+            "two discrete distributions, or two continuous ones",
+            f"{type(q).__name__} and {type(p).__name__}",
         )
     try:
         exact = torch.distributions.kl_divergence(q, p)

@@ -113,7 +113,9 @@ class Stepper:
         buffers.restore_unless(ok)
         self.failed = ~ok
         if self.state is not None:
+            kept = _Backup(list(self.state.tensors().values()))
             self.state.advance()
+            kept.restore_unless(ok)
         with torch.no_grad():
             values = torch.stack([*measured, norm]).to(torch.float64)
             row = torch.cat([values * rows, values.new_full((1,), rows)])

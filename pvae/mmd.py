@@ -140,8 +140,9 @@ def two_sample_test(
     """
     check_int("num_permutations", num_permutations)
     for name, sample in (("x", x), ("y", y)):
-        if sample.dim() != 2:
-            raise ArgumentError(f"two_sample_test, {name}", "points (N, D)", f"{tuple(x.shape)}")
+        if sample.dim() != 2 or not bool(sample.isfinite().all()):
+            what = f"{tuple(sample.shape)}" if sample.dim() != 2 else "NaN or infinity"
+            raise ArgumentError(f"two_sample_test, {name}", "finite points (N, D)", what)
     k = _checked(x, y, "imq" if kernel is None else kernel, 2)
     both = torch.cat([x, y]).detach().double()
     k = median_kernel(both) if kernel is None else k

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import Tensor
 
 import pvae
-from pvae import VAE, guides, likelihoods, mmd, priors
+from pvae import VAE, guides, likelihoods, mmd, penalties, priors
 from pvae import objectives as o
 from pvae import terms as t
+from pvae.engine import Stepper, make_optimizer
 from pvae.errors import ArgumentError, PairError, UndefinedError
 from pvae.networks import MLP
 from pvae.objectives import aggregate
 from pvae.schedules import Warmup
-from tests import pairs
+from tests import gaussian, pairs
 
+pytestmark = pytest.mark.usefixtures("store")
 N, D, Q = 12, pairs.D, 2
 
 
@@ -182,8 +188,8 @@ def test_stratified_weights_are_unbiased_by_enumeration(device: torch.device) ->
     vae, x = make(device), pairs.data(6, device)
     objective = o.TCVAE(num_data=6)
     structure = t.inspect_pair(vae.model, vae.guide, (x[:3],))
-    state = objective.make_state(structure)
-    weight = objective._log_weights(3, state).exp().to(device)
+    terms = t.compute(vae.model, vae.guide, (x[:3],), structure=structure)
+    weight = objective._log_weights(terms, objective.make_state(structure)).exp().to(device)
     loc, scale = (getattr(vae.guide.posterior(x).base_dist, k).detach() for k in ("loc", "scale"))
     z = torch.randn(6, Q, device=device)
     density = dist.Normal(loc, scale).log_prob(z[:, None]).sum(-1).exp()  # draw i, datum j
@@ -352,3 +358,224 @@ def test_a_resumed_training_is_bit_for_bit_the_same(
     assert len(run.history["loss"]) == 6
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# What objectives refuse, and when
+
+
+def test_refusals_come_before_anything_is_lost(device: torch.device, tmp_path: Path) -> None:
+    """Also those that only a batch shows: the old checkpoint is still there."""
+    vae, x = make(device), pairs.data(9, device)
+    options: dict[str, Any] = {"progress": False, "device": device, "folder": tmp_path}
+    pvae.fit(vae.model, vae.guide, x, epochs=1, **options)
+    kept = sorted(p.name for p in tmp_path.iterdir())
+    before = [p.detach().clone() for p in vae.parameters()]
+    with pytest.raises(PairError, match="one row"):  # the last batch
+        pvae.fit(
+            vae.model, vae.guide, x, o.TCVAE(), epochs=1, batch_size=4, overwrite=True, **options
+        )
+    full = VAE(
+        vae.model.prior,
+        vae.model.likelihood,
+        lambda x: dist.MultivariateNormal(x[..., :Q], torch.eye(Q).to(x)),
+    ).to(device)
+    with pytest.raises(UndefinedError, match="independent dimensions"):
+        pvae.fit(full.model, full.guide, x, o.FreeBits(), epochs=1, overwrite=True, **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    assert all(torch.equal(a, b) for a, b in zip(before, vae.parameters(), strict=True))
+
+
+def test_free_bits_of_an_autoguide_are_refused(device: torch.device) -> None:
+    """Its density isn't at the latent, but where that was drawn."""
+    model, _, batch = pairs.functions(device)
+    guide = AutoNormal(model)
+    guide(*batch)
+    with pytest.raises(PairError, match="a density of q at that site"):
+        o.FreeBits(0.1, per="site").loss(model, guide, *batch)
+
+
+def test_a_joint_autoguide_has_no_draws_of_single_data(device: torch.device) -> None:
+    model, _, batch = pairs.functions(device)
+    guide = AutoDiagonalNormal(model)
+    guide(*batch)
+    with pytest.raises(PairError, match="drawn together with all others"):
+        o.IWAE(5).loss(model, guide, *batch)
+    own = AutoNormal(model)
+    own(*batch)
+    torch.manual_seed(0)
+    assert o.IWAE(50).loss(model, own, *batch) < o.ELBO(50).loss(model, own, *batch)
+
+
+def test_whose_loss_moves_shared_parameters_is_checked(device: torch.device) -> None:
+    vae, x = make(device), pairs.data(3, device)
+    objective = o.DReG(shared="both")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="'model', 'guide' or None"):
+        objective.loss(vae.model, vae.guide, x)
+
+
+# Penalties, batch norm, scales, and one objective for several calls
+
+
+@pytest.mark.parametrize(
+    "objective", [o.VIMCO(4), o.RWS(4), o.TVO(4), o.CUBO(4)], ids=lambda v: type(v).__name__
+)
+def test_penalties_reach_the_guide_without_a_pathwise_gradient(
+    objective: Any, device: torch.device
+) -> None:
+    """What they have of the draws comes by the score function: the mean is the pathwise one.
+
+    Two means of 150 draws, 14 numbers, at 6 standard errors: below 1e-7.
+    """
+    x = pairs.data(2, device)
+    torch.manual_seed(0)
+    guide = guides.MeanField(MLP(D, 2, ()), 1)
+    likelihood = likelihoods.Gaussian(MLP(1, D, ()), D, sigma=0.8)
+    means, errors = [], []
+    for kind in (objective, o.IWAE(4)):
+        draws = []
+        for weight in (0.0, 1.0):
+            own = penalties.Custom(lambda x, z: (z - 0.5).square().sum(-1), weight)
+            vae = VAE(priors.StandardNormal(1), likelihood, guide, penalties=own).to(device)
+            rounds = []
+            for seed in range(150):
+                torch.manual_seed(seed)
+                loss = type(kind)(4).differentiable_loss(vae.model, vae.guide, x)
+                found = torch.autograd.grad(loss, list(vae.guide.parameters()))
+                rounds.append(torch.cat([g.flatten() for g in found]))
+            draws.append(torch.stack(rounds))
+        difference = draws[1] - draws[0]  # the same draws, so that only the penalty is left
+        means.append(difference.mean(0))
+        errors.append(difference.var(0) / 150)
+    assert bool(((means[0] - means[1]).abs() <= 6 * (errors[0] + errors[1]).sqrt() + 1e-9).all())
+    assert float(means[1].abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("objective", [o.STL(), o.DReG(2)], ids=lambda v: type(v).__name__)
+def test_a_stopped_guide_with_batch_norm(objective: Any, device: torch.device) -> None:
+    network = torch.nn.Sequential(
+        torch.nn.Linear(D, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2 * Q)
+    )
+    likelihood = likelihoods.Gaussian(MLP(Q, D, (8,)), D, sigma=0.8)
+    vae = VAE(priors.StandardNormal(Q), likelihood, guides.MeanField(network, Q)).to(device)
+    run = pvae.fit(
+        vae.model,
+        vae.guide,
+        pairs.data(N, device),
+        objective,
+        epochs=3,
+        batch_size=6,
+        progress=False,
+        device=device,
+    )
+    assert int(network[1].get_buffer("num_batches_tracked")) == 6 * objective.num_particles
+    assert all(math.isfinite(v) for v in run.history["loss"])
+
+
+def test_the_scale_is_that_of_each_batch(device: torch.device) -> None:
+    """A first call with all data doesn't decide for later ones."""
+
+    def plate(x: Tensor) -> Any:
+        return pyro.plate("data", N, subsample=torch.arange(len(x), device=x.device))
+
+    class Model(pairs.Generator):
+        def forward(self, x: Tensor) -> None:
+            with plate(x):
+                self.generate(x)
+
+    class Guide(pairs.Inference):
+        def forward(self, x: Tensor) -> None:
+            with plate(x):
+                self.infer(x)
+
+    model, guide, x = Model().to(device), Guide().to(device), pairs.data(N, device)
+    for objective in (o.IWAE(1), o.STL(), o.FreeBits(0.0, per="site")):
+        objective.loss(model, guide, x)
+        torch.manual_seed(0)
+        after = objective.loss(model, guide, x[:3])
+        torch.manual_seed(0)
+        t.inspect_pair(model, guide, (x[:3],))
+        expected = o.ELBO().loss(model, guide, x[:3])
+        if not isinstance(objective, o.FreeBits):
+            assert after == pytest.approx(expected)
+        assert abs(after - expected) < 0.5 * abs(expected)
+
+
+def test_an_objective_follows_parameters_that_are_freed_or_new(device: torch.device) -> None:
+    vae, x = make(device), pairs.data(N, device)
+    objective = o.DReG(2)
+    vae.guide.requires_grad_(requires_grad=False)
+    objective.loss_and_grads(vae.model, vae.guide, x)
+    vae.guide.requires_grad_()
+    objective.loss_and_grads(vae.model, vae.guide, x)
+    assert all(p.grad is not None for p in vae.guide.parameters())
+
+
+def test_settings_are_in_the_repr() -> None:
+    """A resumed training compares them."""
+    different = [
+        o.IWAE(5),
+        o.IWAE(5, penalty_weight=0.1),
+        o.IWAE(5, plate="data"),
+        o.FreeBits(1.0),
+        o.FreeBits(),
+        o.Capacity(1.0),
+        o.Capacity(2.0),
+        o.InfoVAE(kernel=pairs.data),  # type: ignore[arg-type]
+        o.ELBO(beta=Warmup(3)),
+        o.MultiplyWeightedIWAE(4, 3),
+    ]
+    shown = [repr(objective) for objective in different]
+    assert len(set(shown)) == len(shown)
+    assert shown[1] == "IWAE(penalty_weight=0.1)"
+    assert shown[3] == "FreeBits(floor=1.0)"
+    assert shown[7] == "InfoVAE(kernel=tests.pairs.data)"
+
+
+def test_a_used_objective_can_be_copied(device: torch.device) -> None:
+    vae, x = make(device), pairs.data(N, device)
+    objective = o.DReG(2)
+    objective.loss(vae.model, vae.guide, x)
+    for again in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):  # noqa: S301
+        assert repr(again) == repr(objective)
+        assert again._runs == {}
+
+
+def test_a_failed_step_leaves_the_state_as_it_was(device: torch.device) -> None:
+    vae, x = make(device), pairs.data(60, device).clone()
+    x[37] = math.nan
+    seen: list[float] = []
+
+    class Checked(o.GECO):
+        def surrogate(self, terms: t.Terms, state: o.ObjectiveState) -> Tensor:
+            seen.append(float(state.get_buffer("log_multiplier")))
+            return super().surrogate(terms, state)
+
+    structure = t.inspect_pair(vae.model, vae.guide, (x[:5],))
+    objective = Checked(5.0, speed=0.1, decay=0.5)
+    state = objective.make_state(structure)
+    stepper = Stepper(
+        vae.model,
+        vae.guide,
+        objective,
+        structure,
+        make_optimizer(torch.optim.Adam, list(structure.parameters.values()), 1e-3),
+        state,
+        clip_norm=None,
+    )
+    with pyro.validation_enabled(is_validate=False):
+        for step in range(12):
+            stepper((x[5 * step : 5 * step + 5],), step)
+    assert stepper.look(11) is not None
+    assert float(state.get_buffer("log_multiplier")) == seen[7]  # the batch of row 37
+
+
+def test_latents_that_are_numbers(device: torch.device) -> None:
+    model, guide = gaussian.pair(device)
+    x = torch.randn(N, device=device)
+    for objective in (
+        o.TCVAE(num_data=N),
+        o.InfoVAE(),
+        o.FactorVAE(hidden=(4,)),
+        o.FreeBits(0.1, per="site"),
+    ):
+        assert math.isfinite(objective.loss(model, guide, x))

@@ -19,8 +19,9 @@ from pvae.data import Source
 from pvae.data.sources import LoaderSource
 from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
 from pvae.modes import evaluating, in_mode
+from pvae.objectives import Objective
 
-__all__ = ["check_batches", "check_overcomplete", "check_parameters"]
+__all__ = ["check_batches", "check_objective", "check_overcomplete", "check_parameters"]
 
 
 def check_batches(
@@ -103,6 +104,26 @@ def _check_one_row(
             f"{source.num_rows} rows in batches of {batch_size}: the last one has a single row",
             [f"batch_size={batch_size + 1}", "one row fewer"],
         ) from error
+
+
+def check_objective(
+    model: Any,
+    guide: Any,
+    objective: Objective,
+    structure: t.Structure,
+    source: Source,
+    batch_size: int,
+) -> None:
+    """Tries the objective on batches of the sizes that training will have."""
+    sizes = [batch_size]
+    if not isinstance(source, LoaderSource) and structure.subsample_size is None:
+        sizes += [source.num_rows % batch_size] if source.num_rows % batch_size else []
+    state = objective.make_state(structure, source.num_rows, 1, 1)
+    for size in sizes:
+        with _trying(structure):
+            batch = t.first_batch(source, size)
+            terms = objective.compute_terms(model, guide, batch, structure)
+            objective.surrogate(terms, state)
 
 
 @contextmanager

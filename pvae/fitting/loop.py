@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ from pvae.errors import (
     check_int,
     oxford,
 )
-from pvae.fitting.checks import check_batches, check_overcomplete, check_parameters
+from pvae.fitting.checks import (
+    check_batches,
+    check_objective,
+    check_overcomplete,
+    check_parameters,
+)
 from pvae.fitting.history import History
 from pvae.fitting.options import Options
 from pvae.fitting.state import Progress, buffers_of, copy_into, fingerprint, restore, snapshot
@@ -77,6 +83,9 @@ class Fit:
     def _set_up(self, data: Any, objective: PyroELBO | None, valid: Any) -> None:
         options, model, guide = self.options, self.model, self.guide
         self.objective = _as_objective(objective, options.plate)
+        plate = getattr(self.objective, "plate", None)
+        if plate is not None and options.plate is None:
+            options = self.options = replace(options, plate=plate)
         self.interrupted = False
         if options.patience is not None and valid is None:
             raise ArgumentError(
@@ -149,6 +158,15 @@ class Fit:
         # With one batch an epoch the order is no matter, but to parameters of single rows.
         batches = Batches(source, rows, options.seed, shuffle=rows < source.num_rows)
         check_batches(self.model, self.guide, self.structure, source, batches.batch_size)
+        if isinstance(self.objective, Objective):
+            check_objective(
+                self.model,
+                self.guide,
+                self.objective,
+                self.structure,
+                source,
+                batches.batch_size,
+            )
         if options.save_steps is not None and isinstance(source, LoaderSource):
             raise ArgumentError(
                 "save_steps", "data by index", "a DataLoader", ["pass loader.dataset"]
@@ -350,6 +368,7 @@ class Fit:
         record["grad_norm"] = average["grad_norm"]
         record["lr"] = self.stepper.optimizer.param_groups[0]["lr"]
         if self.stepper.state is not None:
+            record |= self.stepper.state.report()
             for name, schedule in self.stepper.state.schedules.items():
                 if schedule == Constant(1.0):
                     continue

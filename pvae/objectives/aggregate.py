@@ -58,20 +58,25 @@ class _Aggregate(Objective):
                 "batches of at least two data, without a mask",
                 "a mask" if isinstance(mask, Tensor) else "one row",
             )
-        return site, site.value[0].flatten(1)
+        return site, site.value[0].reshape(terms.num_rows, -1)
+
+
+def _is_independent(fn: Any) -> bool:
+    return not len(fn.event_shape) or isinstance(fn, torch.distributions.Independent)
 
 
 def log_density_matrix(site: t.SiteTerms) -> Tensor:
     """log q(z_i | x_j) by dimension, shape ``(N, N, D)``: draw i under the guide of datum j."""
     fn = site.guide
-    if not isinstance(fn, torch.distributions.Independent) or site.value is None:
+    if not _is_independent(fn) or site.value is None:
         raise UndefinedError(
             f"density by dimension at site '{site.name}'",
             "a guide with independent dimensions, made with .to_event(k)",
             type(fn).__name__,
             ["guides.MeanField", "objectives.InfoVAE, which needs draws alone"],
         )
-    each = fn.base_dist.log_prob(site.value[0].unsqueeze(1))
+    base = fn.base_dist if len(fn.event_shape) else fn
+    each = base.log_prob(site.value[0].unsqueeze(1))
     return each.reshape(*each.shape[:2], -1)
 
 
@@ -133,7 +138,7 @@ class TCVAE(_Aggregate):
         assert site.log_q is not None  # noqa: S101
         assert site.log_p is not None  # noqa: S101
         matrix = log_density_matrix(site)
-        weight = self._log_weights(len(matrix), state).to(matrix)
+        weight = self._log_weights(terms, state).to(matrix)
         log_qz = (matrix.sum(2) + weight).logsumexp(1)
         log_product = (matrix + weight[..., None]).logsumexp(1).sum(1)
         information = (site.log_q[0] - log_qz).mean()
@@ -143,9 +148,12 @@ class TCVAE(_Aggregate):
         rest = (terms.log_q - terms.log_prior - (site.log_q - site.log_p)).mean()
         return -self.total_of_mean(terms, state, terms.log_likelihood.mean() - rate - rest)
 
-    def _log_weights(self, rows: int, state: ObjectiveState) -> Tensor:
+    def _log_weights(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
         """Row i: what each datum of the batch counts for the draw of datum i."""
+        rows = terms.num_rows
         size = self.num_data or state.num_data
+        if size is None and terms.data_scale != 1:
+            size = round(rows * terms.data_scale)
         if size is None:
             raise ArgumentError(
                 "num_data", "the size of the data set", "None, outside fit", ["num_data=len(x)"]
@@ -254,7 +262,7 @@ class DIPVAE(_Aggregate):
         """The plate-scaled loss in nats, a scalar to differentiate."""
         site, z = self._codes(terms)
         fn = site.guide
-        independent = isinstance(fn, torch.distributions.Independent)
+        independent = _is_independent(fn)
         try:
             mean, variance = (v.reshape(z.shape) for v in (fn.mean, fn.variance))
         except (NotImplementedError, AttributeError):

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 
 from pvae import terms as t
-from pvae.errors import PairError, check_int, check_number, oxford
+from pvae.errors import ArgumentError, PairError, check_int, check_number, oxford
 from pvae.schedules import Constant, Schedule, as_schedule
 
 __all__ = ["MovingAverage", "Objective", "ObjectiveState", "as_weight", "with_gradients"]
 
-Need = Literal["density", "gradient", "local", "unscaled", "sides", "split"]
+Need = Literal["density", "gradient", "local", "own draws", "unscaled", "sides", "split"]
 
 
 class ObjectiveState(nn.Module):
@@ -74,6 +75,10 @@ class ObjectiveState(nn.Module):
                 tensor.copy_(tensors[name])
         self.set_step(step)
 
+    def report(self) -> dict[str, float]:
+        """What the history has of it, beside schedules."""
+        return {}
+
     def now(self, name: str) -> Tensor:
         """A schedule's value at this step, which later steps don't change."""
         return self.get_buffer(name).clone()
@@ -121,6 +126,7 @@ class Objective(PyroELBO):
     - ``"density"``: local latents with a point-mass guide, improper priors;
     - ``"gradient"``: draws that can't be reparametrised;
     - ``"local"``: sites outside the data plate;
+    - ``"own draws"``: latents of data that are drawn outside the data plate, all together;
     - ``"unscaled"``: ``poutine.scale``, where a weight isn't a sum of log densities;
     - ``"sides"``: parameters that model and guide share;
     - ``"split"``: data and latents summed out together, so that no rate is known.
@@ -162,14 +168,20 @@ class Objective(PyroELBO):
             raise AttributeError(f"an objective can't be changed; make a new one with {name}=...")
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
     def __repr__(self) -> str:
-        names = inspect.signature(type(self)).parameters
-        default = {n: p.default for n, p in names.items()}
-        config = [
-            f"{n}={value!r}"
-            for n in names
-            if n != "options" and (value := self._shown(n)) != default[n] and value != Constant(1.0)
-        ]
+        config = []
+        for name, parameter in _arguments(type(self)).items():
+            value, default = self._shown(name), parameter.default
+            if isinstance(value, Schedule) and isinstance(default, (int, float)):
+                default = Constant(default)
+            if value != default:
+                config.append(f"{name}={_written(value)}")
         return f"{type(self).__name__}({', '.join(config)})"
 
     def _shown(self, name: str) -> object:
@@ -183,8 +195,11 @@ class Objective(PyroELBO):
 
     def check(self, structure: t.Structure) -> None:
         """Refuses a pair that this objective can't be used with, and says why."""
+        shared = getattr(self, "shared", None)
+        if shared not in (None, "model", "guide"):
+            raise ArgumentError("shared", "'model', 'guide' or None", repr(shared))
         for need in self.needs:
-            if need == "sides" and getattr(self, "shared", None) is not None:
+            if need == "sides" and shared is not None:
                 continue
             REFUSALS[need](type(self).__name__, structure)
 
@@ -240,10 +255,25 @@ class Objective(PyroELBO):
 
         The pair's penalties are subtracted.
         """
-        scale = terms.structure.divisor(terms.num_rows) / terms.num_rows
+        scale = terms.data_scale
         outside = (terms.global_log_p - terms.global_log_q).mean()
-        factor = self.value_at("penalty_weight", state)
-        return scale * local.sum() + outside + factor * terms.scaled("penalty").mean()
+        return scale * local.sum() + outside + self.penalty(terms, state)
+
+    def penalty(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+        """What the pair's penalties add, plate-scaled, a scalar.
+
+        Where draws have no gradient, what penalties have of them comes by the score function, with
+        the other particles as the baseline: those that are the same for all draws get no noise.
+        """
+        each = terms.scaled("penalty")
+        has_any = any(site.kind == "penalty" for site in terms.sites.values())
+        if has_any and self.pass_options.get("detach"):
+            signal, k = each.detach(), len(each)
+            if k > 1:
+                signal = signal - (signal.sum() - signal) / (k - 1)
+            score = signal * terms.log_q.sum(1)
+            each = each + score - score.detach()
+        return self.value_at("penalty_weight", state) * each.mean()
 
     def total_of_mean(self, terms: t.Terms, state: ObjectiveState, mean: Tensor) -> Tensor:
         """The same of a mean over data, a scalar."""
@@ -283,12 +313,25 @@ class Objective(PyroELBO):
     def _run_for(self, model: Any, guide: Any, batch: Any, kwargs: dict[str, Any]) -> _Run:
         """What is known of a pair outside `fit`, found out at its first batch."""
         programs = _bound(model, guide, kwargs)
-        if (model, guide) not in self._runs:
+        known = self._runs.get((model, guide))
+        live = None if known is None else _live(known[0], model, guide)
+        if known is None or live != {id(p) for p in known[0].parameters.values()}:
             structure = t.inspect_pair(*programs, batch, self.plate)
             self.check(structure)
-            size = structure.full_size if structure.is_scaled else None
-            self._runs[model, guide] = structure, self.make_state(structure, size)
+            now = {id(p) for p in structure.parameters.values()}
+            is_same = known is not None and bool(now & (live or set()))  # some frozen, or freed
+            state = known[1] if known is not None and is_same else self.make_state(structure)
+            self._runs[model, guide] = structure, state
         return _Run(programs, *self._runs[model, guide])
+
+
+def _live(structure: t.Structure, model: Any, guide: Any) -> set[int]:
+    """Trainable parameters that a pair has now, as far as it is known where they are."""
+    roots = [p for p in (model, guide) if isinstance(p, nn.Module)]
+    found = {id(p) for root in roots for p in root.parameters() if p.requires_grad}
+    store = pyro.get_param_store()
+    stored = [store._params.get(name) for name in structure.parameters]
+    return found | {id(p) for p in stored if p is not None and p.requires_grad}
 
 
 @dataclass(frozen=True)
@@ -298,6 +341,23 @@ class _Run:
     programs: tuple[Callable[..., Any], Callable[..., Any]]
     structure: t.Structure
     state: ObjectiveState
+
+
+def _arguments(kind: type) -> dict[str, inspect.Parameter]:
+    """The arguments of an objective, with those that it passes on."""
+    own = dict(inspect.signature(kind).parameters)
+    if own.pop("options", None) is not None:
+        own |= {k: v for k, v in inspect.signature(Objective).parameters.items() if k not in own}
+    return own
+
+
+def _written(value: object) -> str:
+    """A value as it would be given."""
+    if isinstance(value, Constant):
+        return repr(value.number)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
 
 
 def _bound(model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -341,6 +401,17 @@ def _local(name: str, structure: t.Structure) -> None:
         )
 
 
+def _own_draws(name: str, structure: t.Structure) -> None:
+    joint = [site for site in structure.auxiliary if site in structure.global_sites]
+    if structure.fed and joint and not set(structure.auxiliary) - set(joint):
+        raise PairError(
+            f"{name}, which weighs several draws of each datum",
+            "a guide that draws the latents of data in the data plate",
+            f"{oxford(structure.fed)} drawn together with all others at site {oxford(joint)}",
+            ["AutoNormal, or a guide of your own", "objectives.ELBO"],
+        )
+
+
 def _unscaled(name: str, structure: t.Structure) -> None:
     if structure.removed_scales:
         site, scale = next(iter(structure.removed_scales.items()))
@@ -376,6 +447,7 @@ REFUSALS: dict[Need, Callable[[str, t.Structure], None]] = {
     "density": _density,
     "gradient": _gradient,
     "local": _local,
+    "own draws": _own_draws,
     "unscaled": _unscaled,
     "sides": _sides,
     "split": _split,

@@ -20,6 +20,7 @@ from pvae.objectives.base import (
     as_weight,
 )
 from pvae.schedules import Constant, Schedule
+from pvae.terms.messages import log_density_of_delta
 
 __all__ = ["ELBO"]
 
@@ -138,7 +139,7 @@ class ELBO(Objective):
         with torch.no_grad():
             signal = terms.log_joint - beta * terms.log_q + (beta - 1) * self._prior(terms, beta)
             for penalty in terms.penalties.values():
-                signal = signal + factor * penalty
+                signal = signal + factor * (penalty if penalty.dim() == 2 else penalty[:, None])
             if isinstance(state, MovingAverage):
                 advantage = signal - state.average
                 state.measured = signal.mean() if score.requires_grad else None
@@ -146,7 +147,7 @@ class ELBO(Objective):
                 k = terms.num_particles
                 advantage = signal - (signal.sum(0) - signal) / (k - 1)
         product = (advantage * score).sum() / terms.num_particles
-        scale = terms.structure.divisor(terms.num_rows) / terms.num_rows
+        scale = terms.data_scale
         return scale * (product - product.detach())
 
     @staticmethod
@@ -175,7 +176,7 @@ def _analytic_less_sampled(terms: t.Terms) -> Tensor:
             kl = torch.distributions.kl_divergence(q["fn"], p["fn"])
         except NotImplementedError:
             continue
-        if not same or q["mask"] is not p["mask"]:
+        if not same or q["mask"] is not p["mask"] or log_density_of_delta(q["fn"]) is not None:
             continue
         assert site.scaled_log_q is not None  # noqa: S101
         assert site.scaled_log_p is not None  # noqa: S101

@@ -167,8 +167,9 @@ class TVO(Objective):
         \qquad \pi_\beta \propto p(x, z)^\beta\, q(z | x)^{1 - \beta}
 
     :math:`J = 1` is the evidence lower bound. Expectations are by self-normalised weights
-    :math:`w^\beta`, so that the bound holds as K grows; gradients are by covariances, so that no
-    draw has to be reparametrised.
+    :math:`w^\beta`, so that the bound holds as K grows; gradients are by covariances (divided by
+    :math:`1 - \sum_k \bar w_k^2`, which is :math:`1 - 1/K` at :math:`\beta = 0`, so that they are
+    unbiased there), and no draw has to be reparametrised.
 
     References:
         The Thermodynamic Variational Objective (Masrani et al., 2019),
@@ -213,5 +214,6 @@ class TVO(Objective):
         mean = (weight * fixed).sum(1)
         log_path = beta * terms.log_joint + (1 - beta) * terms.log_q
         covariance = (weight * (fixed - mean[:, None]) * log_path).sum(1)
+        covariance = covariance / (1 - weight.square().sum(1)).clamp(min=1e-6)
         score = (width * ((weight * log_weight).sum(1) + covariance)).sum(0)
         return -self.total(terms, state, (width * mean).sum(0) + score - score.detach())

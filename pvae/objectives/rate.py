@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pvae import terms as t
-from pvae.errors import ArgumentError, check_number
+from pvae.errors import ArgumentError, PairError, check_number
 from pvae.objectives.base import MovingAverage, Objective, ObjectiveState, as_weight
 from pvae.schedules import Schedule
+from pvae.terms.messages import log_density_of_delta
 
 __all__ = ["GECO", "Capacity", "FreeBits"]
 
@@ -74,6 +75,13 @@ class FreeBits(Objective):
         for site in terms.sites.values():
             if site.kind != "latent" or site.log_p is None or site.log_q is None:
                 continue
+            if log_density_of_delta(site.guide) is not None:
+                raise PairError(
+                    f"FreeBits at site '{site.name}'",
+                    "a density of q at that site",
+                    "a Delta, set to what another site has drawn, as autoguides do",
+                    ["a guide of your own", "objectives.ELBO(beta=Warmup(...))"],
+                )
             rest = rest - (site.log_q - site.log_p)
             rate = (site.log_q - site.log_p).mean()
             if site.log_q_dims is not None and site.log_p_dims is not None:
@@ -136,6 +144,10 @@ class _Multiplier(MovingAverage):
         super().__init__(*base)
         self.speed, self.limit = speed, limit
         self.register_buffer("log_multiplier", self.like.clone())
+
+    def report(self) -> dict[str, float]:
+        """The multiplier."""
+        return {"multiplier": float(self.log_multiplier.exp())}
 
     def advance(self) -> None:
         """Moves the multiplier after what the step has measured."""

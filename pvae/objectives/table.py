@@ -51,6 +51,7 @@ NEEDS = {
     "density": "a density of q",
     "gradient": "reparametrised draws",
     "local": "local sites alone",
+    "own draws": "no joint draw of all data",
     "unscaled": "no poutine.scale",
     "sides": "no shared parameters",
     "split": "nothing summed out",

@@ -78,9 +78,8 @@ class CUBO(Objective):
             power = (n * (fixed - self.reference)).exp()
             upper = power.mean(0)
             score = (1 - n) * (power * terms.log_q).mean(0)
-        factor = self.value_at("penalty_weight", state)
-        scale = terms.structure.divisor(terms.num_rows) / terms.num_rows
-        penalty = factor * terms.scaled("penalty").mean()
+        scale = terms.data_scale
+        penalty = self.penalty(terms, state)
         lower = -self.total(terms, state, log_mean_exp(log_weight))
         losses = {"model": lower, "guide": scale * score.sum() - penalty}
         return with_gradients(scale * upper.sum() - penalty, losses, terms.structure, self.shared)

@@ -29,7 +29,7 @@ def log_weights(terms: t.Terms) -> Tensor:
 class _Weighted(Objective):
     """The abstract bound that is a function of each datum's weights: define `bound_of`."""
 
-    needs = ("density", "gradient", "unscaled")
+    needs = ("density", "gradient", "unscaled", "own draws")
     pass_options = MappingProxyType({"share_globals": True})
 
     def bound_of(self, log_weight: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ class DReG(Objective):
         """The plate-scaled loss in nats, a scalar to differentiate."""
         log_weight = log_weights(terms)
         weight = log_weight.detach().softmax(0)
-        loss = -self.total(terms, state, log_mean_exp(log_weight))
+        loss = -self.total(terms, state, log_mean_exp(terms.log_weight))
         doubly = -self.total(terms, state, (weight.square() * log_weight).sum(0))
         losses = {"model": loss, "guide": doubly}
         return with_gradients(loss, losses, terms.structure, self.shared)

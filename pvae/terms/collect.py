@@ -38,6 +38,7 @@ class Collector:
         self.sites: dict[str, SiteTerms] = {}
         self.summed_out: list[tuple[Any, Tensor]] = []
         self.num_rows = 0
+        self.data_scale = 1.0
         self.like: Tensor | None = None
 
     def guide(self, site: Any, *, in_model: bool) -> None:
@@ -82,13 +83,23 @@ class Collector:
             self._sum_out(notes)
         assert self.like is not None  # noqa: S101
         return Terms(
-            self.sites, self.num_particles, self.num_rows, self.structure, self.like, notes=notes
+            self.sites,
+            self.num_particles,
+            self.num_rows,
+            self.structure,
+            self.like,
+            self.data_scale,
+            notes=notes,
         )
 
     def _entry(self, site: Any, kind: Kind) -> SiteTerms:
         name = site["name"]
         if name not in self.sites:
-            local = any(f.name in self.structure.plates for f in site["cond_indep_stack"])
+            frames = [f for f in site["cond_indep_stack"] if f.name in self.structure.plates]
+            local = bool(frames)
+            for frame in frames:
+                if frame.full_size not in (None, -1):
+                    self.data_scale = frame.full_size / frame.size
             draws, axis = self._draws(site, is_local=local)
             self.sites[name] = SiteTerms(name, kind, local, draws, axis)
         return self.sites[name]

@@ -288,10 +288,11 @@ def _statistics_kept(structure: Structure) -> Iterator[None]:
     norms = [m for m in structure.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
     buffers = [b for m in norms if m.training for b in m.buffers(recurse=False)]
     copies = [b.clone() for b in buffers]
-    yield
-    with torch.no_grad():
+    try:
+        yield
+    finally:
         for buffer, copy in zip(buffers, copies, strict=True):
-            buffer.copy_(copy)
+            buffer.data.copy_(copy)  # autograd has saved them, and needn't know
 
 
 @contextmanager

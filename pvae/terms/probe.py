@@ -133,6 +133,11 @@ def inspect_pair(
         ),
         improper=tuple(n for n in latents if is_improper(in_model[n]["fn"])),
         enumerated=tuple(unguided),
+        fed=tuple(
+            n
+            for n in latents
+            if n in local and n in guided and log_density_of_delta(guided[n]["fn"]) is not None
+        ),
         removed_scales=_removed_scales(sites),
         not_reparametrised=tuple(
             n for n, s in guided.items() if not is_factor(s) and not s["fn"].has_rsample

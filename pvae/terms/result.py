@@ -94,6 +94,7 @@ class Terms:
         num_particles: K.
         num_rows: N.
         structure: What the pair is made of.
+        data_scale: The data plate's full size over its size in this pass.
         guide_trace: Pyro's trace of the guide; None where particles were looped.
         model_trace: Pyro's trace of the model; likewise.
         stopped_log_q: log q with the guide's parameters stopped, ``(K, N)``, if asked for.
@@ -105,6 +106,7 @@ class Terms:
     num_rows: int
     structure: Structure
     like: Tensor
+    data_scale: float = 1.0
     guide_trace: Any = None
     model_trace: Any = None
     stopped_log_q: Tensor | None = None
@@ -240,6 +242,7 @@ def stack(passes: Iterable[Terms]) -> Terms:
         first.num_rows,
         first.structure,
         first.like,
+        first.data_scale,
         notes=first.notes,
         looped=all_terms,
     )

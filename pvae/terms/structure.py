@@ -34,6 +34,7 @@ class Structure:
         points: Latents whose guide is a point mass, which has no density.
         improper: Latents whose prior is improper, so that there is no evidence.
         enumerated: Latents that the model sums out.
+        fed: Latents of data that the guide draws at another site, and sets to what that gave.
         removed_scales: ``poutine.scale`` factors by site, which no evidence contains.
         not_reparametrised: Sites of the guide whose draws have no gradient.
         shapes: Event shapes of latents that have a guide.
@@ -60,6 +61,7 @@ class Structure:
     points: frozenset[str]
     improper: tuple[str, ...]
     enumerated: tuple[str, ...]
+    fed: tuple[str, ...]
     removed_scales: dict[str, float]
     not_reparametrised: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
