@@ -52,7 +52,8 @@ def does_at(step: int, act: Callable[[Tensor], Tensor]) -> type[pvae.Guide]:
         steps = itertools.count()
 
         def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-            if self.training and next(self.steps) == step:
+            is_step = self.training and torch.is_grad_enabled()  # and no trial before the first
+            if is_step and next(self.steps) == step:
                 x = act(x)
             return super().forward(x, *context)
 
@@ -500,7 +501,7 @@ def test_a_schedule_over_the_whole_training_cant_be_stretched_unseen(
             r"weight_decay=0\.1",
         ),
         ({"data": 1 - binary()}, "data="),
-        ({"objective": pvae.objectives.ELBO(beta=0.5)}, r"beta=Constant\(number=0\.5"),
+        ({"objective": pvae.objectives.ELBO(beta=0.5)}, r"beta=0\.5"),
     ],
     ids=["optimiser's settings", "other data", "objective's settings"],
 )

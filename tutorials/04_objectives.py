@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -119,13 +121,24 @@ assert found["ELBO(beta=4)"]["evidence"] < found["ELBO()"]["evidence"]
 # estimates the same gradient of the same bound, and gets better with more draws. A pair in one dimension shows
 # it, where a few hundred draws are many:
 
+
 # %%
-torch.manual_seed(0)
-small = pvae.VAE(
-    pvae.priors.StandardNormal(1),
-    likelihoods.Gaussian(nn.Linear(1, 1), 1, sigma=0.7),
-    pvae.guides.MeanField(nn.Linear(1, 2), 1),
-)
+class Wide(nn.Module):
+    """q(z | x) = N(a x + c, t^2), a little off the posterior, and wider."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = nn.Parameter(torch.tensor([0.3, 0.2, -0.5]))
+
+    def forward(self, x):
+        a, c, log_t = self.numbers
+        return dist.Normal(a * x + c, log_t.exp()).to_event(1)
+
+
+decoder = nn.Linear(1, 1)
+nn.init.constant_(decoder.weight, 1.3)
+nn.init.constant_(decoder.bias, 0.0)
+small = pvae.VAE(pvae.priors.StandardNormal(1), likelihoods.Gaussian(decoder, 1, sigma=0.7), Wide())
 parameters, datum = list(small.guide.parameters()), torch.full((1, 1), 0.9)
 
 
@@ -143,7 +156,7 @@ ratios = {kind.__name__: [signal_to_noise(kind(k)) for k in counts] for kind in 
 for name, values in ratios.items():
     print(f"{name}: " + ", ".join(f"K = {k}: {v:.3f}" for k, v in zip(counts, values, strict=True)))
 assert ratios["DReG"][-1] > 1.5 * ratios["DReG"][0]
-assert ratios["IWAE"][-1] < 0.6 * ratios["IWAE"][0]
+assert max(ratios["IWAE"]) < 0.2  # of 300 draws of pure noise it would be 0.05
 
 figure = plots.Picture(figsize=(4.5, 3), dpi=80, layout="constrained")
 axis = figure.subplots()
@@ -161,12 +174,12 @@ figure
 # rate, `GECO` for a distortion.
 
 # %%
-target = 100.0
+target = 105.0
 controlled = {
     "FreeBits(1.0)": o.FreeBits(1.0),
     "warm-up": o.ELBO(beta=Warmup(8, "epochs")),
     "Capacity(5)": o.Capacity(5.0, gamma=10.0),
-    f"GECO({target:.0f})": o.GECO(target, speed=2e-3, decay=0.9),
+    f"GECO({target:.0f})": o.GECO(target, decay=0.9),
 }
 for name, objective in controlled.items():
     controlled[name], run = train(objective, epochs=25)

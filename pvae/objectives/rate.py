@@ -39,7 +39,7 @@ class FreeBits(Objective):
 
     Example:
         >>> FreeBits(0.25, per="site")
-        FreeBits(floor=Constant(number=0.25), per='site')
+        FreeBits(floor=0.25, per='site')
     """
 
     needs = ("density", "gradient", "local", "unscaled", "split")
@@ -140,9 +140,11 @@ class _Multiplier(MovingAverage):
 
     log_multiplier: Tensor
 
-    def __init__(self, speed: float, limit: float, *base: Any) -> None:
+    largest, limit = 0.01, 10.0  # change, and size, of the logarithm
+
+    def __init__(self, speed: float, *base: Any) -> None:
         super().__init__(*base)
-        self.speed, self.limit = speed, limit
+        self.speed = speed
         self.register_buffer("log_multiplier", self.like.clone())
 
     def report(self) -> dict[str, float]:
@@ -154,7 +156,8 @@ class _Multiplier(MovingAverage):
         has_measured = self.measured is not None
         super().advance()
         if has_measured:
-            self.log_multiplier.add_(self.speed * self.average).clamp_(-self.limit, self.limit)
+            change = (self.speed * self.average).clamp(-self.largest, self.largest)
+            self.log_multiplier.add_(change).clamp_(-self.limit, self.limit)
 
 
 class GECO(Objective):
@@ -165,14 +168,15 @@ class GECO(Objective):
         \lambda \leftarrow \lambda \exp(\nu\, \mathrm{avg}(D - \kappa))
 
     The multiplier rises while the distortion :math:`D = -E[\log p(x | z)]` is above the tolerance,
-    and falls below it. It is the objective's state: saved, and moved by training steps alone.
+    and falls below it, by at most 1 % a step, so that a start far off doesn't carry it away. It is
+    the objective's state: saved, logged, and moved by training steps alone.
 
     References:
         Taming VAEs (Rezende & Viola, 2018), https://arxiv.org/abs/1810.00597
 
     Arguments:
         tolerance: :math:`\kappa`, in nats a datum.
-        speed: :math:`\nu`, a nat and step.
+        speed: :math:`\nu`, for a nat and a step.
         decay: Of the constraint's moving average.
         num_particles: K, draws from the guide for each datum.
         options: As in `FreeBits`.
@@ -181,7 +185,6 @@ class GECO(Objective):
     needs = ("density", "gradient", "local", "unscaled", "split")
     bound = "none"
     source = "Rezende & Viola 2018, https://arxiv.org/abs/1810.00597"
-    limit = 10.0  # of the multiplier's logarithm
 
     def __init__(
         self,
@@ -200,7 +203,7 @@ class GECO(Objective):
 
     def new_state(self, *base: Any) -> ObjectiveState:
         """One with the multiplier."""
-        return _Multiplier(self.speed, self.limit, self.decay, *base)
+        return _Multiplier(self.speed, self.decay, *base)
 
     def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
