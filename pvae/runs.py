@@ -22,7 +22,8 @@ from pvae.checkpoint import write_atomically
 from pvae.data import Data, Splits, load
 from pvae.errors import ArgumentError, CheckpointError, PvaeError, TrainingError
 from pvae.networks import activation_named
-from pvae.objectives import ELBO, Objective
+from pvae.objectives import Objective
+from pvae.objectives.table import ALL
 from pvae.pair import VAE
 from pvae.recipes import NETWORKS, RECIPES
 from pvae.schedules import Warmup
@@ -31,6 +32,7 @@ __all__ = [
     "CORRUPTIONS",
     "GUIDES",
     "LIKELIHOODS",
+    "OBJECTIVES",
     "PENALTIES",
     "PRIORS",
     "Config",
@@ -58,6 +60,15 @@ PENALTIES: dict[str, Callable[[float], penalties.Penalty]] = {
     "mmd": penalties.MMD,
 }
 GUIDES: dict[str, Callable[..., Any]] = {"mean_field": guides.MeanField, "point": guides.Point}
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.__name__.lower(): kind
+    for kind in ALL
+    if not any(
+        p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        for p in inspect.signature(kind).parameters.values()
+    )
+}
+"""Those that need no argument."""
 LIKELIHOODS = ("bernoulli", "binomial", "categorical", "gaussian")
 
 
@@ -92,6 +103,9 @@ class Config:
     activation: str = "ReLU"
     code_activation: str | None = None
     latent_dim: int = 8
+    objective: str = "elbo"
+    num_particles: int | None = None
+    beta: float | None = None
     warmup: int = 0
     epochs: int = 100
     batch_size: int = 64
@@ -106,6 +120,7 @@ class Config:
             ("likelihood", self.likelihood, LIKELIHOODS),
             ("guide", self.guide, GUIDES),
             ("network", self.network, NETWORKS),
+            ("objective", self.objective, OBJECTIVES),
         ):
             if value is not None and value not in known:
                 raise ArgumentError(f"--{name}", f"one of {', '.join(known)}", repr(value))
@@ -258,9 +273,30 @@ class Config:
             return partial(likelihoods.Binomial, total_count=splits.levels - 1)
         return partial(likelihoods.Categorical, levels=splits.levels)
 
-    def objective(self) -> Objective:
+    def make_objective(self) -> Objective:
         """What is maximised."""
-        return ELBO(beta=Warmup(self.warmup, "epochs")) if self.warmup else ELBO()
+        kind = OBJECTIVES[self.objective]
+        known = inspect.signature(kind).parameters
+        options: dict[str, Any] = {}
+        if self.num_particles is not None:
+            options["num_particles"] = self.num_particles
+        if self.beta is not None or self.warmup:
+            end = 1.0 if self.beta is None else self.beta
+            options["beta"] = Warmup(self.warmup, "epochs", end=end) if self.warmup else end
+        for name in options:
+            if name not in known:
+                option = "--warmup" if name == "beta" and self.warmup else f"--{name}"
+                raise ArgumentError(
+                    option.replace("_", "-"),
+                    f"an option of the objective {self.objective}",
+                    f"{name}={options[name]!r}",
+                    [
+                        f"--objective {n}"
+                        for n, k in OBJECTIVES.items()
+                        if name in inspect.signature(k).parameters
+                    ][:2],
+                )
+        return kind(**options)
 
     # The file
 

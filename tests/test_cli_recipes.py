@@ -78,6 +78,24 @@ def test_each_recipe_trains_and_is_opened_again(recipe: str, tmp_path: Path) -> 
     assert "ELBO" not in text
 
 
+def test_an_objective_by_option(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ["--objective", "DReG", "--num-particles", "3"]
+    call("train", "--out", str(folder), *FAST, *options)
+    config = Config.read(folder)
+    assert repr(config.make_objective()) == "DReG(num_particles=3)"
+    assert repr(Config(beta=4.0, warmup=2).make_objective()) == (
+        "ELBO(beta=Warmup(length=2, unit='epochs', start=0.0, end=4.0))"
+    )
+    with pytest.raises(pvae.PvaeError, match=r"(?s)--beta: expected an option.*--objective elbo"):
+        Config(objective="iwae", beta=2.0).make_objective()
+    with pytest.raises(pvae.PvaeError, match="--objective: expected one of elbo, stl"):
+        call("train", "--objective", "vb", "--out", str(tmp_path / "other"))
+    with pytest.raises(pvae.PvaeError, match="a point mass"):
+        call("train", "--recipe", "ae", "--objective", "iwae", "--out", str(tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
+
+
 def test_a_linear_decoder_by_option(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     call("train", "--recipe", "ae", "--decoder-hidden", "linear", "--out", str(folder), *FAST)

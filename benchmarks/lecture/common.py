@@ -31,6 +31,14 @@ PICTURES = BENCHMARKS.parent / "docs" / "images"
 Numbers = dict[str, float]
 Rows = dict[str, list[Numbers]]
 
+PICTURES_OF = {
+    "generative": ("samples", "latent_maps"),
+    "denoising": ("denoising",),
+    "capacity": ("capacity",),
+    "detail": ("detail",),
+    "arithmetic": ("arithmetic",),
+}
+
 SIGMA = 0.15
 """The likelihood's standard deviation in stochastic pairs, for grey values from 0 to 1."""
 
@@ -309,6 +317,10 @@ def write_page(order: Sequence[str]) -> None:
             f"commit {made['commit']}{made.get('resumed', '')}, torch {made['torch']}.",
             *(line for note in result["notes"] for line in ("", note)),
         ]
+        for picture in PICTURES_OF.get(result["part"], ()):
+            for name in (f"{picture}_{result['data']}", picture):
+                if (PICTURES / f"{name}.png").exists():
+                    lines += ["", f"![{name}](../../docs/images/{name}.png)"]
         for table in result["tables"]:
             lines += ["", f"**{table['title']}**", "", *_markdown(table["rows"])]
     (RESULTS / "autoencoders.md").write_text("\n".join(lines) + "\n")

@@ -109,6 +109,14 @@ def train(
         typer.Option(help="Class of torch.nn at the encoder's end: ReLU, or Identity for none."),
     ] = None,
     latent_dim: Annotated[int, typer.Option(help="Size of the latent.")] = 8,
+    objective: Annotated[
+        str,
+        typer.Option(help="elbo, stl, iwae, dreg, freebits, tcvae, ...: docs/objectives.md."),
+    ] = "elbo",
+    num_particles: Annotated[
+        int | None, typer.Option(help="Draws a datum; otherwise as the objective has it.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of the rate; 1 is the ELBO.")] = None,
     warmup: Annotated[int, typer.Option(help="Epochs in which the weight of the rate rises.")] = 0,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 64,
@@ -157,6 +165,9 @@ def train(
         activation=activation,
         code_activation=code_activation,
         latent_dim=latent_dim,
+        objective=objective.lower(),
+        num_particles=num_particles,
+        beta=beta,
         warmup=warmup,
         epochs=epochs,
         batch_size=batch_size,
@@ -236,7 +247,7 @@ def _train(
             vae.model,
             vae.guide,
             splits.train.unlabelled(),
-            config.objective(),
+            config.make_objective(),
             epochs=config.epochs,
             batch_size=config.batch_size,
             lr=config.lr,
