@@ -52,8 +52,7 @@ def does_at(step: int, act: Callable[[Tensor], Tensor]) -> type[pvae.Guide]:
         steps = itertools.count()
 
         def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-            is_step = self.training and torch.is_grad_enabled()  # and no trial before the first
-            if is_step and next(self.steps) == step:
+            if self.training and next(self.steps) == step:
                 x = act(x)
             return super().forward(x, *context)
 

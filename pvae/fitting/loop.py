@@ -158,7 +158,7 @@ class Fit:
         # With one batch an epoch the order is no matter, but to parameters of single rows.
         batches = Batches(source, rows, options.seed, shuffle=rows < source.num_rows)
         check_batches(self.model, self.guide, self.structure, source, batches.batch_size)
-        if isinstance(self.objective, Objective):
+        if isinstance(self.objective, Objective) and self.objective.refuses_batches:
             check_objective(
                 self.model,
                 self.guide,

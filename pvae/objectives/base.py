@@ -193,6 +193,11 @@ class Objective(PyroELBO):
         """Schedules by name."""
         return {"penalty_weight": self.penalty_weight}
 
+    @property
+    def refuses_batches(self) -> bool:
+        """Whether a pair may be refused for what only a batch shows, so that `fit` tries one."""
+        return True
+
     def check(self, structure: t.Structure) -> None:
         """Refuses a pair that this objective can't be used with, and says why."""
         shared = getattr(self, "shared", None)

@@ -96,6 +96,11 @@ class ELBO(Objective):
         """Those of the two weights."""
         return {"beta": self.beta, **super().schedules}
 
+    @property
+    def refuses_batches(self) -> bool:
+        """With the closed form, or a weight on the rate."""
+        return self.analytic_kl or self.beta != Constant(1.0)
+
     def check(self, structure: t.Structure) -> None:
         """Refuses pairs for which these options aren't defined."""
         if self.analytic_kl:
