@@ -132,7 +132,7 @@ class Bench:
                 self.images.x if x is None else x,
                 epochs=epochs,
                 batch_size=options.pop("batch_size", self.images.batch_size),
-                lr=2e-3,
+                lr=options.pop("lr", 2e-3),
                 lr_schedule=schedules.Cosine(),
                 seed=seed,
                 device="cpu",
