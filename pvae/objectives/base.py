@@ -16,12 +16,11 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 
 from pvae import terms as t
-from pvae.errors import ArgumentError, PairError, check_int, check_number, oxford
+from pvae.errors import check_int, check_number
+from pvae.objectives.refusals import REFUSALS, Need
 from pvae.schedules import Constant, Schedule, as_schedule
 
-__all__ = ["MovingAverage", "Objective", "ObjectiveState", "as_weight", "with_gradients"]
-
-Need = Literal["density", "gradient", "local", "own draws", "unscaled", "sides", "split"]
+__all__ = ["MovingAverage", "Objective", "ObjectiveState", "as_weight"]
 
 
 class ObjectiveState(nn.Module):
@@ -128,7 +127,6 @@ class Objective(PyroELBO):
     - ``"local"``: sites outside the data plate;
     - ``"own draws"``: latents of data that are drawn outside the data plate, all together;
     - ``"unscaled"``: ``poutine.scale``, where a weight isn't a sum of log densities;
-    - ``"sides"``: parameters that model and guide share;
     - ``"split"``: data and latents summed out together, so that no rate is known.
 
     Attributes:
@@ -200,12 +198,7 @@ class Objective(PyroELBO):
 
     def check(self, structure: t.Structure) -> None:
         """Refuses a pair that this objective can't be used with, and says why."""
-        shared = getattr(self, "shared", None)
-        if shared not in (None, "model", "guide"):
-            raise ArgumentError("shared", "'model', 'guide' or None", repr(shared))
         for need in self.needs:
-            if need == "sides" and shared is not None:
-                continue
             REFUSALS[need](type(self).__name__, structure)
 
     @abstractmethod
@@ -350,10 +343,14 @@ class _Run:
 
 def _arguments(kind: type) -> dict[str, inspect.Parameter]:
     """The arguments of an objective, with those that it passes on."""
-    own = dict(inspect.signature(kind).parameters)
-    if own.pop("options", None) is not None:
-        own |= {k: v for k, v in inspect.signature(Objective).parameters.items() if k not in own}
-    return own
+    found: dict[str, inspect.Parameter] = {}
+    for one in kind.__mro__:
+        own = dict(inspect.signature(one).parameters)
+        passes_on = own.pop("options", None) is not None
+        found = {**own, **found}
+        if not passes_on:
+            break
+    return {k: found[k] for k in (*inspect.signature(kind).parameters, *found) if k in found}
 
 
 def _written(value: object) -> str:
@@ -376,131 +373,3 @@ def as_weight(name: str, value: float | Schedule) -> Schedule:
     if not isinstance(value, Schedule):
         check_number(name, value, minimum=0)
     return as_schedule(name, value)
-
-
-# What is refused
-
-
-def _density(name: str, structure: t.Structure) -> None:
-    structure.require_density(name)
-    structure.require_proper(name)
-
-
-def _gradient(name: str, structure: t.Structure) -> None:
-    if structure.not_reparametrised:
-        raise PairError(
-            name,
-            "guide sites that can be reparametrised",
-            f"{oxford(structure.not_reparametrised)}, whose draws have no gradient",
-            ["objectives.VIMCO, RWS or TVO", "objectives.ELBO, with score-function gradients"],
-        )
-
-
-def _local(name: str, structure: t.Structure) -> None:
-    if structure.global_sites:
-        raise PairError(
-            name,
-            "sites inside the data plate alone",
-            f"global site(s) {oxford(structure.global_sites)}",
-            ["objectives.ELBO or IWAE, which know what they share"],
-        )
-
-
-def _own_draws(name: str, structure: t.Structure) -> None:
-    joint = [site for site in structure.auxiliary if site in structure.global_sites]
-    if structure.fed and joint and not set(structure.auxiliary) - set(joint):
-        raise PairError(
-            f"{name}, which weighs several draws of each datum",
-            "a guide that draws the latents of data in the data plate",
-            f"{oxford(structure.fed)} drawn together with all others at site {oxford(joint)}",
-            ["AutoNormal, or a guide of your own", "objectives.ELBO"],
-        )
-
-
-def _unscaled(name: str, structure: t.Structure) -> None:
-    if structure.removed_scales:
-        site, scale = next(iter(structure.removed_scales.items()))
-        raise PairError(
-            name,
-            "no poutine.scale: a weight under a logarithm can't be scaled",
-            f"a scale of {scale:g} at site '{site}'",
-            ["beta and other weights in the objective", "objectives.ELBO, which has the scale"],
-        )
-
-
-def _sides(name: str, structure: t.Structure) -> None:
-    if structure.shared:
-        raise PairError(
-            f"{name}, which has one loss for the model and another for the guide",
-            "parameters that belong to one of them",
-            f"{oxford(structure.shared[:4])} in both",
-            ["shared='model' or shared='guide', to say whose loss moves them"],
-        )
-
-
-def _split(name: str, structure: t.Structure) -> None:
-    if structure.enumerated:
-        raise PairError(
-            f"{name}, which weighs the rate",
-            "no latents that the model sums out",
-            oxford(structure.enumerated),
-            ["objectives.ELBO()", "a guide for them"],
-        )
-
-
-REFUSALS: dict[Need, Callable[[str, t.Structure], None]] = {
-    "density": _density,
-    "gradient": _gradient,
-    "local": _local,
-    "own draws": _own_draws,
-    "unscaled": _unscaled,
-    "sides": _sides,
-    "split": _split,
-}
-
-
-# Gradients of two losses
-
-
-class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are given."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Any, *_: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Any) -> Any:
-        return None, None, *(None if g is None else outer[0] * g for g in ctx.gradients)
-
-
-def with_gradients(
-    value: Tensor,
-    losses: Mapping[str, Tensor],
-    structure: t.Structure,
-    shared: Literal["model", "guide"] | None = None,
-) -> Tensor:
-    """The value, with the gradient of each side's own loss for each side's parameters.
-
-    Arguments:
-        value: What is returned, a scalar.
-        losses: By side: ``"model"`` and ``"guide"``.
-        structure: Whose parameters they are.
-        shared: The side whose loss moves what both have.
-    """
-    if not torch.is_grad_enabled():
-        return value
-    value = value.detach()
-    parameters: list[Tensor] = []
-    gradients: list[Tensor | None] = []
-    for side, loss in losses.items():
-        mine = [
-            structure.parameters[name]
-            for name, sides in structure.sides.items()
-            if (side in sides if len(sides) == 1 else side == shared)
-        ]
-        if mine and loss.requires_grad:
-            gradients += torch.autograd.grad(loss, mine, retain_graph=True, allow_unused=True)
-            parameters += mine
-    return _WithGradients.apply(value, gradients, *parameters)

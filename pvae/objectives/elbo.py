@@ -13,12 +13,12 @@ from torch import Tensor
 from pvae import terms as t
 from pvae.errors import ArgumentError, PairError, check_int
 from pvae.objectives.base import (
-    REFUSALS,
     MovingAverage,
     Objective,
     ObjectiveState,
     as_weight,
 )
+from pvae.objectives.refusals import REFUSALS
 from pvae.schedules import Constant, Schedule
 from pvae.terms.messages import log_density_of_delta
 
@@ -57,7 +57,8 @@ class ELBO(Objective):
         plate: Name of the data plate, where the batch's length doesn't tell.
 
     Example:
-        >>> from pvae.schedules import Warmup
+        >>> from pvae.objectives.refusals import REFUSALS
+    from pvae.schedules import Warmup
         >>> ELBO(beta=Warmup(10, "epochs"))
         ELBO(beta=Warmup(length=10, unit='epochs', start=0.0, end=1.0))
     """

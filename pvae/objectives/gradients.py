@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvae import terms as t
 from pvae.errors import ArgumentError, check_int, check_number
-from pvae.objectives.base import Objective, ObjectiveState, as_weight, with_gradients
+from pvae.objectives.base import Objective, ObjectiveState, as_weight
+from pvae.objectives.two_losses import TwoLosses
 from pvae.objectives.weighted import log_mean_exp, log_weights
 from pvae.schedules import Schedule
 
@@ -111,7 +112,7 @@ def _without_one(log_weight: Tensor) -> Tensor:
     return replaced.logsumexp(1) - math.log(k)
 
 
-class RWS(Objective):
+class RWS(TwoLosses):
     r"""Reweighted wake-sleep: the guide learns from weighted draws, not from a bound.
 
     .. math::
@@ -134,28 +135,19 @@ class RWS(Objective):
         options: As in `STL`.
     """
 
-    needs = ("density", "unscaled", "local", "sides")
+    needs = ("density", "unscaled", "local")
     estimator = "self-normalised weights, two losses"
     source = "Bornschein & Bengio 2015, https://arxiv.org/abs/1406.2751"
     pass_options = MappingProxyType({"detach": True})
 
-    def __init__(
-        self,
-        num_particles: int = 5,
-        *,
-        shared: Literal["model", "guide"] | None = None,
-        **options: Any,
-    ) -> None:
-        self.shared = shared
+    def __init__(self, num_particles: int = 5, **options: Any) -> None:
         super().__init__(num_particles, **options)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
-        """The plate-scaled loss in nats, a scalar to differentiate."""
+    def losses(self, terms: t.Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+        """Minus the bound, twice, and minus the weighted log q."""
         weight = terms.log_weight.detach().softmax(0)
         loss = -self.total(terms, state, log_mean_exp(terms.log_weight))
-        of_guide = -self.total(terms, state, (weight * terms.log_q).sum(0))
-        losses = {"model": loss, "guide": of_guide}
-        return with_gradients(loss, losses, terms.structure, self.shared)
+        return loss, loss, -self.total(terms, state, (weight * terms.log_q).sum(0))
 
 
 class TVO(Objective):

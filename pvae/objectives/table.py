@@ -10,6 +10,7 @@ from pvae.objectives.base import Objective
 from pvae.objectives.elbo import ELBO
 from pvae.objectives.gradients import RWS, STL, TVO, VIMCO
 from pvae.objectives.rate import GECO, Capacity, FreeBits
+from pvae.objectives.two_losses import TwoLosses
 from pvae.objectives.upper import CUBO
 from pvae.objectives.weighted import CIWAE, IWAE, PIWAE, DReG, MultiplyWeightedIWAE, Renyi
 
@@ -53,7 +54,6 @@ NEEDS = {
     "local": "local sites alone",
     "own draws": "no joint draw of all data",
     "unscaled": "no poutine.scale",
-    "sides": "no shared parameters",
     "split": "nothing summed out",
 }
 
@@ -100,6 +100,7 @@ def table() -> Table:
         default = inspect.signature(kind).parameters.get("num_particles")
         means = inspect.signature(kind).parameters.get("num_means")
         draws = 1 if default is None else default.default
+        split = ("no shared parameters",) if issubclass(kind, TwoLosses) else ()
         bound = kind.bound if isinstance(kind.bound, str) else "lower"
         rows.append(
             Row(
@@ -108,7 +109,7 @@ def table() -> Table:
                 SPECIAL.get(kind.__name__, BOUNDS[bound]),
                 draws if means is None else draws * means.default,
                 kind.estimator,
-                tuple(NEEDS[need] for need in kind.needs),
+                (*(NEEDS[n] for n in kind.needs), *split),
                 kind.source,
             )
         )

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from pvae import terms as t
 from pvae.errors import ArgumentError, check_number
-from pvae.objectives.base import Objective, ObjectiveState, with_gradients
+from pvae.objectives.base import ObjectiveState
+from pvae.objectives.two_losses import TwoLosses
 from pvae.objectives.weighted import log_mean_exp
 
 __all__ = ["CUBO"]
 
 
-class CUBO(Objective):
+class CUBO(TwoLosses):
     r"""The chi upper bound, which the guide makes smaller; the model has the lower bound.
 
     .. math::
@@ -44,7 +45,7 @@ class CUBO(Objective):
         options: As in `IWAE`.
     """
 
-    needs = ("density", "unscaled", "local", "sides")
+    needs = ("density", "unscaled", "local")
     bound = "upper"
     estimator = "score function, two losses"
     pass_options = MappingProxyType({"detach": True})
@@ -56,19 +57,16 @@ class CUBO(Objective):
         order: float = 2.0,
         form: Literal["log", "exp"] = "log",
         reference: float = 0.0,
-        *,
-        shared: Literal["model", "guide"] | None = None,
         **options: Any,
     ) -> None:
         self.order = check_number("order", order, above=1)
         if form not in ("log", "exp"):
             raise ArgumentError("form", "'log' or 'exp'", repr(form))
         self.form, self.reference = form, check_number("reference", reference)
-        self.shared = shared
         super().__init__(num_particles, **options)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
-        """The plate-scaled loss, a scalar to differentiate; in nats with ``form="log"``."""
+    def losses(self, terms: t.Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+        """The upper bound (in nats with ``form="log"``), minus the lower, and the guide's."""
         n, log_weight = self.order, terms.log_weight
         fixed = log_weight.detach()
         if self.form == "log":
@@ -81,5 +79,4 @@ class CUBO(Objective):
         scale = terms.data_scale
         penalty = self.penalty(terms, state)
         lower = -self.total(terms, state, log_mean_exp(log_weight))
-        losses = {"model": lower, "guide": scale * score.sum() - penalty}
-        return with_gradients(scale * upper.sum() - penalty, losses, terms.structure, self.shared)
+        return scale * upper.sum() - penalty, lower, scale * score.sum() - penalty

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pvae import terms as t
 from pvae.errors import ArgumentError, check_int, check_number
-from pvae.objectives.base import Objective, ObjectiveState, with_gradients
+from pvae.objectives.base import Objective, ObjectiveState
+from pvae.objectives.two_losses import TwoLosses
 
 __all__ = ["CIWAE", "IWAE", "PIWAE", "DReG", "MultiplyWeightedIWAE", "Renyi"]
 
@@ -18,6 +19,12 @@ __all__ = ["CIWAE", "IWAE", "PIWAE", "DReG", "MultiplyWeightedIWAE", "Renyi"]
 def log_mean_exp(log_weight: Tensor) -> Tensor:
     """Over the first axis."""
     return log_weight.logsumexp(0) - math.log(len(log_weight))
+
+
+def mean_of_bounds(log_weight: Tensor, num_means: int) -> Tensor:
+    """The mean over groups of draws of their log mean weight, ``(M K, N)`` to ``(N,)``."""
+    groups = log_weight.unflatten(0, (num_means, -1))
+    return log_mean_exp(groups.transpose(0, 1)).mean(0)
 
 
 def log_weights(terms: t.Terms) -> Tensor:
@@ -110,8 +117,7 @@ class MultiplyWeightedIWAE(_Weighted):
 
     def bound_of(self, log_weight: Tensor) -> Tensor:
         """The mean over M of the log mean over K."""
-        groups = log_weight.reshape(self.num_means, self.draws_each, -1)
-        return (groups.logsumexp(1) - math.log(self.draws_each)).mean(0)
+        return mean_of_bounds(log_weight, self.num_means)
 
 
 class CIWAE(_Weighted):
@@ -189,7 +195,7 @@ class Renyi(_Weighted):
         return log_mean_exp((1 - self.alpha) * log_weight) / (1 - self.alpha)
 
 
-class PIWAE(Objective):
+class PIWAE(TwoLosses):
     r"""The model by the bound of M K draws, the guide by M bounds of K draws each.
 
     The tightest bound for :math:`p`, and for :math:`q` one whose gradient is less noisy. There is
@@ -207,7 +213,7 @@ class PIWAE(Objective):
         options: As in `IWAE`.
     """
 
-    needs = ("density", "gradient", "unscaled", "local", "sides")
+    needs = ("density", "gradient", "unscaled", "local")
     estimator = "pathwise, two losses"
     source = "Rainforth et al. 2018, https://arxiv.org/abs/1802.04537"
 
@@ -215,30 +221,23 @@ class PIWAE(Objective):
         self,
         num_means: int = 4,
         num_particles: int = 2,
-        *,
-        shared: Literal["model", "guide"] | None = None,
         **options: Any,
     ) -> None:
         self.num_means = check_int("num_means", num_means)
         self.draws_each = check_int("num_particles", num_particles)
-        self.shared = shared
         super().__init__(num_means * num_particles, **options)
 
     def _shown(self, name: str) -> object:
         return self.draws_each if name == "num_particles" else super()._shown(name)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
-        """The plate-scaled loss in nats, a scalar to differentiate."""
-        log_weight = terms.log_weight
-        groups = log_weight.reshape(self.num_means, self.draws_each, -1)
-        many = (groups.logsumexp(1) - math.log(self.draws_each)).mean(0)
-        loss = -self.total(terms, state, log_mean_exp(log_weight))
-        of_guide = -self.total(terms, state, many)
-        losses = {"model": loss, "guide": of_guide}
-        return with_gradients(loss, losses, terms.structure, self.shared)
+    def losses(self, terms: t.Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+        """Minus the bound of all draws, twice, and minus the mean of the others."""
+        loss = -self.total(terms, state, log_mean_exp(terms.log_weight))
+        means = mean_of_bounds(terms.log_weight, self.num_means)
+        return loss, loss, -self.total(terms, state, means)
 
 
-class DReG(Objective):
+class DReG(TwoLosses):
     r"""The importance-weighted bound, with a gradient of the guide that more draws make better.
 
     .. math::
@@ -262,26 +261,17 @@ class DReG(Objective):
         options: As in `IWAE`.
     """
 
-    needs = ("density", "gradient", "unscaled", "local", "sides")
+    needs = ("density", "gradient", "unscaled", "local")
     estimator = "doubly reparametrised, two losses"
     source = "Tucker et al. 2019, https://arxiv.org/abs/1810.04152"
     pass_options = MappingProxyType({"stop_guide": True})
 
-    def __init__(
-        self,
-        num_particles: int = 5,
-        *,
-        shared: Literal["model", "guide"] | None = None,
-        **options: Any,
-    ) -> None:
-        self.shared = shared
+    def __init__(self, num_particles: int = 5, **options: Any) -> None:
         super().__init__(num_particles, **options)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
-        """The plate-scaled loss in nats, a scalar to differentiate."""
+    def losses(self, terms: t.Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+        """Minus the bound, twice, and what has its doubly reparametrised gradient."""
         log_weight = log_weights(terms)
         weight = log_weight.detach().softmax(0)
         loss = -self.total(terms, state, log_mean_exp(terms.log_weight))
-        doubly = -self.total(terms, state, (weight.square() * log_weight).sum(0))
-        losses = {"model": loss, "guide": doubly}
-        return with_gradients(loss, losses, terms.structure, self.shared)
+        return loss, loss, -self.total(terms, state, (weight.square() * log_weight).sum(0))
