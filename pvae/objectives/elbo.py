@@ -57,8 +57,7 @@ class ELBO(Objective):
         plate: Name of the data plate, where the batch's length doesn't tell.
 
     Example:
-        >>> from pvae.objectives.refusals import REFUSALS
-    from pvae.schedules import Warmup
+        >>> from pvae.schedules import Warmup
         >>> ELBO(beta=Warmup(10, "epochs"))
         ELBO(beta=Warmup(length=10, unit='epochs', start=0.0, end=1.0))
     """
