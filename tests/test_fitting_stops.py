@@ -32,6 +32,7 @@ from pvae.errors import (
     TrainingError,
 )
 from pvae.networks import MLP
+from pvae.objectives import ELBO
 from tests import pairs
 from tests.fits import D, N, Q, binary, fit, same, state, vae
 
@@ -434,8 +435,9 @@ def test_an_optimiser_that_changes_its_rate_is_left_to_it(device: torch.device) 
         ({"optimizer": torch.optim.LBFGS}, "its step needs a closure"),
         ({"optimizer": pyro.optim.Adam({"lr": 1e-3})}, "a torch optimiser class"),
         ({"objective": ReweightedWakeSleep(num_particles=2)}, "one that returns one loss"),
+        ({"objective": ELBO(plate="data"), "plate": "other"}, "the objective's, 'data'"),
     ],
-    ids=["LBFGS", "Pyro's optimiser", "two losses"],
+    ids=["LBFGS", "Pyro's optimiser", "two losses", "two plates"],
 )
 def test_what_cant_train_is_refused(
     options: dict[str, Any], words: str, device: torch.device

@@ -298,5 +298,7 @@ def test_no_data_and_negative_beta_are_refused() -> None:
 
     with pytest.raises(PairError, match="a tensor with a row for each datum"):
         ELBO().loss(program, program)
+    with pytest.raises(ArgumentError, match=r"analytic_kl.*True or False"):
+        ELBO(analytic_kl="yes")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="at least 0"):
         ELBO(beta=-1.0)

@@ -78,6 +78,8 @@ class ELBO(Objective):
     ) -> None:
         self.beta = as_weight("beta", beta)
         self.analytic_kl, self.baseline = analytic_kl, baseline
+        if not isinstance(analytic_kl, bool):
+            raise ArgumentError("analytic_kl", "True or False", repr(analytic_kl))
         if baseline not in (None, "leave_one_out", "moving_average"):
             raise ArgumentError(
                 "baseline", "'leave_one_out', 'moving_average' or None", repr(baseline)

@@ -25,10 +25,11 @@ class CUBO(TwoLosses):
 
     Its guide covers the posterior where `ELBO`'s stays inside. Of K draws, the logarithm is biased
     down, and by much where weights vary: no bound. ``form="exp"`` is unbiased, in value and
-    gradient, but it isn't in nats, and overflows unless ``reference`` is near log p(x). Gradients
-    are by the score function (self-normalised in the logarithm): the way through the draws would
-    lower the estimate by taking them where weights are small. The model learns by the
-    importance-weighted bound of the same draws, as an upper bound can't be maximised.
+    gradient, but it isn't in nats, overflows unless ``reference`` is near log p(x), and counts
+    rows that are masked out. Gradients are by the score function (self-normalised in the
+    logarithm): the way through the draws would lower the estimate by taking them where weights
+    are small. The model learns by the importance-weighted bound of the same draws, as an upper
+    bound can't be maximised.
 
     References:
         Variational Inference via Chi Upper Bound Minimization (Dieng et al., 2017),
