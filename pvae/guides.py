@@ -8,7 +8,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pvae.conditional import FromNetwork, NetworkLike, positive
 from pvae.errors import ArgumentError, check_int, check_number
@@ -177,7 +176,8 @@ class NearestCode(FromNetwork):
     @torch.no_grad()
     def _follow(self, vectors: Tensor) -> None:
         """Moves the codes after their vectors; nothing waits for the device."""
-        chosen = F.one_hot(self.nearest(vectors), len(self.codes)).to(vectors.dtype)
+        numbers = torch.arange(len(self.codes), device=vectors.device)
+        chosen = (self.nearest(vectors)[:, None] == numbers).to(vectors.dtype)
         self.counts.lerp_(chosen.sum(0), 1 - self.decay)
         self.sums.lerp_(chosen.T @ vectors, 1 - self.decay)
         other = vectors[torch.randint(len(vectors), (len(self.codes),), device=vectors.device)]

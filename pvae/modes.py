@@ -1,19 +1,22 @@
-"""Training and evaluation mode for a while; each module gets its own mode back."""
+"""Modes for a while: training, evaluation, being recorded as a graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "in_mode"]
+__all__ = ["evaluating", "in_mode", "is_recorded", "recorded"]
+
+_recorded: ContextVar[bool] = ContextVar("pvae_recorded", default=False)
 
 
 @contextmanager
 def in_mode(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode, module by module: what a root holds keeps its own."""
+    """Training or evaluation mode; each module gets its own mode back, not that of its root."""
     before = [(m, m.training) for m in modules]
     for module, _ in before:
         module.training = training
@@ -29,3 +32,18 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode without gradients."""
     with in_mode(modules, training=False), torch.no_grad():
         yield
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Says that operations are being recorded as a graph, which has no generators of its own."""
+    token = _recorded.set(True)
+    try:
+        yield
+    finally:
+        _recorded.reset(token)
+
+
+def is_recorded() -> bool:
+    """Whether operations are being recorded."""
+    return _recorded.get()

@@ -6,6 +6,9 @@ A pair that a modeller writes needs none of these names; tools find its sites by
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
@@ -21,6 +24,7 @@ __all__ = [
     "PENALTY",
     "announce_parameters",
     "penalty",
+    "unannounced",
 ]
 
 DATA_PLATE = "data"
@@ -49,6 +53,19 @@ def penalty(name: str, value: Tensor, *, in_guide: bool = False) -> None:
     pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True, PENALTY: True})
 
 
+_silent: ContextVar[bool] = ContextVar("pvae_silent", default=False)
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Lets pairs run without announcing their parameters, to one who knows them already."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def announce_parameters(module: nn.Module, prefix: str) -> None:
     """Issues one ``param`` message for each trainable parameter of a module.
 
@@ -60,7 +77,7 @@ def announce_parameters(module: nn.Module, prefix: str) -> None:
         module: The module whose parameters are announced.
         prefix: First part of the names; model and guide must use different ones.
     """
-    if not am_i_wrapped():
+    if not am_i_wrapped() or _silent.get():
         return
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:

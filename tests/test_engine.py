@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pvae import recipes
 from pvae import terms as t
-from pvae.engine import PARTS, Stepper, _Backup, make_optimizer
+from pvae.engine import PARTS, Stepper, make_optimizer
+from pvae.engine.optimizers import Backup, is_fused
 from pvae.errors import ArgumentError
 from pvae.objectives import ELBO
 
@@ -78,14 +79,14 @@ def test_averages_are_over_data_and_start_anew(device: torch.device) -> None:
 
 
 def test_adam_is_fused_and_others_are_not(device: torch.device) -> None:
-    assert make(device)[0].is_fused
-    assert not make(device, torch.optim.RMSprop)[0].is_fused
+    assert is_fused(make(device)[0].optimizer)
+    assert not is_fused(make(device, torch.optim.RMSprop)[0].optimizer)
 
 
 @pytest.mark.parametrize("ok", [True, False])
 def test_a_backup_is_put_back_after_a_failure_alone(ok: bool, device: torch.device) -> None:
     tensors = [torch.ones(3, device=device), torch.zeros((), dtype=torch.int64, device=device)]
-    backup = _Backup(tensors)
+    backup = Backup(tensors)
     for tensor in tensors:
         tensor.add_(5)
     backup.restore_unless(torch.tensor(ok, device=device))

@@ -146,7 +146,7 @@ def test_geco_is_not_moved_by_evaluation_or_a_value_that_isnt_finite(device: tor
     objective.loss_and_grads(vae.model, vae.guide, x)
     assert state.get_buffer("started").item() == 1
     before = state.get_buffer("average").clone()
-    state.measured = torch.tensor(math.nan, device=device)
+    state.seen = torch.tensor(math.nan, device=device)
     state.advance()
     assert torch.equal(state.get_buffer("average"), before)
     assert bool(state.get_buffer("log_multiplier").isfinite())

@@ -299,7 +299,6 @@ class _Discriminator(ObjectiveState):
         self.network = nn.Sequential(*layers).to(self.like)
         self.network.requires_grad_(requires_grad=False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr, betas=(0.5, 0.9))
-        self.seen: Tensor | None = None
 
     def advance(self) -> None:
         """Trains the classifier on the codes that the step has seen."""

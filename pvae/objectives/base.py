@@ -28,8 +28,8 @@ class ObjectiveState(nn.Module):
 
     Schedules are evaluated on the host and kept as tensors, so that nothing has to be traced or
     compiled anew when they change. Subclasses keep more, in buffers and parameters, which a
-    checkpoint saves: `surrogate` leaves what it has measured in attributes, and `advance`, which
-    training steps alone call, learns from it.
+    checkpoint saves: `surrogate` leaves one tensor that it has measured in ``seen``, and `advance`,
+    which training steps alone call, learns from it.
 
     Arguments:
         schedules: By name, lengths in steps.
@@ -42,6 +42,7 @@ class ObjectiveState(nn.Module):
     ) -> None:
         super().__init__()
         self.schedules, self.step, self.num_data = schedules, 0, num_data
+        self.seen: Tensor | None = None
         self.like = torch.zeros((), dtype=structure.dtype, device=structure.device)
         for name in schedules:
             self.register_buffer(name, self.like.clone())
@@ -99,7 +100,6 @@ class MovingAverage(ObjectiveState):
         self.decay = decay
         for name in ("average", "started"):
             self.register_buffer(name, self.like.clone())
-        self.measured: Tensor | None = None
 
     def averaged(self, value: Tensor) -> Tensor:
         """The average with a new value in it."""
@@ -108,12 +108,12 @@ class MovingAverage(ObjectiveState):
 
     def advance(self) -> None:
         """Takes in what the step has measured, if that is finite."""
-        if self.measured is not None:
-            average = self.averaged(self.measured)
+        if self.seen is not None:
+            average = self.averaged(self.seen)
             ok = average.isfinite()
             self.average.copy_(torch.where(ok, average, self.average))
             self.started.copy_(torch.where(ok, 1.0, self.started))
-            self.measured = None
+            self.seen = None
         super().advance()
 
 

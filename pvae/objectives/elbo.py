@@ -149,7 +149,7 @@ class ELBO(Objective):
                 signal = signal + factor * (penalty if penalty.dim() == 2 else penalty[:, None])
             if isinstance(state, MovingAverage):
                 advantage = signal - state.average
-                state.measured = signal.mean() if score.requires_grad else None
+                state.seen = signal.mean() if score.requires_grad else None
             else:
                 k = terms.num_particles
                 advantage = signal - (signal.sum(0) - signal) / (k - 1)

@@ -153,7 +153,7 @@ class _Multiplier(MovingAverage):
 
     def advance(self) -> None:
         """Moves the multiplier after what the step has measured."""
-        has_measured = self.measured is not None
+        has_measured = self.seen is not None
         super().advance()
         if has_measured:
             change = (self.speed * self.average).clamp(-self.largest, self.largest)
@@ -210,7 +210,7 @@ class GECO(Objective):
         assert isinstance(state, _Multiplier)  # noqa: S101
         constraint = -terms.log_likelihood.mean() - self.tolerance
         if torch.is_grad_enabled():
-            state.measured = constraint.detach()
+            state.seen = constraint.detach()
         averaged = state.averaged(constraint.detach())
         value = constraint + (averaged - constraint).detach()
         rate = (terms.log_q - terms.log_prior).mean()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, check_int
+from pvae.modes import is_recorded
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.messages import is_factor, sample_sites
 from pvae.terms.probe import Batch, as_batch, inspect_pair, probing, run_pair
@@ -218,7 +219,7 @@ def _one_pass(
     elif given or num_particles > 1:
         target = wrapped(model)
     wrapped_guide = wrapped(guide) if given or num_particles > 1 else guide
-    before = randomness.get_state() if stop_guide else None
+    before = randomness.get_state() if stop_guide and not is_recorded() else None
     with _Detached() if detach else contextlib.nullcontext():
         guide_trace, model_trace = run_pair(target, wrapped_guide, batch)
     collect = Collector(structure, num_particles, per_dimension)
@@ -229,21 +230,21 @@ def _one_pass(
     terms = collect.terms()
     terms.guide_trace, terms.model_trace = guide_trace, model_trace
     if stop_guide:
-        assert before is not None  # noqa: S101
         _score_stopped(wrapped(guide), batch, structure, terms, before)
     return terms
 
 
 def _score_stopped(
-    guide: Any, batch: Batch, structure: Structure, terms: Terms, before: dict[str, Tensor]
+    guide: Any, batch: Batch, structure: Structure, terms: Terms, before: dict[str, Tensor] | None
 ) -> None:
     """A second guide pass at the same values, while no parameter requires a gradient.
 
     Stopping the parameters of the distributions instead would also cut what one latent
     contributes to the next one's distribution, and can't be done for a flow at all. The pass
     starts from the same generators, so that dropout drops the same units, and running statistics
-    don't move twice. Values go in under another name (a view), because a transform that has
-    cached the draw would give back its cached, unstopped, log density.
+    don't move twice; a graph, which can't go back to earlier generators, draws nothing again.
+    Values go in under another name (a view), because a transform that has cached the draw would
+    give back its cached, unstopped, log density.
     """
     if isinstance(poutine.unwrap(guide), Messenger):
         raise PairError("guide", "a guide that can be replayed", "an AutoMessenger", ["AutoNormal"])
@@ -253,13 +254,16 @@ def _score_stopped(
         if node["type"] == "sample" and not node["is_observed"]
     }
     collect = Collector(structure, terms.num_particles, per_dimension=False)
-    with (
-        _stopped(structure.parameters.values()),
-        randomness.forked(),
-        _statistics_kept(structure),
-    ):
-        randomness.set_state(before)
-        trace = _Redrawn(values)(poutine.trace(guide).get_trace)(*batch)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_stopped(structure.parameters.values()))
+        stack.enter_context(_statistics_kept(structure))
+        if before is None:
+            stack.enter_context(_Given(values))
+        else:
+            stack.enter_context(randomness.forked())
+            stack.enter_context(_Redrawn(values))
+            randomness.set_state(before)
+        trace = poutine.trace(guide).get_trace(*batch)
         for site in sample_sites(trace):  # a flow runs its networks only when it is scored
             collect.guide(site, in_model=site["name"] in terms.sites)
     stopped = collect.terms()

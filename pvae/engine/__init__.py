@@ -1,0 +1,21 @@
+"""How one training step runs: terms, loss, gradients, update, all without waiting for the device.
+
+`Stepper` runs steps of any pair and objective, as Python (``"eager"``) or as one compiled graph
+(``"compiled"``); both give the same numbers.
+"""
+
+from pvae.engine.compiled import UncompilableError, compile_function
+from pvae.engine.optimizers import OptimizerLike, make_optimizer
+from pvae.engine.stepper import ENGINES, PARTS, Engine, Failure, Stepper
+
+__all__ = [
+    "ENGINES",
+    "PARTS",
+    "Engine",
+    "Failure",
+    "OptimizerLike",
+    "Stepper",
+    "UncompilableError",
+    "compile_function",
+    "make_optimizer",
+]

@@ -1,0 +1,92 @@
+"""One optimiser over all parameters, and its update where a step has succeeded."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.errors import ArgumentError
+
+__all__ = ["Backup", "OptimizerLike", "is_fused", "make_optimizer", "update"]
+
+OptimizerLike = Callable[..., torch.optim.Optimizer]
+
+
+def make_optimizer(
+    factory: OptimizerLike, parameters: Sequence[Tensor], lr: float
+) -> torch.optim.Optimizer:
+    """One optimiser over all parameters, fused where optimiser and device have that."""
+    made: torch.optim.Optimizer | None = None
+    with contextlib.suppress(TypeError, RuntimeError):
+        made = factory(parameters, lr=lr, fused=True)
+    try:
+        made = made or factory(parameters, lr=lr)
+        closure = inspect.signature(made.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError("its step needs a closure that evaluates the loss again")
+        return made
+    except (TypeError, AttributeError) as error:
+        raise ArgumentError(
+            "optimizer",
+            "a torch optimiser class, called with (parameters, lr=...)",
+            f"{factory!r}: {error}",
+            ["torch.optim.Adam", "functools.partial(torch.optim.SGD, momentum=0.9)"],
+        ) from error
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its update can be masked on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def update(optimizer: Any, ok: Tensor, parameters: Sequence[Tensor]) -> None:
+    """The optimiser's step where ``ok``, and nothing where not."""
+    if is_fused(optimizer):
+        optimizer.found_inf = (~ok).to(torch.float32)
+        optimizer.step()
+    elif ok.device.type == "cpu":  # nothing to wait for
+        if bool(ok):
+            optimizer.step()
+    else:
+        states = optimizer.state.values()
+        tensors = [v for s in states for v in s.values() if isinstance(v, Tensor)]
+        backup = Backup([*parameters, *(v for v in tensors if v.device == ok.device)])
+        optimizer.step()
+        backup.restore_unless(ok)
+
+
+class Backup:
+    """Copies of tensors, to be put back where a step turns out to have failed."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.copies = [tensor.detach().clone() for tensor in tensors]
+        self.versions = [tensor._version for tensor in tensors]
+
+    def changed(self) -> list[Tensor]:
+        """The tensors that aren't as they were, as far as versions and values tell."""
+        rows = zip(self.tensors, self.copies, self.versions, strict=True)
+        return [x for x, y, v in rows if x._version != v or not torch.equal(x, y)]
+
+    def restore(self) -> None:
+        """Puts the copies back."""
+        for tensor, copy in zip(self.tensors, self.copies, strict=True):
+            tensor.data.copy_(copy)
+
+    def restore_unless(self, ok: Tensor, *, may_wait: bool = True) -> None:
+        """Puts the copies back where not ``ok``.
+
+        Arguments:
+            ok: A boolean scalar.
+            may_wait: Whether its value may be read, where that costs nothing.
+        """
+        if may_wait and ok.device.type == "cpu" and bool(ok):
+            return
+        with torch.no_grad():
+            for tensor, copy in zip(self.tensors, self.copies, strict=True):
+                tensor.copy_(torch.where(ok, tensor, copy))

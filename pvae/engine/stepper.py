@@ -1,0 +1,361 @@
+"""One training step, on the device alone.
+
+A step whose loss or gradient isn't finite changes nothing, and nor does any step after it: the
+update is masked on the device. The host finds out when it looks, every so often.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import pyro
+import torch
+from pyro.infer import ELBO as PyroELBO
+from torch import Tensor
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.engine.compiled import UncompilableError, compile_function
+from pvae.engine.optimizers import Backup, is_fused, update
+from pvae.errors import ArgumentError, PvaeWarning
+from pvae.modes import recorded
+from pvae.objectives import Objective, ObjectiveState
+from pvae.sites import unannounced
+
+__all__ = ["ENGINES", "PARTS", "Engine", "Failure", "Stepper"]
+
+Engine = Literal["eager", "compiled"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+PARTS = ("loss", "elbo", "log_likelihood", "rate", "penalty", "grad_norm")
+"""What is summed over an epoch: per datum and in nats, but for the norm of the gradient."""
+
+MAX_SHAPES = 4
+"""Shapes of a batch that are compiled; others run as Python."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Of the norm of the gradient's change against the norm of the gradient."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first step that wasn't finite: its number, and the sites or parameters at fault."""
+
+    step: int
+    sites: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+class Stepper:
+    """Runs training steps of a pair and keeps sums of what they measured on the device.
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        objective: What to maximise; any of Pyro's ELBOs.
+        structure: What `inspect_pair` found.
+        optimizer: Over ``structure.parameters``.
+        state: The objective's state; None for Pyro's own objectives.
+        clip_norm: Largest norm of the whole gradient; None for no clipping.
+        engine: ``"eager"``, or ``"compiled"``: loss, gradients and everything measured as one
+            graph for each shape of batch. Its first step is compared with the eager one; where
+            they differ, or there can be no graph, a warning says why, and steps are eager.
+        per_datum: Whether the loss is divided by the data plate's full size.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        objective: PyroELBO,
+        structure: t.Structure,
+        optimizer: torch.optim.Optimizer,
+        state: ObjectiveState | None,
+        clip_norm: float | None,
+        engine: Engine = "eager",
+        *,
+        per_datum: bool = True,
+    ) -> None:
+        self.model, self.guide, self.objective = model, guide, objective
+        self.structure, self.optimizer, self.state = structure, optimizer, state
+        self.clip_norm, self.per_datum = clip_norm, per_datum
+        if engine not in ENGINES:
+            raise ArgumentError("engine", f"one of {', '.join(ENGINES)}", repr(engine))
+        self.engine: Engine = engine
+        self.parameters = list(structure.parameters.values())
+        device = structure.device
+        self.sums = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.number = torch.zeros((), dtype=torch.int64, device=device)
+        self.failed = torch.zeros((), dtype=torch.bool, device=device)
+        self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_sites = self.bad_parameters = self.failed.new_zeros(0)
+        self.site_names: tuple[str, ...] = ()
+        self.with_grad: list[str] = []
+        self.has_penalties = self.seen = False
+        self.buffers = [b for m in structure.modules for b in m.buffers(recurse=False)]
+        self._moving: list[Tensor] | None = None
+        """Buffers that a pass changes, while one is traced."""
+        self._compiled: dict[Any, Callable[..., Sequence[Tensor]]] = {}
+
+    def __call__(self, batch: tuple[Tensor, ...], step: int) -> None:
+        """Runs one step on a batch; ``step`` is its number, for a `Failure` to name."""
+        self.number.fill_(step)
+        ok, *rest = self._runner(batch)(*batch)
+        if self.seen:
+            seen, *rest = rest
+            assert self.state is not None  # noqa: S101
+            self.state.seen = seen
+        found = dict(zip(self.with_grad, rest, strict=True))
+        for name, parameter in self.structure.parameters.items():
+            parameter.grad = found.get(name)
+        update(self.optimizer, ok, self.parameters)
+        if self.state is not None:
+            kept = Backup(list(self.state.tensors().values()))
+            self.state.advance()
+            kept.restore_unless(ok)
+
+    def averages(self) -> dict[str, float]:
+        """Averages over data since the last `reset`; waits for the device."""
+        *sums, rows = self.sums.tolist()
+        return {name: total / max(rows, 1.0) for name, total in zip(PARTS, sums, strict=True)}
+
+    def recover(self, step: int) -> None:
+        """Makes itself ready to go on at ``step``, after a failure."""
+        self.failed.zero_()
+        self.failed_at.fill_(-1)
+        if self.state is not None:
+            self.state.set_step(step)
+
+    def reset(self) -> None:
+        """Starts new averages."""
+        self.sums.zero_()
+
+    def look(self, step: int) -> Failure | None:
+        """Waits for the device and says whether a step has failed; ``step`` is the last one."""
+        if not bool(self.failed):
+            return None
+        at = int(self.failed_at)
+        for state in self.optimizer.state.values():  # counters on the host couldn't be masked
+            count = None if is_fused(self.optimizer) else state.get("step")
+            if isinstance(count, Tensor) and count.device != self.failed.device:
+                count -= step - at + 1
+        names = zip(self.site_names, self.bad_sites.tolist(), strict=False)
+        parameters = zip(self.with_grad, self.bad_parameters.tolist(), strict=False)
+        return Failure(
+            at,
+            tuple(dict.fromkeys(name for name, bad in names if bad)),
+            tuple(name for name, bad in parameters if bad),
+        )
+
+    # A step but for its update: a function of tensors, which may be compiled
+
+    def _pass(self, *batch: Tensor) -> list[Tensor]:
+        """Whether the step is good, what the objective's state has seen if any, and gradients."""
+        buffers = Backup(self.buffers if self._moving is None else self._moving)
+        measured, rows, gradients = self._measure(batch)
+        with torch.no_grad():
+            norm = self._gradient_norm(gradients)
+            finite = measured[0].isfinite() & norm.isfinite()
+            ok = finite & ~self.failed
+            self.failed_at.copy_(torch.where(finite | self.failed, self.failed_at, self.number))
+            if self.clip_norm is not None:
+                factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+                gradients = list(torch._foreach_mul(gradients, factor))
+            buffers.restore_unless(ok, may_wait=self._moving is None)
+            self.failed.copy_(~ok)
+            values = torch.stack([*measured, norm]).to(torch.float64)
+            row = torch.cat([values * rows, values.new_full((1,), rows)])
+            self.sums.add_(torch.where(ok, row, torch.zeros_like(row)))
+            self.loss.copy_(values[0])
+        seen = None if self.state is None else self.state.seen
+        self.seen = seen is not None
+        return [ok, *([] if seen is None else [seen]), *gradients]
+
+    def _measure(self, batch: tuple[Tensor, ...]) -> tuple[list[Tensor], int, list[Tensor]]:
+        """What is measured per datum, of how many, and the gradients of the loss."""
+        if not isinstance(self.objective, Objective):
+            return self._measure_pyro(batch)
+        assert self.state is not None  # noqa: S101
+        with unannounced():
+            terms = self.objective.compute_terms(self.model, self.guide, batch, self.structure)
+        divisor = self.structure.divisor(terms.num_rows)
+        loss = self.objective.surrogate(terms, self.state)
+        loss = loss / divisor if self.per_datum else loss
+        gradients = self._differentiate(loss)
+        with torch.no_grad():
+            self._note_sites(terms)
+            elbo, likelihood = terms.elbo_per_datum()
+            self.has_penalties = any(s.kind == "penalty" for s in terms.sites.values())
+            penalty = -terms.scaled("penalty").mean() / divisor
+            parts = [loss.detach(), elbo, likelihood, likelihood - elbo, penalty]
+            return parts, terms.num_rows, gradients
+
+    def _measure_pyro(self, batch: tuple[Tensor, ...]) -> tuple[list[Tensor], int, list[Tensor]]:
+        """The same of one of Pyro's objectives, of which the loss alone is known."""
+        rows = self.structure.subsample_size or len(batch[0])
+        divisor = self.structure.divisor(rows) if self.per_datum else 1
+        if hasattr(self.objective, "differentiable_loss"):
+            loss = self.objective.differentiable_loss(self.model, self.guide, *batch) / divisor
+            gradients = self._differentiate(loss)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            value = self.objective.loss_and_grads(self.model, self.guide, *batch)
+            if not isinstance(value, (float, int, Tensor)):
+                raise ArgumentError(
+                    "objective",
+                    "one that returns one loss",
+                    f"{type(self.objective).__name__}, which returns a {type(value).__name__}",
+                    ["pyro.infer.SVI with it, and a loop of your own"],
+                )
+            loss = torch.as_tensor(value, dtype=torch.float64) / divisor
+            found = {n: p.grad for n, p in self.structure.parameters.items() if p.grad is not None}
+            self.with_grad, gradients = list(found), list(found.values())
+            if gradients:
+                torch._foreach_div_(gradients, divisor)
+        loss = loss.detach().to(self.sums.device)
+        unknown = torch.full_like(loss, float("nan"))
+        return [loss, unknown, unknown, unknown, unknown], rows, gradients
+
+    def _differentiate(self, loss: Tensor) -> list[Tensor]:
+        """Gradients of the parameters that have one."""
+        found: Sequence[Tensor | None] = [None] * len(self.parameters)
+        if loss.requires_grad and self.parameters:
+            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        names = self.structure.parameters
+        self.with_grad = [n for n, g in zip(names, found, strict=False) if g is not None]
+        return [g for g in found if g is not None]
+
+    def _gradient_norm(self, gradients: list[Tensor]) -> Tensor:
+        if not gradients:
+            raise ArgumentError(
+                "pair",
+                "a loss that depends on its parameters",
+                "no parameter with a gradient",
+                ["does the guide sample from a distribution made of its parameters?"],
+            )
+        if any(g.is_sparse for g in gradients):
+            sparse = [n for n, g in zip(self.with_grad, gradients, strict=True) if g.is_sparse]
+            raise ArgumentError(
+                "pair",
+                "dense gradients",
+                f"sparse ones, of {', '.join(sparse)}",
+                ["nn.Embedding(..., sparse=False)"],
+            )
+        if self._moving is not None:  # in a graph, which fuses these
+            norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+        else:
+            norms = torch.stack(torch._foreach_norm(gradients))
+        self.bad_parameters = self._first_bad(self.bad_parameters, ~norms.isfinite())
+        return torch.linalg.vector_norm(norms)
+
+    def _note_sites(self, terms: t.Terms) -> None:
+        names, sums = [], []
+        for name, site in terms.sites.items():
+            for part in (site.scaled_log_p, site.scaled_log_q):
+                if part is not None:
+                    names.append(name)
+                    sums.append(part.sum())
+        self.bad_sites = self._first_bad(self.bad_sites, ~torch.stack(sums).isfinite())
+        self.site_names = tuple(names)
+
+    def _first_bad(self, known: Tensor, bad: Tensor) -> Tensor:
+        """What was bad at the first failure, once there was one; written where it is known."""
+        if known.shape != bad.shape:
+            return bad
+        return known.copy_(torch.where(self.failed, known, bad))
+
+    # Compiling it
+
+    def _runner(self, batch: tuple[Tensor, ...]) -> Callable[..., Sequence[Tensor]]:
+        """The pass, or its compiled graph."""
+        if self.engine == "eager":
+            return self._pass
+        shapes = tuple((x.shape, x.dtype) for x in batch)
+        if shapes not in self._compiled:
+            if len(self._compiled) >= MAX_SHAPES:
+                return self._pass
+            try:
+                self._compiled[shapes] = self._compile(batch)
+            except UncompilableError as error:
+                warnings.warn(
+                    f"Steps run as Python, not compiled: {error}. The numbers are the same.",
+                    PvaeWarning,
+                    stacklevel=4,
+                )
+                self.engine = "eager"
+                return self._pass
+        return self._compiled[shapes]
+
+    def _compile(self, batch: tuple[Tensor, ...]) -> Callable[..., Sequence[Tensor]]:
+        """The pass as a graph, which has given the same numbers on this batch."""
+        if not isinstance(self.objective, Objective):
+            raise UncompilableError(f"{type(self.objective).__name__} is one of Pyro's objectives")
+        with randomness.forked():
+            start, backup = randomness.get_state(), Backup(self._changing())
+
+            def rewind() -> None:
+                randomness.set_state(start)
+                backup.restore()
+                if self.state is not None:
+                    self.state.seen = None
+
+            buffers = Backup(self.buffers)
+            expected = self._numbers(self._pass, batch)
+            moving = buffers.changed()
+            rewind()
+            placed = self._placed_buffers()
+            self._moving = moving
+            try:
+                with pyro.validation_enabled(is_validate=False), recorded():
+                    compiled = compile_function(self._pass, batch)
+            finally:
+                self._moving = None
+                rewind()
+            rebound = [n for n, b in self._placed_buffers().items() if placed.get(n) is not b]
+            for (module, name), buffer in placed.items():
+                module._buffers[name] = buffer
+            if rebound:
+                raise UncompilableError(f"buffer '{rebound[0][1]}' is a new tensor after each step")
+            try:
+                found = self._numbers(compiled, batch)
+            except Exception as error:
+                raise UncompilableError(f"the graph fails with {error}") from error
+            finally:
+                rewind()
+        worst = _difference(expected, found)
+        if not worst <= _TOLERANCE.get(self.structure.dtype, 1e-1):
+            raise UncompilableError(f"loss or gradient differ from the eager ones, by {worst:.2g}")
+        return compiled
+
+    def _changing(self) -> list[Tensor]:
+        """What a pass may change."""
+        of_state = [] if self.state is None else list(self.state.tensors().values())
+        return [*self.buffers, *of_state, self.sums, self.loss, self.failed, self.failed_at]
+
+    def _placed_buffers(self) -> dict[tuple[Any, str], Tensor | None]:
+        return {(m, n): b for m in self.structure.modules for n, b in m._buffers.items()}
+
+    def _numbers(
+        self, function: Callable[..., Sequence[Tensor]], batch: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """The loss and the gradients that a pass gives."""
+        result = function(*batch)
+        return [self.loss.clone(), *(x.detach().clone() for x in result[1 + self.seen :])]
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Of the loss, and of the gradients as one vector, the greater relative difference."""
+    if [x.shape for x in expected] != [x.shape for x in found]:
+        return float("inf")
+
+    def norm(tensors: list[Tensor]) -> float:
+        return float(torch.stack([x.double().norm() for x in tensors]).norm())
+
+    pairs = [(a.nan_to_num(), b.nan_to_num()) for a, b in zip(expected, found, strict=True)]
+    changes = [b - a for a, b in pairs]
+    of_loss = float(changes[0].abs()) / max(1.0, float(pairs[0][0].abs()))
+    return max(of_loss, norm(changes[1:]) / max(norm([a for a, _ in pairs[1:]]), 1e-12))
