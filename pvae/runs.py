@@ -20,6 +20,7 @@ from torch import nn
 from pvae import corruptions, fitting, guides, likelihoods, penalties, priors
 from pvae.checkpoint import write_atomically
 from pvae.data import Data, Splits, load
+from pvae.engine import ASKED
 from pvae.errors import ArgumentError, CheckpointError, PvaeError, TrainingError
 from pvae.networks import activation_named
 from pvae.objectives import Objective
@@ -111,6 +112,7 @@ class Config:
     batch_size: int = 64
     lr: float = 1e-3
     patience: int | None = None
+    engine: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -121,6 +123,7 @@ class Config:
             ("guide", self.guide, GUIDES),
             ("network", self.network, NETWORKS),
             ("objective", self.objective, OBJECTIVES),
+            ("engine", self.engine, ASKED),
         ):
             if value is not None and value not in known:
                 raise ArgumentError(f"--{name}", f"one of {', '.join(known)}", repr(value))

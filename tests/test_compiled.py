@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
 import pytest
 import torch
 import zuko
+from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pvae import VAE, guides, likelihoods, priors, recipes, schedules
 from pvae import objectives as o
 from pvae import terms as t
-from pvae.engine import Stepper, make_optimizer
-from tests import pairs
+from pvae.engine import Stepper, choose, make_optimizer
+from pvae.errors import ArgumentError, CheckpointError, PvaeWarning
+from tests import fits, pairs
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.slow]
 D, Q, N = 6, 2, 12
@@ -116,8 +119,191 @@ def test_the_numbers_are_the_eager_ones(case: str, device: torch.device) -> None
         batches = [tuple(x.roll(i, 0) for x in pair[2]) for i in range(6)]
         found[engine] = run(made, batches)
         assert made.engine == engine
-        ends[engine] = [x.detach().clone() for x in (*made.parameters, *made._changing())]
+        ends[engine] = [x.detach().clone() for x in (*made.parameters, *made.changing())]
     for eager, compiled in zip(found["eager"], found["compiled"], strict=True):
         assert compiled == pytest.approx(eager, rel=1e-6, nan_ok=True)
     for a, b in zip(ends["eager"], ends["compiled"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+# What can't be compiled
+
+
+class _Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool(x.sum() > 1e9) else 2 * x
+
+
+class _Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x / self.calls
+
+
+class _Rebinding(nn.Module):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (_Branching, "value is read on the way"),
+        (_Counting, "two steps aren't the same program, from .*div"),
+        (_Rebinding, "buffer 'seen' is a new tensor"),
+    ],
+)
+def test_what_has_no_graph_runs_as_python(
+    layer: type[nn.Module], words: str, device: torch.device
+) -> None:
+    def build() -> Pair:
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(D, 2 * Q), layer())
+        decoder = likelihoods.Bernoulli(lambda p: nn.Linear(Q, p * D), D)
+        pair = VAE(priors.StandardNormal(Q), decoder, guides.MeanField(encoder, Q)).to(device)
+        return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
+
+    eager, compiled = stepper(build(), o.ELBO(), "eager"), stepper(build(), o.ELBO(), "compiled")
+    batches = [build()[2]] * 3
+    expected = run(eager, batches)
+    with pytest.warns(PvaeWarning, match=f"run as Python, not compiled: .*{words}"):
+        found = run(compiled, batches)
+    assert compiled.engine == "eager"
+    if layer is not _Counting:  # which has been called for the attempt
+        assert found == expected
+
+
+def test_pyros_objectives_run_as_python(device: torch.device) -> None:
+    made = stepper(vae(device), TraceMeanField_ELBO(), "compiled")
+    with pytest.warns(PvaeWarning, match="TraceMeanField_ELBO is one of Pyro's"):
+        run(made, [vae(device)[2]])
+
+
+def test_a_compiler_that_fails(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is none."""
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no C++ compiler\nmore of it")
+
+    monkeypatch.setattr("pvae.engine.compiled._compile", missing)
+    made = stepper(vae(device), o.ELBO(), "compiled")
+    with pytest.warns(PvaeWarning, match=r"fails with RuntimeError: no C\+\+ compiler\."):
+        run(made, [vae(device)[2]])
+
+
+def test_a_graph_with_other_numbers_is_refused(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(function: Any, example: Any) -> Any:
+        return lambda *batch: [x * 1.01 if x.dim() else x for x in function(*batch)]
+
+    monkeypatch.setattr("pvae.engine.stepper.compile_function", wrong)
+    made = stepper(vae(device), o.ELBO(), "compiled")
+    with pytest.warns(PvaeWarning, match=r"differ from the eager ones, by 0\.01"):
+        run(made, [vae(device)[2]])
+
+
+def test_each_shape_has_its_graph_up_to_a_few(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[Any] = []
+
+    def note(function: Any, example: Any) -> Any:
+        shapes.append(example[0].shape)
+        return function
+
+    monkeypatch.setattr("pvae.engine.stepper.compile_function", note)
+    made = stepper(vae(device), o.ELBO(), "compiled")
+    x = vae(device)[2][0]
+    run(made, [(x[:n],) for n in (12, 12, 5, 12, 5, 4, 3, 2, 2)])
+    assert [s[0] for s in shapes] == [12, 5, 4, 3]
+    assert made.engine == "compiled"
+
+
+def test_a_failed_step_changes_nothing(device: torch.device) -> None:
+    model, guide, (x,) = noisy(device)
+    made = stepper((model, guide, (x,)), o.ELBO(), "compiled")
+    bad = x.clone()
+    bad[3, 2] = float("nan")
+    run(made, [(x,)])
+    before = [v.detach().clone() for v in (*made.parameters, *made.buffers, made.sums)]
+    assert made.look(0) is None
+    run(made, [(bad,), (x,)])
+    for now, then in zip((*made.parameters, *made.buffers, made.sums), before, strict=True):
+        assert torch.equal(now, then)
+    failure = made.look(1)
+    assert failure is not None
+    assert (failure.step, set(failure.sites)) == (0, {"z", "x"})
+
+
+def test_an_unknown_engine_is_refused(device: torch.device) -> None:
+    with pytest.raises(ArgumentError, match="one of eager, compiled"):
+        stepper(vae(device), o.ELBO(), "fast")
+
+
+# In fit
+
+
+def test_a_compiled_training_resumes_bit_for_bit(device: torch.device, tmp_path: Path) -> None:
+    """With a last batch of another size; what "auto" finds in the folder, it obeys."""
+    options: dict[str, Any] = {"device": device, "objective": o.ELBO(beta=schedules.Warmup(5))}
+    whole, halves = fits.vae(), fits.vae()
+    fits.fit(whole.model, whole.guide, fits.binary(), engine="compiled", epochs=4, **options)
+    options |= {"folder": tmp_path}
+    fits.fit(halves.model, halves.guide, fits.binary(), engine="compiled", epochs=2, **options)
+    again = fits.fit(halves.model, halves.guide, fits.binary(), epochs=4, resume=True, **options)
+    assert again.stepper.engine == "compiled"
+    assert fits.same(fits.state(whole), fits.state(halves))
+    with pytest.raises(CheckpointError, match="engine='compiled'"):
+        fits.fit(halves.model, halves.guide, fits.binary(), engine="eager", resume=True, **options)
+
+
+def test_draws_differ_by_step_and_by_seed_alone(device: torch.device) -> None:
+    ends = []
+    for seed in (1, 1, 2):
+        pair = fits.vae()
+        fits.fit(
+            pair.model, pair.guide, fits.binary(), engine="compiled", seed=seed, epochs=2,
+            batch_size=40, device=device,
+        )  # fmt: skip
+        ends.append(fits.state(pair))
+    assert fits.same(ends[0], ends[1])
+    assert not fits.same(ends[0], ends[2])
+    made = stepper(vae(device), o.ELBO(), "compiled")
+    first, second = run(made, [vae(device)[2]] * 2)
+    assert first["rate"] != second["rate"]
+
+
+def test_auto_compiles_long_trainings_alone(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stepper(vae(device), o.ELBO(), "eager")
+    before = [x.clone() for x in (*made.parameters, *made.changing())]
+    generator = torch.get_rng_state()
+    batch = vae(device)[2]
+    monkeypatch.setattr("pvae.engine.choice._seconds", lambda *_: 0.01)
+    assert choose(made, lambda: batch, 10_000) == "eager"
+    assert choose(made, lambda: batch, 20_000) == "compiled"
+    monkeypatch.undo()
+    torch.set_rng_state(generator)
+    assert choose(made, lambda: batch, 10**9) == "compiled"
+    assert choose(made, lambda: batch, 1000) == "eager"
+    for now, then in zip((*made.parameters, *made.changing()), before, strict=True):
+        assert torch.equal(now, then)
+    assert torch.equal(torch.get_rng_state(), generator)
+    of_pyro = stepper(vae(device), TraceMeanField_ELBO(), "eager")
+    assert choose(of_pyro, lambda: batch, 10**9) == "eager"
+    if device.type == "cpu":
+        monkeypatch.setattr("shutil.which", lambda _: None)
+        assert choose(made, lambda: batch, 10**9) == "eager"

@@ -126,6 +126,9 @@ def train(
         typer.Option(help="Stop after as many epochs without a better validation value."),
     ] = None,
     device: Device = "auto",
+    engine: Annotated[
+        str, typer.Option(help="eager, compiled, or auto: compiled where that pays.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of networks, data and draws.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<data>-<recipe>.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on; only --epochs may be new.")] = False,  # noqa: FBT002
@@ -173,6 +176,7 @@ def train(
         batch_size=batch_size,
         lr=lr,
         patience=patience,
+        engine=engine,
         seed=seed,
     )
     sources = {name: context.get_parameter_source(name) for name in vars(asked)}
@@ -254,6 +258,7 @@ def _train(
             valid=splits.valid.unlabelled(),
             patience=config.patience,
             device=device,
+            engine=config.engine,  # type: ignore[arg-type]
             seed=config.seed,
             folder=folder,
             resume=resume,

@@ -4,18 +4,22 @@
 (``"compiled"``); both give the same numbers.
 """
 
+from pvae.engine.choice import ASKED, Asked, choose
 from pvae.engine.compiled import UncompilableError, compile_function
 from pvae.engine.optimizers import OptimizerLike, make_optimizer
 from pvae.engine.stepper import ENGINES, PARTS, Engine, Failure, Stepper
 
 __all__ = [
+    "ASKED",
     "ENGINES",
     "PARTS",
+    "Asked",
     "Engine",
     "Failure",
     "OptimizerLike",
     "Stepper",
     "UncompilableError",
+    "choose",
     "compile_function",
     "make_optimizer",
 ]

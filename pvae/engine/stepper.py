@@ -153,8 +153,12 @@ class Stepper:
 
     # A step but for its update: a function of tensors, which may be compiled
 
-    def _pass(self, *batch: Tensor) -> list[Tensor]:
-        """Whether the step is good, what the objective's state has seen if any, and gradients."""
+    def run_pass(self, *batch: Tensor) -> list[Tensor]:
+        """A step but for its update.
+
+        Returns:
+            Whether it is good, what the objective's state has seen, if any, and the gradients.
+        """
         buffers = Backup(self.buffers if self._moving is None else self._moving)
         measured, rows, gradients = self._measure(batch)
         with torch.no_grad():
@@ -273,11 +277,11 @@ class Stepper:
     def _runner(self, batch: tuple[Tensor, ...]) -> Callable[..., Sequence[Tensor]]:
         """The pass, or its compiled graph."""
         if self.engine == "eager":
-            return self._pass
+            return self.run_pass
         shapes = tuple((x.shape, x.dtype) for x in batch)
         if shapes not in self._compiled:
             if len(self._compiled) >= MAX_SHAPES:
-                return self._pass
+                return self.run_pass
             try:
                 self._compiled[shapes] = self._compile(batch)
             except UncompilableError as error:
@@ -287,7 +291,7 @@ class Stepper:
                     stacklevel=4,
                 )
                 self.engine = "eager"
-                return self._pass
+                return self.run_pass
         return self._compiled[shapes]
 
     def _compile(self, batch: tuple[Tensor, ...]) -> Callable[..., Sequence[Tensor]]:
@@ -295,31 +299,31 @@ class Stepper:
         if not isinstance(self.objective, Objective):
             raise UncompilableError(f"{type(self.objective).__name__} is one of Pyro's objectives")
         with randomness.forked():
-            start, backup = randomness.get_state(), Backup(self._changing())
+            start, backup = randomness.get_state(), Backup(self.changing())
+            placed = self._placed_buffers()
 
             def rewind() -> None:
                 randomness.set_state(start)
+                for (module, name), buffer in placed.items():
+                    module._buffers[name] = buffer
                 backup.restore()
                 if self.state is not None:
                     self.state.seen = None
 
             buffers = Backup(self.buffers)
-            expected = self._numbers(self._pass, batch)
-            moving = buffers.changed()
+            expected = self._numbers(self.run_pass, batch)
+            moving, now = buffers.changed(), self._placed_buffers()
             rewind()
-            placed = self._placed_buffers()
+            rebound = [name for (_, name), b in now.items() if placed.get((_, name)) is not b]
+            if rebound:
+                raise UncompilableError(f"buffer '{rebound[0]}' is a new tensor after each step")
             self._moving = moving
             try:
                 with pyro.validation_enabled(is_validate=False), recorded():
-                    compiled = compile_function(self._pass, batch)
+                    compiled = compile_function(self.run_pass, batch)
             finally:
                 self._moving = None
                 rewind()
-            rebound = [n for n, b in self._placed_buffers().items() if placed.get(n) is not b]
-            for (module, name), buffer in placed.items():
-                module._buffers[name] = buffer
-            if rebound:
-                raise UncompilableError(f"buffer '{rebound[0][1]}' is a new tensor after each step")
             try:
                 found = self._numbers(compiled, batch)
             except Exception as error:
@@ -331,7 +335,7 @@ class Stepper:
             raise UncompilableError(f"loss or gradient differ from the eager ones, by {worst:.2g}")
         return compiled
 
-    def _changing(self) -> list[Tensor]:
+    def changing(self) -> list[Tensor]:
         """What a pass may change."""
         of_state = [] if self.state is None else list(self.state.tensors().values())
         return [*self.buffers, *of_state, self.sums, self.loss, self.failed, self.failed_at]

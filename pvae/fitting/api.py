@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO as PyroELBO
 
-from pvae.engine import OptimizerLike
+from pvae.engine import Asked, OptimizerLike
 from pvae.fitting.loop import Fit
 from pvae.fitting.options import Options
 from pvae.schedules import Schedule
@@ -33,6 +33,7 @@ def fit(
     patience: int | None = None,
     plate: str | None = None,
     device: str | torch.device = "auto",
+    engine: Asked = "auto",
     seed: int = 0,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -69,6 +70,10 @@ def fit(
         plate: Name of the data plate, where the batch's length doesn't tell.
         device: ``"auto"`` is CUDA where there is one, for modules; for functions, where their
             parameters are.
+        engine: How a step runs: ``"eager"``, as Python; ``"compiled"``, as one graph, after up to
+            half a minute of compiling for each shape of batch, with the same numbers up to
+            rounding; ``"auto"``, compiled where the training is long enough for that to pay. A
+            resumed training goes on with what it had.
         seed: Of the order of data, of draws, and of dynamic binarisation.
         folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``.
         resume: Continue from the folder's checkpoint, if there is one. The result is bit for bit
@@ -108,6 +113,7 @@ def fit(
         patience=patience,
         plate=plate,
         device=device,
+        engine=engine,
         seed=seed,
         folder=None if folder is None else Path(folder),
         resume=resume,

@@ -26,7 +26,7 @@ from pvae import bounds, checkpoint, randomness
 from pvae import terms as t
 from pvae.data import Batches, Source, as_source, check_rows
 from pvae.data.sources import LoaderSource
-from pvae.engine import Stepper, make_optimizer
+from pvae.engine import Engine, Stepper, choose, make_optimizer
 from pvae.errors import (
     ArgumentError,
     DataError,
@@ -130,6 +130,7 @@ class Fit:
             "data": fingerprint(self.source),
             "model": _made_of(model),
             "guide": _made_of(guide),
+            "engine": options.engine,
         }
         self._store = set(pyro.get_param_store().keys())
         self._open_folder()
@@ -210,10 +211,11 @@ class Fit:
         """Goes on from the folder's checkpoint, or empties the folder, all else being checked."""
         options = self.options
         if options.folder is None:
-            return
-        if options.resume and options.checkpoint_file.exists():
+            self._set_engine()
+        elif options.resume and options.checkpoint_file.exists():
             with randomness.forked():
                 saved = checkpoint.load(options.checkpoint_file)
+                self._set_engine(saved.meta["settings"].get("engine"))
                 self.progress = restore(
                     saved, self.stepper, self.buffers, self._settings, str(options.checkpoint_file)
                 )
@@ -221,9 +223,19 @@ class Fit:
             self.history.write(options.history_file)
             if self.progress.epochs != self.epochs:
                 self._warn_of_stretching(self.progress.epochs)
-        elif options.overwrite:
-            options.checkpoint_file.unlink(missing_ok=True)
-            options.history_file.unlink(missing_ok=True)
+        else:
+            self._set_engine()
+            if options.overwrite:
+                options.checkpoint_file.unlink(missing_ok=True)
+                options.history_file.unlink(missing_ok=True)
+
+    def _set_engine(self, before: Engine | None = None) -> None:
+        """The engine asked for; ``"auto"`` is the one before, or the one that pays."""
+        asked = self.options.engine
+        if asked == "auto":
+            steps, rows = self.epochs * self.steps_per_epoch, self.batches.batch_size
+            asked = before or choose(self.stepper, lambda: t.first_batch(self.source, rows), steps)
+        self.stepper.engine = self._settings["engine"] = asked
 
     def _warn_of_stretching(self, before: int) -> None:
         if self._spanning:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pvae.engine import OptimizerLike
-from pvae.errors import ArgumentError, CheckpointError, check_int, check_number
+from pvae.engine import ASKED, Asked, OptimizerLike
+from pvae.errors import ArgumentError, CheckpointError, check_int, check_number, oxford
 from pvae.schedules import Schedule, as_schedule
 
 __all__ = ["Options"]
@@ -28,6 +28,7 @@ class Options:
     patience: int | None
     plate: str | None
     device: str | torch.device
+    engine: Asked
     seed: int
     folder: Path | None
     resume: bool
@@ -45,6 +46,8 @@ class Options:
                 check_int(name, getattr(self, name))
         if self.clip_norm is not None:
             check_number("clip_norm", self.clip_norm, above=0)
+        if self.engine not in ASKED:
+            raise ArgumentError("engine", f"one of {oxford(ASKED)}", repr(self.engine))
         self._check_folder()
 
     def _check_folder(self) -> None:

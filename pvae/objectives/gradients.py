@@ -160,8 +160,8 @@ class TVO(Objective):
 
     :math:`J = 1` is the evidence lower bound. Expectations are by self-normalised weights
     :math:`w^\beta`, so that the bound holds as K grows; gradients are by covariances (divided by
-    :math:`1 - \sum_k \bar w_k^2`, which is :math:`1 - 1/K` at :math:`\beta = 0`, so that they are
-    unbiased there), and no draw has to be reparametrised.
+    :math:`1 - 1/K`, so that they are unbiased at :math:`\beta = 0`), and no draw has to be
+    reparametrised.
 
     References:
         The Thermodynamic Variational Objective (Masrani et al., 2019),
@@ -206,6 +206,6 @@ class TVO(Objective):
         mean = (weight * fixed).sum(1)
         log_path = beta * terms.log_joint + (1 - beta) * terms.log_q
         covariance = (weight * (fixed - mean[:, None]) * log_path).sum(1)
-        covariance = covariance / (1 - weight.square().sum(1)).clamp(min=1e-6)
+        covariance = covariance * (terms.num_particles / (terms.num_particles - 1))
         score = (width * ((weight * log_weight).sum(1) + covariance)).sum(0)
         return -self.total(terms, state, (width * mean).sum(0) + score - score.detach())

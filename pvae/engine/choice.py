@@ -1,0 +1,56 @@
+"""Which engine pays: compiling takes a while, and makes every step shorter."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pvae import randomness
+from pvae.engine.optimizers import Backup
+from pvae.engine.stepper import Engine, Stepper
+from pvae.objectives import Objective
+
+__all__ = ["ASKED", "WORTH_COMPILING", "Asked", "choose"]
+
+Asked = Literal["auto", "eager", "compiled"]
+ASKED: tuple[Asked, ...] = get_args(Asked)
+
+WORTH_COMPILING = 180.0
+"""Seconds of eager training from which compiling pays: it takes up to half a minute for each shape
+of batch, and saves from a tenth of the time (large convolutions) to half of it (small networks)."""
+
+
+def choose(stepper: Stepper, batch: Callable[[], tuple[Tensor, ...]], steps: int) -> Engine:
+    """The engine for so many steps on such a batch, by the time that an eager one takes.
+
+    Leaves everything as it was. Only long trainings are measured at all.
+    """
+    if not isinstance(stepper.objective, Objective) or steps < WORTH_COMPILING / 0.2:
+        return "eager"
+    on_cpu = stepper.structure.device.type == "cpu"
+    if on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        return "eager"
+    return "compiled" if steps * _seconds(stepper, batch()) > WORTH_COMPILING else "eager"
+
+
+def _seconds(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
+    """What a pass takes, without its update."""
+    found = []
+    with randomness.forked():
+        backup = Backup(stepper.changing())
+        for _ in range(4):
+            started = time.perf_counter()
+            stepper.run_pass(*batch)
+            if stepper.structure.device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - started)
+        backup.restore()
+    if stepper.state is not None:
+        stepper.state.seen = None
+    return statistics.median(found[1:])
