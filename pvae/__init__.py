@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pvae.report as report
     import pvae.schedules as schedules
     import pvae.sites as sites
+    import pvae.svi as svi
     import pvae.terms as terms
     import pvae.testing as testing
     from pvae.conditional import Conditional
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pvae.errors import PvaeError, PvaeWarning
     from pvae.fitting import Fit, fit, load
     from pvae.pair import VAE, Guide, Model
+    from pvae.svi import SVI
 
 _MODULES = (
     "bounds",
@@ -68,6 +70,7 @@ _MODULES = (
     "report",
     "schedules",
     "sites",
+    "svi",
     "terms",
     "testing",
 )
@@ -78,6 +81,7 @@ _NAMES = {
     "Model": "pair",
     "PvaeError": "errors",
     "PvaeWarning": "errors",
+    "SVI": "svi",
     "VAE": "pair",
     "fit": "fitting",
     "kl": "divergence",
@@ -85,6 +89,7 @@ _NAMES = {
 }
 
 __all__ = [
+    "SVI",
     "VAE",
     "Conditional",
     "Fit",
@@ -118,6 +123,7 @@ __all__ = [
     "report",
     "schedules",
     "sites",
+    "svi",
     "terms",
     "testing",
 ]

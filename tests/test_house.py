@@ -32,6 +32,7 @@ TOOLS = [  # each may import the ground and the tools above it
     "terms",
     "objectives",
     "engine",
+    "svi",
     "checkpoint",
     "bounds",
     "latent",

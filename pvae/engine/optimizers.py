@@ -18,14 +18,21 @@ OptimizerLike = Callable[..., torch.optim.Optimizer]
 
 
 def make_optimizer(
-    factory: OptimizerLike, parameters: Sequence[Tensor], lr: float
+    factory: OptimizerLike, parameters: Sequence[Any], lr: float | None = None
 ) -> torch.optim.Optimizer:
-    """One optimiser over all parameters, fused where optimiser and device have that."""
+    """One optimiser over all parameters, fused where optimiser and device have that.
+
+    Arguments:
+        factory: A torch optimiser class, or a function like one.
+        parameters: Tensors, or groups of them.
+        lr: Learning rate; None where the factory has it.
+    """
+    settings = {} if lr is None else {"lr": lr}
     made: torch.optim.Optimizer | None = None
     with contextlib.suppress(TypeError, RuntimeError):
-        made = factory(parameters, lr=lr, fused=True)
+        made = factory(parameters, **settings, fused=True)
     try:
-        made = made or factory(parameters, lr=lr)
+        made = made or factory(parameters, **settings)
         closure = inspect.signature(made.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError("its step needs a closure that evaluates the loss again")

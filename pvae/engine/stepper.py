@@ -278,7 +278,8 @@ class Stepper:
         """The pass, or its compiled graph."""
         if self.engine == "eager":
             return self.run_pass
-        shapes = tuple((x.shape, x.dtype) for x in batch)
+        modes = tuple(m.training for m in self.structure.modules)
+        shapes = (modes, *((x.shape, x.dtype) for x in batch))
         if shapes not in self._compiled:
             if len(self._compiled) >= MAX_SHAPES:
                 return self.run_pass

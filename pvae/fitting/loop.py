@@ -18,7 +18,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
-from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,7 +45,7 @@ from pvae.fitting.history import History
 from pvae.fitting.options import Options
 from pvae.fitting.state import Progress, buffers_of, copy_into, fingerprint, restore, snapshot
 from pvae.modes import in_mode
-from pvae.objectives import ELBO, Objective, ObjectiveState
+from pvae.objectives import Objective, ObjectiveState, as_objective
 from pvae.schedules import Constant, Schedule, Timed
 
 __all__ = ["Fit", "place"]
@@ -82,7 +81,7 @@ class Fit:
 
     def _set_up(self, data: Any, objective: PyroELBO | None, valid: Any) -> None:
         options, model, guide = self.options, self.model, self.guide
-        self.objective = _as_objective(objective, options.plate)
+        self.objective = as_objective(objective, options.plate)
         plate = getattr(self.objective, "plate", None)
         if plate is not None and options.plate not in (None, plate):
             raise ArgumentError(
@@ -500,26 +499,6 @@ def _on_interrupt() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _as_objective(objective: PyroELBO | None, plate: str | None) -> PyroELBO:
-    """Exactly ``Trace_ELBO`` runs as our own ELBO: the same numbers, and the parts logged."""
-    if objective is None:
-        return ELBO(plate=plate)
-    if type(objective) is Trace_ELBO:
-        return ELBO(
-            objective.num_particles,
-            vectorize_particles=True if objective.vectorize_particles else None,
-            plate=plate,
-        )
-    if not isinstance(objective, PyroELBO):
-        raise ArgumentError(
-            "objective",
-            "an instance of one of pyro.infer's ELBOs or of pvae.objectives",
-            repr(objective),
-            ["objectives.ELBO(beta=0.5)", "pyro.infer.TraceMeanField_ELBO()"],
-        )
-    return objective
 
 
 def place(

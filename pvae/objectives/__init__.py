@@ -8,7 +8,7 @@ lives in an `ObjectiveState` made for one pair and one training, which a checkpo
 
 from pvae.objectives.aggregate import DIPVAE, TCVAE, FactorVAE, InfoVAE
 from pvae.objectives.base import Objective, ObjectiveState
-from pvae.objectives.elbo import ELBO
+from pvae.objectives.elbo import ELBO, as_objective
 from pvae.objectives.gradients import RWS, STL, TVO, VIMCO
 from pvae.objectives.rate import GECO, Capacity, FreeBits
 from pvae.objectives.table import table
@@ -37,5 +37,6 @@ __all__ = [
     "Objective",
     "ObjectiveState",
     "Renyi",
+    "as_objective",
     "table",
 ]

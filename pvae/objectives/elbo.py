@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO as PyroELBO
+from pyro.infer import Trace_ELBO
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -22,7 +24,7 @@ from pvae.objectives.refusals import REFUSALS
 from pvae.schedules import Constant, Schedule
 from pvae.terms.messages import log_density_of_delta
 
-__all__ = ["ELBO"]
+__all__ = ["ELBO", "as_objective"]
 
 
 class ELBO(Objective):
@@ -239,3 +241,23 @@ def _score_function(terms: t.Terms, beta: Tensor | float, factor: Tensor | float
         if isinstance(score, Tensor):
             surrogate = surrogate + (log_r.sum_to(stack) * score).sum()
     return surrogate
+
+
+def as_objective(objective: PyroELBO | None, plate: str | None = None) -> PyroELBO:
+    """Exactly ``Trace_ELBO`` runs as our own ELBO: the same numbers, and the parts logged."""
+    if objective is None:
+        return ELBO(plate=plate)
+    if type(objective) is Trace_ELBO:
+        return ELBO(
+            objective.num_particles,
+            vectorize_particles=True if objective.vectorize_particles else None,
+            plate=plate,
+        )
+    if not isinstance(objective, PyroELBO):
+        raise ArgumentError(
+            "objective",
+            "an instance of one of pyro.infer's ELBOs or of pvae.objectives",
+            repr(objective),
+            ["objectives.ELBO(beta=0.5)", "pyro.infer.TraceMeanField_ELBO()"],
+        )
+    return objective
