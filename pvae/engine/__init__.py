@@ -7,16 +7,19 @@
 from pvae.engine.choice import ASKED, Asked, choose
 from pvae.engine.compiled import UncompilableError, compile_function
 from pvae.engine.optimizers import OptimizerLike, make_optimizer
+from pvae.engine.precision import PRECISIONS, Precision
 from pvae.engine.stepper import ENGINES, PARTS, Engine, Failure, Stepper
 
 __all__ = [
     "ASKED",
     "ENGINES",
     "PARTS",
+    "PRECISIONS",
     "Asked",
     "Engine",
     "Failure",
     "OptimizerLike",
+    "Precision",
     "Stepper",
     "UncompilableError",
     "choose",

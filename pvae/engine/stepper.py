@@ -6,6 +6,7 @@ update is masked on the device. The host finds out when it looks, every so often
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pvae import randomness
 from pvae import terms as t
 from pvae.engine.compiled import UncompilableError, compile_function
 from pvae.engine.optimizers import Backup, is_fused, update
+from pvae.engine.precision import PRECISIONS, Precision, check_densities, mixed
 from pvae.errors import ArgumentError, PvaeWarning
 from pvae.modes import recorded
 from pvae.objectives import Objective, ObjectiveState
@@ -63,6 +65,7 @@ class Stepper:
         engine: ``"eager"``, or ``"compiled"``: loss, gradients and everything measured as one
             graph for each shape of batch. Its first step is compared with the eager one; where
             they differ, or there can be no graph, a warning says why, and steps are eager.
+        precision: ``"full"``, the pair's own type, or ``"bf16"``: networks in bfloat16.
         per_datum: Whether the loss is divided by the data plate's full size.
     """
 
@@ -77,6 +80,7 @@ class Stepper:
         clip_norm: float | None,
         engine: Engine = "eager",
         *,
+        precision: Precision = "full",
         per_datum: bool = True,
     ) -> None:
         self.model, self.guide, self.objective = model, guide, objective
@@ -84,7 +88,14 @@ class Stepper:
         self.clip_norm, self.per_datum = clip_norm, per_datum
         if engine not in ENGINES:
             raise ArgumentError("engine", f"one of {', '.join(ENGINES)}", repr(engine))
+        if precision not in PRECISIONS:
+            raise ArgumentError("precision", f"one of {', '.join(PRECISIONS)}", repr(precision))
+        if precision == "bf16" and not isinstance(objective, Objective):
+            raise ArgumentError(
+                "precision", "an objective of pvae's with 'bf16'", type(objective).__name__
+            )
         self.engine: Engine = engine
+        self.precision = precision
         self.parameters = list(structure.parameters.values())
         device = structure.device
         self.sums = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=device)
@@ -184,8 +195,11 @@ class Stepper:
         if not isinstance(self.objective, Objective):
             return self._measure_pyro(batch)
         assert self.state is not None  # noqa: S101
-        with unannounced():
+        narrow = mixed(self.structure) if self.precision == "bf16" else contextlib.nullcontext()
+        with unannounced(), narrow:
             terms = self.objective.compute_terms(self.model, self.guide, batch, self.structure)
+        if self.precision == "bf16":
+            check_densities(terms)
         divisor = self.structure.divisor(terms.num_rows)
         loss = self.objective.surrogate(terms, self.state)
         loss = loss / divisor if self.per_datum else loss

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO as PyroELBO
 
-from pvae.engine import Asked, OptimizerLike
+from pvae.engine import Asked, OptimizerLike, Precision
 from pvae.fitting.loop import Fit
 from pvae.fitting.options import Options
 from pvae.schedules import Schedule
@@ -34,6 +34,7 @@ def fit(
     plate: str | None = None,
     device: str | torch.device = "auto",
     engine: Asked = "auto",
+    precision: Precision = "full",
     seed: int = 0,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -74,6 +75,8 @@ def fit(
             half a minute of compiling for each shape of batch, with the same numbers up to
             rounding; ``"auto"``, compiled where the training is long enough for that to pay. A
             resumed training goes on with what it had.
+        precision: ``"full"``, the pair's own type; or ``"bf16"``, for pairs in float32:
+            networks compute in bfloat16, densities in float32.
         seed: Of the order of data, of draws, and of dynamic binarisation.
         folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``.
         resume: Continue from the folder's checkpoint, if there is one. The result is bit for bit
@@ -114,6 +117,7 @@ def fit(
         plate=plate,
         device=device,
         engine=engine,
+        precision=precision,
         seed=seed,
         folder=None if folder is None else Path(folder),
         resume=resume,

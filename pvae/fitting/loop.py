@@ -114,6 +114,7 @@ class Fit:
             optimizer,
             self._make_state(),
             options.clip_norm,
+            precision=options.precision,
         )
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._set_length()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pvae.engine import ASKED, Asked, OptimizerLike
+from pvae.engine import ASKED, Asked, OptimizerLike, Precision
 from pvae.errors import ArgumentError, CheckpointError, check_int, check_number, oxford
 from pvae.schedules import Schedule, as_schedule
 
@@ -29,6 +29,7 @@ class Options:
     plate: str | None
     device: str | torch.device
     engine: Asked
+    precision: Precision
     seed: int
     folder: Path | None
     resume: bool
@@ -88,5 +89,6 @@ class Options:
             "lr": self.lr,
             "lr_schedule": repr(self.schedule),
             "clip_norm": self.clip_norm,
+            "precision": self.precision,
             "patience": self.patience,
         }
