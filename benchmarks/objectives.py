@@ -223,7 +223,7 @@ def write(result: dict[str, Any]) -> None:
         f"binarisation, 784-200-200-50 tanh, {result['evaluations']:,} evaluations of the decoder "
         "each, one seed.",
         "",
-        "An objective with K draws makes 1/K of ELBO's steps here, and none has converged (Burda et "
+        "An objective with K draws makes 1/K of ELBO's steps, and none has converged (Burda et "
         "al. train for 3,280 epochs): orders against them by evidence are orders by the number of "
         "steps. The last row has as many steps as ELBO.",
         "",

@@ -85,7 +85,7 @@ def test_compiled_steps_are_the_same(device: torch.device) -> None:
 
 
 def test_a_narrow_density_is_refused(device: torch.device) -> None:
-    model, guide = build().model, _Bare()
+    model, guide = build().model, _Bare().float()
     with pytest.raises(PairError, match=r"site 'z'.*float32 with precision='bf16'.*bfloat16"):
         fits.fit(model, guide, fits.binary().float(), precision="bf16", device=device)
 
