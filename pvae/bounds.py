@@ -13,6 +13,7 @@ from torch import Tensor
 from pvae import randomness
 from pvae import terms as t
 from pvae.data import Source, as_source, check_rows
+from pvae.engine import Asked, Repeated
 from pvae.errors import PairError, UndefinedError, check_int
 from pvae.modes import evaluating
 
@@ -167,6 +168,7 @@ def evidence(
     plate: str | None = None,
     structure: t.Structure | None = None,
     max_rows: int = 8192,
+    engine: Asked = "auto",
     seed: int = 0,
 ) -> Bound:
     r"""The importance-weighted estimate of the evidence of each datum, a lower bound on average.
@@ -195,6 +197,8 @@ def evidence(
         plate: Name of the data plate, where the batch's length doesn't tell.
         structure: What `pvae.terms.inspect_pair` found, if it is known.
         max_rows: Bound on the rows in memory at once, counting each particle of a datum as one.
+        engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with
+            the same draws; ``"auto"``, compiled where that pays.
         seed: Of the draws; the caller's generators are left as they are.
 
     Raises:
@@ -213,8 +217,23 @@ def evidence(
                 name, model, guide, source, structure, num_global, num_particles, max_rows
             )
         weights = _Weights(structure)
-        for rows, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
-            weights.add(rows, terms)
+
+        def reduced(k: int, *batch: Tensor) -> Tensor:
+            terms = t.compute(model, guide, batch, structure=structure, num_particles=k)
+            return weights.reduce(terms)
+
+        calls = -(-source.num_rows * num_particles // max_rows)
+        repeated = Repeated(reduced, calls, structure.dtype, engine)
+
+        def run(*programs_and_batch: Any, num_particles: int, given: Any, **rest: Any) -> Tensor:
+            if not given:
+                return repeated(num_particles, *programs_and_batch[-1])
+            terms = t.compute(*programs_and_batch, num_particles=num_particles, given=given, **rest)
+            return weights.reduce(terms)
+
+        chunks = t.stream(model, guide, source, structure, num_particles, max_rows, run=run)
+        for rows, sums in chunks:
+            weights.add(rows, sums)
         return weights.bound(name, num_particles)
 
 
@@ -284,9 +303,13 @@ class _Weights:
         self.structure = structure
         self.sums: dict[int, Tensor] = {}  # by a chunk's first row; (2, rows)
 
-    def add(self, rows: slice, terms: t.Terms) -> None:
+    @staticmethod
+    def reduce(terms: t.Terms) -> Tensor:
+        """What is kept of a chunk."""
         log_weight = terms.log_weight.double()
-        new = torch.stack([log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)])
+        return torch.stack([log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)])
+
+    def add(self, rows: slice, new: Tensor) -> None:
         known = self.sums.get(rows.start)
         self.sums[rows.start] = new if known is None else torch.logaddexp(known, new)
 
@@ -325,7 +348,7 @@ def _with_globals(
         given, outside = _draw_globals(model, guide, source, structure)
         weights = _Weights(structure)
         for rows, terms in t.stream(model, guide, source, structure, num_local, max_rows, given):
-            weights.add(rows, terms)
+            weights.add(rows, weights.reduce(terms))
         values, _ = weights.values(num_local)
         totals.append(outside + float(values.sum()))
         num_data = len(values)

@@ -8,6 +8,7 @@ from pvae.engine.choice import ASKED, Asked, choose
 from pvae.engine.compiled import UncompilableError, compile_function
 from pvae.engine.optimizers import OptimizerLike, make_optimizer
 from pvae.engine.precision import PRECISIONS, Precision
+from pvae.engine.repeated import Repeated
 from pvae.engine.stepper import ENGINES, PARTS, Engine, Failure, Stepper
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Failure",
     "OptimizerLike",
     "Precision",
+    "Repeated",
     "Stepper",
     "UncompilableError",
     "choose",

@@ -16,7 +16,7 @@ from pvae.engine.optimizers import Backup
 from pvae.engine.stepper import Engine, Stepper
 from pvae.objectives import Objective
 
-__all__ = ["ASKED", "WORTH_COMPILING", "Asked", "choose"]
+__all__ = ["ASKED", "WORTH_COMPILING", "Asked", "choose", "has_compiler"]
 
 Asked = Literal["auto", "eager", "compiled"]
 ASKED: tuple[Asked, ...] = get_args(Asked)
@@ -33,10 +33,14 @@ def choose(stepper: Stepper, batch: Callable[[], tuple[Tensor, ...]], steps: int
     """
     if not isinstance(stepper.objective, Objective) or steps < WORTH_COMPILING / 0.2:
         return "eager"
-    on_cpu = stepper.structure.device.type == "cpu"
-    if on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+    if not has_compiler(stepper.structure.device):
         return "eager"
     return "compiled" if steps * _seconds(stepper, batch()) > WORTH_COMPILING else "eager"
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether graphs can be compiled: on a CPU that takes a C++ compiler."""
+    return device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
 
 
 def _seconds(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:

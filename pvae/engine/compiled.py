@@ -11,8 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
+
+from pvae.modes import recorded
 
 __all__ = ["UncompilableError", "compile_function"]
 
@@ -58,7 +61,8 @@ def _trace_twice(function: Function, example: tuple[Tensor, ...]) -> tuple[Any, 
     from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
 
     try:
-        first, second = (make_fx(function, tracing_mode="real")(*example) for _ in range(2))
+        with pyro.validation_enabled(is_validate=False), recorded():  # it reads values
+            first, second = (make_fx(function, tracing_mode="real")(*example) for _ in range(2))
     except Exception as error:
         reason = _first_line(error)
         if "_local_scalar_dense" in str(error):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
@@ -23,7 +22,6 @@ from pvae.engine.compiled import UncompilableError, compile_function
 from pvae.engine.optimizers import Backup, is_fused, update
 from pvae.engine.precision import PRECISIONS, Precision, check_densities, mixed
 from pvae.errors import ArgumentError, PvaeWarning
-from pvae.modes import recorded
 from pvae.objectives import Objective, ObjectiveState
 from pvae.sites import unannounced
 
@@ -334,8 +332,7 @@ class Stepper:
                 raise UncompilableError(f"buffer '{rebound[0]}' is a new tensor after each step")
             self._moving = moving
             try:
-                with pyro.validation_enabled(is_validate=False), recorded():
-                    compiled = compile_function(self.run_pass, batch)
+                compiled = compile_function(self.run_pass, batch)
             finally:
                 self._moving = None
                 rewind()

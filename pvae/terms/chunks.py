@@ -17,7 +17,6 @@ from pvae.errors import PairError, check_int
 from pvae.modes import evaluating
 from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair
-from pvae.terms.result import Terms
 from pvae.terms.structure import Structure
 
 __all__ = ["first_batch", "home_of", "inspect_source", "stream"]
@@ -80,8 +79,9 @@ def stream(
     num_particles: int = 1,
     max_rows: int = 8192,
     given: Mapping[str, Tensor] | None = None,
+    run: Callable[..., Any] = compute,
     **options: Any,
-) -> Iterator[tuple[slice, Terms]]:
+) -> Iterator[tuple[slice, Any]]:
     """Terms of every datum in order, in evaluation mode without gradients.
 
     A chunk has at most ``max_rows`` rows, counting each particle of a datum as one, so memory
@@ -96,6 +96,8 @@ def stream(
         num_particles: K.
         max_rows: The bound on rows.
         given: Values of guide sites that aren't to be drawn.
+        run: `compute`, or what is called like it and makes a tensor of a chunk's terms, with
+            the rows last.
         options: For `compute`.
 
     Yields:
@@ -115,7 +117,7 @@ def stream(
             done = 0
             while done < num_particles:
                 k = min(at_once, num_particles - done)
-                terms = compute(
+                terms = run(
                     model,
                     guide,
                     batch,
@@ -168,8 +170,10 @@ def _of_one_length(source: Source, size: int) -> Iterator[Chunk]:
         yield slice(start, stop), keep, source.rows(indices), {}
 
 
-def _rows_of(terms: Terms, count: int) -> Terms:
+def _rows_of(terms: Any, count: int) -> Any:
     """The first rows of a chunk."""
+    if isinstance(terms, Tensor):
+        return terms[..., :count]
     for site in terms.sites.values():
         site.first_rows(count)
     terms.num_rows = count

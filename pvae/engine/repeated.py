@@ -1,0 +1,112 @@
+"""Functions that are called often on tensors of the same shapes: compiled where that pays."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import randomness
+from pvae.engine.choice import ASKED, Asked, has_compiler
+from pvae.engine.compiled import UncompilableError, compile_function
+from pvae.errors import ArgumentError, PvaeWarning
+
+__all__ = ["Repeated"]
+
+WORTH = 60.0
+"""Seconds of eager calls that are to come, from which compiling them pays."""
+
+TRIALS = 3
+"""Eager calls on the same shapes before that is decided."""
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+
+
+class Repeated:
+    """A function of tensors to one tensor, which has no effects but draws.
+
+    Where it is compiled, the graph is compared with the function first, on the same draws.
+
+    Arguments:
+        function: Of a hashable value, which the graph takes as it is, and of tensors.
+        calls: How many calls there will be.
+        dtype: What it computes in.
+        engine: ``"eager"``, ``"compiled"``, or ``"auto"``.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        calls: int,
+        dtype: torch.dtype,
+        engine: Asked = "auto",
+    ) -> None:
+        if engine not in ASKED:
+            raise ArgumentError("engine", f"one of {', '.join(ASKED)}", repr(engine))
+        self.function, self.left, self.engine = function, calls, engine
+        self.tolerance = _TOLERANCE.get(dtype, 1e-2)
+        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._seconds: dict[Any, list[float]] = {}
+
+    def __call__(self, static: Hashable, *tensors: Tensor) -> Tensor:
+        """Calls the function, or its graph."""
+        key = (static, *((x.shape, x.dtype) for x in tensors))
+        if key in self._graphs:
+            self.left -= 1
+            (found,) = self._graphs[key](*tensors)
+            result: Tensor = found
+            return result
+        before = randomness.get_state() if self.engine != "eager" else {}
+        started = time.perf_counter()
+        result = self.function(static, *tensors)
+        if result.device.type == "cuda" and self.engine == "auto":
+            torch.cuda.synchronize()
+        self._seconds.setdefault(key, []).append(time.perf_counter() - started)
+        self.left -= 1
+        if self._pays(key, tensors):
+            try:
+                self._graphs[key] = self._compile(static, tensors, result, before)
+            except UncompilableError as error:
+                self.engine = "eager"
+                warnings.warn(
+                    f"Runs as Python, not compiled: {error}. The numbers are the same.",
+                    PvaeWarning,
+                    stacklevel=4,
+                )
+        return result
+
+    def _pays(self, key: Any, tensors: tuple[Tensor, ...]) -> bool:
+        if self.engine != "auto":
+            return self.engine == "compiled"
+        seconds = self._seconds[key]
+        is_long = len(seconds) >= TRIALS and min(seconds[1:]) * self.left > WORTH
+        return is_long and has_compiler(tensors[0].device)
+
+    def _compile(
+        self,
+        static: Hashable,
+        tensors: tuple[Tensor, ...],
+        expected: Tensor,
+        before: dict[str, Tensor],
+    ) -> Callable[..., Any]:
+        """The graph, which has given the same numbers for the last call."""
+
+        def listed(*arguments: Tensor) -> list[Tensor]:
+            return [self.function(static, *arguments)]
+
+        with randomness.forked():
+            graph = compile_function(listed, tensors)
+            randomness.set_state(before)
+            try:
+                (found,) = graph(*tensors)
+            except Exception as error:
+                raise UncompilableError(f"the graph fails with {error}") from error
+        size = expected.abs().max().clamp(min=1.0)
+        worst = float((found - expected).abs().max() / size)
+        if not worst <= self.tolerance:
+            raise UncompilableError(f"the numbers differ from the eager ones, by {worst:.2g}")
+        return graph
