@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import torch
 from provenance import made_with
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ from pvae.networks import MLP
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "signal_to_noise.png"
 BATCH = 50
+GAUSSIAN, MNIST = "a Gaussian model", "the trained MNIST pair"
 MORE_STEPS = "IWAE-5, as many steps as ELBO"
 OBJECTIVES: dict[str, tuple[o.Objective, int]] = {  # and the draws that a step counts as
     "ELBO": (o.ELBO(), 1),
@@ -55,6 +58,8 @@ OBJECTIVES: dict[str, tuple[o.Objective, int]] = {  # and the draws that a step 
     MORE_STEPS: (o.IWAE(5), 1),
 }
 DRAWS = (1, 2, 4, 8, 16, 32, 64)
+MORE_DRAWS = (1, 4, 16, 64, 256, 1024)  # of the Gaussian model
+SIZE = 20
 
 
 def build(seed: int = 0) -> VAE:
@@ -112,7 +117,7 @@ def difference(first: Tensor, second: Tensor) -> tuple[float, float]:
 def orders(
     rows: dict[str, dict[str, float]],
     evidence: dict[str, Tensor],
-    ratios: dict[str, list[float]],
+    ratios: dict[str, dict[str, list[float]]],
 ) -> list[dict[str, Any]]:
     """What the papers say, with what was measured here."""
     found: list[dict[str, Any]] = []
@@ -149,14 +154,17 @@ def orders(
     tighter("Masrani et al. 2019", "TVO-5", "ELBO")
     greater("Higgins et al. 2017", "active", "beta = 4", "ELBO", "below")
     greater("Kingma et al. 2016", "active", "free bits, 0.1 a dimension", "ELBO")
-    for name, falls in (("IWAE", True), ("DReG", False)):
-        first, last = ratios[name][0], ratios[name][-1]
-        add(
-            "Rainforth et al. 2018" if falls else "Tucker et al. 2019",
-            f"SNR of the guide's gradient {'falls' if falls else 'does not fall'} with K: {name}",
-            f"{first:.3g} at K = {DRAWS[0]}, {last:.3g} at K = {DRAWS[-1]}",
-            confirmed=(last < first) is falls,
-        )
+    for where, by_name in ratios.items():
+        for name, falls in (("IWAE", True), ("DReG", False)):
+            first, last = by_name[name][0], by_name[name][-1]
+            many = (MORE_DRAWS if where == GAUSSIAN else DRAWS)[-1]
+            add(
+                "Rainforth et al. 2018" if falls else "Tucker et al. 2019",
+                f"SNR of the guide's gradient {'falls' if falls else 'does not fall'} with K: "
+                f"{name}, {where}",
+                f"{first:.3g} at K = 1, {last:.3g} at K = {many}",
+                confirmed=(last < first / 2) is falls,
+            )
     return found
 
 
@@ -176,6 +184,59 @@ def signal_to_noise(objective: o.Objective, pair: VAE, x: Tensor, rounds: int = 
     variance = (square - mean.square()).clamp(min=0) * rounds / (rounds - 1)
     moves = variance > 0  # pixels that are never lit have no gradient at all
     return float((mean.abs()[moves] / variance[moves].sqrt()).mean())
+
+
+class GaussianModel(nn.Module):
+    """z ~ N(0, I), x ~ N(z, I)."""
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            prior = dist.Normal(torch.zeros(SIZE), torch.ones(SIZE)).to_event(1)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, torch.ones(SIZE)).to_event(1), obs=x)
+
+
+class GaussianGuide(nn.Module):
+    """q(z | x) = N(Ax + b, 2/3 I), a little beside the best A and b."""
+
+    def __init__(self, off: float = 0.02) -> None:
+        super().__init__()
+        self.map = nn.Linear(SIZE, SIZE)
+        with torch.no_grad():
+            self.map.weight.copy_(torch.eye(SIZE) / 2 + off * torch.randn(SIZE, SIZE))
+            self.map.bias.copy_(off * torch.randn(SIZE))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            scale = torch.full((SIZE,), (2 / 3) ** 0.5)
+            pyro.sample("z", dist.Normal(self.map(x), scale).to_event(1))
+
+
+def gaussian_ratios(rounds: int = 2000) -> dict[str, list[float]]:
+    """The experiment of Rainforth et al. 2018, figure 1: the gradient of b, one datum."""
+    torch.manual_seed(0)
+    model, guide, x = GaussianModel(), GaussianGuide(), 2**0.5 * torch.randn(1, SIZE)
+
+    def ratio(objective: o.Objective) -> float:
+        draws = []
+        for _ in range(rounds):
+            loss = objective.differentiable_loss(model, guide, x)
+            draws.append(torch.autograd.grad(loss, guide.map.bias)[0])
+        found = torch.stack(draws)
+        return float((found.mean(0).abs() / found.std(0)).mean())
+
+    kinds: tuple[Any, ...] = (o.IWAE, o.DReG)
+    return {
+        kind.__name__: [ratio(kind(k, vectorize_particles=True)) for k in MORE_DRAWS]
+        for kind in kinds
+    }
+
+
+@torch.no_grad()
+def largest_weight(pair: VAE, x: Tensor) -> float:
+    """The greatest normalised weight of as many draws as are tried, mean over data."""
+    terms = t.compute(pair.model, pair.guide, (x,), num_particles=DRAWS[-1])
+    return float(terms.log_weight.softmax(0).amax(0).mean())
 
 
 def step_times(pair: VAE, x: Tensor, rounds: int = 9) -> dict[str, float]:
@@ -200,13 +261,14 @@ def step_times(pair: VAE, x: Tensor, rounds: int = 9) -> dict[str, float]:
     return {name: value / medians["ELBO"] for name, value in medians.items()}
 
 
-def picture(ratios: dict[str, list[float]]) -> None:
-    figure = plots.Picture(figsize=(5, 3.4), layout="constrained")
-    axis = figure.subplots()
-    for name, values in ratios.items():
-        axis.loglog(DRAWS, values, "o-", ms=3, label=name)
-    axis.set(xlabel="draws a datum, K", ylabel="signal to noise of the guide's gradient")
-    axis.legend(fontsize=8)
+def picture(ratios: dict[str, dict[str, list[float]]]) -> None:
+    figure = plots.Picture(figsize=(7.5, 3.2), layout="constrained")
+    for axis, (where, by_name) in zip(figure.subplots(1, 2), ratios.items(), strict=True):
+        for name, values in by_name.items():
+            axis.loglog(MORE_DRAWS if where == GAUSSIAN else DRAWS, values, "o-", ms=3, label=name)
+        axis.set(xlabel="draws a datum, K", title=where)
+        axis.legend(fontsize=8)
+    figure.supylabel("signal to noise, guide", fontsize=9)
     figure.savefig(PICTURE, dpi=80)
 
 
@@ -247,11 +309,20 @@ def write(result: dict[str, Any]) -> None:
         verdict = "confirmed" if order["confirmed"] else "**not confirmed**"
         lines.append(f"| {order['source']} | {order['claim']} | {order['measured']} | {verdict} |")
     lines.append("")
-    heads = " | ".join(f"K = {k}" for k in DRAWS)
-    lines += ["**Signal to noise of the guide's gradient against the draws**", ""]
-    lines += [f"| | {heads} |", "|---" * (len(DRAWS) + 1) + "|"]
-    for name, values in result["signal to noise"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{v:.3g}" for v in values) + " |")
+    lines += [
+        "**Signal to noise of the guide's gradient against the draws**",
+        "",
+        "The law is for many draws, where weights have a variance that matters no more. In the "
+        "Gaussian model of Rainforth et al. (20 dimensions, 2,000 gradients, so that pure noise "
+        f"has 0.018) it holds. On the trained pair one of {DRAWS[-1]} draws still has "
+        f"{result['largest weight']:.0%} of the weight, the mean over images.",
+    ]
+    for where, by_name in result["signal to noise"].items():
+        draws = MORE_DRAWS if where == GAUSSIAN else DRAWS
+        lines += ["", f"| {where} | {' | '.join(f'K = {k}' for k in draws)} |"]
+        lines.append("|---" * (len(draws) + 1) + "|")
+        for name, values in by_name.items():
+            lines.append(f"| {name} | " + " | ".join(f"{v:.3g}" for v in values) + " |")
     lines += ["", "![signal to noise](../../docs/images/signal_to_noise.png)"]
     (RESULTS / "objectives.md").write_text("\n".join(lines) + "\n")
 
@@ -295,8 +366,11 @@ def main() -> None:
     at = pairs["ELBO"]
     batch = x[:100]
     ratios = {
-        "IWAE": [signal_to_noise(o.IWAE(k), at, batch) for k in DRAWS],
-        "DReG": [signal_to_noise(o.DReG(k), at, batch) for k in DRAWS],
+        GAUSSIAN: gaussian_ratios(),
+        MNIST: {
+            "IWAE": [signal_to_noise(o.IWAE(k), at, batch) for k in DRAWS],
+            "DReG": [signal_to_noise(o.DReG(k), at, batch) for k in DRAWS],
+        },
     }
     times = step_times(at, x[:BATCH])
     for name, (objective, _) in OBJECTIVES.items():
@@ -307,6 +381,7 @@ def main() -> None:
             "evaluations": arguments.evaluations,
             "rows": rows,
             "signal to noise": ratios,
+            "largest weight": largest_weight(at, batch),
             "orders": orders(rows, evidence, ratios),
             "made with": made_with(time.perf_counter() - started),
         }
