@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 PROCESSES ?= 2
 
-.PHONY: demo test lint tutorials bench clean
+.PHONY: demo test lint tutorials bench peers clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -34,6 +34,15 @@ tutorials: .venv/installed
 # Real data, about an hour and a half on one core; PVAE_DATA names the folder with MNIST.
 bench: .venv/installed
 	$(BIN)/python benchmarks/quality.py a b c d
+
+# The libraries that benchmarks/throughput.py measures beside pvae, in an environment of their own.
+peers: .venv-peers/installed
+
+.venv-peers/installed: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	echo '*' > .venv-peers/.gitignore
+	.venv-peers/bin/pip install --quiet --requirement $<
+	touch $@
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

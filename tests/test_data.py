@@ -449,3 +449,10 @@ def test_real_files() -> None:
     static = data.load("static_mnist", SHARED)
     assert [len(s) for s in (static.train, static.valid, static.test)] == [50_000, 10_000, 10_000]
     assert data.load("freyfaces", SHARED).event_shape == (1, 28, 20)
+
+
+def test_an_array_alone_is_data_without_labels() -> None:
+    x = np.arange(12.0).reshape(4, 3)
+    for array in (x, torch.as_tensor(x)):
+        alone = data.Data(array)
+        assert (len(alone), alone.event_shape, len(alone.arrays)) == (4, (3,), 1)

@@ -59,7 +59,7 @@ class Data:
     """Arrays with a common first axis, and how the first one becomes a batch.
 
     Arguments:
-        arrays: Data, and labels and the like; arrays, tensors or memory maps.
+        arrays: Data, or a tuple of data, labels and the like; arrays, tensors or memory maps.
         scale: Factor on the first array.
         binarize: ``"none"``; ``"threshold"`` at one half; ``"static"``, each value drawn once as
             Bernoulli(scaled value); ``"dynamic"``, drawn anew for every training batch, and fixed
@@ -74,13 +74,15 @@ class Data:
         [0.0, 1.0]
     """
 
-    arrays: tuple[Any, ...]
+    arrays: Any
     scale: float = 1.0
     binarize: Binarize = "none"
     seed: int = field(default=0, kw_only=True)
     origin: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if hasattr(self.arrays, "shape"):  # an array alone is no tuple of its rows
+            object.__setattr__(self, "arrays", (self.arrays,))
         if self.binarize not in BINARIZE:
             raise ArgumentError("binarize", f"one of {', '.join(BINARIZE)}", repr(self.binarize))
 
