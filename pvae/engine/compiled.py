@@ -107,10 +107,11 @@ def _compile(graph: Any, inputs: list[Tensor]) -> Any:
     from torch._inductor.decomposition import select_decomp_table
 
     draws = {"fallback_random": True}
+    quick = {"size_asserts": False, "alignment_asserts": False}  # of what the compiler itself made
     with torch._inductor.config.patch(draws):
         table = dict(select_decomp_table())
     table.pop(torch.ops.aten.bernoulli.default, None)
-    return inductor.compile_fx(graph, inputs, config_patches=draws, decompositions=table)
+    return inductor.compile_fx(graph, inputs, config_patches=draws | quick, decompositions=table)
 
 
 def _first_line(error: Exception) -> str:

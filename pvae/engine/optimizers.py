@@ -53,18 +53,67 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
 
 def update(optimizer: Any, ok: Tensor, parameters: Sequence[Tensor]) -> None:
     """The optimiser's step where ``ok``, and nothing where not."""
-    if is_fused(optimizer):
+    if ok.device.type == "cpu":  # nothing to wait for
+        if bool(ok) and not _adam(optimizer):
+            optimizer.step()
+    elif is_fused(optimizer):
         optimizer.found_inf = (~ok).to(torch.float32)
         optimizer.step()
-    elif ok.device.type == "cpu":  # nothing to wait for
-        if bool(ok):
-            optimizer.step()
     else:
         states = optimizer.state.values()
         tensors = [v for s in states for v in s.values() if isinstance(v, Tensor)]
         backup = Backup([*parameters, *(v for v in tensors if v.device == ok.device)])
         optimizer.step()
         backup.restore_unless(ok)
+
+
+@torch.no_grad()
+def _adam(optimizer: torch.optim.Optimizer) -> bool:
+    """A step of plain fused Adam by the kernel that it calls, without what is around it.
+
+    Which takes as long as the kernel itself, in small networks. Not done for subclasses, hooks and
+    anything special, nor for the first step.
+    """
+    kernel = _KERNELS.get(type(optimizer))
+    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if kernel is None or hooked:
+        return False
+    for group in optimizer.param_groups:
+        special = (group["amsgrad"], group["maximize"], not group["fused"])
+        if any(special) or isinstance(group["lr"], Tensor):
+            return False
+        if any(p.grad is not None and not optimizer.state[p] for p in group["params"]):
+            return False
+    for group in optimizer.param_groups:
+        moved = [p for p in group["params"] if p.grad is not None]
+        states = [optimizer.state[p] for p in moved]
+        steps = [s["step"] for s in states]
+        beta1, beta2 = group["betas"]
+        torch._foreach_add_(steps, 1)
+        kernel(
+            moved,
+            [p.grad for p in moved],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            steps,
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            grad_scale=None,
+            found_inf=None,
+        )
+    return True
+
+
+_KERNELS: dict[type, Callable[..., Any]] = {
+    torch.optim.Adam: torch._fused_adam_,
+    torch.optim.AdamW: torch._fused_adamw_,
+}
 
 
 class Backup:
