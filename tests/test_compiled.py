@@ -76,6 +76,16 @@ def flow(device: torch.device) -> Pair:
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
+def coupling(device: torch.device) -> Pair:
+    """A flow that picks entries by a mask."""
+    pair = VAE(
+        priors.StandardNormal(Q),
+        likelihoods.Bernoulli(lambda p: nn.Linear(Q, p * D), D),
+        zuko.flows.NICE(Q, D, transforms=2, hidden_features=[8]),
+    ).to(device)
+    return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
+
+
 def contractive(device: torch.device) -> Pair:
     pair = recipes.contractive_ae(D, Q, hidden=(8,)).to(device)
     return pair.model, pair.guide, (torch.rand(N, D, device=device),)
@@ -90,6 +100,7 @@ CASES: dict[str, tuple[Callable[[torch.device], Pair], o.Objective]] = {
     "warm-up": (vae, o.ELBO(beta=schedules.Warmup(4))),
     "dropout and batch norm": (noisy, o.ELBO()),
     "flows, K particles": (flow, o.IWAE(3)),
+    "masks in a flow": (coupling, o.ELBO()),
     "DReG": (vae, o.DReG(3)),
     "a multiplier": (vae, o.GECO(5.0, speed=0.1)),
     "a classifier": (vae, o.FactorVAE(hidden=(4,), lr=1e-2)),

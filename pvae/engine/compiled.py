@@ -80,6 +80,7 @@ def _trace_twice(function: Function, example: tuple[Tensor, ...]) -> tuple[Any, 
 
 def _lifted(graph: Any, again: Any) -> tuple[Any, list[Tensor]]:
     """The graph with tensors that live outside it as further inputs, and those tensors."""
+    _number_masks(graph, again)
     live: list[Tensor] = []
     nodes: dict[int, Any] = {}
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
@@ -99,6 +100,33 @@ def _lifted(graph: Any, again: Any) -> tuple[Any, list[Tensor]]:
         graph.graph.erase_node(node)
     graph.recompile()
     return graph, live
+
+
+def _number_masks(graph: Any, again: Any) -> None:
+    """Puts the numbers of what a fixed mask picks in place of looking for them.
+
+    How many a mask picks is unknown to a compiler; couplings of flows have such masks.
+    """
+
+    def fixed(node: Any) -> Any:
+        """The value of what is made of tensors outside the graph alone."""
+        if node.op == "get_attr":
+            return getattr(graph, node.target)
+        draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        parts = [None] if draws else [fixed(a) if hasattr(a, "op") else a for a in node.args]
+        is_fixed = node.op == "call_function" and not any(p is None for p in parts)
+        return node.target(*parts, **node.kwargs) if is_fixed else None
+
+    for i, node in enumerate(graph.graph.nodes):
+        if node.target is torch.ops.aten.nonzero.default:
+            numbers = fixed(node)
+            if numbers is None:
+                raise UncompilableError("how many entries a mask picks depends on the data")
+            for one in (graph, again):
+                one.register_buffer(f"numbers_{i}", numbers.clone())
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(f"numbers_{i}"))
+            graph.graph.erase_node(node)
 
 
 def _compile(graph: Any, inputs: list[Tensor]) -> Any:
