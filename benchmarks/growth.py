@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py
 
-Each number is of a process of its own, one thread: the median processor time of what is repeated, and the
-peak of the process's memory less that before it. Training steps are eager, of a 784-200-D VAE in
-batches of 64; evidence is IWAE-K of 20 data. Writes ``benchmarks/results/growth.md``.
+Each number is of a process of its own, one thread: the median processor time of what is repeated,
+and the peak of the process's memory less that before it. Training steps are eager, of a 784-200-D
+VAE in batches of 64; evidence is IWAE-K of 20 data. Writes ``benchmarks/results/growth.md``.
 """
 
 from __future__ import annotations

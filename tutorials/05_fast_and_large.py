@@ -17,15 +17,12 @@
 # # Fast and large
 #
 # A Pyro pair is Python: every step runs two programs under Pyro's handlers. For a small network that is where most
-# of the time goes. Here the same pair runs as Python, as one compiled graph, from a file that needn't fit into
-# memory, and on two processes, and each way gives the same numbers. Times depend on the machine, so what is
+# of the time goes. Here the same pair runs as Python, as one compiled graph, and from a file that needn't fit into
+# memory, with the same numbers, and in bfloat16, with nearly the same. Times depend on the machine, so what is
 # asserted is numbers; `benchmarks/throughput.py` measures against other libraries.
 
 # %%
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
