@@ -74,7 +74,9 @@ of_compiled, compiled = losses(pvae.SVI, engine="compiled")
 print(f"the first compiled step and 19 more: {time.perf_counter() - started:.0f} s")
 for ours in (of_eager, of_compiled):
     worst = max(abs(a - b) / b for a, b in zip(ours, of_pyro, strict=True))
-    print(f"last loss {ours[-1]:.1f}, Pyro's {of_pyro[-1]:.1f}, largest relative difference {worst:.1e}")
+    print(
+        f"last loss {ours[-1]:.1f}, Pyro's {of_pyro[-1]:.1f}, largest relative difference {worst:.1e}"
+    )
     assert worst < 1e-3
 
 # %% [markdown]
