@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pvae.corruptions as corruptions
     import pvae.data as data
     import pvae.diagnostics as diagnostics
+    import pvae.distributed as distributed
     import pvae.engine as engine
     import pvae.errors as errors
     import pvae.guides as guides
@@ -53,6 +54,7 @@ _MODULES = (
     "corruptions",
     "data",
     "diagnostics",
+    "distributed",
     "engine",
     "errors",
     "guides",
@@ -103,6 +105,7 @@ __all__ = [
     "corruptions",
     "data",
     "diagnostics",
+    "distributed",
     "engine",
     "errors",
     "fit",

@@ -26,6 +26,7 @@ GROUND = {
     "divergence",
     "mmd",
     "modes",
+    "distributed",
 }
 PARTS = {"networks", "priors", "likelihoods", "guides", "corruptions", "penalties", "pair"}
 TOOLS = [  # each may import the ground and the tools above it
