@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.data.sources import LoaderSource, Source
+from pvae.distributed import World
 from pvae.errors import check_int
 from pvae.randomness import derive_seed
 
@@ -25,6 +26,7 @@ class Batches:
         batch_size: Rows of a batch; the last of an epoch may have fewer.
         seed: With the number of the epoch, it fixes the order.
         shuffle: Whether each epoch has an order of its own.
+        world: The processes that share each batch; ``batch_size`` counts the rows of all.
 
     Example:
         >>> from pvae.data import as_source
@@ -36,9 +38,16 @@ class Batches:
     """
 
     def __init__(
-        self, source: Source, batch_size: int = 128, seed: int = 0, *, shuffle: bool = True
+        self,
+        source: Source,
+        batch_size: int = 128,
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        world: World | None = None,
     ) -> None:
         self.source, self.seed, self.shuffle = source, seed, shuffle
+        self.world = world or World()
         self.batch_size = min(check_int("batch_size", batch_size), source.num_rows)
 
     @property
@@ -49,7 +58,11 @@ class Batches:
         return -(-self.source.num_rows // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of one epoch, from step ``start`` on."""
+        """The batches of one epoch, from step ``start`` on.
+
+        Of several processes each gets its own rows of every batch. The order is that of one
+        process alone; a process without rows gets an empty tuple.
+        """
         source = self.source
         if isinstance(source, LoaderSource):
             yield from itertools.islice(source.batches(), start, None)
@@ -63,6 +76,8 @@ class Batches:
             order = torch.arange(source.num_rows, device=device)
         for step in range(start, self.steps_per_epoch):
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
+            index = index[self.world.share(len(index))]
             if source.random:
-                generator.manual_seed(derive_seed(self.seed, epoch, _DRAW, step))
-            yield source.rows(index, generator)
+                own = () if self.world.is_first else (self.world.rank,)
+                generator.manual_seed(derive_seed(self.seed, epoch, _DRAW, step, *own))
+            yield source.rows(index, generator) if len(index) else ()
