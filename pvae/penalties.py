@@ -80,6 +80,8 @@ class Penalty(nn.Module, ABC):
     sides: tuple[Side, ...] = ("model",)
     records_activations = False
     differentiates_x = False
+    couples_data = False
+    """Whether R of a datum depends on the other data of the batch."""
     weight: Tensor
 
     def __init__(self, weight: float) -> None:
@@ -288,6 +290,8 @@ class MMD(Penalty):
     References:
         Wasserstein Auto-Encoders (Tolstikhin et al., 2018), https://arxiv.org/abs/1711.01558
     """
+
+    couples_data = True
 
     def __init__(
         self,

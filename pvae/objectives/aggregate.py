@@ -25,6 +25,7 @@ class _Aggregate(Objective):
 
     needs = ("density", "gradient", "local", "unscaled", "split")
     bound = "none"
+    couples_data = True
     estimator = "pathwise, the batch as the sample"
 
     def __init__(self, site: str | None, **options: Any) -> None:

@@ -131,6 +131,8 @@ class Objective(PyroELBO):
 
     Attributes:
         bound: ``"lower"``, ``"upper"``, or ``"none"``: what the value is of the evidence.
+        couples_data: Whether the loss of a batch isn't the mean of its data's, so that several
+            processes can't compute it in parts.
         estimator: How its gradient is estimated.
         source: Paper, year, URL.
 
@@ -143,6 +145,7 @@ class Objective(PyroELBO):
 
     needs: tuple[Need, ...] = ()
     bound: Literal["lower", "upper", "none"] = "lower"
+    couples_data = False
     estimator = "pathwise"
     source = ""
     pass_options: Mapping[str, Any] = MappingProxyType({})

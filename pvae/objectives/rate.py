@@ -43,6 +43,7 @@ class FreeBits(Objective):
     """
 
     needs = ("density", "gradient", "local", "unscaled", "split")
+    couples_data = True
     source = "Kingma et al. 2016, https://arxiv.org/abs/1606.04934"
 
     def __init__(
@@ -110,6 +111,7 @@ class Capacity(Objective):
 
     needs = ("density", "gradient", "local", "unscaled", "split")
     bound = "none"
+    couples_data = True
     source = "Burgess et al. 2018, https://arxiv.org/abs/1804.03599"
 
     def __init__(
