@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pvae import randomness
 from pvae import terms as t
+from pvae.distributed import World
 from pvae.engine.compiled import UncompilableError, compile_function
 from pvae.engine.optimizers import Backup, is_fused, update
 from pvae.engine.precision import PRECISIONS, Precision, check_densities, mixed
-from pvae.errors import ArgumentError, PvaeWarning
+from pvae.errors import ArgumentError, PairError, PvaeWarning, oxford
 from pvae.objectives import Objective, ObjectiveState
 from pvae.sites import unannounced
 
@@ -65,6 +66,8 @@ class Stepper:
             they differ, or there can be no graph, a warning says why, and steps are eager.
         precision: ``"full"``, the pair's own type, or ``"bf16"``: networks in bfloat16.
         per_datum: Whether the loss is divided by the data plate's full size.
+        world: The processes that share each batch. Each computes loss and gradients on its own
+            rows; their means over all rows are what every process then goes on with.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class Stepper:
         *,
         precision: Precision = "full",
         per_datum: bool = True,
+        world: World | None = None,
     ) -> None:
         self.model, self.guide, self.objective = model, guide, objective
         self.structure, self.optimizer, self.state = structure, optimizer, state
         self.clip_norm, self.per_datum = clip_norm, per_datum
+        self.world = world or World()
         if engine not in ENGINES:
             raise ArgumentError("engine", f"one of {', '.join(ENGINES)}", repr(engine))
         if precision not in PRECISIONS:
@@ -104,6 +109,9 @@ class Stepper:
         self.bad_sites = self.bad_parameters = self.failed.new_zeros(0)
         self.site_names: tuple[str, ...] = ()
         self.with_grad: list[str] = []
+        """Names of parameters with a gradient, in the pass of this process."""
+        self._agreed: list[str] | None = None
+        """The same in any process, once there has been a step of several."""
         self.has_penalties = self.seen = False
         self.buffers = [b for m in structure.modules for b in m.buffers(recurse=False)]
         self._moving: list[Tensor] | None = None
@@ -111,14 +119,21 @@ class Stepper:
         self._compiled: dict[Any, Callable[..., Sequence[Tensor]]] = {}
 
     def __call__(self, batch: tuple[Tensor, ...], step: int) -> None:
-        """Runs one step on a batch; ``step`` is its number, for a `Failure` to name."""
+        """Runs one step on a batch; ``step`` is its number, for a `Failure` to name.
+
+        Of several processes each has its own rows of the batch; one without rows has an empty
+        tuple, and takes part.
+        """
         self.number.fill_(step)
-        ok, *rest = self._runner(batch)(*batch)
+        if self.world.size > 1:
+            ok, *rest = self._shared_pass(batch)
+        else:
+            ok, *rest = self._runner(batch)(*batch)
         if self.seen:
             seen, *rest = rest
             assert self.state is not None  # noqa: S101
             self.state.seen = seen
-        found = dict(zip(self.with_grad, rest, strict=True))
+        found = dict(zip(self.differentiated, rest, strict=True))
         for name, parameter in self.structure.parameters.items():
             parameter.grad = found.get(name)
         update(self.optimizer, ok, self.parameters)
@@ -153,12 +168,18 @@ class Stepper:
             if isinstance(count, Tensor) and count.device != self.failed.device:
                 count -= step - at + 1
         names = zip(self.site_names, self.bad_sites.tolist(), strict=False)
-        parameters = zip(self.with_grad, self.bad_parameters.tolist(), strict=False)
+        sites = self.world.gather([name for name, bad in names if bad])
+        parameters = zip(self.differentiated, self.bad_parameters.tolist(), strict=False)
         return Failure(
             at,
-            tuple(dict.fromkeys(name for name, bad in names if bad)),
+            tuple(dict.fromkeys(name for own in sites for name in own)),
             tuple(name for name, bad in parameters if bad),
         )
+
+    @property
+    def differentiated(self) -> list[str]:
+        """Names of the parameters that a step has gradients of."""
+        return self.with_grad if self._agreed is None else self._agreed
 
     # A step but for its update: a function of tensors, which may be compiled
 
@@ -170,6 +191,42 @@ class Stepper:
         """
         buffers = Backup(self.buffers if self._moving is None else self._moving)
         measured, rows, gradients = self._measure(batch)
+        return self._judge(buffers, measured, rows, gradients)
+
+    def local_pass(self, *batch: Tensor) -> list[Tensor]:
+        """What a process has to do by itself: what is measured, as one tensor, and gradients."""
+        measured, _, gradients = self._measure(batch)
+        self._refuse_sparse(gradients)
+        return [torch.stack(measured), *gradients]
+
+    def _shared_pass(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
+        """What `run_pass` does, by all processes together, each on its own rows."""
+        buffers, first = Backup(self.buffers), self.parameters[0]
+        measured, gradients = first.new_zeros(len(PARTS) - 1), dict[str, Tensor]()
+        if batch:
+            measured, *own = self._runner(batch)(*batch)
+            gradients = dict(zip(self.with_grad, own, strict=True))
+        if self._agreed is None:
+            anywhere = {name for names in self.world.gather([*gradients]) for name in names}
+            self._agreed = [name for name in self.structure.parameters if name in anywhere]
+        if late := gradients.keys() - self._agreed:
+            raise PairError(
+                f"gradient of {oxford(sorted(late)[:3])}",
+                "the same parameters in each step of several processes",
+                "one more than in the first step",
+            )
+        parameters = [self.structure.parameters[name] for name in self._agreed]
+        names = zip(self._agreed, parameters, strict=True)
+        own = [gradients[n] if n in gradients else torch.zeros_like(p) for n, p in names]
+        with torch.no_grad():
+            rows = len(batch[0]) if batch else 0
+            total, [measured, *shared] = self.world.mean(rows, [measured, *own])
+        return self._judge(buffers, list(measured), total, shared)
+
+    def _judge(
+        self, buffers: Backup, measured: list[Tensor], rows: int | Tensor, gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """Says whether a step is good, clips its gradients, and adds to the sums."""
         with torch.no_grad():
             norm = self._gradient_norm(gradients)
             finite = measured[0].isfinite() & norm.isfinite()
@@ -181,7 +238,7 @@ class Stepper:
             buffers.restore_unless(ok, may_wait=self._moving is None)
             self.failed.copy_(~ok)
             values = torch.stack([*measured, norm]).to(torch.float64)
-            row = torch.cat([values * rows, values.new_full((1,), rows)])
+            row = torch.cat([values, values.new_ones(1)]) * rows
             self.sums.add_(torch.where(ok, row, torch.zeros_like(row)))
             self.loss.copy_(values[0])
         seen = None if self.state is None else self.state.seen
@@ -253,20 +310,23 @@ class Stepper:
                 "no parameter with a gradient",
                 ["does the guide sample from a distribution made of its parameters?"],
             )
-        if any(g.is_sparse for g in gradients):
-            sparse = [n for n, g in zip(self.with_grad, gradients, strict=True) if g.is_sparse]
-            raise ArgumentError(
-                "pair",
-                "dense gradients",
-                f"sparse ones, of {', '.join(sparse)}",
-                ["nn.Embedding(..., sparse=False)"],
-            )
+        self._refuse_sparse(gradients)
         if self._moving is not None:  # in a graph, which fuses these
             norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
         else:
             norms = torch.stack(torch._foreach_norm(gradients))
         self.bad_parameters = self._first_bad(self.bad_parameters, ~norms.isfinite())
         return torch.linalg.vector_norm(norms)
+
+    def _refuse_sparse(self, gradients: list[Tensor]) -> None:
+        if any(g.is_sparse for g in gradients):
+            sparse = [n for n, g in zip(self.with_grad, gradients, strict=False) if g.is_sparse]
+            raise ArgumentError(
+                "pair",
+                "dense gradients",
+                f"sparse ones, of {', '.join(sparse)}",
+                ["nn.Embedding(..., sparse=False)"],
+            )
 
     def _note_sites(self, terms: t.Terms) -> None:
         names, sums = [], []
@@ -287,16 +347,17 @@ class Stepper:
     # Compiling it
 
     def _runner(self, batch: tuple[Tensor, ...]) -> Callable[..., Sequence[Tensor]]:
-        """The pass, or its compiled graph."""
+        """The pass (of several processes, this one's part), or its compiled graph."""
+        eager = self.run_pass if self.world.size == 1 else self.local_pass
         if self.engine == "eager":
-            return self.run_pass
+            return eager
         modes = tuple(m.training for m in self.structure.modules)
         shapes = (modes, *((x.shape, x.dtype) for x in batch))
         if shapes not in self._compiled:
             if len(self._compiled) >= MAX_SHAPES:
-                return self.run_pass
+                return eager
             try:
-                self._compiled[shapes] = self._compile(batch)
+                self._compiled[shapes] = self._compile(eager, batch)
             except UncompilableError as error:
                 warnings.warn(
                     f"Steps run as Python, not compiled: {error}. The numbers are the same.",
@@ -304,10 +365,12 @@ class Stepper:
                     stacklevel=4,
                 )
                 self.engine = "eager"
-                return self.run_pass
+                return eager
         return self._compiled[shapes]
 
-    def _compile(self, batch: tuple[Tensor, ...]) -> Callable[..., Sequence[Tensor]]:
+    def _compile(
+        self, eager: Callable[..., Sequence[Tensor]], batch: tuple[Tensor, ...]
+    ) -> Callable[..., Sequence[Tensor]]:
         """The pass as a graph, which has given the same numbers on this batch."""
         if not isinstance(self.objective, Objective):
             raise UncompilableError(f"{type(self.objective).__name__} is one of Pyro's objectives")
@@ -324,7 +387,7 @@ class Stepper:
                     self.state.seen = None
 
             buffers = Backup(self.buffers)
-            expected = self._numbers(self.run_pass, batch)
+            expected = self._numbers(eager, batch)
             moving, now = buffers.changed(), self._placed_buffers()
             rewind()
             rebound = [name for (_, name), b in now.items() if placed.get((_, name)) is not b]
@@ -332,7 +395,7 @@ class Stepper:
                 raise UncompilableError(f"buffer '{rebound[0]}' is a new tensor after each step")
             self._moving = moving
             try:
-                compiled = compile_function(self.run_pass, batch)
+                compiled = compile_function(eager, batch)
             finally:
                 self._moving = None
                 rewind()
@@ -360,6 +423,9 @@ class Stepper:
     ) -> list[Tensor]:
         """The loss and the gradients that a pass gives."""
         result = function(*batch)
+        if self.world.size > 1:
+            measured, *gradients = result
+            return [measured[0].clone(), *(x.detach().clone() for x in gradients)]
         return [self.loss.clone(), *(x.detach().clone() for x in result[1 + self.seen :])]
 
 
