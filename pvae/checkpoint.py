@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import pvae
+from pvae.distributed import current
 from pvae.errors import CheckpointError
 
 __all__ = [
@@ -147,6 +148,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "cuda": cuda,
         "threads": torch.get_num_threads(),
+        "processes": current().size,
         "engine": "eager",
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -179,8 +181,8 @@ def restore_optimizer(
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     groups = []
-    for saved, current in zip(rest["groups"], optimizer.state_dict()["param_groups"], strict=True):
+    for saved, now in zip(rest["groups"], optimizer.state_dict()["param_groups"], strict=True):
         groups.append(
-            {k: tuple(v) if isinstance(current.get(k), tuple) else v for k, v in saved.items()}
+            {k: tuple(v) if isinstance(now.get(k), tuple) else v for k, v in saved.items()}
         )
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -50,6 +50,11 @@ def fit(
     and off after it. The generators and settings of the process are left as they were found; the
     pair's networks are in training mode during the training and get their own mode back.
 
+    In a process group (see `pvae.distributed`) all processes call this alike, and train the first
+    one's pair together, each on its rows of every batch: loss and gradients are means over all
+    rows, draws are each process's own, and the first process alone writes files and validates.
+    Data that meet in a batch are refused. Ctrl-C ends the processes at once.
+
     Arguments:
         model: A Pyro program: a module, or a function whose parameters are in Pyro's store.
         guide: Its guide.
@@ -58,8 +63,8 @@ def fit(
         objective: What to maximise; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
             Pyro's other ELBOs run as they are.
         epochs: Passes over the data.
-        batch_size: Rows of a batch; None for all of the data, which is also what a pair that
-            subsamples itself gets.
+        batch_size: Rows of a batch, of all processes together; None for all of the data, which is
+            also what a pair that subsamples itself gets.
         optimizer: A torch optimiser class, or a function of (parameters, lr). One optimiser
             holds all parameters, fused where the device has that.
         lr: Learning rate.

@@ -17,11 +17,18 @@ from pvae import randomness
 from pvae import terms as t
 from pvae.data import Source
 from pvae.data.sources import LoaderSource
+from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
 from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
 
-__all__ = ["check_batches", "check_objective", "check_overcomplete", "check_parameters"]
+__all__ = [
+    "check_batches",
+    "check_objective",
+    "check_overcomplete",
+    "check_parameters",
+    "trying",
+]
 
 
 def check_batches(
@@ -30,6 +37,7 @@ def check_batches(
     structure: t.Structure,
     source: Source,
     batch_size: int,
+    world: World,
 ) -> None:
     """Refuses batches that the pair can't be trained on, or would be wrongly trained on."""
     if isinstance(source, LoaderSource) or structure.subsample_size is not None:
@@ -37,8 +45,13 @@ def check_batches(
     is_part = batch_size < source.num_rows
     if is_part:
         _check_minibatches(guide, structure, source.num_rows, batch_size)
-    if batch_size == 1 or (is_part and source.num_rows % batch_size == 1):
+    if 1 in _sizes(source.num_rows, batch_size, world):
         _check_one_row(model, guide, structure, source, batch_size)
+
+
+def _sizes(num_rows: int, batch_size: int, world: World) -> set[int]:
+    """How many rows a process may get at once."""
+    return world.shares(batch_size) | world.shares(num_rows % batch_size)
 
 
 def _check_minibatches(
@@ -93,7 +106,7 @@ def _check_one_row(
 ) -> None:
     """Tries a batch of one row in training mode, which batch norm and penalties may refuse."""
     try:
-        with _trying(structure):
+        with trying(structure):
             t.run_pair(model, guide, t.first_batch(source, 1))
     except PairError as error:
         if not re.search("more than 1 value per channel|at least two data", str(error)):
@@ -113,21 +126,22 @@ def check_objective(
     structure: t.Structure,
     source: Source,
     batch_size: int,
+    world: World,
 ) -> None:
     """Tries the objective on batches of the sizes that training will have."""
-    sizes = [batch_size]
+    sizes = {batch_size}
     if not isinstance(source, LoaderSource) and structure.subsample_size is None:
-        sizes += [source.num_rows % batch_size] if source.num_rows % batch_size else []
+        sizes = _sizes(source.num_rows, batch_size, world)
     state = objective.make_state(structure, source.num_rows, 1, 1)
     for size in sizes:
-        with _trying(structure):
+        with trying(structure):
             batch = t.first_batch(source, size)
             terms = objective.compute_terms(model, guide, batch, structure)
             objective.surrogate(terms, state)
 
 
 @contextmanager
-def _trying(structure: t.Structure) -> Iterator[None]:
+def trying(structure: t.Structure) -> Iterator[None]:
     """Training mode, which leaves no trace: modes, buffers and generators are put back."""
     kept = [(b, b.clone()) for m in structure.modules for b in m.buffers(recurse=False)]
     try:
@@ -154,7 +168,7 @@ def check_overcomplete(model: Any, guide: Any, structure: t.Structure, source: S
             return
         if any(hasattr(clean.nodes[n]["fn"], "quantised") for n in points):
             return  # few codes
-        with _trying(structure):
+        with trying(structure):
             of_guide, of_model = t.run_pair(model, guide, batch)
     except PvaeError:  # training will say so
         return

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-import signal
 import threading
 import time
 import warnings
@@ -16,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pvae import bounds, checkpoint, randomness
+from pvae import bounds, checkpoint, distributed, randomness
 from pvae import terms as t
 from pvae.data import Batches, Source, as_source, check_rows
 from pvae.data.sources import LoaderSource
@@ -43,12 +40,22 @@ from pvae.fitting.checks import (
 )
 from pvae.fitting.history import History
 from pvae.fitting.options import Options
-from pvae.fitting.state import Progress, buffers_of, copy_into, fingerprint, restore, snapshot
+from pvae.fitting.state import (
+    Progress,
+    buffers_of,
+    copy_into,
+    fingerprint,
+    restore,
+    snapshot,
+    without_addresses,
+)
+from pvae.fitting.surroundings import on_interrupt, place
+from pvae.fitting.together import agree, check_parts, warn_if_apart
 from pvae.modes import in_mode
 from pvae.objectives import Objective, ObjectiveState, as_objective
 from pvae.schedules import Constant, Schedule, Timed
 
-__all__ = ["Fit", "place"]
+__all__ = ["Fit"]
 
 LOOK_EVERY = 50
 """Steps between looks at the device: for the progress bar, and for a step that failed."""
@@ -76,6 +83,8 @@ class Fit:
         options: Options,
     ) -> None:
         self.model, self.guide, self.options, self.epochs = model, guide, options, options.epochs
+        self.world = distributed.current()
+        warn_if_apart(self.world)
         with randomness.forked():  # data sets and samplers may draw, too
             self._set_up(data, objective, valid)
 
@@ -115,6 +124,7 @@ class Fit:
             self._make_state(),
             options.clip_norm,
             precision=options.precision,
+            world=self.world,
         )
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._set_length()
@@ -125,13 +135,14 @@ class Fit:
             **options.fixed(),
             "batch_size": self.batches.batch_size,
             "num_rows": self.source.num_rows,
-            "objective": repr(self.objective),
+            "objective": without_addresses(repr(self.objective)),
             "optimizer": f"{type(optimizer).__name__}({_plain(optimizer.defaults)})",
             "data": fingerprint(self.source),
             "model": _made_of(model),
             "guide": _made_of(guide),
             "engine": options.engine,
         }
+        agree(self.world, self._settings, {**self.structure.parameters, **self.buffers})
         self._store = set(pyro.get_param_store().keys())
         self._open_folder()
 
@@ -164,17 +175,13 @@ class Fit:
         rows = source.num_rows if is_whole else options.batch_size
         assert rows is not None  # noqa: S101
         # With one batch an epoch the order is no matter, but to parameters of single rows.
-        batches = Batches(source, rows, options.seed, shuffle=rows < source.num_rows)
-        check_batches(self.model, self.guide, self.structure, source, batches.batch_size)
+        world = self.world
+        batches = Batches(source, rows, options.seed, shuffle=rows < source.num_rows, world=world)
+        pair, size = (self.model, self.guide), batches.batch_size
+        check_parts(world, *pair, self.objective, self.structure, source, size)
+        check_batches(*pair, self.structure, source, size, world)
         if isinstance(self.objective, Objective) and self.objective.refuses_batches:
-            check_objective(
-                self.model,
-                self.guide,
-                self.objective,
-                self.structure,
-                source,
-                batches.batch_size,
-            )
+            check_objective(*pair, self.objective, self.structure, source, size, world)
         if options.save_steps is not None and isinstance(source, LoaderSource):
             raise ArgumentError(
                 "save_steps", "data by index", "a DataLoader", ["pass loader.dataset"]
@@ -209,33 +216,48 @@ class Fit:
 
     def _open_folder(self) -> None:
         """Goes on from the folder's checkpoint, or empties the folder, all else being checked."""
-        options = self.options
-        if options.folder is None:
-            self._set_engine()
-        elif options.resume and options.checkpoint_file.exists():
+        options, saved = self.options, self.world.from_first(self._saved)
+        if saved is not None:
             with randomness.forked():
-                saved = checkpoint.load(options.checkpoint_file)
                 self._set_engine(saved.meta["settings"].get("engine"))
                 self.progress = restore(
-                    saved, self.stepper, self.buffers, self._settings, str(options.checkpoint_file)
+                    saved,
+                    self.stepper,
+                    self.buffers,
+                    self._settings,
+                    str(options.checkpoint_file),
+                    self.world,
+                    options.seed,
                 )
                 self._rng = randomness.get_state()
-            self.history.write(options.history_file)
+            if self.world.is_first:
+                self.history.write(options.history_file)
             if self.progress.epochs != self.epochs:
                 self._warn_of_stretching(self.progress.epochs)
         else:
             self._set_engine()
-            if options.overwrite:
+            if options.overwrite and options.folder is not None and self.world.is_first:
                 options.checkpoint_file.unlink(missing_ok=True)
                 options.history_file.unlink(missing_ok=True)
+
+    def _saved(self) -> checkpoint.Checkpoint | None:
+        """What there is to go on from."""
+        if not self.options.resume or not self.options.checkpoint_file.exists():
+            return None
+        return checkpoint.load(self.options.checkpoint_file)
 
     def _set_engine(self, before: Engine | None = None) -> None:
         """The engine asked for; ``"auto"`` is the one before, or the one that pays."""
         asked = self.options.engine
         if asked == "auto":
-            steps, rows = self.epochs * self.steps_per_epoch, self.batches.batch_size
-            asked = before or choose(self.stepper, lambda: t.first_batch(self.source, rows), steps)
+            chosen = self.world.from_first(self._choose_engine) if before is None else before
+            asked = chosen
         self.stepper.engine = self._settings["engine"] = asked
+
+    def _choose_engine(self) -> Engine:
+        steps, rows = self.epochs * self.steps_per_epoch, self.batches.batch_size
+        own = max(self.world.shares(rows))
+        return choose(self.stepper, lambda: t.first_batch(self.source, own), steps)
 
     def _warn_of_stretching(self, before: int) -> None:
         if self._spanning:
@@ -278,11 +300,14 @@ class Fit:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Writes a checkpoint of the pair and the training to a file."""
+        """Writes a checkpoint of the pair and the training to a file.
+
+        Of several processes all have to call this, and the first one writes.
+        """
         with randomness.forked():
             if self._rng is not None:
                 randomness.set_state(self._rng)
-            checkpoint.save(path, self._snapshot())
+            self._write_checkpoint(Path(path))
 
     # The loop
 
@@ -393,7 +418,7 @@ class Fit:
                     continue
                 record[name] = float(getattr(self.stepper.state, name))
         if self.valid is not None:
-            record.update(self._validate())
+            record.update(self.world.from_first(self._validate))
         record = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
@@ -408,7 +433,7 @@ class Fit:
             self._note_best(value)
             if value is not None:
                 bar.set_postfix_str(f"valid {self._name} {value:.2f}")
-        if self.options.folder is not None:
+        if self.options.folder is not None and self.world.is_first:
             self.options.folder.mkdir(parents=True, exist_ok=True)
             done.history.write_last(self.options.history_file)
         if done.epoch % self.options.save_every == 0 and done.epoch < self.epochs:
@@ -427,7 +452,11 @@ class Fit:
             )
 
     def _validate(self) -> dict[str, Any]:
-        """The validation ELBO and its parts, by one draw that is the same after each epoch."""
+        """The validation ELBO and its parts, by one draw that is the same after each epoch.
+
+        The draws are one sequence over the rows, so one process makes them all, and the number
+        doesn't depend on how many there are.
+        """
         bound = bounds.elbo(
             self.model, self.guide, self.valid, structure=self.structure, seed=self.options.seed
         )
@@ -460,14 +489,14 @@ class Fit:
             initial=self.progress.global_step,
             unit="step",
             desc="fit",
-            disable=not self.options.progress,
+            disable=not (self.options.progress and self.world.is_first),
         )
         with (
             bar,
-            randomness.forked(self.options.seed),
+            randomness.forked(self.world.seed(self.options.seed)),
             in_mode(self.structure.modules, training=True),
             pyro.validation_enabled(is_validate=False),
-            _on_interrupt() as stop,
+            on_interrupt(alone=self.world.size == 1) as stop,
         ):
             if self._rng is not None:
                 randomness.set_state(self._rng)
@@ -475,61 +504,13 @@ class Fit:
 
     def _save_checkpoint(self) -> None:
         if self.options.folder is not None:
-            checkpoint.save(self.options.checkpoint_file, self._snapshot())
+            self._write_checkpoint(self.options.checkpoint_file)
 
-    def _snapshot(self) -> checkpoint.Checkpoint:
-        return snapshot(self.progress, self.stepper, self.buffers, self._settings)
-
-
-@contextmanager
-def _on_interrupt() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event; the second one interrupts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(signum: int, frame: Any) -> None:
-        if stop.is_set() and callable(before):
-            before(signum, frame)
-        stop.set()
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def place(
-    model: Any, guide: Any, device: str | torch.device, data: Any = None
-) -> tuple[torch.device, torch.dtype]:
-    """Moves modules to the device; returns it, and the type of their first floating tensor.
-
-    Functions can't be moved: ``"auto"`` is then where the data are.
-    """
-    modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
-    tensors = [p for m in modules for p in (*m.parameters(), *m.buffers()) if p.is_floating_point()]
-    if device == "auto":
-        where = t.home_of((), data).device
-        if tensors:
-            where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    else:
-        try:
-            where = torch.device(device)
-        except RuntimeError as error:
-            raise ArgumentError("device", "'auto', 'cpu', 'cuda', ...", repr(device)) from error
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise ArgumentError(
-                "device",
-                "a device of this machine",
-                "cuda, and there is none",
-                ["device='auto'", "pvae doctor"],
-            )
-    for module in modules:
-        module.to(where)
-    return where, tensors[0].dtype if tensors else torch.get_default_dtype()
+    def _write_checkpoint(self, path: Path) -> None:
+        generators = self.world.gather(randomness.get_state())
+        if self.world.is_first:
+            parts = (self.progress, self.stepper, self.buffers, self._settings, generators)
+            checkpoint.save(path, snapshot(*parts))
 
 
 def _warn_of_long_schedules(schedules: dict[str, Schedule], total: int) -> None:
@@ -548,7 +529,7 @@ def _made_of(program: Any) -> str:
     """What a module says it is made of: layers, dropout, corruptions, penalties."""
     if not isinstance(program, nn.Module):
         return type(program).__name__
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(program))
+    return without_addresses(repr(program))
 
 
 def _shown(average: dict[str, float]) -> float:

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
+from pvae.distributed import current
 from pvae.engine import ASKED, Asked, OptimizerLike, Precision
 from pvae.errors import ArgumentError, CheckpointError, check_int, check_number, oxford
 from pvae.schedules import Schedule, as_schedule
 
-__all__ = ["Options"]
+__all__ = ["CHECKPOINT", "Options"]
+
+CHECKPOINT = "checkpoint.safetensors"
+"""Name of a training's checkpoint in its folder."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Options:
                 raise ArgumentError("resume", "a folder to resume from", "folder=None")
         elif self.resume and self.overwrite:
             raise ArgumentError("overwrite", "either resume or overwrite", "both")
+        elif not current().is_first:  # which leaves files to the first process
+            return
         elif not self.resume and not self.overwrite and self.checkpoint_file.exists():
             raise CheckpointError(
                 str(self.folder),
@@ -74,7 +80,7 @@ class Options:
     def checkpoint_file(self) -> Path:
         """Where the checkpoint is."""
         assert self.folder is not None  # noqa: S101
-        return self.folder / "checkpoint.safetensors"
+        return self.folder / CHECKPOINT
 
     @property
     def history_file(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from pvae import checkpoint, randomness
 from pvae import terms as t
 from pvae.data import Source
 from pvae.data.sources import LoaderSource
+from pvae.distributed import World, job
 from pvae.engine import Stepper
 from pvae.errors import CheckpointError, PvaeWarning
 from pvae.fitting.history import History
@@ -25,9 +27,11 @@ __all__ = [
     "buffers_of",
     "copy_into",
     "fingerprint",
+    "first_difference",
     "load",
     "restore",
     "snapshot",
+    "without_addresses",
 ]
 
 
@@ -145,13 +149,15 @@ def snapshot(
     stepper: Stepper,
     buffers: dict[str, Tensor],
     settings: dict[str, Any],
+    generators: list[dict[str, Tensor]],
 ) -> checkpoint.Checkpoint:
-    """Everything that exact resume needs."""
+    """Everything that exact resume needs; ``generators`` are the states of each process's."""
     saved = checkpoint.Checkpoint()
     saved.add("param", stepper.structure.parameters)
     saved.add("buffer", buffers)
     saved.add("best", progress.best_tensors)
-    saved.add("rng", randomness.get_state())
+    for rank, state in enumerate(generators):
+        saved.add(_generators_of(rank), state)
     tensors, rest = checkpoint.optimizer_state(stepper.optimizer)
     saved.add("optimizer", tensors)
     saved.tensors["sums"] = stepper.sums
@@ -165,6 +171,7 @@ def snapshot(
         "objective_step": None if stepper.state is None else stepper.state.step,
         "settings": settings,
         "environment": checkpoint.environment(stepper.structure.device),
+        "job": job(),
     }
     return saved
 
@@ -175,6 +182,8 @@ def restore(
     buffers: dict[str, Tensor],
     settings: dict[str, Any],
     where: str,
+    world: World,
+    seed: int,
 ) -> Progress:
     """Puts a pair, an optimiser and the generators into a saved state.
 
@@ -187,8 +196,8 @@ def restore(
         raise CheckpointError(
             where,
             "the settings that it was made with: "
-            + ", ".join(f"{k}={_first_difference(theirs.get(k), settings[k])!r}" for k in differ),
-            ", ".join(f"{k}={_first_difference(settings[k], theirs.get(k))!r}" for k in differ),
+            + ", ".join(f"{k}={first_difference(theirs.get(k), settings[k])!r}" for k in differ),
+            ", ".join(f"{k}={first_difference(settings[k], theirs.get(k))!r}" for k in differ),
             ["the same call as before", "another folder, to train anew"],
         )
     copy_into(saved.part("param"), stepper.structure.parameters, where, "parameters")
@@ -199,8 +208,13 @@ def restore(
     stepper.sums.copy_(saved.tensors["sums"])
     if stepper.state is not None:
         stepper.state.restore(saved.part("objective"), saved.meta["objective_step"])
-    randomness.set_state(saved.part("rng"))
+    numbers = dict(saved.meta["progress"])
     now, then = checkpoint.environment(stepper.structure.device), saved.meta["environment"]
+    then = {"processes": 1, **then}  # which older ones don't say
+    if now["processes"] == then["processes"]:
+        randomness.set_state(saved.part(_generators_of(world.rank)))
+    else:
+        randomness.set_seed(world.seed(seed, numbers["global_step"]))
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if now[k] != then.get(k)]
     if changed:
         warnings.warn(
@@ -208,14 +222,23 @@ def restore(
             PvaeWarning,
             stacklevel=5,
         )
-    numbers = dict(saved.meta["progress"])
     history = History(numbers.pop("history"))
     device = stepper.structure.device
     best = {k: v.to(device) for k, v in saved.part("best").items()}
     return Progress(**numbers, history=history, best_tensors=best)
 
 
-def _first_difference(setting: Any, other: Any) -> Any:
+def _generators_of(rank: int) -> str:
+    """What a process's generators are called in a checkpoint."""
+    return f"rng{rank}" if rank else "rng"
+
+
+def without_addresses(text: str) -> str:
+    """A ``repr`` that is the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def first_difference(setting: Any, other: Any) -> Any:
     """Of texts of several lines, the first line that isn't in the other one."""
     if not (isinstance(setting, str) and isinstance(other, str) and "\n" in setting + other):
         return setting

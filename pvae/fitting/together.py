@@ -1,0 +1,161 @@
+"""What several processes have to agree on before they train together, and what they can't train."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import torch
+from pyro.infer import ELBO as PyroELBO
+from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pvae import distributed
+from pvae import terms as t
+from pvae.data import Source
+from pvae.data.sources import LoaderSource
+from pvae.distributed import World
+from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
+from pvae.fitting.checks import trying
+from pvae.fitting.state import first_difference
+from pvae.objectives import Objective
+
+__all__ = ["agree", "check_parts", "warn_if_apart"]
+
+_ALONE = "one process"
+
+
+def warn_if_apart(world: World) -> None:
+    """Warns of processes that ``torchrun`` has started, and that don't know of each other."""
+    if world.size == 1 and distributed.is_started_by_torchrun():
+        warnings.warn(
+            "torchrun has started several processes, but each trains by itself. To train "
+            "together: with pvae.distributed.joined(): pvae.fit(...)",
+            PvaeWarning,
+            stacklevel=6,
+        )
+
+
+def agree(world: World, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuses processes that train different things; gives all the first one's tensors.
+
+    Raises:
+        ArgumentError: Naming what differs: a setting, the data, a parameter's shape.
+    """
+    mine = settings | {n: f"{tuple(x.shape)} {x.dtype}" for n, x in tensors.items()}
+    for rank, theirs in enumerate(world.gather(mine)):
+        odd = [k for k in (*mine, *theirs) if mine.get(k) != theirs.get(k)]
+        if odd:
+            ours, other = mine.get(odd[0]), theirs.get(odd[0])
+            raise ArgumentError(
+                f"process {world.rank}",
+                f"the same as in process {rank}: {odd[0]}={first_difference(other, ours)!r}",
+                f"{odd[0]}={first_difference(ours, other)!r}",
+                ["the same call, with the same data, in every process"],
+            )
+    world.copy_from_first(tensors.values())
+
+
+def check_parts(
+    world: World,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    objective: PyroELBO,
+    structure: t.Structure,
+    source: Source,
+    batch_size: int,
+) -> None:
+    """Refuses what isn't the same computed in parts: what couples data, what learns by itself.
+
+    Whether a datum's terms depend on other data is tried on one batch, too, by gradients. Where
+    there are none, as of discrete data or draws, a coupling that nothing declares isn't noticed.
+    """
+    if world.size == 1:
+        return
+    if isinstance(source, LoaderSource):
+        _refuse("data", "rows by index", "a DataLoader", ["pass loader.dataset"])
+    if structure.subsample_size is not None:
+        _refuse("pair", "a pair that takes its batch as it is", "one that subsamples by itself")
+    if structure.tied_to is not None:
+        _refuse("pair", "a pair that runs on any rows", f"one that needs all {structure.tied_to}")
+    if batch_size < world.size:
+        raise ArgumentError(
+            "batch_size",
+            f"at least a row for each of {world.size} processes",
+            f"{batch_size}",
+            ["it counts the rows of all processes together"],
+        )
+    _check_objective(objective, structure)
+    for module in structure.modules:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            instead = ["nn.LayerNorm or nn.GroupNorm", _ALONE]
+            _refuse("pair", "data that don't meet in a batch", f"{type(module).__name__}", instead)
+        if getattr(module, "couples_data", False):
+            _refuse("pair", "data that don't meet in a batch", f"{type(module).__name__}")
+    rows = max(world.shares(batch_size))
+    _check_pair(model, guide, structure, t.first_batch(source, max(rows, 2)))
+
+
+def _refuse(where: str, expected: str, actual: str, fixes: list[str] | None = None) -> NoReturn:
+    raise PairError(where, f"{expected}, for several processes", actual, fixes or [_ALONE])
+
+
+def _check_objective(objective: PyroELBO, structure: t.Structure) -> None:
+    name = type(objective).__name__
+    if isinstance(objective, Objective):
+        if objective.couples_data:
+            _refuse("objective", "a loss that is a mean over data", f"{objective}, which isn't")
+        if objective.make_state(structure, 1, 1, 1).tensors():
+            _refuse("objective", "one that learns nothing by itself", f"{objective}, which does")
+    elif type(objective) not in (TraceMeanField_ELBO, TraceEnum_ELBO):
+        known = ["TraceMeanField_ELBO or TraceEnum_ELBO", _ALONE]
+        _refuse("objective", "an objective of pvae's", name, known)
+
+
+def _check_pair(model: Any, guide: Any, structure: t.Structure, batch: tuple[Tensor, ...]) -> None:
+    """Tries a batch in training mode: sites, buffers that move, terms that need other data."""
+    buffers = [
+        (f"{type(module).__name__}.{name}", buffer, buffer.clone())
+        for module in structure.modules
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    with trying(structure), torch.enable_grad():
+        terms = t.compute(model, guide, batch, structure=structure)
+        moved = [name for name, buffer, copy in buffers if not torch.equal(buffer, copy)]
+    for name, site in terms.sites.items():
+        if not site.is_local and not structure.is_scaled:
+            _refuse(
+                f"site '{name}'",
+                "a data plate that knows the full size",
+                f"a site outside of one that doesn't, '{structure.plate}': it would count once in "
+                "each process",
+                ["pyro.plate(name, N, subsample_size=len(x))", _ALONE],
+            )
+        if any(getattr(fn, "couples_data", False) for fn in (site.model, site.guide)):
+            what = "a density that all rows of the batch share"
+            _refuse(f"site '{name}'", "a density of each datum alone", what)
+    if moved:
+        expected = "no buffers that training moves: each process would have its own"
+        raise PairError("pair", expected, oxford(moved[:3]), [_ALONE])
+    if any(_meeting(model, guide, structure, batch)):
+        what = "terms of the first row that change with other rows"
+        _refuse("pair", "data that don't meet in a batch", what)
+
+
+def _meeting(
+    model: Any, guide: Any, structure: t.Structure, batch: tuple[Tensor, ...]
+) -> Iterator[bool]:
+    """Whether the terms of the first datum have a gradient of other data, part by part."""
+    leaves = [x.detach().clone() for x in batch]
+    floating = [x.requires_grad_() for x in leaves if x.is_floating_point()]
+    gradients: tuple[Tensor | None, ...] = ()
+    with trying(structure), torch.enable_grad(), suppress(PvaeError, RuntimeError):
+        inputs = tuple(x.clone() for x in leaves)  # a pair may write into its data
+        terms = t.compute(model, guide, inputs, structure=structure)
+        parts = [terms.log_weight, *(p for p in terms.penalties.values() if p.dim() == 2)]
+        first = torch.stack([part[:, 0].sum() for part in parts]).sum()
+        gradients = torch.autograd.grad(first, floating, allow_unused=True)
+    for gradient in gradients:
+        yield gradient is not None and bool((gradient[1:].abs() > 0).any())
