@@ -20,6 +20,7 @@ from torch import nn
 from pvae import corruptions, fitting, guides, likelihoods, penalties, priors
 from pvae.checkpoint import write_atomically
 from pvae.data import Data, Splits, load
+from pvae.distributed import job
 from pvae.engine import ASKED
 from pvae.errors import ArgumentError, CheckpointError, PvaeError, TrainingError
 from pvae.networks import activation_named
@@ -37,6 +38,7 @@ __all__ = [
     "PENALTIES",
     "PRIORS",
     "Config",
+    "job_of",
     "open_run",
 ]
 
@@ -326,6 +328,8 @@ class Config:
         existed, path = folder.exists(), folder / "config.json"
         before = path.read_bytes() if path.exists() else None
         content = {**asdict(self), "resolved": self.resolved(splits, vae)}
+        if (name := job()) is not None:
+            content["job"] = name
         write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
         try:
             yield
@@ -351,7 +355,8 @@ class Config:
         try:
             values = json.loads(path.read_text())
             known = {f.name for f in fields(cls)}
-            values.pop("resolved", None)
+            for name in ("resolved", "job"):
+                values.pop(name, None)
             if not isinstance(values, dict) or set(values) - known:
                 raise ValueError("other names than those of a run")
             for name in ("hidden", "decoder_hidden"):
@@ -369,6 +374,18 @@ class Config:
 
 def _arguments(recipe: str) -> set[str]:
     return set(inspect.signature(RECIPES[recipe].build).parameters)
+
+
+def job_of(folder: Path) -> str | None:
+    """The job of ``torchrun`` that a run was last trained by; None if there is no run, or no job.
+
+    See `pvae.distributed.job`.
+    """
+    try:
+        name: str | None = json.loads((folder / "config.json").read_text()).get("job")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name
 
 
 def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Splits]:

@@ -13,6 +13,7 @@ from pvae.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from pvae.data import Splits
+    from pvae.distributed import World
     from pvae.fitting import Fit
     from pvae.pair import VAE
     from pvae.runs import Config
@@ -134,7 +135,11 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on; only --epochs may be new.")] = False,  # noqa: FBT002
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the folder.")] = False,  # noqa: FBT002
 ) -> None:
-    """Train a pair and write a run folder: config, checkpoint, history, figures, summary."""
+    """Train a pair and write a run folder: config, checkpoint, history, figures, summary.
+
+    On several GPUs or machines: torchrun --nproc-per-node=N -m pvae train ...
+    """
+    from pvae import distributed
     from pvae.runs import Config
 
     folder = out or Path("runs") / f"{Path(data).stem}-{recipe}"
@@ -181,8 +186,42 @@ def train(
     )
     sources = {name: context.get_parameter_source(name) for name in vars(asked)}
     given = {n for n, source in sources.items() if source and source.name != "DEFAULT"}
-    config = _prepare_folder(folder, asked, given, resume=resume, overwrite=overwrite)
-    _train(folder, config, device, resume=resume, overwrite=overwrite, fetch=download)
+    with distributed.joined(device) as world:
+        _leave_talking_to_the_first(world)
+        resume, overwrite = world.from_first(
+            lambda: restarted(folder, resume=resume, overwrite=overwrite)
+        )
+        config = world.from_first(
+            lambda: _prepare_folder(folder, asked, given, resume=resume, overwrite=overwrite)
+        )
+        _train(folder, config, device, world, resume=resume, overwrite=overwrite, fetch=download)
+
+
+def _leave_talking_to_the_first(world: World) -> None:
+    import warnings
+
+    from pvae.errors import PvaeWarning
+
+    if not world.is_first:
+        warnings.simplefilter("ignore", PvaeWarning)
+
+
+def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """Whether to resume and whether to overwrite, where torchrun has started its workers anew.
+
+    A run that the same job began is then gone on with, whatever was asked for at first; another
+    job's is no more touched than at the first start.
+    """
+    from pvae import checkpoint, distributed
+    from pvae.fitting.options import CHECKPOINT
+    from pvae.runs import job_of
+
+    mine = distributed.job()
+    if not distributed.restarts() or mine is None or job_of(folder) != mine:
+        return resume, overwrite
+    saved = folder / CHECKPOINT
+    is_ours = saved.exists() and checkpoint.load(saved).meta.get("job") == mine
+    return (True, False) if is_ours or resume else (False, True)
 
 
 def _widths(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -235,18 +274,29 @@ def _prepare_folder(
 
 
 def _train(
-    folder: Path, config: Config, device: str, *, resume: bool, overwrite: bool, fetch: bool
+    folder: Path,
+    config: Config,
+    device: str,
+    world: World,
+    *,
+    resume: bool,
+    overwrite: bool,
+    fetch: bool,
 ) -> None:
+    from contextlib import nullcontext
+
     import pvae
     from pvae import fitting, randomness, terms
     from pvae.data import as_source
 
+    if fetch:
+        world.from_first(lambda: config.load_data(fetch=True) and None)
     splits = config.load_data(fetch=fetch)
     with randomness.forked(config.seed):
         vae = config.build(splits)
     where, dtype = fitting.place(vae.model, vae.guide, device)
     terms.check_data(vae.model, vae.guide, as_source(splits.test, where, dtype), "test data")
-    with config.written(folder, splits, vae):
+    with config.written(folder, splits, vae) if world.is_first else nullcontext():
         run = pvae.fit(
             vae.model,
             vae.guide,
@@ -268,6 +318,8 @@ def _train(
     if run.interrupted:
         typer.echo(f"interrupted; to go on: pvae train --resume --out {folder}", err=True)
         raise typer.Exit(130)
+    if not world.is_first:
+        return
     _draw_figures(folder, vae, splits, run)
     text = summary(folder, config, vae, splits, history=run.history, seconds=run.progress.seconds)
     pvae.checkpoint.write_atomically(folder / "summary.txt", f"{text}\n".encode())
