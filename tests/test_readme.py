@@ -25,7 +25,7 @@ def run_blocks(page: Path) -> int:
 @pytest.mark.float32
 @pytest.mark.usefixtures("store")
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_blocks(README) == 4
+    assert run_blocks(README) == 5
     printed = capsys.readouterr().out
     assert printed.startswith("evidence, IWAE-1000: -")
     assert "ELBO: -" in printed
