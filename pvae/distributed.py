@@ -1,6 +1,9 @@
 """Several processes that train one pair, on torch's own engine: who they are, and what they share.
 
 Each process runs the same program on its rows of each batch. ``torchrun`` starts them.
+
+Where several machines are to restart workers, ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` in the
+environment of ``torchrun`` gives each start a store of its own, without addresses of the dead.
 """
 
 from __future__ import annotations
