@@ -312,7 +312,7 @@ def write(result: dict[str, Any]) -> None:
     lines += [
         "**Signal to noise of the guide's gradient against the draws**",
         "",
-        "The law is for many draws, where weights have a variance that matters no more. In the "
+        "The law is asymptotic: for so many draws that their mean weight is nearly exact. In the "
         "Gaussian model of Rainforth et al. (20 dimensions, 2,000 gradients, so that pure noise "
         f"has 0.018) it holds. On the trained pair one of {DRAWS[-1]} draws still has "
         f"{result['largest weight']:.0%} of the weight, the mean over images.",

@@ -225,11 +225,11 @@ def evidence(
         calls = -(-source.num_rows * num_particles // max_rows)
         repeated = Repeated(reduced, calls, structure.dtype, engine)
 
-        def run(*programs_and_batch: Any, num_particles: int, given: Any, **rest: Any) -> Tensor:
+        def run(*pair_and_batch: Any, given: Any, num_particles: int, **rest: Any) -> Tensor:
             if not given:
-                return repeated(num_particles, *programs_and_batch[-1])
-            terms = t.compute(*programs_and_batch, num_particles=num_particles, given=given, **rest)
-            return weights.reduce(terms)
+                return repeated(num_particles, *pair_and_batch[-1])
+            rest |= {"given": given, "num_particles": num_particles}  # rows that the pair picks
+            return weights.reduce(t.compute(*pair_and_batch, **rest))
 
         chunks = t.stream(model, guide, source, structure, num_particles, max_rows, run=run)
         for rows, sums in chunks:

@@ -149,7 +149,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": cuda,
         "threads": torch.get_num_threads(),
         "processes": current().size,
-        "engine": "eager",
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }

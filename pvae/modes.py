@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "in_mode", "is_recorded", "recorded"]
+__all__ = ["evaluating", "in_mode", "is_recorded", "raised", "recorded"]
 
 _recorded: ContextVar[bool] = ContextVar("pvae_recorded", default=False)
 
@@ -35,13 +35,18 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def recorded() -> Iterator[None]:
-    """Says that operations are being recorded as a graph, which has no generators of its own."""
-    token = _recorded.set(True)
+def raised(flag: ContextVar[bool]) -> Iterator[None]:
+    """A flag that is up for a while."""
+    token = flag.set(True)
     try:
         yield
     finally:
-        _recorded.reset(token)
+        flag.reset(token)
+
+
+def recorded() -> AbstractContextManager[None]:
+    """Says that operations are being recorded as a graph, which has no generators of its own."""
+    return raised(_recorded)
 
 
 def is_recorded() -> bool:

@@ -6,8 +6,7 @@ A pair that a modeller writes needs none of these names; tools find its sites by
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,6 +15,8 @@ import pyro.distributions as dist
 from pyro.distributions import constraints
 from pyro.poutine.runtime import am_i_wrapped, apply_stack
 from torch import Tensor, nn
+
+from pvae.modes import raised
 
 __all__ = [
     "DATA_PLATE",
@@ -56,14 +57,9 @@ def penalty(name: str, value: Tensor, *, in_guide: bool = False) -> None:
 _silent: ContextVar[bool] = ContextVar("pvae_silent", default=False)
 
 
-@contextmanager
-def unannounced() -> Iterator[None]:
+def unannounced() -> AbstractContextManager[None]:
     """Lets pairs run without announcing their parameters, to one who knows them already."""
-    token = _silent.set(True)
-    try:
-        yield
-    finally:
-        _silent.reset(token)
+    return raised(_silent)
 
 
 def announce_parameters(module: nn.Module, prefix: str) -> None:

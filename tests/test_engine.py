@@ -12,7 +12,7 @@ from torch import Tensor
 from pvae import recipes
 from pvae import terms as t
 from pvae.engine import PARTS, Stepper, make_optimizer
-from pvae.engine.optimizers import Backup, is_fused
+from pvae.engine.optimizers import Backup, is_fused, update
 from pvae.errors import ArgumentError
 from pvae.objectives import ELBO
 
@@ -119,3 +119,57 @@ def test_a_loss_without_gradients_is_refused(device: torch.device) -> None:
     stepper.parameters = []
     with pytest.raises(ArgumentError, match="a loss that depends on its parameters"):
         stepper((x,), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.Adam, {"weight_decay": 0.1}),
+        (torch.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+        (torch.optim.AdamW, {"weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-3}),
+        (torch.optim.Adam, {"amsgrad": True}),
+    ],
+    ids=["Adam", "decoupled", "AdamW", "amsgrad"],
+)
+def test_updates_are_the_optimisers_own(
+    kind: Any, options: dict[str, Any], device: torch.device
+) -> None:
+    """In groups with rates of their own, one parameter without gradients."""
+    ends = []
+    for take_step in (lambda o, p: update(o, torch.ones((), device=device) > 0, p), _step):
+        torch.manual_seed(0)
+        parameters = [torch.randn(3, 2, device=device, requires_grad=True) for _ in range(4)]
+        groups = [{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 0.01}]
+        optimizer = kind(groups, fused=True, **options)
+        for _ in range(5):
+            for p in parameters[:3]:
+                p.grad = torch.randn(3, 2, device=device)
+            take_step(optimizer, parameters)
+        ends.append([p.detach() for p in parameters])
+    for ours, theirs in zip(*ends, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _step(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    optimizer.step()
+
+
+@pytest.mark.parametrize("watch", ["hook", "wrapper"])
+def test_what_watches_steps_sees_every_update(watch: str, device: torch.device) -> None:
+    """Learning rate schedulers wrap an optimiser's step."""
+    parameter, seen = torch.zeros(2, device=device, requires_grad=True), []
+    optimizer: Any = torch.optim.Adam([parameter], fused=True)
+    if watch == "hook":
+        optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    else:
+        own = optimizer.step
+
+        def counted() -> None:
+            seen.append(1)
+            own()
+
+        optimizer.step = counted
+    for _ in range(3):
+        parameter.grad = torch.ones(2, device=device)
+        update(optimizer, torch.ones((), device=device) > 0, [parameter])
+    assert len(seen) == 3

@@ -284,7 +284,7 @@ def test_nothing_in_a_run_is_a_pickle(tmp_path: Path) -> None:
         "rng",
         "sums",
     }
-    assert saved.meta["environment"]["engine"] == "eager"
+    assert saved.meta["settings"]["engine"] == "eager"
 
 
 def test_every_generator_is_saved(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import pyro
 import torch
 from torch import Tensor
 
 from pvae import randomness
 from pvae.engine.optimizers import Backup
 from pvae.engine.stepper import Engine, Stepper
+from pvae.modes import in_mode
 from pvae.objectives import Objective
 
 __all__ = ["ASKED", "WORTH_COMPILING", "Asked", "choose", "has_compiler"]
@@ -44,9 +46,13 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def _seconds(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
-    """What a pass takes, without its update."""
+    """What a pass takes as in training, without its update."""
     found = []
-    with randomness.forked():
+    with (
+        randomness.forked(),
+        in_mode(stepper.structure.modules, training=True),
+        pyro.validation_enabled(is_validate=False),
+    ):
         backup = Backup(stepper.changing())
         for _ in range(4):
             started = time.perf_counter()

@@ -74,13 +74,14 @@ def _adam(optimizer: torch.optim.Optimizer) -> bool:
     Which takes as long as the kernel itself, in small networks. Not done for subclasses, hooks and
     anything special, nor for the first step.
     """
-    kernel = _KERNELS.get(type(optimizer))
-    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if kernel is None or hooked:
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    is_patched = "step" in vars(optimizer)  # as learning rate schedulers do
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or any(hooks) or is_patched:
         return False
     for group in optimizer.param_groups:
         special = (group["amsgrad"], group["maximize"], not group["fused"])
-        if any(special) or isinstance(group["lr"], Tensor):
+        kinds = {(p.dtype, p.device) for p in group["params"]}
+        if any(special) or len(kinds) > 1 or isinstance(group["lr"], Tensor):
             return False
         if any(p.grad is not None and not optimizer.state[p] for p in group["params"]):
             return False
@@ -89,6 +90,10 @@ def _adam(optimizer: torch.optim.Optimizer) -> bool:
         states = [optimizer.state[p] for p in moved]
         steps = [s["step"] for s in states]
         beta1, beta2 = group["betas"]
+        if not moved:
+            continue
+        is_decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
+        kernel: Any = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
         torch._foreach_add_(steps, 1)
         kernel(
             moved,
@@ -108,12 +113,6 @@ def _adam(optimizer: torch.optim.Optimizer) -> bool:
             found_inf=None,
         )
     return True
-
-
-_KERNELS: dict[type, Callable[..., Any]] = {
-    torch.optim.Adam: torch._fused_adam_,
-    torch.optim.AdamW: torch._fused_adamw_,
-}
 
 
 class Backup:

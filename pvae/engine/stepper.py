@@ -37,7 +37,7 @@ PARTS = ("loss", "elbo", "log_likelihood", "rate", "penalty", "grad_norm")
 MAX_SHAPES = 4
 """Shapes of a batch that are compiled; others run as Python."""
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Of the norm of the gradient's change against the norm of the gradient."""
 
 
@@ -406,7 +406,8 @@ class Stepper:
             finally:
                 rewind()
         worst = _difference(expected, found)
-        if not worst <= _TOLERANCE.get(self.structure.dtype, 1e-1):
+        dtype = torch.bfloat16 if self.precision == "bf16" else self.structure.dtype
+        if not worst <= _TOLERANCE.get(dtype, 5e-2):
             raise UncompilableError(f"loss or gradient differ from the eager ones, by {worst:.2g}")
         return compiled
 

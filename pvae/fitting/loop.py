@@ -92,13 +92,6 @@ class Fit:
         options, model, guide = self.options, self.model, self.guide
         self.objective = as_objective(objective, options.plate)
         plate = getattr(self.objective, "plate", None)
-        if plate is not None and options.plate not in (None, plate):
-            raise ArgumentError(
-                "plate",
-                f"the objective's, '{plate}'",
-                repr(options.plate),
-                ["one of the two arguments"],
-            )
         if plate is not None:
             options = self.options = replace(options, plate=plate)
         self.interrupted = False

@@ -260,4 +260,9 @@ def as_objective(objective: PyroELBO | None, plate: str | None = None) -> PyroEL
             repr(objective),
             ["objectives.ELBO(beta=0.5)", "pyro.infer.TraceMeanField_ELBO()"],
         )
+    own = getattr(objective, "plate", None)
+    if None not in (own, plate) and own != plate:
+        raise ArgumentError(
+            "plate", f"the objective's, '{own}'", repr(plate), ["one of the two arguments"]
+        )
     return objective
