@@ -1,10 +1,9 @@
-"""Estimates of the evidence, each a bound with its standard errors, for any pair."""
+"""The evidence lower bound, and its importance-weighted kin."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,101 +11,14 @@ from torch import Tensor
 
 from pvae import randomness
 from pvae import terms as t
-from pvae.data import Source, as_source, check_rows
+from pvae.bounds.prepare import prepare
+from pvae.bounds.result import Bound
+from pvae.data import Source
 from pvae.engine import Asked, Repeated
-from pvae.errors import PairError, UndefinedError, check_int
+from pvae.errors import check_int
 from pvae.modes import evaluating
 
-__all__ = ["Bound", "elbo", "evidence", "prepare"]
-
-
-@dataclass(frozen=True)
-class Bound:
-    r"""An estimate of a quantity for each datum, and of its mean.
-
-    There are two standard errors of the mean. The one over data,
-    :math:`\mathrm{sd}_n(v_n) / \sqrt N`, says how much the mean would differ on other data of the
-    same kind. The one over draws, :math:`\sqrt{\sum_n \mathrm{var}_n} / N`, says how much it would
-    differ on the same data with other draws from the guide.
-
-    Attributes:
-        name: What it is.
-        values: One for each datum in nats, shape ``(N,)``; None with global sites.
-        total: Sum over the data set.
-        se_total: Standard error over draws of the total; None if one draw was made.
-        num_data: N.
-        num_particles: K, draws for each datum.
-        distortion: :math:`-E_q[\log p(x | z)]`, an estimate like this one, or None.
-        rate: :math:`E_q[\log q(z | x) - \log p(z)]`, likewise.
-        global_sites: What is outside the data plate; the total has it, no single datum does.
-        removed_scales: ``poutine.scale`` factors by site that are not in it.
-    """
-
-    name: str
-    values: Tensor | None
-    total: float
-    se_total: float | None
-    num_data: int
-    num_particles: int
-    distortion: Bound | None = None
-    rate: Bound | None = None
-    global_sites: tuple[str, ...] = ()
-    removed_scales: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        """The mean over data in nats; with global sites, the total's share of a datum."""
-        return self.total / self.num_data
-
-    @property
-    def se_data(self) -> float:
-        """Standard error of the mean over data."""
-        values = self.per_datum
-        return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-    @property
-    def se_draws(self) -> float | None:
-        """Standard error of the mean over draws, the data held fixed; None if one was made."""
-        return None if self.se_total is None else self.se_total / self.num_data
-
-    @property
-    def per_datum(self) -> Tensor:
-        """The values, shape ``(N,)``.
-
-        Raises:
-            UndefinedError: With sites outside the data plate, which belong to no single datum.
-        """
-        if self.values is None:
-            raise UndefinedError(
-                f"{self.name} per datum",
-                "a pair whose sites are all inside the data plate",
-                f"global site(s) {', '.join(self.global_sites)}",
-                [".total, for the whole data set"],
-            )
-        return self.values
-
-    def __str__(self) -> str:
-        draws = "" if self.se_draws is None else f" (over draws {self.se_draws:.2g})"
-        if self.values is None:
-            error = "" if self.se_total is None else f" +- {self.se_total:.2g} over draws"
-            lines = [
-                f"{self.name}: {self.total:.2f}{error} nats, a bound for the data set of "
-                f"{self.num_data}, with global site(s) {', '.join(self.global_sites)}"
-            ]
-        else:
-            error = f" +- {self.se_data:.2g}" if self.num_data > 1 else ""
-            lines = [
-                f"{self.name}: {self.mean:.2f}{error}{draws} nats per datum, "
-                f"N = {self.num_data}, K = {self.num_particles}"
-            ]
-        for part in (self.distortion, self.rate):
-            if part is not None:
-                lines.append(f"  {part.name}: {part.mean:.2f}")
-        for site, scale in self.removed_scales.items():
-            lines.append(f"  left out: poutine.scale of {scale:g} at site '{site}'")
-        return "\n".join(lines)
-
-    __repr__ = __str__
+__all__ = ["elbo", "evidence"]
 
 
 def elbo(
@@ -235,28 +147,6 @@ def evidence(
         for rows, sums in chunks:
             weights.add(rows, sums)
         return weights.bound(name, num_particles)
-
-
-def prepare(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: Any,
-    structure: t.Structure | None = None,
-    plate: str | None = None,
-) -> tuple[Source, t.Structure]:
-    """Data, checked, as a source on the pair's device, and what the pair is made of."""
-    if structure is not None:
-        return as_source(data, structure.device, structure.dtype), structure
-    like = t.home_of((model, guide), data)
-    source = as_source(data, like.device, like.dtype)
-    try:
-        structure = t.inspect_source(model, guide, source, plate=plate)
-    except PairError:
-        check_rows(source)  # was it the data?
-        raise
-    source = as_source(data, structure.device, structure.dtype)
-    t.check_data(model, guide, source)
-    return source, structure
 
 
 class _Moments:

@@ -1,4 +1,4 @@
-"""What a fit is worth."""
+"""How sparse codes are, and how they move with their data."""
 
 from __future__ import annotations
 
@@ -14,55 +14,9 @@ from pvae import terms as t
 from pvae.errors import UndefinedError, check_int, check_number
 from pvae.jacobian import squared_jacobian_norm
 from pvae.latent.checks import mean_of, only_site
-from pvae.latent.coding import means_and_noise
 from pvae.modes import evaluating
 
-__all__ = ["active_units", "hoyer", "near_zero", "sensitivity"]
-
-
-def active_units(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: Any,
-    *,
-    site: str | None = None,
-    threshold: float = 1e-2,
-    structure: t.Structure | None = None,
-    num_particles: int = 32,
-    max_rows: int = 8192,
-    seed: int = 0,
-) -> Tensor:
-    r"""Which dimensions of a latent depend on the data.
-
-    Dimension d is active if :math:`\mathrm{Var}_n(E_q[z_d | x_n])` exceeds a threshold. The inner
-    mean is the guide's own where it is known; otherwise it is one over draws, whose noise is taken
-    off the variance.
-
-    References:
-        Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
-
-    Arguments:
-        model: A Pyro program.
-        guide: Its guide.
-        data: An array, tensor, tuple of them, data set or source.
-        site: The latent; None if the pair has one.
-        threshold: Of the variance; the paper's is 0.01.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        num_particles: Draws for the mean, where it isn't known.
-        max_rows: Bound on the rows in memory at once.
-        seed: Of the draws.
-
-    Returns:
-        True where active, shape ``latent_shape``.
-    """
-    check_int("num_particles", num_particles, minimum=2)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure)
-        site = only_site("active_units", "latent of the data", structure.latents, site)
-        means, noise = means_and_noise(
-            model, guide, source, structure, site, num_particles, max_rows
-        )
-    return means.double().var(0) - noise.double().mean(0) > threshold
+__all__ = ["hoyer", "near_zero", "sensitivity"]
 
 
 def hoyer(codes: Tensor) -> Tensor:

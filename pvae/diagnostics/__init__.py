@@ -1,0 +1,10 @@
+"""What a fit is worth: bound, posterior, latent space, model, training.
+
+Each diagnostic returns its numbers as data, and what they mean as `Finding`s.
+"""
+
+from pvae.diagnostics.codes import hoyer, near_zero, sensitivity
+from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.units import active_units
+
+__all__ = ["Finding", "Verdict", "active_units", "hoyer", "near_zero", "sensitivity"]
