@@ -36,7 +36,7 @@ class SVI:
             optimiser that has the pair's parameters.
         loss: One of Pyro's ELBOs, or of `pvae.objectives`; Pyro's ``Trace_ELBO`` is run as
             `pvae.objectives.ELBO`.
-        engine: ``"eager"``, or ``"compiled"``: see `pvae.engine.Stepper`.
+        engine: ``"eager"``, ``"compiled"`` or ``"cudagraph"``: see `pvae.engine.Stepper`.
         plate: Name of the data plate, where the batch's length doesn't tell.
 
     Attributes:

@@ -128,7 +128,7 @@ def train(
     ] = None,
     device: Device = "auto",
     engine: Annotated[
-        str, typer.Option(help="eager, compiled, or auto: compiled where that pays.")
+        str, typer.Option(help="eager, compiled, cudagraph, or auto: compiled where that pays.")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Of networks, data and draws.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<data>-<recipe>.")] = None,

@@ -1,7 +1,7 @@
 """How one training step runs: terms, loss, gradients, update, all without waiting for the device.
 
-`Stepper` runs steps of any pair and objective, as Python (``"eager"``) or as one compiled graph
-(``"compiled"``); both give the same numbers.
+`Stepper` runs steps of any pair and objective, as Python (``"eager"``), as one compiled graph
+(``"compiled"``), or as a CUDA graph (``"cudagraph"``); all give the same numbers.
 """
 
 from pvae.engine.choice import ASKED, Asked, choose

@@ -20,7 +20,7 @@ from pvae.objectives import Objective
 
 __all__ = ["ASKED", "WORTH_COMPILING", "Asked", "choose", "has_compiler"]
 
-Asked = Literal["auto", "eager", "compiled"]
+Asked = Literal["auto", "eager", "compiled", "cudagraph"]
 ASKED: tuple[Asked, ...] = get_args(Asked)
 
 WORTH_COMPILING = 180.0

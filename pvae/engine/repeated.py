@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
-from pvae.engine.choice import ASKED, Asked, has_compiler
+from pvae.engine.choice import Asked, has_compiler
 from pvae.engine.compiled import UncompilableError, compile_function
 from pvae.errors import ArgumentError, PvaeWarning
 
@@ -23,6 +23,7 @@ WORTH = 60.0
 TRIALS = 3
 """Eager calls on the same shapes before that is decided."""
 
+_ENGINES = ("auto", "eager", "compiled")
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
@@ -45,8 +46,8 @@ class Repeated:
         dtype: torch.dtype,
         engine: Asked = "auto",
     ) -> None:
-        if engine not in ASKED:
-            raise ArgumentError("engine", f"one of {', '.join(ASKED)}", repr(engine))
+        if engine not in _ENGINES:
+            raise ArgumentError("engine", f"one of {', '.join(_ENGINES)}", repr(engine))
         self.function, self.left, self.engine = function, calls, engine
         self.tolerance = _TOLERANCE.get(dtype, 1e-2)
         self._graphs: dict[Any, Callable[..., Any]] = {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from pvae import randomness
 from pvae import terms as t
 from pvae.distributed import World
+from pvae.engine.captured import Captured, Fixed
 from pvae.engine.compiled import UncompilableError, compile_function
 from pvae.engine.optimizers import Backup, is_fused, update
 from pvae.engine.precision import PRECISIONS, Precision, check_densities, mixed
@@ -28,7 +29,7 @@ from pvae.sites import unannounced
 
 __all__ = ["ENGINES", "PARTS", "Engine", "Failure", "Stepper"]
 
-Engine = Literal["eager", "compiled"]
+Engine = Literal["eager", "compiled", "cudagraph"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 PARTS = ("loss", "elbo", "log_likelihood", "rate", "penalty", "grad_norm")
@@ -63,7 +64,10 @@ class Stepper:
         clip_norm: Largest norm of the whole gradient; None for no clipping.
         engine: ``"eager"``, or ``"compiled"``: loss, gradients and everything measured as one
             graph for each shape of batch. Its first step is compared with the eager one; where
-            they differ, or there can be no graph, a warning says why, and steps are eager.
+            they differ, or there can be no graph, a warning says why, and steps are eager. Or
+            ``"cudagraph"``: the whole step, update included, captured and replayed on CUDA, with
+            the same guard; learning rates and schedules may change, other settings are captured
+            anew.
         precision: ``"full"``, the pair's own type, or ``"bf16"``: networks in bfloat16.
         per_datum: Whether the loss is divided by the data plate's full size.
         world: The processes that share each batch. Each computes loss and gradients on its own
@@ -89,15 +93,13 @@ class Stepper:
         self.structure, self.optimizer, self.state = structure, optimizer, state
         self.clip_norm, self.per_datum = clip_norm, per_datum
         self.world = world or World()
-        if engine not in ENGINES:
-            raise ArgumentError("engine", f"one of {', '.join(ENGINES)}", repr(engine))
         if precision not in PRECISIONS:
             raise ArgumentError("precision", f"one of {', '.join(PRECISIONS)}", repr(precision))
         if precision == "bf16" and not isinstance(objective, Objective):
             raise ArgumentError(
                 "precision", "an objective of pvae's with 'bf16'", type(objective).__name__
             )
-        self.engine: Engine = engine
+        self.engine = engine
         self.precision = precision
         self.parameters = list(structure.parameters.values())
         device = structure.device
@@ -120,6 +122,26 @@ class Stepper:
         self._moving: list[Tensor] | None = None
         """Buffers that a pass changes, while one is traced."""
         self._compiled: dict[Any, Callable[..., Sequence[Tensor]]] = {}
+        self._captured: Captured | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """How a step runs."""
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        if engine not in ENGINES:
+            raise ArgumentError("engine", f"one of {', '.join(ENGINES)}", repr(engine))
+        if engine == "cudagraph" and (self.structure.device.type != "cuda" or self.world.size > 1):
+            where = self.structure.device.type if self.world.size == 1 else "several processes"
+            raise ArgumentError(
+                "engine",
+                "a pair on one CUDA device, for 'cudagraph'",
+                where,
+                ["engine='compiled'", "device='cuda', where there is one"],
+            )
+        self._engine: Engine = engine
 
     def __call__(self, batch: tuple[Tensor, ...], step: int) -> None:
         """Runs one step on a batch; ``step`` is its number, for a `Failure` to name.
@@ -130,20 +152,24 @@ class Stepper:
         self.number.fill_(step)
         if self.world.size > 1:
             ok, *rest = self._shared_pass(batch)
+            self._update(ok, rest)
+        elif self.engine == "cudagraph":
+            ok, *rest = self._replay(batch)
         else:
             ok, *rest = self._runner(batch)(*batch)
-        if self.seen:
-            seen, *rest = rest
-            assert self.state is not None  # noqa: S101
-            self.state.seen = seen
-        found = dict(zip(self.differentiated, rest, strict=True))
-        for name, parameter in self.structure.parameters.items():
-            parameter.grad = found.get(name)
-        update(self.optimizer, ok, self.parameters)
+            self._update(ok, rest)
         if self.state is not None:
+            self.state.seen = rest[0] if self.seen else None
             kept = Backup(list(self.state.tensors().values()))
             self.state.advance()
             kept.restore_unless(ok)
+
+    def _update(self, ok: Tensor, rest: Sequence[Tensor]) -> None:
+        """The optimiser's step, where the pass is good."""
+        found = dict(zip(self.differentiated, rest[self.seen :], strict=True))
+        for name, parameter in self.structure.parameters.items():
+            parameter.grad = found.get(name)
+        update(self.optimizer, ok, self.parameters)
 
     def averages(self) -> dict[str, float]:
         """Averages over data since the last `reset`; waits for the device."""
@@ -372,24 +398,31 @@ class Stepper:
     def _runner(self, batch: tuple[Tensor, ...]) -> Callable[..., Sequence[Tensor]]:
         """The pass (of several processes, this one's part), or its compiled graph."""
         eager = self.run_pass if self.world.size == 1 else self.local_pass
-        if self.engine == "eager":
+        if self.engine != "compiled":
             return eager
-        modes = tuple(m.training for m in self.structure.modules)
-        shapes = (modes, *((x.shape, x.dtype) for x in batch))
+        shapes = self._kind(batch)
         if shapes not in self._compiled:
             if len(self._compiled) >= MAX_SHAPES:
                 return eager
             try:
                 self._compiled[shapes] = self._compile(eager, batch)
             except UncompilableError as error:
-                warnings.warn(
-                    f"Steps run as Python, not compiled: {error}. The numbers are the same.",
-                    PvaeWarning,
-                    stacklevel=4,
-                )
-                self.engine = "eager"
+                self._give_up("compiled", error)
                 return eager
         return self._compiled[shapes]
+
+    def _kind(self, batch: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """What a graph is for: modes of modules, and shapes."""
+        modes = tuple(m.training for m in self.structure.modules)
+        return (modes, *((x.shape, x.dtype) for x in batch))
+
+    def _give_up(self, what: str, error: UncompilableError) -> None:
+        warnings.warn(
+            f"Steps run as Python, not {what}: {error}. The numbers are the same.",
+            PvaeWarning,
+            stacklevel=5,
+        )
+        self.engine = "eager"
 
     def _compile(
         self, eager: Callable[..., Sequence[Tensor]], batch: tuple[Tensor, ...]
@@ -428,11 +461,15 @@ class Stepper:
                 raise UncompilableError(f"the graph fails with {error}") from error
             finally:
                 rewind()
+        self._compare(expected, found)
+        return compiled
+
+    def _compare(self, expected: list[Tensor], found: list[Tensor]) -> None:
+        """Refuses a graph whose loss or gradients aren't the eager ones."""
         worst = _difference(expected, found)
         dtype = torch.bfloat16 if self.precision == "bf16" else self.structure.dtype
         if not worst <= _TOLERANCE.get(dtype, 5e-2):
             raise UncompilableError(f"loss or gradient differ from the eager ones, by {worst:.2g}")
-        return compiled
 
     def changing(self) -> list[Tensor]:
         """What a pass may change."""
@@ -451,6 +488,46 @@ class Stepper:
             measured, *gradients = result
             return [measured[0].clone(), *(x.detach().clone() for x in gradients)]
         return [self.loss.clone(), *(x.detach().clone() for x in result[1 + self.seen :])]
+
+    # Capturing it
+
+    def _replay(self, batch: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        """A whole step by a CUDA graph."""
+        if self._captured is None:
+            self._fixed = Fixed(self.optimizer, self.structure.device)
+            self._captured = Captured(self._whole, self._check_capture)
+        self._fixed.set_rates()
+        try:
+            if not isinstance(self.objective, Objective):
+                name = type(self.objective).__name__
+                raise UncompilableError(f"{name} is one of Pyro's objectives")
+            return self._captured((self._kind(batch), self._fixed.kind), batch)
+        except UncompilableError as error:
+            self._give_up("captured", error)
+            return self._whole(*batch)
+
+    def _whole(self, *batch: Tensor) -> list[Tensor]:
+        """The pass and the update."""
+        ok, *rest = self.run_pass(*batch)
+        with self._fixed.recording():
+            self._update(ok, rest)
+        return [ok, *rest]
+
+    def _check_capture(
+        self, replay: Callable[..., Sequence[Tensor]], batch: tuple[Tensor, ...]
+    ) -> None:
+        """Compares a replay with an eager pass, and undoes both."""
+        with randomness.forked():
+            start = randomness.get_state()
+            backup = Backup([*self.parameters, *self._fixed.tensors, *self.changing()])
+            found = []
+            for function in (self.run_pass, replay):
+                found.append(self._numbers(function, batch))
+                randomness.set_state(start)
+                backup.restore()
+                if self.state is not None:
+                    self.state.seen = None
+        self._compare(*found)
 
 
 def _difference(expected: list[Tensor], found: list[Tensor]) -> float:

@@ -78,8 +78,9 @@ def fit(
             parameters are.
         engine: How a step runs: ``"eager"``, as Python; ``"compiled"``, as one graph, after up to
             half a minute of compiling for each shape of batch, with the same numbers up to
-            rounding; ``"auto"``, compiled where the training is long enough for that to pay. A
-            resumed training goes on with what it had.
+            rounding; ``"cudagraph"``, captured and replayed, on CUDA; ``"auto"``, compiled where
+            the training is long enough for that to pay. A resumed training goes on with what it
+            had.
         precision: ``"full"``, the pair's own type; or ``"bf16"``, for pairs in float32:
             networks compute in bfloat16, densities in float32.
         seed: Of the order of data, of draws, and of dynamic binarisation.
