@@ -47,7 +47,7 @@ HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 FUSED, PYRO, PYTHAE, NUMPYRO = "hand-written, fused Adam", "Pyro SVI", "pythae", "NumPyro"
 EAGER, COMPILED, CUDAGRAPH = "pvae eager", "pvae compiled", "pvae cudagraph"
-PRODUCTS, ADAM = "matrix products alone", "fused Adam alone"
+PRODUCTS = "matrix products alone"
 
 ALL = ("mlp", "iwae", "conv", "flow")
 SIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # file, option, models
@@ -62,15 +62,14 @@ SIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # file, option, models
     PYTHAE: ("pythae_vae", "memory", ("mlp",)),
     "pythae, its own loader": ("pythae_vae", "loader", ("mlp",)),
     NUMPYRO: ("numpyro_svi", "", ("mlp", "iwae")),
-    PRODUCTS: ("floor", "products", ("mlp",)),
-    ADAM: ("floor", "adam", ("mlp",)),
+    PRODUCTS: ("floor", "", ("mlp",)),
 }
 IN_PEERS = ("pythae_vae", "numpyro_svi")
 NOT_WRITTEN = {
     ("conv", NUMPYRO): "not written",
     ("flow", NUMPYRO): "not written: its flows aren't zuko's",
 }
-PARTS = (PRODUCTS, ADAM)
+SPLIT = (EAGER, COMPILED, FUSED)
 
 BARS: list[tuple[str, int, str, float]] = [  # whose, batch, than whom, times as fast
     ("pvae, best", 32, FUSED, 1.05),
@@ -102,6 +101,12 @@ def cases(models: list[str], batches: list[int] | None, device: str) -> Iterator
             for draws in (1, 5, 50) if model == "iwae" else (1,):
                 epochs = 1 if draws == 50 else 2
                 yield Case(model, batch, draws, whole, epochs, device=device)
+
+
+WHERE = """CPU ms of a step: in matrix products and convolutions, in torch's other kernels, and in
+the optimiser, by torch's profiler in one more round; Python, and torch's dispatch, is what is left of
+the step without the profiler. A compiled graph's own kernels and their calls count as elementwise.
+Products alone were timed in turn with the sides, on warm caches: no step can be faster."""
 
 
 class LeftOutError(Exception):
@@ -143,15 +148,21 @@ class Worker:
 
     def run(self) -> Measured:
         """Runs a round."""
-        steps = self.case.steps
+        found = self._ask("steps")
+        per_step = 1e3 / self.case.steps
+        return Measured(found["seconds"] * per_step, found["cpu seconds"] * per_step, found["loss"])
+
+    def split(self) -> dict[str, float]:
+        """Runs a round under torch's profiler: where the time of a step goes, in ms."""
+        return self._ask("split")
+
+    def _ask(self, what: str) -> dict[str, Any]:
         assert self.process.stdin is not None
         try:
-            print(json.dumps({"steps": steps}), file=self.process.stdin, flush=True)
+            print(json.dumps({what: self.case.steps}), file=self.process.stdin, flush=True)
         except BrokenPipeError as error:
             raise LeftOutError(self._last_words()) from error
-        found = self._reply()
-        per_step = 1e3 / steps
-        return Measured(found["seconds"] * per_step, found["cpu seconds"] * per_step, found["loss"])
+        return self._reply()
 
     def _reply(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -209,12 +220,14 @@ def measure(case: Case, rounds: int, warmup: int, core: int | None) -> dict[str,
                     left_out[name] = str(error)
                     del workers[name], times[name]
             print(f"  round {number + 1} of {warmup + rounds}", file=sys.stderr, flush=True)
-    sizes = {a["parameters"] for name, a in about.items() if name in times and name not in PARTS}
+        splits = {name: workers[name].split() for name in SPLIT if name in workers}
+    sizes = {a["parameters"] for name, a in about.items() if name in times and name != PRODUCTS}
     assert len(sizes) <= 1, f"the sides don't train the same: {sizes} parameters"
     return {
         **asdict(case),
         "steps": case.steps,
         "sides": {name: summary(found[warmup:]) for name, found in times.items()},
+        "split": splits if case.device == "cpu" else {},
         "left out": left_out,
         "versions": {k: v for a in about.values() for k, v in a["versions"].items()},
     }
@@ -266,22 +279,14 @@ def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def where_time_goes(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
-    for batch in (32, 128):
-        times = mlp_times(results, batch)
-        for name in (COMPILED, FUSED):
-            if {name, *PARTS} <= set(times):
-                products, adam = times[PRODUCTS], times[ADAM]
-                found.append(
-                    {
-                        "batch": batch,
-                        "side": name,
-                        "ms": times[name],
-                        "products": products,
-                        "adam": adam,
-                        "rest": times[name] - products - adam,
-                        "over products": times[name] / products,
-                    }
-                )
+    for case in results:
+        sides = case["sides"]
+        floor = sides.get(PRODUCTS, {}).get("cpu ms")
+        for name, parts in case["split"].items():
+            step = sides[name]["cpu ms"]
+            row = {"case": title_of(case), "side": name, "step": step, **parts}
+            row["Python"] = step - sum(parts.values())
+            found.append(row | {"over products": step / floor if floor else None})
     return found
 
 
@@ -290,20 +295,23 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
 
 
+def title_of(case: dict[str, Any]) -> str:
+    draws = f", K = {case['draws']}" if case["model"] == "iwae" else ""
+    return f"{case['model']}, batch {case['batch']}{draws}"
+
+
 def table_of(case: dict[str, Any]) -> list[str]:
-    title = f"## {case['model']}, batch {case['batch']}"
-    title += f", K = {case['draws']}" if case["model"] == "iwae" else ""
     fused = case["sides"].get(FUSED, {}).get("ms")
     rows = []
     for name, side in case["sides"].items():
-        if name in PARTS:
+        if name == PRODUCTS:
             continue
         against = f"{fused / side['ms']:.2f}" if fused else ""
         span = f"{side['min']:.2f}..{side['max']:.2f}"
         numbers = [f"{side['ms']:.2f}", span, against, f"{side['cpu ms']:.2f}"]
         rows.append([name, *numbers, f"{side['loss']:.1f}"])
     heads = ["side", "ms", "min..max", "against", "CPU ms", "loss"]
-    lines = [title, "", f"{case['steps']} steps a round.", "", *table(heads, rows)]
+    lines = [f"## {title_of(case)}", "", f"{case['steps']} steps a round.", "", *table(heads, rows)]
     missing = [f"- {name}: left out: {why}" for name, why in case["left out"].items()]
     return lines + ([*missing, ""] if missing else [])
 
@@ -341,19 +349,19 @@ def write(result: dict[str, Any], out: Path) -> None:
     lines += ["## Bars", "", "mlp; the ratio is the other's median / ours, and the verdict's; the"]
     lines += ["aim beside NumPyro is 1.00.", ""]
     lines += table(["side", "batch", "other", "bar", "ratio", "CPU ratio", "verdict"], rows)
+    parts = ("step", "products", "elementwise", "optimiser", "Python")
     rows = [
         [
-            str(w["batch"]),
+            w["case"],
             w["side"],
-            *(f"{w[k]:.2f}" for k in ("ms", "products", "adam", "rest", "over products")),
+            *(f"{w[k]:.2f}" for k in parts),
+            "" if w["over products"] is None else f"{w['over products']:.2f}",
         ]
         for w in result["where the time goes"]
     ]
     if rows:
-        lines += ["## Where the time goes", "", "mlp, ms of a step; products and Adam were timed"]
-        lines += ["alone, with warm caches, so that the rest is an upper bound.", ""]
-        heads = ["batch", "side", "step", "products", "Adam", "rest", "step / products"]
-        lines += table(heads, rows)
+        lines += ["## Where the time goes", "", *WHERE.splitlines(), ""]
+        lines += table(["case", "side", *parts, "step / products alone"], rows)
     (out / "throughput.md").write_text("\n".join(lines).rstrip() + "\n")
 
 

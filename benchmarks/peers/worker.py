@@ -1,7 +1,8 @@
 """One side of the throughput benchmark, in a process of its own.
 
 Started as ``python -m peers.worker JSON``; says what it is, then answers each line
-``{"steps": n}`` with the seconds that n steps took. This file and `common` import numpy alone, so
+``{"steps": n}`` with the seconds that n steps took, and ``{"split": n}`` with where their time
+went (torch alone). This file and `common` import numpy alone, so
 that a side needs nothing but its own library.
 """
 
@@ -49,7 +50,13 @@ def main() -> None:
         versions = {name: version(name) for name in side.packages}
         reply({"parameters": side.parameters, "versions": versions})
         for line in sys.stdin:
-            reply(measure(side, json.loads(line)["steps"]))
+            asked = json.loads(line)
+            if "split" in asked:
+                from peers.split import split  # torch's profiler
+
+                reply(split(side, asked["split"]))
+            else:
+                reply(measure(side, asked["steps"]))
     except Exception as error:
         first, *_ = str(error).strip().splitlines() or [""]
         reply({"error": f"{type(error).__name__}: {first}"})
