@@ -13,7 +13,7 @@ from torch import Tensor
 from peers.common import HIDDEN, LATENT, PIXELS, Case, Side
 
 
-def make(case: Case, option: str) -> Side:  # noqa: ARG001  all sides are made alike
+def make(case: Case, option: str) -> Side:
     torch.set_num_threads(1)
     (hidden,), latent = HIDDEN["mlp"], LATENT["mlp"]
     inner = [(PIXELS, hidden), (hidden, 2 * latent), (latent, hidden), (hidden, PIXELS)]
