@@ -106,7 +106,7 @@ def cases(models: list[str], batches: list[int] | None, device: str) -> Iterator
 WHERE = """CPU ms of a step: in matrix products and convolutions, in torch's other kernels, and in
 the optimiser, by torch's profiler in one more round; Python, and torch's dispatch, is what is left
 of the step without the profiler. A compiled graph's own kernels, and calls of them, count as
-elementwise. Products alone were timed in turn with the sides, on warm caches: no step takes less."""
+elementwise. Products alone were timed in turn with the sides, on warm caches."""
 
 
 class LeftOutError(Exception):

@@ -145,7 +145,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
 def test_on_a_gpu() -> None:
     """Steps give the eager numbers, draws among them."""
-    cases: list[tuple[Any, o.Objective]] = [(c.vae, o.ELBO()), (c.vae, o.IWAE(3)), (c.vae, o.DReG(3))]
+    cases: list[tuple[Any, o.Objective]] = [
+        (c.vae, o.ELBO()),
+        (c.vae, o.IWAE(3)),
+        (c.vae, o.DReG(3)),
+    ]
     cases += [(c.noisy, o.ELBO()), (c.flow, o.ELBO())]
     for kind, objective in cases:
         found = []
