@@ -5,7 +5,8 @@
 Each number is of a process of its own, one thread: the median processor time of what is repeated,
 and the peak of the process's memory less that before it. Training steps are eager, of a 784-200-D
 VAE in batches of 64; evidence is IWAE-K of 20 data. Memory that is freed is given back at once
-(``MALLOC_MMAP_THRESHOLD_``), so that it is what is held and not what glibc keeps. Writes ``benchmarks/results/growth.md``.
+(``MALLOC_MMAP_THRESHOLD_``), so that it is what is held and not what glibc keeps. Writes
+``benchmarks/results/growth.md``.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ import http.server
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +95,45 @@ def test_a_read_only_array_isnt_shared() -> None:
     (batch,) = as_source(array, dtype=torch.float64).rows(torch.tensor([0]))
     batch += 1
     assert array[0, 0] == 0
+
+
+def test_a_memory_map_is_read_a_batch_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """The same batches as of an array, fetched by a thread that ends with the epoch."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((10, 3)))
+    mapped = data.Data(np.load(tmp_path / "x.npy", mmap_mode="r"), binarize="dynamic")
+    whole = data.Data(np.load(tmp_path / "x.npy"), binarize="dynamic")
+    source = data.as_source(mapped, device, torch.float64)
+    batches = data.Batches(source, 4)
+    expected = list(data.Batches(data.as_source(whole, device, torch.float64), 4).epoch(1))
+    rows, fetched = source.rows, []
+
+    def counted(*args: Any) -> Any:
+        fetched.append(threading.current_thread())
+        if len(fetched) == 5:
+            raise OSError("the disk is gone")
+        return rows(*args)
+
+    monkeypatch.setattr(source, "rows", counted)
+    found = []
+    for batch in batches.epoch(1):
+        found.append(batch)
+        deadline = time.monotonic() + 30
+        while len(fetched) < min(3, len(found) + 1):  # the next one, while this one is in use
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    assert len(found) == len(expected) == 3
+    for (x,), (y,) in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(batches.epoch(0))
+    fetched.clear()
+    stopped = batches.epoch(0)
+    next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    assert not any(thread.is_alive() for thread in fetched)
+    assert threading.current_thread() not in fetched
 
 
 def test_a_memory_map_is_read_by_rows(tmp_path: Path) -> None:

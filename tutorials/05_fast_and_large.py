@@ -22,7 +22,11 @@
 # asserted is numbers; `benchmarks/throughput.py` measures against other libraries.
 
 # %%
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -180,6 +184,47 @@ run = pvae.fit(
 )
 print([round(v, 3) for v in run.history["elbo"]])
 assert np.allclose(run.history["elbo"], histories["eager"], rtol=1e-6)
+
+# %% [markdown]
+# ## Several processes
+#
+# On several GPUs or machines, `torchrun` starts a process for each, and the command line and `fit` find out by
+# themselves. Each process has its share of every batch; gradients are summed and divided by the rows of all, so two
+# processes with half a batch each make the steps of one with the whole batch, but for their draws. Here they share
+# a CPU, where that gains nothing: it pays where each has a device of its own, and batches are large enough that the
+# sum of the gradients is small beside the pass.
+
+# %%
+square = folder / "square.npy"
+np.save(square, np.load(path).reshape(-1, 28, 28))
+train = ("-m", "pvae", "train", "--data", str(square), "--epochs", "3", "--batch-size", "500")
+train += (
+    "--likelihood",
+    "bernoulli",
+    "--latent-dim",
+    "20",
+    "--hidden",
+    "400",
+    "--device",
+    "cpu",
+    "--engine",
+    "eager",
+)
+torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+of_processes = {}
+for number, start in ((1, ()), (2, torchrun)):
+    out = folder / f"{number}_processes"
+    done = subprocess.run(
+        [sys.executable, *start, *train, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    of_processes[number] = [row["elbo"] for row in rows]
+    print(f"{number} process(es):", [round(v, 2) for v in of_processes[number]])
+assert np.allclose(of_processes[1], of_processes[2], rtol=0.01)
 
 # %% [markdown]
 # ## bfloat16

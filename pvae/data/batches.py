@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pvae.data.sources import LoaderSource, Source
+from pvae.data.ahead import ahead
+from pvae.data.sources import ArraySource, LoaderSource, Source
 from pvae.distributed import World
 from pvae.errors import check_int
 from pvae.randomness import derive_seed
@@ -60,13 +61,21 @@ class Batches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batches of one epoch, from step ``start`` on.
 
+        Arrays that aren't on the device are read, and sent there, a batch ahead.
+
         Of several processes each gets its own rows of every batch. The order is that of one
         process alone; a process without rows gets an empty tuple.
         """
         source = self.source
         if isinstance(source, LoaderSource):
             yield from itertools.islice(source.batches(), start, None)
-            return
+        elif isinstance(source, ArraySource) and not source.resident:
+            yield from ahead(self._cut(epoch, start), source.device)
+        else:
+            yield from self._cut(epoch, start)
+
+    def _cut(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        source = self.source
         device = source.device
         generator = torch.Generator(device)
         if self.shuffle:
