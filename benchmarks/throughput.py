@@ -103,10 +103,10 @@ def cases(models: list[str], batches: list[int] | None, device: str) -> Iterator
                 yield Case(model, batch, draws, whole, epochs, device=device)
 
 
-WHERE = """CPU ms of a step: in matrix products and convolutions, in torch's other kernels, and in
-the optimiser, by torch's profiler in one more round; Python, and torch's dispatch, is what is left
-of the step without the profiler. A compiled graph's own kernels, and calls of them, count as
-elementwise. Products alone were timed in turn with the sides, on warm caches."""
+WHERE = """CPU ms of a step in one more round, under torch's profiler: in matrix products and
+convolutions, in torch's other kernels, in the optimiser; what is left is Python, torch's dispatch
+and the profiler itself. A compiled graph's own kernels, and calls of them, count as elementwise.
+Step / products alone: without the profiler; products are timed in turn, on warm caches."""
 
 
 class LeftOutError(Exception):
@@ -284,9 +284,8 @@ def where_time_goes(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         floor = sides.get(PRODUCTS, {}).get("cpu ms")
         for name, parts in case["split"].items():
             step = sides[name]["cpu ms"]
-            row = {"case": title_of(case), "side": name, "step": step, **parts}
-            row["Python"] = step - sum(parts.values())
-            found.append(row | {"over products": step / floor if floor else None})
+            ratio = step / floor if floor else None
+            found.append({"case": title_of(case), "side": name, **parts, "over products": ratio})
     return found
 
 
@@ -349,7 +348,7 @@ def write(result: dict[str, Any], out: Path) -> None:
     lines += ["## Bars", "", "mlp; the ratio is the other's median / ours, and the verdict's; the"]
     lines += ["aim beside NumPyro is 1.00.", ""]
     lines += table(["side", "batch", "other", "bar", "ratio", "CPU ratio", "verdict"], rows)
-    parts = ("step", "products", "elementwise", "optimiser", "Python")
+    parts = ("profiled", "products", "elementwise", "optimiser", "Python")
     rows = [
         [
             w["case"],

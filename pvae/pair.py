@@ -164,7 +164,12 @@ class VAE(nn.Module):
         _check_bounded(self)
 
     def sample(
-        self, num_samples: int, *context: Any, mean: bool = False, seed: int | None = None
+        self,
+        num_samples: int,
+        *context: Any,
+        mean: bool = False,
+        seed: int | None = None,
+        max_rows: int = 8192,
     ) -> Tensor:
         """The sampling algorithm: draw z from the prior, decode it. No encoder is used.
 
@@ -175,6 +180,7 @@ class VAE(nn.Module):
                 smoother than what the model says that data look like.
             seed: Of the draws, which then leave the caller's generators as they are; None to draw
                 from these.
+            max_rows: Bound on the rows in the networks at once.
 
         Returns:
             Shape ``(N, *event_shape)``, on the pair's device.
@@ -189,54 +195,85 @@ class VAE(nn.Module):
                         f"{num_samples} labels or the like, one for each sample",
                         f"shape {tuple(part.shape)}",
                     )
-            prior = self.model.prior(*context)
-            _check_prior(prior, context, num_samples)
-            with contextlib.nullcontext() if seed is None else randomness.forked(seed):
-                z = prior.expand([num_samples])()
-                x = self.model.likelihood(z, *context)
+
+            def drawn(rows: Tensor, *context: Tensor) -> Tensor:
+                prior = self.model.prior(*context)
+                _check_prior(prior, context, len(rows))
+                x = self.model.likelihood(prior.expand([len(rows)])(), *context)
                 return _mean_of(OBSERVED, x) if mean else x()
 
-    def encode(self, x: Any, *context: Any, num_samples: int | None = None) -> Tensor:
+            with contextlib.nullcontext() if seed is None else randomness.forked(seed):
+                return _by_rows(drawn, (torch.arange(num_samples), *context), max_rows)
+
+    def encode(
+        self, x: Any, *context: Any, num_samples: int | None = None, max_rows: int = 8192
+    ) -> Tensor:
         """The latent of each datum.
 
         Arguments:
             x: Data, shape ``(N, *event_shape)``.
             context: Labels and the like, N of each.
             num_samples: S draws from q(z | x); None for its mean, which is deterministic.
+            max_rows: Bound on the rows in the networks at once.
 
         Returns:
             Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
         """
-        with evaluating(self.modules()):
-            q = self.guide.posterior(*self._batch(x, *context))
-            return _draw(LATENT, q, num_samples)
 
-    def decode(self, z: Any, *context: Any, num_samples: int | None = None) -> Tensor:
+        def encoded(*batch: Tensor) -> Tensor:
+            return _draw(LATENT, self.guide.posterior(*batch), num_samples)
+
+        with evaluating(self.modules()):
+            axis = 0 if num_samples is None else 1
+            return _by_rows(encoded, tuple(self._batch(x, *context)), max_rows, axis)
+
+    def decode(
+        self, z: Any, *context: Any, num_samples: int | None = None, max_rows: int = 8192
+    ) -> Tensor:
         """The data that a latent stands for.
 
         Arguments:
             z: Latents, shape ``(..., *latent_shape)``.
             context: Labels and the like.
             num_samples: S draws from p(x | z); None for its mean.
+            max_rows: Bound on the rows, along the first axis, in the networks at once; with a
+                context only where z has two axes.
 
         Returns:
             Shape ``(..., *event_shape)``, or ``(S, ..., *event_shape)``.
         """
-        with evaluating(self.model.modules()):
-            return _draw(OBSERVED, self.model.likelihood(*self._batch(z, *context)), num_samples)
 
-    def reconstruct(self, x: Any, *context: Any, num_samples: int | None = None) -> Tensor:
+        def decoded(*batch: Tensor) -> Tensor:
+            return _draw(OBSERVED, self.model.likelihood(*batch), num_samples)
+
+        with evaluating(self.model.modules()):
+            batch = tuple(self._batch(z, *context))
+            if context and batch[0].dim() > 2:  # the first axis may be one of draws
+                return decoded(*batch)
+            return _by_rows(decoded, batch, max_rows, 0 if num_samples is None else 1)
+
+    def reconstruct(
+        self, x: Any, *context: Any, num_samples: int | None = None, max_rows: int = 8192
+    ) -> Tensor:
         """Each datum encoded and decoded: p(x | z)'s mean at q(z | x)'s mean.
 
         Arguments:
             x: Data, shape ``(N, *event_shape)``.
             context: Labels and the like, N of each.
             num_samples: S draws of z instead of its mean, each decoded to a mean of x.
+            max_rows: Bound on the rows in the networks at once, of each draw.
 
         Returns:
             Shape ``(N, *event_shape)``, or ``(S, N, *event_shape)``.
         """
-        return self.decode(self.encode(x, *context, num_samples=num_samples), *context)
+
+        def rebuilt(*batch: Tensor) -> Tensor:
+            z = _draw(LATENT, self.guide.posterior(*batch), num_samples)
+            return _mean_of(OBSERVED, self.model.likelihood(z, *batch[1:]))
+
+        with evaluating(self.modules()):
+            axis = 0 if num_samples is None else 1
+            return _by_rows(rebuilt, tuple(self._batch(x, *context)), max_rows, axis)
 
     def _batch(self, *arrays: Any) -> Iterator[Tensor]:
         """Arrays as tensors on the pair's device, floating ones in its type."""
@@ -249,6 +286,19 @@ class VAE(nn.Module):
                 dtype = anchor.dtype if tensor.is_floating_point() else tensor.dtype
                 tensor = tensor.to(anchor.device, dtype)
             yield tensor
+
+
+def _by_rows(
+    function: Callable[..., Tensor], arrays: tuple[Tensor, ...], max_rows: int, axis: int = 0
+) -> Tensor:
+    """The function of arrays with a common first axis, some rows at a time."""
+    check_int("max_rows", max_rows)
+    lengths = {len(a) if a.dim() else None for a in arrays}
+    size = lengths.pop()
+    if lengths or size is None or size <= max_rows:
+        return function(*arrays)
+    parts = [function(*(a[i : i + max_rows] for a in arrays)) for i in range(0, size, max_rows)]
+    return torch.cat(parts, axis)
 
 
 def _draw(site: str, fn: Any, num_samples: int | None) -> Tensor:

@@ -140,6 +140,30 @@ def test_samples_follow_the_sampling_algorithm(device: torch.device) -> None:
         )
 
 
+def test_rows_go_through_the_networks_some_at_a_time(device: torch.device) -> None:
+    """Whatever the number of rows, with labels and without, and the numbers are the same."""
+    rows: list[int] = []
+    for labels in ((), (torch.arange(N, device=device) % 3,)):
+        pair = conditional(device) if labels else vae(device)
+        for part in pair.modules():
+            if isinstance(part, nn.Linear):
+                part.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[-2]))
+        x = data(device)
+        z = pair.encode(x, *labels)
+        for call, first in ((pair.encode, x), (pair.decode, z), (pair.reconstruct, x)):
+            expected = call(first, *labels)
+            rows.clear()
+            torch.testing.assert_close(call(first, *labels, max_rows=5), expected)
+            assert max(rows) == 5
+        rows.clear()
+        assert pair.sample(N, *labels, max_rows=5).shape == (N, D)
+        assert pair.encode(x, *labels, num_samples=2, max_rows=5).shape == (2, N, Q)
+        assert pair.reconstruct(x, *labels, num_samples=2, max_rows=5).shape == (2, N, D)
+        assert max(rows) == 5
+    with pytest.raises(ArgumentError, match="max_rows"):
+        pair.encode(x, *labels, max_rows=0)
+
+
 def test_samples_by_seed(device: torch.device) -> None:
     pair = recipes.vae(D, Q, hidden=(4,)).to(device)
     before = torch.get_rng_state()
