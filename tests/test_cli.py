@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def test_the_summary_says_what_the_saved_pair_is_worth(run: Path) -> None:
     found = bounds.elbo(vae.model, vae.guide, splits.test.arrays[0], 10, seed=config.seed)
     assert f"{found.mean:.2f} +- {found.se_data:.2g}" in (run / "summary.txt").read_text()
     assert f"{found.mean:.2f} +- " in call("evaluate", str(run), "-K", "20")
+
+
+def test_the_evidence_by_other_methods(run: Path) -> None:
+    _, vae, splits = open_run(run, "cpu")
+    x = splits.test.arrays[0]
+    upper = bounds.evidence(vae.model, vae.guide, x[:3], 20, method="cubo")
+    assert str(upper) in call("evaluate", str(run), "-K", "20", "-n", "3", "--method", "cubo")
+    loose = bounds.evidence(vae.model, vae.guide, x[:2], 20)
+    output = call("evaluate", str(run), "-K", "2", "-n", "2", "--method", "ais")
+    found = re.search(r"evidence, AIS-100: (-[\d.]+) \+-.* N = 2, K = 2", output)
+    assert found is not None
+    assert loose.mean - 1 < float(found[1]) < upper.mean + 10
 
 
 def test_sample(run: Path, tmp_path: Path) -> None:
@@ -204,6 +217,7 @@ MISTAKES = {
     "sigma": (["train", "--likelihood", "gaussian", "--sigma", "big"], "Gaussian.sigma"),
     "both": (["train", "--resume", "--overwrite"], "either --resume or --overwrite"),
     "sigma of a binomial": (["train", "--sigma", "0.5"], "a gaussian likelihood beside it"),
+    "method": (["evaluate", "nowhere", "-n", "3"], "-n: expected --method ais or --method cubo"),
     "no run": (["evaluate", "nowhere"], "expected the config.json of a run"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], "a run to resume"),
     "codes of a vae": (["train", "--num-codes", "8"], "--recipe vq_vae"),

@@ -25,19 +25,39 @@ __all__ = ["encode", "evaluate", "reconstruct", "sample"]
 def evaluate(
     run: RunFolder,
     num_particles: Annotated[
-        int, typer.Option("-K", help="Draws a datum, for the evidence.")
-    ] = 500,
+        int | None,
+        typer.Option("-K", help="Draws a datum, for the evidence: 500, or 16 chains."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="importance; ais, cubo: the evidence alone, by that method.")
+    ] = "importance",
+    rows: Annotated[
+        int | None, typer.Option("-n", help="Rows of the test data, for ais and cubo.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Estimate ELBO, evidence and their parts on the test data."""
+    from pvae import bounds
+    from pvae.data import as_source
+    from pvae.errors import check_int
     from pvae.fitting import History
     from pvae.runs import open_run
+    from pvae.terms import first_batch
 
+    if rows is not None and method == "importance":
+        raise ArgumentError("-n", "--method ais or --method cubo with it", f"--method {method}")
+    count = None if rows is None else check_int("-n", rows)
     config, vae, splits = open_run(run, device)
-    history = History.read(run / "history.jsonl")
-    text = summary(run, config, vae, splits, history, num_particles=num_particles, seed=seed)
-    typer.echo(text)
+    if method == "importance":
+        k = 500 if num_particles is None else num_particles
+        history = History.read(run / "history.jsonl")
+        typer.echo(summary(run, config, vae, splits, history, num_particles=k, seed=seed))
+        return
+    source = as_source(splits.test.unlabelled())
+    batch = first_batch(source, count or source.num_rows)
+    how: Any = method
+    typer.echo(bounds.evidence(vae.model, vae.guide, batch, num_particles, method=how, seed=seed))
 
 
 @app.command()
