@@ -106,7 +106,10 @@ class Stepper:
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self._good = torch.ones((), dtype=torch.bool, device=device)
         self.bad_sites = self.bad_parameters = self.failed.new_zeros(0)
+        self._suspects: list[tuple[str, Tensor]] = []
+        """Sites of a pass, and the log densities that may not be finite."""
         self.site_names: tuple[str, ...] = ()
         self.with_grad: list[str] = []
         """Names of parameters with a gradient, in the pass of this process."""
@@ -197,6 +200,8 @@ class Stepper:
         """What a process has to do by itself: what is measured, as one tensor, and gradients."""
         measured, _, gradients = self._measure(batch)
         self._refuse_sparse(gradients)
+        with torch.no_grad():
+            self._note_sites()
         return [torch.stack(measured), *gradients]
 
     def _shared_pass(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
@@ -228,22 +233,38 @@ class Stepper:
     ) -> list[Tensor]:
         """Says whether a step is good, clips its gradients, and adds to the sums."""
         with torch.no_grad():
-            norm = self._gradient_norm(gradients)
-            finite = measured[0].isfinite() & norm.isfinite()
-            ok = finite & ~self.failed
-            self.failed_at.copy_(torch.where(finite | self.failed, self.failed_at, self.number))
+            norms = self._gradient_norms(gradients)
+            norm = torch.linalg.vector_norm(norms)
+            values = torch.stack([*measured, norm]).to(torch.float64)
+            row = torch.cat([values, values.new_ones(1)]) * rows
+            self.loss.copy_(values[0])
+            ok = self._good if self._is_good(values) else self._mask(buffers, values, row, norms)
+            if ok is self._good:
+                self.sums.add_(row)
             if self.clip_norm is not None:
                 factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
                 gradients = list(torch._foreach_mul(gradients, factor))
-            buffers.restore_unless(ok, may_wait=self._moving is None)
-            self.failed.copy_(~ok)
-            values = torch.stack([*measured, norm]).to(torch.float64)
-            row = torch.cat([values, values.new_ones(1)]) * rows
-            self.sums.add_(torch.where(ok, row, torch.zeros_like(row)))
-            self.loss.copy_(values[0])
         seen = None if self.state is None else self.state.seen
         self.seen = seen is not None
         return [ok, *([] if seen is None else [seen]), *gradients]
+
+    def _is_good(self, values: Tensor) -> bool:
+        """Whether there is nothing to mask; False also where that may not be looked at."""
+        if self.engine != "eager" or values.device.type != "cpu" or bool(self.failed):
+            return False
+        return bool((values[0] + values[-1]).isfinite())  # of the loss, and of the gradient's norm
+
+    def _mask(self, buffers: Backup, values: Tensor, row: Tensor, norms: Tensor) -> Tensor:
+        """Whether the step is good, as a tensor, by which what it did is undone where it isn't."""
+        finite = values[0].isfinite() & values[-1].isfinite()
+        ok = finite & ~self.failed
+        self._note_sites()
+        self.bad_parameters = self._first_bad(self.bad_parameters, ~norms.isfinite())
+        self.failed_at.copy_(torch.where(finite | self.failed, self.failed_at, self.number))
+        buffers.restore_unless(ok, may_wait=self._moving is None)
+        self.failed.copy_(~ok)
+        self.sums.add_(torch.where(ok, row, torch.zeros_like(row)))
+        return ok
 
     def _measure(self, batch: tuple[Tensor, ...]) -> tuple[list[Tensor], int, list[Tensor]]:
         """What is measured per datum, of how many, and the gradients of the loss."""
@@ -260,9 +281,14 @@ class Stepper:
         loss = loss / divisor if self.per_datum else loss
         gradients = self._differentiate(loss)
         with torch.no_grad():
-            self._note_sites(terms)
+            self._suspects = [
+                (name, part.detach())
+                for name, site in terms.sites.items()
+                for part in (site.scaled_log_p, site.scaled_log_q)
+                if part is not None
+            ]
             elbo, likelihood = terms.elbo_per_datum()
-            self.has_penalties = any(s.kind == "penalty" for s in terms.sites.values())
+            self.has_penalties = terms.has_penalties
             penalty = -terms.scaled("penalty").mean() / divisor
             parts = [loss.detach(), elbo, likelihood, likelihood - elbo, penalty]
             return parts, terms.num_rows, gradients
@@ -302,7 +328,8 @@ class Stepper:
         self.with_grad = [n for n, g in zip(names, found, strict=False) if g is not None]
         return [g for g in found if g is not None]
 
-    def _gradient_norm(self, gradients: list[Tensor]) -> Tensor:
+    def _gradient_norms(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of each parameter's gradient."""
         if not gradients:
             raise ArgumentError(
                 "pair",
@@ -312,11 +339,8 @@ class Stepper:
             )
         self._refuse_sparse(gradients)
         if self._moving is not None:  # in a graph, which fuses these
-            norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
-        else:
-            norms = torch.stack(torch._foreach_norm(gradients))
-        self.bad_parameters = self._first_bad(self.bad_parameters, ~norms.isfinite())
-        return torch.linalg.vector_norm(norms)
+            return torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+        return torch.stack(torch._foreach_norm(gradients))
 
     def _refuse_sparse(self, gradients: list[Tensor]) -> None:
         if any(g.is_sparse for g in gradients):
@@ -328,15 +352,14 @@ class Stepper:
                 ["nn.Embedding(..., sparse=False)"],
             )
 
-    def _note_sites(self, terms: t.Terms) -> None:
-        names, sums = [], []
-        for name, site in terms.sites.items():
-            for part in (site.scaled_log_p, site.scaled_log_q):
-                if part is not None:
-                    names.append(name)
-                    sums.append(part.sum())
-        self.bad_sites = self._first_bad(self.bad_sites, ~torch.stack(sums).isfinite())
-        self.site_names = tuple(names)
+    def _note_sites(self) -> None:
+        """Which sites of the last pass aren't finite."""
+        if not self._suspects:
+            return
+        self.site_names = tuple(name for name, _ in self._suspects)
+        sums = torch.stack([part.sum() for _, part in self._suspects])
+        self.bad_sites = self._first_bad(self.bad_sites, ~sums.isfinite())
+        self._suspects = []
 
     def _first_bad(self, known: Tensor, bad: Tensor) -> Tensor:
         """What was bad at the first failure, once there was one; written where it is known."""

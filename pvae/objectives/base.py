@@ -267,8 +267,7 @@ class Objective(PyroELBO):
         the other particles as the baseline: those that are the same for all draws get no noise.
         """
         each = terms.scaled("penalty")
-        has_any = any(site.kind == "penalty" for site in terms.sites.values())
-        if has_any and self.pass_options.get("detach"):
+        if terms.has_penalties and self.pass_options.get("detach"):
             signal, k = each.detach(), len(each)
             if k > 1:
                 signal = signal - (signal.sum() - signal) / (k - 1)

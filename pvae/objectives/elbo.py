@@ -127,7 +127,10 @@ class ELBO(Objective):
         rate = terms.scaled("q") - terms.scaled("prior")
         if self.analytic_kl:
             rate = rate + sum(map(_analytic_less_sampled, terms.passes)) / terms.num_particles
-        loss = -(terms.scaled("likelihood") - beta * rate + factor * terms.scaled("penalty")).mean()
+        value = terms.scaled("likelihood") - (rate if isinstance(beta, float) else beta * rate)
+        if terms.has_penalties:
+            value = value + factor * terms.scaled("penalty")
+        loss = -value.mean()
         if self.baseline is not None:
             return loss - self._signal(terms, state, beta, factor)
         if any(_needs_score(p) for p in terms.passes):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -180,13 +183,14 @@ class Terms:
         No beta, no penalty and no ``poutine.scale`` is in them. A global latent's share is divided
         by the data plate's full size.
         """
+        elbo, is_split = self.log_weight.mean(), "joint" not in self.notes
+        likelihood = self.log_likelihood.mean() if is_split else torch.full_like(elbo, math.nan)
+        if not self.has_globals:
+            return elbo, likelihood
         full = self.structure.divisor(self.num_rows)
         outside = (self.global_log_p - self.global_log_q).mean() / full
-        elbo = self.log_weight.mean() + outside
-        if "joint" in self.notes:
-            return elbo, torch.full_like(elbo, float("nan"))
         data_outside = self._sum(lambda s: None if s.kind == "latent" else s.log_p, local=False)
-        return elbo, self.log_likelihood.mean() + data_outside.mean() / full
+        return elbo + outside, likelihood + data_outside.mean() / full
 
     def scaled(self, pick: Literal["likelihood", "prior", "q", "penalty"]) -> Tensor:
         """A part of the plate-scaled objective, local and global: one number a particle, ``(K,)``.
@@ -204,10 +208,19 @@ class Terms:
                 parts += [] if q is None else [q]
             elif pick == ("prior" if site.kind == "latent" else "likelihood"):
                 parts += [] if p is None else [p]
-        total = self.like.new_zeros(self.num_particles)
-        for part in parts:
-            total = total + (part.sum(1) if part.dim() == 2 else part)
-        return total
+        if not parts:
+            return self.like.new_zeros(self.num_particles)
+        return functools.reduce(operator.add, (p.sum(1) if p.dim() == 2 else p for p in parts))
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether there are marked factors."""
+        return any(site.kind == "penalty" for site in self.sites.values())
+
+    @property
+    def has_globals(self) -> bool:
+        """Whether something outside the data plate has a density."""
+        return any(not site.is_local for site in self.sites.values())
 
     def require_split(self) -> None:
         """Refuses the parts where one sum over states has both data and latents in it."""
