@@ -6,6 +6,7 @@ data set in chunks of bounded memory.
 """
 
 from pvae.terms.chunks import first_batch, home_of, inspect_source, stream
+from pvae.terms.density import LatentDensity, stream_densities
 from pvae.terms.messages import is_penalty
 from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair, probing, run_pair
@@ -14,6 +15,7 @@ from pvae.terms.structure import Structure
 from pvae.terms.support import check_data
 
 __all__ = [
+    "LatentDensity",
     "SiteTerms",
     "Structure",
     "Terms",
@@ -27,4 +29,5 @@ __all__ = [
     "probing",
     "run_pair",
     "stream",
+    "stream_densities",
 ]

@@ -19,7 +19,7 @@ from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair
 from pvae.terms.structure import Structure
 
-__all__ = ["first_batch", "home_of", "inspect_source", "stream"]
+__all__ = ["chunks_of", "first_batch", "home_of", "inspect_source", "stream"]
 
 
 def first_batch(source: Source, num_rows: int) -> tuple[Tensor, ...]:
@@ -105,13 +105,7 @@ def stream(
     """
     check_int("max_rows", max_rows)
     with evaluating(structure.modules):
-        if structure.subsample_size is not None:
-            parts = _self_subsampled(source, structure)
-        elif structure.tied_to is not None:
-            parts = _of_one_length(source, structure.tied_to)
-        else:
-            parts = _chunks(source, max(1, min(1024, max_rows // num_particles)))
-        for rows, keep, batch, indices in parts:
+        for rows, keep, batch, indices in chunks_of(source, structure, num_particles, max_rows):
             size = structure.subsample_size or len(batch[0])
             at_once = max(1, min(num_particles, max_rows // size))
             done = 0
@@ -131,6 +125,17 @@ def stream(
 
 
 Chunk = tuple[slice, int | None, tuple[Tensor, ...], dict[str, Tensor]]
+
+
+def chunks_of(
+    source: Source, structure: Structure, num_particles: int, max_rows: int
+) -> Iterator[Chunk]:
+    """Each chunk's rows, how many of them count (None for all), its batch, and plate indices."""
+    if structure.subsample_size is not None:
+        return _self_subsampled(source, structure)
+    if structure.tied_to is not None:
+        return _of_one_length(source, structure.tied_to)
+    return _chunks(source, max(1, min(1024, max_rows // num_particles)))
 
 
 def _chunks(source: Source, size: int) -> Iterator[Chunk]:

@@ -24,7 +24,7 @@ from pvae.terms.probe import Batch, as_batch, inspect_pair, probing, run_pair
 from pvae.terms.result import Terms, stack
 from pvae.terms.structure import Structure
 
-__all__ = ["compute"]
+__all__ = ["can_vectorize", "compute", "in_particles"]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -113,7 +113,7 @@ def compute(
     batch = as_batch(batch)
     structure = structure or inspect_pair(model, guide, batch, plate)
     if num_particles > 1 and vectorize is None:
-        vectorize = _can_vectorize(structure, model, guide, batch)
+        vectorize = can_vectorize(structure, model, guide, batch)
     options: dict[str, Any] = {
         "per_dimension": per_dimension,
         "stop_guide": stop_guide,
@@ -130,7 +130,7 @@ def compute(
     )
 
 
-def _can_vectorize(
+def can_vectorize(
     structure: Structure, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
 ) -> bool:
     """Whether particles may go through the networks at once; found out once, on this batch."""
@@ -206,11 +206,7 @@ def _one_pass(
     given: Mapping[str, Tensor] | None = None,
 ) -> Terms:
     def wrapped(program: Any) -> Any:
-        """The program under the particle plate, with the given values set."""
-        if num_particles > 1:
-            plate = pyro.plate(PARTICLES, num_particles, dim=-structure.nesting - 1)
-            program = plate(program)
-        return _Given(given)(program) if given else program
+        return in_particles(program, structure, num_particles, given)
 
     rank = structure.nesting + (num_particles > 1)
     target = model
@@ -232,6 +228,15 @@ def _one_pass(
     if stop_guide:
         _score_stopped(wrapped(guide), batch, structure, terms, before)
     return terms
+
+
+def in_particles(
+    program: Any, structure: Structure, num_particles: int, given: Mapping[str, Tensor] | None
+) -> Any:
+    """A program under the particle plate, with the given values set."""
+    if num_particles > 1:
+        program = pyro.plate(PARTICLES, num_particles, dim=-structure.nesting - 1)(program)
+    return _Given(given)(program) if given else program
 
 
 def _score_stopped(

@@ -15,7 +15,7 @@ from pvae.terms.chunks import first_batch
 from pvae.terms.messages import sample_sites
 from pvae.terms.probe import probing, run_pair
 
-__all__ = ["check_data"]
+__all__ = ["check_data", "with_constant_bounds"]
 
 _Independent = type(constraints.independent(constraints.real, 1))
 
@@ -54,7 +54,7 @@ def _support(
             support = support.base_constraint
         if constraints.is_dependent(support):
             return None
-        general = _for_any_row(support)
+        general = with_constant_bounds(support)
         if general is None:
             return None
         words = f"values in the support of site '{site['name']}', {general}"
@@ -62,8 +62,11 @@ def _support(
     return None
 
 
-def _for_any_row(support: Any) -> Any:
+def with_constant_bounds(support: Any) -> Any:
     """The constraint with its bounds as numbers; None if they differ from row to row."""
+    if isinstance(support, _Independent):
+        base = with_constant_bounds(support.base_constraint)
+        return base and constraints.independent(base, support.reinterpreted_batch_ndims)
     general = copy.copy(support)
     for name, bound in vars(support).items():
         if isinstance(bound, Tensor):
