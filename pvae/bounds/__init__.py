@@ -1,7 +1,24 @@
 """Estimates of the evidence, each a bound with its standard errors, for any pair."""
 
-from pvae.bounds.lower import elbo, evidence
+from pvae.bounds.annealing import AIS
+from pvae.bounds.comparison import Comparison, compare
+from pvae.bounds.curve import Curve, iwae_curve
+from pvae.bounds.evidence import evidence
+from pvae.bounds.lower import elbo
 from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound
+from pvae.bounds.sandwich import Sandwich, bdmc
 
-__all__ = ["Bound", "elbo", "evidence", "prepare"]
+__all__ = [
+    "AIS",
+    "Bound",
+    "Comparison",
+    "Curve",
+    "Sandwich",
+    "bdmc",
+    "compare",
+    "elbo",
+    "evidence",
+    "iwae_curve",
+    "prepare",
+]

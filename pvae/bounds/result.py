@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from pvae.errors import UndefinedError
 
-__all__ = ["Bound"]
+__all__ = ["Bound", "Kind"]
+
+Kind = Literal["lower", "upper", "estimate", "none"]
+"""What an estimate is on average: a bound of log p(x), no bound, or of something else."""
+
+_KINDS: dict[Kind, str] = {
+    "lower": "a lower bound of log p(x) on average",
+    "upper": "an upper bound of log p(x) on average",
+    "estimate": "no bound: an upper bound's estimate, which is low on average",
+    "none": "no bound of log p(x)",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,9 @@ class Bound:
         rate: :math:`E_q[\log q(z | x) - \log p(z)]`, likewise.
         global_sites: What is outside the data plate; the total has it, no single datum does.
         removed_scales: ``poutine.scale`` factors by site that are not in it.
+        kind: What it is on average: ``"lower"``, ``"upper"``, ``"estimate"``, ``"none"``.
+        ess: Effective sample size of each datum's K weights, shape ``(N,)``, or None.
+        acceptance: Of each datum's Markov chains, shape ``(N,)``, or None.
     """
 
     name: str
@@ -44,6 +58,9 @@ class Bound:
     rate: Bound | None = None
     global_sites: tuple[str, ...] = ()
     removed_scales: dict[str, float] = field(default_factory=dict)
+    kind: Kind = "lower"
+    ess: Tensor | None = None
+    acceptance: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -91,6 +108,8 @@ class Bound:
                 f"{self.name}: {self.mean:.2f}{error}{draws} nats per datum, "
                 f"N = {self.num_data}, K = {self.num_particles}"
             ]
+        if self.ess is not None:
+            lines += [f"  {line}" for line in self._of_weights()]
         for part in (self.distortion, self.rate):
             if part is not None:
                 lines.append(f"  {part.name}: {part.mean:.2f}")
@@ -98,4 +117,24 @@ class Bound:
             lines.append(f"  left out: poutine.scale of {scale:g} at site '{site}'")
         return "\n".join(lines)
 
+    def _of_weights(self) -> list[str]:
+        assert self.ess is not None  # noqa: S101
+        lines = [_KINDS[self.kind]]
+        middle, least = float(self.ess.median()), float(self.ess.min())
+        if self.num_particles > 1:
+            lines.append(f"ESS: median {middle:.3g} of {self.num_particles}, least {least:.3g}")
+            few = int((self.ess < min(_FEW, self.num_particles / 2)).sum())
+            if few:
+                lines.append(
+                    f"{few} of {self.num_data} data rest on a few draws: they are too low, by "
+                    "more than the error over draws says"
+                )
+        if self.acceptance is not None and not bool(self.acceptance.isnan().all()):
+            mean, least = float(self.acceptance.mean()), float(self.acceptance.min())
+            lines.append(f"acceptance: mean {mean:.2f}, least {least:.2f}")
+        return lines
+
     __repr__ = __str__
+
+
+_FEW = 5

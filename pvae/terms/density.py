@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,7 +273,7 @@ def stream_densities(
     structure: Structure,
     num_particles: int = 1,
     max_rows: int = 8192,
-) -> Iterator[tuple[slice, LatentDensity]]:
+) -> Generator[tuple[slice, LatentDensity]]:
     """The densities of all data in order, chunk by chunk, in evaluation mode without gradients.
 
     A chunk has so many data that ``num_particles`` for each are at most ``max_rows`` rows. A pair

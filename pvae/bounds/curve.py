@@ -1,0 +1,216 @@
+"""The importance-weighted bound as the number of draws grows, and where it goes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.bounds.prepare import prepare
+from pvae.data import Source
+from pvae.errors import ArgumentError, UndefinedError, check_int, oxford
+
+__all__ = ["Curve", "iwae_curve"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    r"""Importance-weighted bounds for K = 1, 2, 4, ..., from one set of draws.
+
+    Attributes:
+        num_particles: The K of each point, length S, powers of 2.
+        values: Each datum's bounds in nats, shape ``(S, N)``.
+        variances: Their variances over draws, shape ``(S, N)``.
+        ess: Effective sample size of each datum's draws at the largest K, shape ``(N,)``.
+    """
+
+    num_particles: tuple[int, ...]
+    values: Tensor
+    variances: Tensor
+    ess: Tensor
+
+    @property
+    def num_data(self) -> int:
+        """N."""
+        return self.values.shape[1]
+
+    @property
+    def means(self) -> Tensor:
+        """The curve: means over data, shape ``(S,)``."""
+        return self.values.mean(1)
+
+    @property
+    def se_draws(self) -> Tensor:
+        """Its standard errors over draws, data held fixed, shape ``(S,)``."""
+        return self.variances.sum(1).sqrt() / self.num_data
+
+    @property
+    def se_data(self) -> Tensor:
+        """Its standard errors over data, shape ``(S,)``; NaN of one datum."""
+        return self.values.std(1) / math.sqrt(self.num_data)
+
+    @property
+    def extrapolated(self) -> float:
+        r"""Where the curve goes as 1/K goes to 0, :math:`2 L_K - L_{K/2}`, in nats per datum.
+
+        That takes the term of order 1/K off the bias, as Nowozin (2018) does. It is no bound.
+        """
+        return float(2 * self.means[-1] - self.means[-2])
+
+    @property
+    def se_extrapolated(self) -> float:
+        """Its standard error over data, with the noise of draws in it."""
+        per_datum = 2 * self.values[-1] - self.values[-2]
+        return float(per_datum.std()) / math.sqrt(self.num_data) if self.num_data > 1 else math.nan
+
+    @property
+    def gains(self) -> Tensor:
+        """What each doubling of K adds, shape ``(S - 1,)``."""
+        return self.means.diff()
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the extrapolation is a guess; empty if nothing speaks against it.
+
+        The bias falls as 1/K only if weights have a finite variance, and K is large enough for
+        it: then each doubling adds half of what the last one has added, and no datum rests on a
+        few draws. Draws can't show the tail that they have not reached.
+        """
+        found = []
+        last, before = self.gains[-1], self.gains[-2]
+        noise = 3 * (self.values.diff(dim=0)[-1] - self.values.diff(dim=0)[-2] / 2).std()
+        noise = noise / math.sqrt(self.num_data) if self.num_data > 1 else torch.zeros(())
+        if bool(last > 0.75 * before + noise):
+            found.append(f"a doubling of K still adds {float(last / before):.0%} of the last one")
+        few = int((self.ess < _ENOUGH).sum())
+        if few:
+            found.append(f"{few} of {self.num_data} data rest on fewer than {_ENOUGH} draws")
+        return tuple(found)
+
+    def __str__(self) -> str:
+        lines = [f"IWAE by K, nats per datum, N = {self.num_data}"]
+        for k, mean, over_data, over_draws in zip(
+            self.num_particles,
+            self.means.tolist(),
+            self.se_data.tolist(),
+            self.se_draws.tolist(),
+            strict=True,
+        ):
+            lines.append(f"  {k:>6}: {mean:.3f} +- {over_data:.2g} (over draws {over_draws:.2g})")
+        to = f"{self.extrapolated:.3f} +- {self.se_extrapolated:.2g}"
+        if self.doubts:
+            lines += [f"  1/K -> 0: {to}, a guess:", *(f"    {doubt}" for doubt in self.doubts)]
+            lines.append("  next: bounds.evidence(..., method='ais')")
+        else:
+            lines.append(f"  1/K -> 0: {to}, if weights have a finite variance; no bound")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_ENOUGH = 20
+
+
+def iwae_curve(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    num_particles: int = 1024,
+    *,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    seed: int = 0,
+) -> Curve:
+    r"""The importance-weighted bound at K = 1 (the ELBO), 2, 4, ..., from one set of draws.
+
+    .. math::
+        L_k = \frac{k}{K} \sum_{g=1}^{K/k} \log \frac1k \sum_{i \in g} w_i
+        \quad\text{over disjoint groups } g
+
+    Each is a lower bound on average, and they rise with k. If the weights have a finite variance,
+    :math:`\log p(x) - L_k = \mathrm{Var}(w / p(x)) / 2k + O(k^{-2})`, which is what
+    `Curve.extrapolated` goes by.
+
+    References:
+        Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
+        Filtering Variational Objectives (Maddison et al., 2017), https://arxiv.org/abs/1705.09279
+        Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
+        Variational Inference (Nowozin, 2018), https://openreview.net/forum?id=HyZoi-WRb
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_particles: The largest K, a power of 2, at least 4.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows that run at once, counting each particle of a datum as one.
+        seed: Of the draws; the caller's generators are left as they are.
+
+    Raises:
+        UndefinedError: If a latent has a point-mass guide or an improper prior, or there are
+            sites outside the data plate.
+
+    Example:
+        >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
+        >>> iwae_curve(pair.model, pair.guide, x, 8).num_particles
+        (1, 2, 4, 8)
+    """
+    if check_int("num_particles", num_particles, minimum=4).bit_count() != 1:
+        raise ArgumentError("num_particles", "a power of 2", f"{num_particles}")
+    check_int("max_rows", max_rows)
+    with randomness.forked(seed):
+        source, structure = prepare(model, guide, data, structure, plate)
+        structure.require_density("evidence by importance sampling")
+        structure.require_proper("evidence")
+        if structure.global_sites:
+            raise UndefinedError(
+                "the curve of importance-weighted bounds",
+                "a pair whose sites are all inside the data plate",
+                f"global site {oxford(structure.global_sites)}",
+                ["bounds.evidence, for the data set"],
+            )
+        chunks = _log_weights(model, guide, source, structure, num_particles, max_rows)
+        values, variances, sizes = zip(*map(_points, chunks), strict=True)
+    steps = tuple(2**i for i in range(num_particles.bit_length()))
+    return Curve(steps, torch.cat(values, 1), torch.cat(variances, 1), torch.cat(sizes))
+
+
+def _log_weights(
+    model: Any,
+    guide: Any,
+    source: Source,
+    structure: t.Structure,
+    num_particles: int,
+    max_rows: int,
+) -> Iterator[Tensor]:
+    """log weights ``(K, n)``, a chunk of data after the other."""
+    passes = t.stream(model, guide, source, structure, num_particles, max_rows)
+    for _, same in itertools.groupby(passes, key=lambda part: part[0].start):
+        yield torch.cat([terms.log_weight.double() for _, terms in same])
+
+
+def _points(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each datum's curve and its variances, ``(S, n)``, and effective sample sizes ``(n,)``.
+
+    A variance is that of a mean over groups; of the one group of all draws by the delta method.
+    """
+    share = log_weight.softmax(0).square().sum(0)
+    values, variances = [], []
+    groups = log_weight
+    while True:
+        values.append(groups.mean(0))
+        if len(groups) == 1:
+            break
+        variances.append(groups.var(0) / len(groups))
+        groups = torch.logaddexp(groups[0::2], groups[1::2]) - math.log(2)
+    variances.append((share - 1 / len(log_weight)).clamp(min=0))
+    return torch.stack(values), torch.stack(variances), 1 / share
