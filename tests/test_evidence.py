@@ -463,4 +463,4 @@ def test_the_upper_bound_of_a_data_set_is_refused(device: torch.device) -> None:
         bounds.evidence(model, guide, batch, method="cubo")
     structure = t.inspect_pair(model, guide, batch)
     with pytest.raises(UndefinedError, match="global site"):
-        bounds.iwae_curve(model, guide, batch, 4, structure=structure)
+        bounds.iwae_curve(model, guide, batch, 16, structure=structure)

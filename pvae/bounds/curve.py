@@ -54,6 +54,8 @@ class Curve:
     @property
     def se_data(self) -> Tensor:
         """Its standard errors over data, shape ``(S,)``; NaN of one datum."""
+        if self.num_data == 1:
+            return torch.full_like(self.means, math.nan)
         return self.values.std(1) / math.sqrt(self.num_data)
 
     @property
@@ -71,28 +73,31 @@ class Curve:
         return float(per_datum.std()) / math.sqrt(self.num_data) if self.num_data > 1 else math.nan
 
     @property
-    def gains(self) -> Tensor:
-        """What each doubling of K adds, shape ``(S - 1,)``."""
-        return self.means.diff()
-
-    @property
     def doubts(self) -> tuple[str, ...]:
         """Why the extrapolation is a guess; empty if nothing speaks against it.
 
         The bias falls as 1/K only if weights have a finite variance, and K is large enough for
-        it: then each doubling adds half of what the last one has added, and no datum rests on a
-        few draws. Draws can't show the tail that they have not reached.
+        it: then four times the draws add a quarter of what the same has added before, and no
+        datum rests on a few draws. Draws can't show the tail that they have not reached.
         """
-        found = []
-        last, before = self.gains[-1], self.gains[-2]
-        noise = 3 * (self.values.diff(dim=0)[-1] - self.values.diff(dim=0)[-2] / 2).std()
-        noise = noise / math.sqrt(self.num_data) if self.num_data > 1 else torch.zeros(())
-        if bool(last > 0.75 * before + noise):
-            found.append(f"a doubling of K still adds {float(last / before):.0%} of the last one")
-        few = int((self.ess < _ENOUGH).sum())
+        ends = [i for i in (-1, -3) if len(self.means) + i >= 4]
+        found = [doubt for doubt in map(self._slow, ends) if doubt][:1]
+        limit = min(_ENOUGH, self.num_particles[-1] / 2)
+        few = int((self.ess < limit).sum())
         if few:
-            found.append(f"{few} of {self.num_data} data rest on fewer than {_ENOUGH} draws")
+            found.append(f"{few} of {self.num_data} data rest on fewer than {limit:g} draws")
         return tuple(found)
+
+    def _slow(self, end: int) -> str:
+        """Says so if a bias falls more slowly than as 1/K, by two standard errors over draws."""
+        low, middle, high = (float(self.means[end - back]) for back in (4, 2, 0))
+        before, last = middle - low, high - middle
+        if last - _SLOW * before <= 2 * float(self.se_draws[end]) + 1e-6:
+            return ""
+        return (
+            f"four times the draws add {last:.2g} nats after {before:.2g}, where a quarter of "
+            "that was to be expected"
+        )
 
     def __str__(self) -> str:
         lines = [f"IWAE by K, nats per datum, N = {self.num_data}"]
@@ -116,6 +121,7 @@ class Curve:
 
 
 _ENOUGH = 20
+_SLOW = 0.35
 
 
 def iwae_curve(
@@ -149,7 +155,7 @@ def iwae_curve(
         model: A Pyro program.
         guide: Its guide.
         data: An array, tensor, tuple of them, data set or source.
-        num_particles: The largest K, a power of 2, at least 4.
+        num_particles: The largest K, a power of 2, at least 16.
         plate: Name of the data plate, where the batch's length doesn't tell.
         structure: What `pvae.terms.inspect_pair` found, if it is known.
         max_rows: Bound on the rows that run at once, counting each particle of a datum as one.
@@ -161,10 +167,10 @@ def iwae_curve(
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
-        >>> iwae_curve(pair.model, pair.guide, x, 8).num_particles
-        (1, 2, 4, 8)
+        >>> iwae_curve(pair.model, pair.guide, x, 16).num_particles
+        (1, 2, 4, 8, 16)
     """
-    if check_int("num_particles", num_particles, minimum=4).bit_count() != 1:
+    if check_int("num_particles", num_particles, minimum=16).bit_count() != 1:
         raise ArgumentError("num_particles", "a power of 2", f"{num_particles}")
     check_int("max_rows", max_rows)
     with randomness.forked(seed):
