@@ -8,6 +8,7 @@ from pvae.bounds.lower import elbo
 from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound
 from pvae.bounds.sandwich import Sandwich, bdmc
+from pvae.bounds.weights import log_weights
 
 __all__ = [
     "AIS",
@@ -20,5 +21,6 @@ __all__ = [
     "elbo",
     "evidence",
     "iwae_curve",
+    "log_weights",
     "prepare",
 ]
