@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from arviz_stats.base import array_stats
+from torch import Tensor
 
-from pvae import bounds, priors, recipes
+from pvae import bounds, diagnostics, priors, recipes
 from pvae import terms as t
-from pvae.errors import ArgumentError, UndefinedError
+from pvae.errors import ArgumentError, DataError, UndefinedError
 from tests import gaussian, pairs
 
 # log weights
@@ -62,3 +69,205 @@ def test_log_weights_need_densities(device: torch.device) -> None:
         bounds.log_weights(vae.model, vae.guide, x)
     with pytest.raises(ArgumentError, match="num_particles"):
         bounds.log_weights(vae.model, vae.guide, x, 0)
+
+
+# k-hat
+
+
+def tails(scale: float, num_dims: int = 1, num_draws: int = 100_000) -> Tensor:
+    """log N(z; 0, I) - log N(z; 0, scale^2 I) at draws from the latter, shape (S, 1)."""
+    z = scale * torch.randn(num_draws, num_dims)
+    target, guide = dist.Normal(0.0, 1.0), dist.Normal(0.0, scale)
+    return (target.log_prob(z) - guide.log_prob(z)).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.7, 0.9])
+def test_khat_of_a_narrow_guide(scale: float) -> None:
+    """k = 1 - s^2: P(w > t) falls as t^(-1/k) but for logarithms.
+
+    To 0.3, with a standard error of (1 + k) / sqrt(3 sqrt(1e5)) < 0.063; those logarithms make
+    a bias, which was below 0.02 in trials: more than four errors, a false alarm in 1e5.
+    """
+    found = diagnostics.khat(tails(scale))
+    assert found.shape == (1,)
+    assert abs(float(found) - (1 - scale**2)) < 0.3
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.7])
+def test_khat_is_higher_in_ten_dimensions(scale: float) -> None:
+    """By 0.15 or more in trials; the seed is fixed."""
+    assert float(diagnostics.khat(tails(scale, num_dims=10))) > float(
+        diagnostics.khat(tails(scale))
+    )
+
+
+@pytest.mark.parametrize("scale", [1.2, 2.0, 4.0])
+def test_khat_of_a_wide_guide_is_negative(scale: float) -> None:
+    """The weights are bounded; the shape of what is left is below 0."""
+    assert float(diagnostics.khat(tails(scale))) < 0
+
+
+@pytest.mark.parametrize("num_draws", [25, 225, 226, 1000])
+def test_khat_is_arvizs_datum_by_datum(num_draws: int) -> None:
+    """By its function of weights, not of their logarithms, which has no sign to mistake."""
+    log_weights = torch.distributions.StudentT(4.0).sample((num_draws, 6)) - 1000
+    options = {"chain_axis": 0, "draw_axis": 1, "r_eff": 1, "tail": "right"}
+    one_by_one = [
+        array_stats.pareto_khat((column - column.max()).exp().unsqueeze(0).numpy(), **options)
+        for column in log_weights.T
+    ]
+    np.testing.assert_allclose(diagnostics.khat(log_weights), np.stack(one_by_one), rtol=1e-6)
+
+
+def test_khat_where_there_is_no_tail() -> None:
+    exact = -300 + 1e-6 * torch.randn(1000)  # an exact guide's, with rounding
+    tied = torch.randint(0, 30, (1000,)).double()  # a discrete latent's
+    few = torch.full((1000,), -torch.inf)
+    few[:10] = torch.randn(10)
+    lone = torch.randn(1000)
+    lone[7] += 2000.0
+    none = torch.full((1000,), -torch.inf)
+    usual = torch.randn(1000)
+    found = diagnostics.khat(torch.stack([exact, tied, few, lone, none, usual], 1))
+    assert found[:2].isnan().all()
+    assert found[2:5].isposinf().all()
+    torch.testing.assert_close(found[5:], diagnostics.khat(usual.unsqueeze(1)))
+
+
+def test_khat_refuses() -> None:
+    with pytest.raises(DataError, match=r"shape \(K, N\), K at least 25"):
+        diagnostics.khat(torch.randn(24, 3))
+    with pytest.raises(DataError, match="shape"):
+        diagnostics.khat(torch.randn(100))
+    broken = torch.randn(100, 3)
+    broken[5, 2] = torch.nan
+    with pytest.raises(DataError, match="nan for datum 2"):
+        diagnostics.khat(broken)
+    with pytest.raises(ArgumentError, match="tolerance"):
+        diagnostics.khat(torch.randn(100, 3), tolerance=-1.0)
+
+
+# importance
+
+
+def scaled_guide(model: gaussian.GaussianModel, factor: float) -> gaussian.GaussianGuide:
+    """The posterior, its standard deviation multiplied."""
+    guide = gaussian.exact_guide(model)
+    guide.log_t.data += math.log(factor)
+    return guide
+
+
+def test_a_narrow_guide_is_caught_and_the_exact_one_passes(device: torch.device) -> None:
+    """s = 0.4 has k = 0.84 for every datum, of which the estimate is 0.14 with error 0.15 above.
+
+    With 40 data more than half of them being below 0.7 by chance has probability below 1e-5.
+    """
+    model, x = gaussian.GaussianModel().to(device), torch.randn(40, device=device)
+    narrow = scaled_guide(model, 0.4).to(device)
+    bad = diagnostics.importance(model, narrow, x, num_particles=4000)
+    assert bad.unreliable > 0.5
+    assert bad.findings()[0].verdict == "bad"
+    assert "gap" in bad.findings()[0].advice
+    good = diagnostics.importance(model, gaussian.exact_guide(model).to(device), x)
+    assert bool(good.is_exact.all())
+    assert bool(good.khat.isnan().all())
+    assert good.unreliable == 0.0
+    assert good.findings()[0].verdict == "good"
+    assert good.gap.mean == pytest.approx(0.0, abs=1e-9)
+    torch.testing.assert_close(good.ess, torch.full_like(good.ess, 1000.0))
+    wide = diagnostics.importance(model, scaled_guide(model, 2.0).to(device), x)
+    assert wide.findings()[0].verdict == "good"
+    assert not bool(wide.is_exact.any())
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.5])
+def test_elbo_evidence_and_gap_in_closed_form(factor: float, device: torch.device) -> None:
+    """To 4.5 standard errors over draws, a false alarm in 1.5e5 each."""
+    model, x = gaussian.GaussianModel().to(device), torch.randn(30, device=device)
+    found = diagnostics.importance(
+        model, scaled_guide(model, factor).to(device), x, num_particles=4000
+    )
+    exact = float(gaussian.log_evidence(model, x).detach().mean())
+    kl = 0.5 * factor**2 - 0.5 - math.log(factor)
+    for bound, expected in ((found.elbo, exact - kl), (found.evidence, exact), (found.gap, kl)):
+        assert bound.se_draws is not None
+        assert 0 < bound.se_draws < 0.01
+        assert abs(bound.mean - expected) < 4.5 * bound.se_draws
+    ess = math.sqrt(2 * factor**2 - 1) / factor**2  # E[w]^2 / E[w^2]
+    assert float(found.ess.mean()) / 4000 == pytest.approx(ess, rel=0.05)
+
+
+def test_the_error_of_the_gap_is_honest(device: torch.device) -> None:
+    """Against the scatter of 80 repeats, whose own error is 8%: a factor of 1.5 is five of them.
+
+    The errors of ELBO and evidence, were they independent, would make it larger.
+    """
+    model, x = gaussian.GaussianModel().to(device), torch.randn(20, device=device)
+    guide = scaled_guide(model, 1.4).to(device)
+    found = [
+        diagnostics.importance(model, guide, x, num_particles=100, seed=s).gap for s in range(80)
+    ]
+    scatter = float(torch.tensor([f.mean for f in found]).std())
+    stated = sum(f.se_draws or 0.0 for f in found) / 80
+    assert 1 / 1.5 < stated / scatter < 1.5
+
+
+def test_the_worst_rows_are_those_with_a_bad_guide(device: torch.device) -> None:
+    """Rows above 10 have an encoder that is far off."""
+    model = gaussian.GaussianModel().to(device)
+    right = gaussian.exact_guide(model).to(device)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            off = torch.where(x > 10, 4.0, 0.0)
+            pyro.sample("z", dist.Normal(right.a * x + off, 1.2 * right.log_t.exp()))
+
+    x = torch.randn(30, device=device)
+    x[4], x[17] = 11.0, 12.0
+    found = diagnostics.importance(model, guide, x)
+    assert {int(row) for row in found.worst(2)} == {4, 17}
+    assert found.unreliable == pytest.approx(2 / 30)
+    assert found.se_unreliable == pytest.approx(math.sqrt(2 / 30 * 28 / 30 / 30))
+    assert "rows with the largest k-hat" in str(found)
+    assert str(found) == repr(found)
+
+
+@pytest.mark.float32
+def test_rounding_is_no_tail(device: torch.device) -> None:
+    """In single precision an exact guide's weights differ by rounding, and k-hat is still NaN."""
+    model = gaussian.GaussianModel().to(device)
+    x = 30 * torch.randn(20, device=device)
+    found = diagnostics.importance(model, gaussian.exact_guide(model).to(device), x)
+    assert float(found.log_weights.std(0).max()) > 0
+    assert bool(found.is_exact.all())
+    assert bool(found.khat.isnan().all())
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("name", pairs.PAIRS)
+def test_importance_of_any_pair(name: str, device: torch.device) -> None:
+    model, guide, batch = pairs.PAIRS[name](device)
+    before = torch.get_rng_state()
+    if name in pairs.GLOBAL:
+        with pytest.raises(UndefinedError, match="global site"):
+            diagnostics.importance(model, guide, batch)
+        return
+    found = diagnostics.importance(model, guide, batch, num_particles=200, seed=2)
+    again = bounds.evidence(model, guide, batch, 200, seed=2)
+    torch.testing.assert_close(found.evidence.per_datum, again.per_datum)
+    assert found.evidence.se_draws == pytest.approx(again.se_draws, rel=0.01)
+    torch.testing.assert_close(
+        found.elbo.per_datum, bounds.elbo(model, guide, batch, 200, seed=2).per_datum
+    )
+    assert found.khat.shape == found.ess.shape == (len(batch[0]),)
+    assert bool(found.khat.isnan().all()) == (name == "discrete")
+    assert ("no tail" in str(found)) == (name == "discrete")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_importance_refuses(device: torch.device) -> None:
+    ae = recipes.ae(5, 2, hidden=(8,)).to(device)
+    with pytest.raises(UndefinedError, match="point mass"):
+        diagnostics.importance(ae.model, ae.guide, torch.rand(20, 5))
+    with pytest.raises(ArgumentError, match="num_particles"):
+        diagnostics.importance(ae.model, ae.guide, torch.rand(20, 5), num_particles=24)

@@ -5,6 +5,17 @@ Each diagnostic returns its numbers as data, and what they mean as `Finding`s.
 
 from pvae.diagnostics.codes import hoyer, near_zero, sensitivity
 from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.importance import Importance, importance, khat
 from pvae.diagnostics.units import active_units
 
-__all__ = ["Finding", "Verdict", "active_units", "hoyer", "near_zero", "sensitivity"]
+__all__ = [
+    "Finding",
+    "Importance",
+    "Verdict",
+    "active_units",
+    "hoyer",
+    "importance",
+    "khat",
+    "near_zero",
+    "sensitivity",
+]

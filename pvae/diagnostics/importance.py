@@ -1,0 +1,298 @@
+"""How well the guide's importance weights behave: Pareto k-hat, and the gap that they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import bounds, randomness
+from pvae import terms as t
+from pvae.diagnostics.finding import Finding, Verdict
+from pvae.errors import DataError, check_int, check_number
+
+__all__ = ["Importance", "importance", "khat"]
+
+UNRELIABLE = 0.7
+"""k-hat above which importance sampling isn't to be relied on (Vehtari et al., 2024)."""
+
+FEWEST = 25
+"""Draws from which there are enough in the tail, five."""
+
+
+def khat(log_weights: Tensor, tolerance: float = 1e-3) -> Tensor:
+    r"""The Pareto shape of each datum's largest importance weights, estimated by ArviZ.
+
+    Weights whose tail has shape k have finite moments up to 1/k: below 0.5 a finite variance,
+    below 0.7 averages that settle at a practical rate, above 0.7 estimates that aren't to be
+    relied on; there q is too narrow somewhere. The estimate's standard error is about
+    :math:`(1 + k) / \sqrt M` with the M draws in the tail, :math:`3 \sqrt K` of them from 226
+    draws on.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari et al., 2024),
+        https://jmlr.org/papers/v25/19-556.html
+        Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018),
+        https://proceedings.mlr.press/v80/yao18a.html
+
+    Arguments:
+        log_weights: Shape ``(K, N)``, at least 25 draws; of `bounds.log_weights`.
+        tolerance: Standard deviation in nats up to which log weights count as constant, as an
+            exact guide's are but for rounding, whose tail would be fitted instead.
+
+    Returns:
+        Shape ``(N,)``, in double precision, where the weights are. NaN where there is no tail:
+        with constant weights, and with ties, as a discrete latent makes them. Infinite where too
+        few draws for a tail have any weight beside the largest.
+
+    Raises:
+        DataError: If the shape is another, or a weight is NaN or infinite.
+
+    Example:
+        >>> z = 0.5 * torch.randn(100_000, 1)  # draws from N(0, 0.5^2) for N(0, 1): k is 0.75
+        >>> bool((khat(-0.5 * z**2 + 2 * z**2) - 0.75).abs() < 0.3)
+        True
+    """
+    check_number("tolerance", tolerance, minimum=0)
+    _check(log_weights)
+    from arviz_stats.base import array_stats  # imports for seconds
+
+    weights = log_weights.detach().double()
+    tail = _tail_size(len(weights))
+    top = weights.topk(tail + 1, dim=0).values
+    excess = (top - top[0]).exp() - (top[-1] - top[0]).exp()
+    at = tail - int(tail / 4 + 0.5)  # the quartile that ArviZ's fit starts from
+    is_lone = ~(excess[at] > _LEAST) & ((top[at] > top[-1]) | ~top[at].isfinite())
+    is_tied = (top[1:] != top[:-1]).sum(0) < tail / 2
+    has_tail = ~is_lone & ~is_tied & ~_are_constant(weights, tolerance)
+    found = torch.where(is_lone, math.inf, torch.full_like(weights[0], math.nan))
+    if bool(has_tail.any()):
+        chosen = weights[:, has_tail].cpu().numpy()
+        _, shape = array_stats.psislw(-chosen, axis=0)  # it takes the negative of log weights
+        found[has_tail] = torch.as_tensor(shape).to(found)
+    return found
+
+
+_LEAST = 1e-200  # excess over the tail's start, relative to the largest weight
+
+
+def _tail_size(num_draws: int) -> int:
+    return int(3 * math.sqrt(num_draws)) if num_draws > 225 else num_draws // 5
+
+
+def _are_constant(weights: Tensor, tolerance: float) -> Tensor:
+    return weights.std(0) <= tolerance
+
+
+def _check(log_weights: Tensor) -> None:
+    if log_weights.dim() != 2 or len(log_weights) < FEWEST:
+        raise DataError(
+            "log_weights",
+            f"shape (K, N), K at least {FEWEST}",
+            f"shape {tuple(log_weights.shape)}",
+            ["bounds.log_weights(model, guide, data, num_particles=1000)"],
+        )
+    broken = log_weights.isnan() | log_weights.isposinf()
+    if bool(broken.any()):
+        row = int(broken.any(0).nonzero()[0])
+        raise DataError(
+            "log_weights",
+            "log densities that are numbers",
+            f"{float(log_weights[:, row][broken[:, row]][0])} for datum {row}",
+            ["bounds.elbo on this datum, site by site"],
+        )
+
+
+@dataclass(frozen=True)
+class Importance:
+    r"""What one set of importance weights says of a guide.
+
+    Attributes:
+        log_weights: Shape ``(K, N)`` in nats.
+        khat: Of each datum, shape ``(N,)``; NaN or infinite as `khat` has it.
+        tolerance: Standard deviation of log weights up to which they count as constant.
+    """
+
+    log_weights: Tensor
+    khat: Tensor
+    tolerance: float
+
+    @property
+    def is_exact(self) -> Tensor:
+        """Data whose weights are constant: q is the posterior there. Shape ``(N,)``."""
+        return _are_constant(self.log_weights, self.tolerance)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The weights of each datum, normalised to a sum of 1, shape ``(K, N)``."""
+        return self.log_weights.softmax(0)
+
+    @property
+    def ess(self) -> Tensor:
+        r"""Effective sample size of each datum, :math:`1 / \sum_k \bar w_k^2`, shape ``(N,)``."""
+        return 1 / self.weights.square().sum(0)
+
+    @property
+    def elbo(self) -> bounds.Bound:
+        """The mean of the log weights."""
+        return self._bound("ELBO", self.log_weights.mean(0), self._centred)
+
+    @property
+    def evidence(self) -> bounds.Bound:
+        """The log of the mean of the weights, which is low on average."""
+        k = len(self.log_weights)
+        name = f"evidence, IWAE-{k}"
+        values = self.log_weights.logsumexp(0) - math.log(k)
+        return self._bound(name, values, k * self.weights - 1)
+
+    @property
+    def gap(self) -> bounds.Bound:
+        """Evidence minus ELBO; the error over draws is that of the difference."""
+        k = len(self.log_weights)
+        values = self.evidence.per_datum - self.elbo.per_datum
+        return self._bound("gap", values, k * self.weights - 1 - self._centred)
+
+    @property
+    def unreliable(self) -> float:
+        """Share of data whose k-hat is above 0.7."""
+        return float((self.khat > UNRELIABLE).double().mean())
+
+    @property
+    def se_unreliable(self) -> float:
+        """Standard error of that share over data."""
+        return math.sqrt(self.unreliable * (1 - self.unreliable) / len(self.khat))
+
+    @property
+    def se_khat(self) -> Tensor:
+        r"""Standard error of each k-hat over draws, by :math:`(1 + k) / \sqrt M`; ``(N,)``."""
+        tail = _tail_size(len(self.log_weights))
+        return (1 + self.khat).clamp(min=0) / math.sqrt(tail)
+
+    def worst(self, count: int = 5) -> Tensor:
+        """Rows with the largest k-hat, the largest first."""
+        ranked = self.khat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        order = ranked.argsort(descending=True, stable=True)[:count]
+        return order[ranked[order] > -math.inf]
+
+    def findings(self) -> list[Finding]:
+        """What it means, line by line."""
+        rows = ", ".join(str(int(row)) for row in self.worst())
+        share = self.unreliable
+        verdict: Verdict = "good" if share <= 0.05 else "look" if share <= 0.25 else "bad"
+        found = [
+            Finding(
+                "k-hat above 0.7",
+                share,
+                self.se_unreliable,
+                "",
+                verdict,
+                "share of data for which q is too narrow somewhere",
+                ""
+                if verdict == "good"
+                else f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?",
+            )
+        ]
+        exact, tied = self.is_exact, self.khat.isnan() & ~self.is_exact
+        for name, rows_of, why in (
+            ("exact", exact, "constant weights: q is the posterior there, and has no k-hat"),
+            ("no tail", tied, "weights that repeat, as those of a discrete latent: no k-hat"),
+        ):
+            share_of = float(rows_of.double().mean())
+            found += [Finding(name, share_of, meaning=f"share of data with {why}")][: share_of > 0]
+        gap, sampled = self.gap, self.ess / len(self.log_weights)
+        found += [
+            Finding(
+                "gap, at least",
+                gap.mean,
+                gap.se_data,
+                "nats",
+                meaning="evidence - ELBO a datum; these weights put log p(x) too low, if anything",
+            ),
+            Finding(
+                "effective draws",
+                float(sampled.mean()),
+                float(sampled.std()) / math.sqrt(len(sampled)) if len(sampled) > 1 else None,
+                meaning="ESS / K, the share of draws that count",
+            ),
+        ]
+        return found
+
+    def __str__(self) -> str:
+        k, n = self.log_weights.shape
+        lines = [f"Importance weights, N = {n}, K = {k}", *map(str, self.findings())]
+        rows = [
+            f"{int(r)} ({float(self.khat[r]):.2f} +- {float(self.se_khat[r]):.2f})"
+            for r in self.worst()
+        ]
+        return "\n".join([*lines, f"  rows with the largest k-hat: {', '.join(rows) or 'none'}"])
+
+    __repr__ = __str__
+
+    @property
+    def _centred(self) -> Tensor:
+        return self.log_weights - self.log_weights.mean(0)
+
+    def _bound(self, name: str, values: Tensor, influence: Tensor) -> bounds.Bound:
+        """A mean whose error over draws is that of its influence function, ``(K, N)``."""
+        k, n = influence.shape
+        variance = influence.square().sum(0) / (k * (k - 1))
+        total = float(values.sum())
+        return bounds.Bound(name, values, total, math.sqrt(float(variance.sum())), n, k)
+
+
+def importance(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    num_particles: int = 1000,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    seed: int = 0,
+) -> Importance:
+    r"""How well the guide does as a proposal for each datum's posterior.
+
+    From one set of log weights, :math:`\log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} | x_n)`:
+    k-hat of each datum, the effective sample size, the ELBO, the evidence, and the gap between
+    them, :math:`\log \tfrac1K \sum_k w_{kn} - \tfrac1K \sum_k \log w_{kn}`, an estimate of
+    KL(q || p(z | x)) that is low on average.
+
+    References:
+        Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018),
+        https://proceedings.mlr.press/v80/yao18a.html
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_particles: K, draws for each datum, at least 25; from 1000 on k-hat is to about 0.2.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows that are run at once, counting each particle of a datum as one.
+        seed: Of the draws; the caller's generators are left as they are.
+
+    Raises:
+        UndefinedError: Where there are no weights of single data, as `bounds.log_weights` says.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> found = importance(vae.model, vae.guide, torch.zeros(5, 4), num_particles=50)
+        >>> found.khat.shape, found.worst(2).shape
+        (torch.Size([5]), torch.Size([2]))
+    """
+    check_int("num_particles", num_particles, minimum=FEWEST)
+    with randomness.forked(seed):
+        _, structure = bounds.prepare(model, guide, data, structure, plate)
+    log_weights = bounds.log_weights(
+        model, guide, data, num_particles, structure=structure, max_rows=max_rows, seed=seed
+    )
+    size = float(log_weights[log_weights.isfinite()].abs().median())
+    rounding = torch.finfo(structure.dtype).eps * size
+    tolerance = max(1e-3, 10 * rounding)
+    return Importance(log_weights, khat(log_weights, tolerance), tolerance)
