@@ -75,7 +75,7 @@ class Replicates:
         values, kept = [], []
         for _, _, terms in t.draws(model, guide, source, structure, 1, max_rows, of_terms):
             name = _observed_site(where, terms, structure, site)
-            values.append(_first(terms.sites[name].value))
+            values.append(t.observed(terms, name))
             kept.append(t.kept_of(terms, name))
         fn = terms.sites[name].model
         mask = None if kept[0] is None else torch.cat([k for k in kept if k is not None])
@@ -153,11 +153,6 @@ def _base_of(fn: Any) -> Any:
     while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
         fn = fn.base_dist
     return fn
-
-
-def _first(value: Tensor | None) -> Tensor:
-    assert value is not None  # noqa: S101  an observed site
-    return value[0]
 
 
 def _observed_site(where: str, terms: t.Terms, structure: t.Structure, site: str | None) -> str:

@@ -7,7 +7,16 @@ data set in chunks of bounded memory, `draws` on one that shares global latents.
 
 from pvae.terms.chunks import first_batch, home_of, inspect_source, stream
 from pvae.terms.density import LatentDensity, stream_densities
-from pvae.terms.drawing import Kind, check_generative, draws, held, kept_of, replicate
+from pvae.terms.drawing import (
+    Kind,
+    check_generative,
+    draws,
+    held,
+    is_inside,
+    kept_of,
+    observed,
+    replicate,
+)
 from pvae.terms.messages import is_penalty
 from pvae.terms.passes import compute
 from pvae.terms.probe import inspect_pair, probing, run_pair
@@ -30,8 +39,10 @@ __all__ = [
     "home_of",
     "inspect_pair",
     "inspect_source",
+    "is_inside",
     "is_penalty",
     "kept_of",
+    "observed",
     "probing",
     "replicate",
     "run_pair",

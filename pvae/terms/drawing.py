@@ -20,7 +20,16 @@ from pvae.terms.passes import compute
 from pvae.terms.result import Terms
 from pvae.terms.structure import Structure
 
-__all__ = ["Kind", "check_generative", "draws", "held", "kept_of", "replicate"]
+__all__ = [
+    "Kind",
+    "check_generative",
+    "draws",
+    "held",
+    "is_inside",
+    "kept_of",
+    "observed",
+    "replicate",
+]
 
 Kind = Literal["posterior", "prior", "mixed"]
 """Where latents come from: the guide; the model; global ones from the guide, those of data from
@@ -167,6 +176,22 @@ def replicate(terms: Terms, name: str, *, mean: bool = False) -> Tensor:
     return torch.cat(parts)
 
 
+def observed(terms: Terms, name: str) -> Tensor:
+    """The data at an observed site, shape ``(N, ...)`` inside the data plate."""
+    one = terms.passes[0]
+    node = one.model_trace.nodes[name]
+    value: Tensor = node["value"]
+    if not is_inside(one.structure, node):
+        return value
+    axis = value.dim() - len(node["fn"].event_shape) + one.structure.dim
+    return value.movedim(axis, 0)[: terms.num_rows]
+
+
+def is_inside(structure: Structure, node: Any) -> bool:
+    """Whether a site of a trace is inside the data plate."""
+    return any(frame.name in structure.plates for frame in node["cond_indep_stack"])
+
+
 def kept_of(terms: Terms, name: str) -> Tensor | None:
     """Which entries of an observed site aren't masked out, shape ``(N, ...)``; None if all are."""
     one = terms.passes[0]
@@ -181,12 +206,12 @@ def kept_of(terms: Terms, name: str) -> Tensor | None:
 def _laid_out(value: Tensor, one: Terms, name: str, num_rows: int) -> Tensor:
     """A draw of a site's distribution, particles first and then data."""
     node = one.model_trace.nodes[name]
-    fn, is_local = node["fn"], one.sites[name].is_local
+    fn = node["fn"]
     frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
     own = max((-f.dim for f in frames), default=0)
     plates = fn.batch_shape[len(fn.batch_shape) - own :]
     value = value.reshape(one.num_particles, *plates, *fn.event_shape)
-    if not is_local:
+    if not is_inside(one.structure, node):
         return value
     return value.movedim(1 + own + one.structure.dim, 1)[:, :num_rows]
 
@@ -217,13 +242,24 @@ def check_generative(
     source: Source,
     structure: Structure,
     kind: Kind = "posterior",
+    *,
+    latents_alone: bool = False,
 ) -> None:
-    """Refuses a pair whose observed sites can't be drawn by drawing each from its distribution.
+    """Refuses a pair whose sites can't be drawn by drawing each from its distribution.
 
-    That is so where there are factors, which no draw follows; where an enumerated latent of the
-    data, which the guide doesn't have, would have to come from its posterior; and where the
-    distribution is fed the data that it scores, as with teacher forcing. The last is found by
-    another order of the data, the latents as they were.
+    That is so where there are factors, which no draw of the model follows; where an enumerated
+    latent of the data, which the guide doesn't have, would have to come from its posterior; and
+    where an observed site's distribution is fed the data that it scores, as with teacher forcing.
+    The last is found by another order of the data, the latents as they were.
+
+    Arguments:
+        what: What is refused.
+        model: A Pyro program.
+        guide: Its guide.
+        source: The data.
+        structure: What `inspect_pair` found.
+        kind: Where latents come from.
+        latents_alone: Whether no data are to be drawn.
 
     Raises:
         UndefinedError: Naming the site.
@@ -236,11 +272,9 @@ def check_generative(
             ["kind='mixed' or 'prior', in which the model draws them", "a guide for them"],
         )
     structure = replace(structure, enumerated=())
+    rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
     with evaluating(structure.modules):
-        batch = first_batch(
-            source,
-            source.num_rows if structure.subsample_size else structure.tied_to or 128,
-        )
+        batch = first_batch(source, rows)
         terms = compute(model, guide, batch, structure=structure)
         factors = [name for name, site in terms.sites.items() if site.kind == "factor"]
         if factors:
@@ -250,20 +284,25 @@ def check_generative(
                 f"factor {oxford(factors)}",
                 ["pyro.infer.NUTS on the model"],
             )
-        nodes = terms.model_trace.nodes
-        values = [nodes[name]["value"] for name in structure.observed]
-        turned = tuple(
-            part.flip(0) if any(_is_same(part, v) for v in values) else part for part in batch
-        )
-        given = {
-            name: node["value"]
-            for trace in (terms.guide_trace, terms.model_trace)
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample" and not node["is_observed"]
-        }
-        again = compute(model, guide, turned, structure=structure, given=given)
-    for name in structure.observed:
-        value, other = nodes[name]["value"], again.model_trace.nodes[name]["fn"]
+        if not latents_alone:
+            _check_unfed(what, model, guide, batch, terms)
+
+
+def _check_unfed(
+    what: str, model: Any, guide: Any, batch: tuple[Tensor, ...], terms: Terms
+) -> None:
+    nodes, names = terms.model_trace.nodes, terms.structure.observed
+    values = [nodes[name]["value"] for name in names]
+    turned = tuple(b.flip(0) if any(_is_same(b, v) for v in values) else b for b in batch)
+    given = {
+        name: node["value"]
+        for trace in (terms.guide_trace, terms.model_trace)
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+    }
+    again = compute(model, guide, turned, structure=terms.structure, given=given)
+    for name, value in zip(names, values, strict=True):
+        other = again.model_trace.nodes[name]["fn"]
         if not torch.allclose(nodes[name]["fn"].log_prob(value), other.log_prob(value)):
             raise UndefinedError(
                 what,
