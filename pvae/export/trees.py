@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from arviz_base import dict_to_dataset
 from tqdm import tqdm
 from xarray import Dataset, DataTree
 
 import pvae
-from pvae import bounds, randomness
+from pvae import bounds, diagnostics, randomness
 from pvae import terms as t
+from pvae.diagnostics.importance import FEWEST
 from pvae.errors import ArgumentError, check_int, check_number, oxford
 from pvae.export.plan import GROUPS, Plan
 from pvae.export.variables import Layout, fill
@@ -47,7 +49,8 @@ def to_arviz(
                              those are reconstructions
     ``log_likelihood``       log p(x | z) of each observed site
     ``sample_stats``         ``log_p`` = log p(x, z), ``log_q`` = log q(z | x), ``log_weight``
-                             = log p - log q
+                             = log p - log q, and ``khat``, the weights' Pareto shape for
+                             each datum (see `pvae.diagnostics.khat`)
     ``prior``                latents from the model
     ``prior_predictive``     observed sites from p(x | z) at these latents
     ``observed_data``        observed sites
@@ -59,7 +62,7 @@ def to_arviz(
     independent: r-hat and effective sample sizes say nothing here, and ``arviz.summary(tree,
     kind="stats")`` leaves them out.
 
-    With global latents all data share each draw of them, and the three of ``sample_stats`` are of
+    With global latents all data share each draw of them, and those of ``sample_stats`` are of
     the whole data set, one number a draw. Where all latents are point masses, ``posterior``,
     ``log_likelihood`` and ``sample_stats`` have one draw, and there is no log q. Masked entries
     of predictive draws are the observed ones. What has no meaning for a pair is left out, and the
@@ -123,6 +126,7 @@ def to_arviz(
         for kind, variables, count in plan.runs():
             passes = t.draws(model, guide, source, structure, count, max_rows, kind)
             arrays |= fill(variables, _shown(passes, kind, count, progress=progress))
+    khat = _khat(plan, arrays.get(("sample_stats", "log_weight")))
     attributes = {
         "pvae_version": pvae.__version__,
         "quantity": structure.quantity,
@@ -132,7 +136,18 @@ def to_arviz(
         "left_out": "; ".join(f"{name}: {why}" for name, why in plan.left_out.items()),
         "removed_scales": oxford(structure.removed_scales) if structure.removed_scales else "",
     }
-    return _tree(plan, arrays, attributes, coords or {})
+    return _tree(plan, arrays, khat, attributes, coords or {})
+
+
+def _khat(plan: Plan, log_weight: np.ndarray | None) -> np.ndarray | None:
+    """k-hat of each datum, or of the data set's weights; None if there aren't enough of those."""
+    if log_weight is None:
+        return None
+    if len(log_weight) < FEWEST:
+        plan.left_out["khat"] = f"{FEWEST} draws are the fewest for a tail"
+        return None
+    each = torch.from_numpy(log_weight.reshape(len(log_weight), -1))
+    return diagnostics.khat(each).numpy().reshape(log_weight.shape[1:])
 
 
 Passes = Iterable[tuple[slice, slice, t.Terms]]
@@ -150,6 +165,7 @@ def _shown(passes: Passes, what: str, count: int, *, progress: bool) -> Iterator
 def _tree(
     plan: Plan,
     arrays: dict[tuple[str, str], np.ndarray],
+    khat: np.ndarray | None,
     attributes: dict[str, Any],
     coords: Mapping[str, Any],
 ) -> DataTree:
@@ -166,6 +182,8 @@ def _tree(
         if data:
             with_draws = any(v.has_draws for v in variables)
             groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
+    if khat is not None:
+        groups["sample_stats"]["khat"] = (rows[: khat.ndim], khat)
     known = {*rows, *(str(dim) for dataset in groups.values() for dim in dataset.dims)}
     unknown = set(coords) - known
     if unknown:
