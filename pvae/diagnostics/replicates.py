@@ -70,6 +70,13 @@ class Replicates:
             raise ArgumentError("kind", f"one of {', '.join(_OF_TERMS)}", repr(kind))
         source, structure = bounds.prepare(model, guide, data, structure, plate)
         source = t.held(source)
+        if kind == "aggregated" and not structure.latents:
+            raise UndefinedError(
+                where,
+                "latents of data, whose guides are averaged under kind='aggregated'",
+                "none",
+                ["kind='mixed'"],
+            )
         of_terms = _OF_TERMS[kind]
         t.check_generative(where, model, guide, source, structure, of_terms)
         values, kept = [], []

@@ -91,7 +91,10 @@ def draws(
             f"draws of {oxford(drawn)} from the model",
             "a prior that is a distribution",
             "an improper one",
-            ["kind='posterior'", "a proper prior, such as priors.StandardNormal"],
+            [
+                "a proper prior, such as priors.StandardNormal",
+                "kind='aggregated' or 'posterior', in a predictive check",
+            ],
         )
     at_once = max(1, min(num_draws, max_rows // source.num_rows))
     if at_once > 1:  # the pair itself says whether particles can be vectorised
