@@ -28,10 +28,12 @@ from tests.test_predictive import regression
 mpl.use("agg")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the 0.23 line says that the 1.x line is coming
+    import arviz
+
     try:
         import arviz.preview as az
     except ImportError:
-        import arviz as az
+        az = arviz
 
 D, Q = 5, 2
 
@@ -78,6 +80,8 @@ def test_khat_of_each_datum(device: torch.device) -> None:
     weights = torch.from_numpy(tree["sample_stats"]["log_weight"].values[0])
     np.testing.assert_allclose(khat.values, pvae.diagnostics.khat(weights).numpy())
     assert khat.values.mean() > 0.5
+    _, theirs = (-tree["sample_stats"]["log_weight"]).azstats.psislw(dim=["chain", "draw"])
+    np.testing.assert_allclose(khat.values, theirs.values)
     model, guide, batch = pairs.PAIRS["global_latent"](device)
     tree = to_arviz(model, guide, batch, num_samples=30)
     assert tree["sample_stats"]["khat"].dims == ()
@@ -438,6 +442,31 @@ def test_arviz_draws_calibration(device: torch.device) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert az.plot_ecdf_pit(u, backend="matplotlib") is not None
+    mpl.pyplot.close("all")
+
+
+@pytest.mark.parametrize("name", ["plot_ppc_pit", "plot_ppc_interval", "plot_ppc_dist", "plot_lm"])
+def test_arviz_plots_of_a_regression(name: str, device: torch.device) -> None:
+    model, guide, data, _ = regression(device, 30)
+    tree = to_arviz(model, guide, data, num_samples=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert getattr(az, name)(tree, backend="matplotlib") is not None
+    mpl.pyplot.close("all")
+
+
+def test_the_older_arviz_reads_the_file(tree: Any, tmp_path: Path) -> None:
+    """The 0.23 line's own functions, on what ``arviz.from_netcdf`` makes of the file."""
+    if not hasattr(arviz, "InferenceData"):
+        pytest.skip("ArviZ 1 reads the tree itself")
+    tree.to_netcdf(tmp_path / "fit.nc")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = arviz.from_netcdf(tmp_path / "fit.nc")
+        arviz.plot_posterior(data, var_names=["z"], coords={"data": [0]})
+        arviz.plot_ppc(data, num_pp_samples=10)
+        table = arviz.summary(data, var_names=["z"], kind="stats")
+    assert len(table) == 12 * Q
     mpl.pyplot.close("all")
 
 

@@ -131,10 +131,13 @@ def pit(
                  (\#\{s : x^{rep}_{snd} = x_{nd}\} + 1)}{S + 1}, \quad V_{nd} \sim U(0, 1)
 
     Data that the model made have u uniform, exactly so for each S and for discrete values too, by
-    the randomised V. Each dimension is tested for that over data. Where the u of a datum's own
-    kind can't be uniform, or aren't independent over data, there is no test and the reason is
-    said: with ``kind="posterior"`` and latents of data (each datum was decoded from its own code,
-    which brings u to 1/2), and with ``kind="prior"`` and global latents (all data share one).
+    the randomised V. Each dimension is tested for that over data; the smallest p-value times the
+    number of dimensions is "bad" below 0.01 and worth a look below 0.05.
+
+    Where u isn't uniform or not independent over data even under the model, there is no test and
+    the reason is said: with ``kind="posterior"`` and latents of data (each datum was decoded from
+    its own code, which brings u to 1/2), and with ``kind="prior"`` and global latents (all data
+    share one).
 
     References:
         Predictive Model Assessment for Count Data (Czado, Gneiting & Held, 2009),

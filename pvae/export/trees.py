@@ -93,7 +93,8 @@ def to_arviz(
 
     Returns:
         An ``xarray.DataTree``, which ArviZ 1 takes, and ``arviz.preview`` before it.
-        ``.to_netcdf(path)`` writes it, ``xarray.open_datatree(path)`` reads it.
+        ``.to_netcdf(path)`` writes it, ``xarray.open_datatree(path)`` reads it, and
+        ``arviz.from_netcdf(path)`` makes what the other functions of ArviZ 0.23 take.
 
     Raises:
         ArgumentError: If an argument can't be used, or the export would exceed ``max_bytes``.
