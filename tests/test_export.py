@@ -283,6 +283,25 @@ def test_a_round_trip_through_netcdf(tmp_path: Path, device: torch.device) -> No
         assert back["posterior"].attrs["inference_library"] == "pvae"
 
 
+def test_names_with_slashes(tmp_path: Path, device: torch.device) -> None:
+    """As `pyro.contrib.autoname.scope` makes them; a file's groups are what slashes separate."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("a/data", len(x)):
+            z = pyro.sample("a/z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("a/x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("a/data", len(x)):
+            pyro.sample("a/z", dist.Normal(x, 1.0).to_event(1))
+
+    tree = to_arviz(model, guide, torch.randn(6, 1).to(device), num_samples=30)
+    assert tree["posterior"]["a.z"].dims == ("chain", "draw", "a.data", "a.z_dim_0")
+    tree.to_netcdf(tmp_path / "fit.nc")
+    with xarray.open_datatree(tmp_path / "fit.nc") as back:
+        xarray.testing.assert_equal(back.load(), tree)
+
+
 def test_a_loader_is_read_in_one_order(device: torch.device) -> None:
     """A shuffling loader gives another order each time; rows of all groups belong together."""
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)

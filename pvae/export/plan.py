@@ -199,11 +199,17 @@ class Plan:
 
     def _constant_data(self) -> None:
         terms = self._example("posterior")
-        values = [t.observed(terms, name) for name in self.structure.observed]
-        columns = zip(*(batch for _, batch in self.source.all()), strict=True)
-        for name, column in zip(_names(self.model), map(torch.cat, columns), strict=False):
-            if not any(_begins(column, value) for value in values):
-                self.constants[name] = column.cpu().numpy()
+        observed = [t.observed(terms, name) for name in self.structure.observed]
+        values = [value for value in observed if value.dim()]
+        first = t.first_batch(self.source, max(map(len, values), default=1))
+        chosen = {
+            name: i
+            for i, (name, column) in enumerate(zip(_names(self.model), first, strict=False))
+            if not any(_begins(column, value) for value in values)
+        }
+        parts = [[batch[i].cpu() for i in chosen.values()] for _, batch in self.source.all()]
+        for name, column in zip(chosen, zip(*parts, strict=True), strict=True):
+            self.constants[name] = torch.cat(column).numpy()
 
 
 def require_whole(what: str, structure: t.Structure, source: Source) -> None:
@@ -254,7 +260,7 @@ def _names(model: Callable[..., Any]) -> Iterator[str]:
 
 def _begins(column: Tensor, value: Tensor) -> bool:
     """Whether an observed value is the first rows of a column."""
-    first = column[: len(value)] if value.dim() else column
+    first = column[: len(value)]
     return first.shape == value.shape and bool((first == value).all())
 
 

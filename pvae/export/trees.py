@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,7 +171,7 @@ def _tree(
     coords: Mapping[str, Any],
 ) -> DataTree:
     """The arrays, labelled, group by group."""
-    rows = (plan.structure.plate,)
+    rows = (_plain(plan.structure.plate),)
     groups = {}
     for group in GROUPS:
         variables = [v for v in plan.variables if v.group == group]
@@ -206,13 +206,21 @@ def _dataset(
     *,
     with_draws: bool,
 ) -> Dataset:
-    """One group; its names without slashes, which separate groups."""
-    used = {dim for names in dims.values() for dim in names}
+    """One group."""
+    named: dict[Hashable, Sequence[Hashable]] = {
+        _plain(k): [_plain(dim) for dim in names] for k, names in dims.items()
+    }
+    used = {dim for names in named.values() for dim in names}
     return dict_to_dataset(
-        {k.replace("/", "."): a[None] if with_draws else a for k, a in data.items()},
+        {_plain(k): a[None] if with_draws else a for k, a in data.items()},
         attrs=attributes,
         inference_library=pvae,
-        dims={k.replace("/", "."): names for k, names in dims.items()},
+        dims=named,
         coords={dim: values for dim, values in coords.items() if dim in used},
         sample_dims=["chain", "draw"] if with_draws else [],
     )
+
+
+def _plain(name: str) -> str:
+    """A name without slashes, which separate groups."""
+    return name.replace("/", ".")
