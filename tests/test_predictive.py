@@ -41,6 +41,11 @@ def test_p_values_by_hand() -> None:
     assert extreme.p_value == 0.0
     assert extreme.two_sided == pytest.approx(2 / 11)
     assert extreme.error > 0
+    assert extreme.distance == pytest.approx((9 - 1.9) / float(replicated.std(correction=0)))
+    assert not extreme.is_beyond  # not by five spreads
+    assert diagnostics.Statistic("T", 12.0, replicated).is_beyond
+    assert not found.is_beyond
+    assert diagnostics.Statistic("T", 12.0, torch.zeros(10)).is_beyond
 
 
 def test_replicates_have_the_evidences_moments(device: torch.device) -> None:
@@ -109,6 +114,29 @@ def test_two_sided_p_values_are_valid_under_the_model(device: torch.device) -> N
         assert stats.binom.sf(alarms - 1, 150, level) > FALSE_ALARM
     assert counts_are_uniform(p_values) > FALSE_ALARM
     assert stats.binom.cdf(sum(p <= 0.3 for p in p_values), 150, 0.3) > FALSE_ALARM
+
+
+def test_far_off_is_bad_with_few_replicates_and_advice_is_said_once(device: torch.device) -> None:
+    """With 20 of them no two-sided p-value is below 2 / 21."""
+    toy = orthogonal()
+    pair, x = exact_pair(toy, device), toy.sample(200)
+    found = diagnostics.predictive(pair.model, pair.guide, 5 * x + 9, num_particles=20)
+    verdicts = [f.verdict for f in found.findings()]
+    assert verdicts.count("bad") >= 4
+    assert str(found).count("next:") == 1
+    good = diagnostics.predictive(pair.model, pair.guide, x, num_particles=20)
+    assert {f.verdict for f in good.findings()} == {"good"}
+
+
+def test_one_draw_is_enough_for_a_uniform_transform(device: torch.device) -> None:
+    """The rank among one draw and the datum, randomised, is exactly uniform."""
+    toy = orthogonal()
+    pair, x = exact_pair(toy, device), toy.sample(2000)
+    found = diagnostics.pit(pair.model, pair.guide, x, num_particles=1)
+    assert found.p_value is not None
+    assert found.p_value > FALSE_ALARM
+    assert float(found.values.min()) < 0.01
+    assert float(found.values.max()) > 0.99
 
 
 @pytest.mark.parametrize("kind", ["mixed", "prior", "aggregated"])

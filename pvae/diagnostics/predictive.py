@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 
 Function = Callable[[Tensor], Any]
 _LEVEL = 0.05
+_FAR = 5.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ class Statistic:
         return min(1.0, 2 * (smaller + 1) / (num_draws + 1))
 
     @property
+    def distance(self) -> float:
+        """How many of the replicates' standard deviations T(x) is away from their mean."""
+        off = abs(self.observed - float(self.replicated.mean()))
+        spread = float(self.replicated.std(correction=0))
+        return off / spread if spread > 0 else math.inf if off > 0 else 0.0
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether no replicate reaches T(x), and it is more than five spreads away."""
+        above, equal, num_draws = self._counts
+        return not equal and above in (0, num_draws) and self.distance > _FAR
+
+    @property
     def _counts(self) -> tuple[int, int, int]:
         above = int((self.replicated > self.observed).sum())
         return above, int((self.replicated == self.observed).sum()), len(self.replicated)
@@ -96,7 +110,7 @@ class PredictiveCheck:
     def _finding(self, statistic: Statistic) -> Finding:
         two_sided, count = statistic.two_sided, len(self.statistics)
         verdict: Verdict = "good"
-        if two_sided * count < _LEVEL:
+        if two_sided * count < _LEVEL or statistic.is_beyond:
             verdict = "bad"
         elif two_sided < _LEVEL:
             verdict = "look"
@@ -119,7 +133,10 @@ class PredictiveCheck:
             f"predictive check ({self.kind}) of site '{self.site}': "
             f"{self.num_particles} replicates of {self.num_data} data"
         )
-        lines = [title, *map(str, self.findings())]
+        found = self.findings()
+        last = {f.advice: i for i, f in enumerate(found)}  # said once
+        found = [f if last[f.advice] == i else replace(f, advice="") for i, f in enumerate(found)]
+        lines = [title, *map(str, found)]
         if self.is_optimistic:
             lines.append(_OPTIMISTIC)
         return "\n".join(lines)
@@ -184,8 +201,10 @@ def predictive(
     verdict is on the two-sided p-value: "bad" below 0.05 over the number of statistics, so that
     under the model one of them all is bad with a probability of at most 0.05 (for ``mixed`` and
     ``aggregated`` as far as what the guide and the training took from the data can be neglected);
-    "look" below 0.05. With many data every model fails; T(x) beside the replicates' mean and
-    spread says by how much. Masked entries of replicates are the observed ones.
+    "look" below 0.05. Where replicates are too few for that level, T(x) beyond all of them and
+    more than five of their spreads away is bad, too. With many data every model fails; T(x)
+    beside the replicates' mean and spread says by how much. Masked entries of replicates are the
+    observed ones.
 
     References:
         Posterior Predictive Assessment of Model Fitness via Realized Discrepancies
