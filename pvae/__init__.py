@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pvae.distributed as distributed
     import pvae.engine as engine
     import pvae.errors as errors
+    import pvae.export as export
     import pvae.guides as guides
     import pvae.jacobian as jacobian
     import pvae.latent as latent
@@ -57,6 +58,7 @@ _MODULES = (
     "distributed",
     "engine",
     "errors",
+    "export",
     "guides",
     "jacobian",
     "latent",
@@ -108,6 +110,7 @@ __all__ = [
     "distributed",
     "engine",
     "errors",
+    "export",
     "fit",
     "guides",
     "jacobian",

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray
 from typer.testing import CliRunner
 
 import pvae
@@ -117,6 +118,22 @@ def test_reconstruct_and_encode(run: Path, tmp_path: Path) -> None:
     call("reconstruct", str(run), "--data", some, "--to", str(tmp_path / "y.npy"))
     expected = vae.reconstruct(test[:5]).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5)
+
+
+def test_export_for_arviz(run: Path, tmp_path: Path) -> None:
+    """The file has the test data's first rows, and codes that scatter about the guide's means."""
+    _, vae, splits = open_run(run, "cpu")
+    path = tmp_path / "new" / "draws.nc"
+    said = call("export", str(run), "-n", "5", "-S", "40", "--to", str(path))
+    assert str(path) in said
+    with xarray.open_datatree(path) as tree:
+        x = torch.as_tensor(splits.test.arrays[0][:5])
+        np.testing.assert_array_equal(tree["observed_data"]["x"].to_numpy(), x.numpy())
+        z = tree["posterior"]["z"].to_numpy()
+        assert z.shape == (1, 40, 5, 2)
+        spread = z.std((0, 1)) / 40**0.5
+        assert (abs(z.mean((0, 1)) - vae.encode(x).numpy()) < 5.5 * spread).all()
+    assert [p.name for p in path.parent.iterdir()] == ["draws.nc"]
 
 
 def test_resume_trains_more_epochs(tmp_path: Path) -> None:

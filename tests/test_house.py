@@ -38,6 +38,7 @@ TOOLS = [  # each may import the ground and the tools above it
     "bounds",
     "latent",
     "diagnostics",
+    "export",
     "fitting",
     "testing",
 ]

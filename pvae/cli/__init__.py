@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, sample, reconstruct, encode, doctor.
+"""The command line: train, evaluate, sample, reconstruct, encode, export, doctor.
 
 Nothing heavy is imported before a command runs, so ``pvae --help`` answers at once.
 """
@@ -12,14 +12,24 @@ import typer
 
 from pvae.cli.checkup import doctor
 from pvae.cli.common import app
-from pvae.cli.reading import encode, evaluate, reconstruct, sample
+from pvae.cli.reading import encode, evaluate, export, reconstruct, sample
 from pvae.cli.training import train
 from pvae.errors import PvaeError, TrainingError
 
-__all__ = ["app", "doctor", "encode", "evaluate", "main", "reconstruct", "sample", "train"]
+__all__ = [
+    "app",
+    "doctor",
+    "encode",
+    "evaluate",
+    "export",
+    "main",
+    "reconstruct",
+    "sample",
+    "train",
+]
 
 
-_ORDER = [f.__name__ for f in (train, evaluate, sample, reconstruct, encode, doctor)]
+_ORDER = [f.__name__ for f in (train, evaluate, sample, reconstruct, encode, export, doctor)]
 app.registered_commands.sort(key=lambda c: _ORDER.index(getattr(c.callback, "__name__", "")))
 
 

@@ -1,4 +1,4 @@
-"""``pvae evaluate``, ``sample``, ``reconstruct`` and ``encode``: what reads a run folder."""
+"""``pvae evaluate``, ``sample``, ``reconstruct``, ``encode``, ``export``: what reads a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pvae.data import Splits
     from pvae.pair import VAE
 
-__all__ = ["encode", "evaluate", "reconstruct", "sample"]
+__all__ = ["encode", "evaluate", "export", "reconstruct", "sample"]
 
 
 @app.command()
@@ -141,6 +141,37 @@ def encode(
     z = vae.encode(x)
     path = _save(to or run / "codes.npy", z)
     typer.echo(f"{len(z)} codes of shape {tuple(z.shape[1:])}: {path}")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    data: Annotated[
+        Path | None, typer.Option(help="A file of data; otherwise the test data.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("-n", min=1, help="The first rows alone; all of them.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("-S", help="Draws of each datum.")] = 200,
+    to: Annotated[Path | None, typer.Option(help="The .nc file; RUN/draws.nc.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Write draws and log densities for ArviZ, as netCDF."""
+    from pvae import export as arviz
+
+    vae, x = _open_with_data(run, data, device)
+    tree = arviz.to_arviz(
+        vae.model, vae.guide, x[:rows], num_samples=num_samples, seed=seed, progress=True
+    )
+    path = (to or run / "draws.nc").with_suffix(".nc")
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tree.to_netcdf(part, engine="h5netcdf")
+    part.replace(path)
+    typer.echo(f"{', '.join(tree.children)}: {path}")
+    if tree.attrs["left_out"]:
+        typer.echo(f"left out: {tree.attrs['left_out']}")
 
 
 def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Tensor]:

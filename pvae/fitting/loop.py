@@ -302,6 +302,21 @@ class Fit:
                 randomness.set_state(self._rng)
             self._write_checkpoint(Path(path))
 
+    def to_arviz(self, data: Any = None, **options: Any) -> Any:
+        """Draws from the fitted pair for ArviZ: `pvae.export.to_arviz`.
+
+        Arguments:
+            data: What it is conditioned on; None for the training data.
+            options: Those of `pvae.export.to_arviz`.
+        """
+        from pvae import export  # ArviZ takes a second to import
+
+        plate = self.options.plate
+        if data is not None:
+            return export.to_arviz(self.model, self.guide, data, plate=plate, **options)
+        options["structure"] = self.structure
+        return export.to_arviz(self.model, self.guide, self.source, **options)
+
     # The loop
 
     def train(self) -> None:

@@ -1,0 +1,238 @@
+"""Calibration: where each datum stands among the model's draws of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.predictive import Function
+from pvae.diagnostics.replicates import CheckKind, Replicates
+from pvae.errors import ArgumentError, UndefinedError, check_int
+
+__all__ = ["Calibration", "pit"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    r"""Probability integral transforms of data, and whether they are uniform.
+
+    Attributes:
+        kind: Where the latents of a draw come from.
+        site: The observed site.
+        values: u, shape ``(N, *event_shape)`` or what the statistic makes of it, on the CPU; NaN
+            where masked out.
+        p_values: Of uniformity over data (Kolmogorov-Smirnov), shape ``values.shape[1:]``; None
+            where u isn't uniform even under the model.
+        reason: Why there are no p-values; empty if there are.
+        num_particles: S, draws of each datum.
+    """
+
+    kind: CheckKind
+    site: str
+    values: Tensor
+    p_values: Tensor | None
+    reason: str
+    num_particles: int
+
+    @property
+    def p_value(self) -> float | None:
+        """The smallest p-value times the number of dimensions (Bonferroni); None without any."""
+        if self.p_values is None:
+            return None
+        known = self.p_values[~self.p_values.isnan()]
+        return min(1.0, float(known.min()) * known.numel())
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """The mean of u, and its standard error over data; 1/2 where the model is right."""
+        return _mean_over_data(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The mean of 12 (u - 1/2)^2, and its standard error over data; 1 if the model is right.
+
+        Above 1 data lie at the ends of the predictive distributions, which are too narrow; below
+        1 these are too wide.
+        """
+        return _mean_over_data(12 * (self.values - 0.5).square())
+
+    def findings(self) -> list[Finding]:
+        """Uniformity, the mean and the spread."""
+        mean, mean_error = self.mean
+        spread, spread_error = self.spread
+        found = []
+        p = self.p_value
+        if p is not None:
+            verdict: Verdict = "bad" if p < 0.01 else "look" if p < 0.05 else "good"
+            count = self.values[0].numel()
+            found.append(
+                Finding(
+                    "PIT uniform, p",
+                    p,
+                    None,
+                    "",
+                    verdict,
+                    f"the smallest of {count} dimension(s), corrected for their number",
+                    "" if verdict == "good" else self._advice(mean, mean_error, spread),
+                )
+            )
+        middle = "1/2 if right" if p is not None else self.reason
+        found.append(Finding("PIT mean", mean, mean_error, "", "none", middle))
+        shape = "above 1: draws too narrow; below 1: too wide"
+        found.append(Finding("PIT spread", spread, spread_error, "", "none", shape))
+        return found
+
+    def _advice(self, mean: float, mean_error: float, spread: float) -> str:
+        if abs(mean - 0.5) > 3 * mean_error:
+            side = "above" if mean > 0.5 else "below"
+            return f"data lie {side} the model's draws: a bias or location is missing"
+        if spread > 1:
+            return "draws are too narrow: a larger or learned scale, heavier tails"
+        return "draws are too wide or of another shape: a smaller or learned scale"
+
+    def __str__(self) -> str:
+        title = (
+            f"calibration ({self.kind}) of site '{self.site}': "
+            f"{self.num_particles} draws of each of {len(self.values)} data"
+        )
+        return "\n".join([title, *map(str, self.findings())])
+
+    __repr__ = __str__
+
+
+def pit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    kind: CheckKind = "mixed",
+    statistic: Function | None = None,
+    site: str | None = None,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    num_particles: int = 200,
+    max_rows: int = 8192,
+    seed: int = 0,
+    progress: bool = False,
+) -> Calibration:
+    r"""Probability integral transforms: each value's rank among draws of it, made uniform.
+
+    .. math::
+        u_{nd} = \frac{\#\{s : x^{rep}_{snd} < x_{nd}\} + V_{nd}\,
+                 (\#\{s : x^{rep}_{snd} = x_{nd}\} + 1)}{S + 1}, \quad V_{nd} \sim U(0, 1)
+
+    Data that the model made have u uniform, exactly so for each S and for discrete values too, by
+    the randomised V. Each dimension is tested for that over data; the smallest p-value times the
+    number of dimensions is "bad" below 0.01 and worth a look below 0.05.
+
+    Where u isn't uniform or not independent over data even under the model, there is no test and
+    the reason is said: with ``kind="posterior"`` and latents of data (each datum was decoded from
+    its own code, which brings u to 1/2), and with ``kind="prior"`` and global latents (all data
+    share one).
+
+    References:
+        Predictive Model Assessment for Count Data (Czado, Gneiting & Held, 2009),
+        https://doi.org/10.1111/j.1541-0420.2009.01191.x
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        kind: Where the latents of a draw come from; see `predictive`. For a regression with
+            global latents ``"mixed"`` on held-out data is the posterior predictive's calibration.
+        statistic: Of each datum: a function of data ``(N, *event_shape)`` to ``(N,)`` or
+            ``(N, d)``, whose values are transformed in the place of x; None for x itself.
+        site: The observed site; None if there is one.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        num_particles: S, draws of each datum.
+        max_rows: Bound on the rows in a pass, counting each draw of a datum as one; in memory are
+            as many replicated data sets as fit it, and at least one.
+        seed: Of the draws; the caller's generators are left as they are.
+        progress: Show a progress bar.
+
+    Returns:
+        A `Calibration`; it prints itself. ``arviz.plot_ecdf_pit`` draws `values`.
+
+    Raises:
+        UndefinedError: If the values have no order (classes, angles), or nothing can be drawn.
+        ArgumentError: If the statistic doesn't give finite numbers for each datum.
+
+    Example:
+        >>> vae = pvae.recipes.vae(3, 1, hidden=(8,))
+        >>> pit(vae.model, vae.guide, torch.ones(50, 3)).values.shape
+        torch.Size([50, 3])
+    """
+    check_int("num_particles", num_particles)
+    with randomness.forked(seed), torch.no_grad():
+        found = Replicates.of("pit", model, guide, data, site, kind, structure, plate, max_rows)
+        if statistic is None:
+            found.require_order("pit")
+        own = _per_datum(statistic, found.observed, len(found.observed))
+        below, equal = torch.zeros_like(own), torch.zeros_like(own)
+        for block in found.blocks(num_particles, max_rows, progress=progress):
+            for one in block:
+                values = _per_datum(statistic, one, len(own))
+                below += values < own
+                equal += values == own
+        u = (below + torch.rand_like(below) * (equal + 1)) / (num_particles + 1)
+    if statistic is None and found.kept is not None:
+        u[~found.kept.expand(u.shape)] = math.nan
+    u = u.cpu()
+    reason = _reason(found)
+    return Calibration(kind, found.site, u, None if reason else _uniform(u), reason, num_particles)
+
+
+def _reason(found: Replicates) -> str:
+    if not found.has_honest_p_values:
+        return "not uniform even if right: each datum was decoded from its own code"
+    if found.kind == "prior" and found.structure.global_latents:
+        return "not independent even if right: all data share a global latent"
+    return ""
+
+
+def _per_datum(statistic: Function | None, x: Tensor, num_rows: int) -> Tensor:
+    value = x if statistic is None else torch.as_tensor(statistic(x))
+    if not value.dim() or len(value) != num_rows or not bool(value.isfinite().all()):
+        raise ArgumentError(
+            "statistic",
+            f"finite numbers for each of {num_rows} data, shape ({num_rows},) or ({num_rows}, d)",
+            f"shape {tuple(value.shape)}" if value.dim() else f"the number {float(value):g}",
+            ["diagnostics.predictive, for one number of a whole data set"],
+        )
+    return value.double()
+
+
+def _uniform(u: Tensor) -> Tensor:
+    """p-values of the Kolmogorov-Smirnov test, dimension by dimension; NaN without data."""
+    flat = u.reshape(len(u), -1).T
+    p_values = [
+        stats.kstest(own[~own.isnan()].numpy(), "uniform").pvalue
+        if bool((~own.isnan()).any())
+        else math.nan
+        for own in flat
+    ]
+    if all(map(math.isnan, p_values)):
+        raise UndefinedError("pit", "data that aren't masked out", "none")
+    return torch.tensor(p_values, dtype=torch.float64).reshape(u.shape[1:])
+
+
+def _mean_over_data(values: Tensor) -> tuple[float, float]:
+    """A mean of all known entries, and its standard error over data, whose entries depend."""
+    flat = values.reshape(len(values), -1)
+    known = ~flat.isnan()
+    filled, counts = flat.nan_to_num(), known.sum(1)
+    mean = float(filled.sum() / counts.sum())
+    off = (filled - mean * known).sum(1)  # linearised ratio of sums over data
+    n = len(values)
+    error = math.sqrt(float(off.square().sum()) * n / max(n - 1, 1)) / float(counts.sum())
+    return mean, error

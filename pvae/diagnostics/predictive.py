@@ -1,0 +1,316 @@
+"""Predictive checks: statistics of the data against those of replicated data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.replicates import CheckKind, Replicates
+from pvae.errors import ArgumentError, check_int
+
+__all__ = ["PredictiveCheck", "Statistic", "predictive"]
+
+Function = Callable[[Tensor], Any]
+_LEVEL = 0.05
+_FAR = 5.0
+
+
+@dataclass(frozen=True)
+class Statistic:
+    r"""One statistic of the data, and of replicated data.
+
+    Attributes:
+        name: Its name.
+        observed: T(x).
+        replicated: :math:`T(x^{rep}_s)`, shape ``(S,)``, on the CPU.
+    """
+
+    name: str
+    observed: float
+    replicated: Tensor
+
+    @property
+    def p_value(self) -> float:
+        r"""The Bayesian p-value :math:`P(T(x^{rep}) > T(x)) + \tfrac12 P(T(x^{rep}) = T(x))`."""
+        above, equal, num_draws = self._counts
+        return (above + equal / 2) / num_draws
+
+    @property
+    def error(self) -> float:
+        r"""Its standard error over draws, :math:`\sqrt{p(1-p)/S}` at :math:`p = (c+1)/(S+2)`.
+
+        The shift keeps it above zero where none or all of the replicates are on one side.
+        """
+        *_, num_draws = self._counts
+        p = (self.p_value * num_draws + 1) / (num_draws + 2)
+        return math.sqrt(p * (1 - p) / num_draws)
+
+    @property
+    def two_sided(self) -> float:
+        r"""The two-sided p-value, :math:`\min(1, 2 \min(p_\le, p_\ge))`.
+
+        Each side counts the data as one more replicate, :math:`p_\ge = (\#\{T(x^{rep}) \ge T(x)\}
+        + 1) / (S + 1)`, so that under the model it is at most a with probability at most a.
+        """
+        above, equal, num_draws = self._counts
+        smaller = min(above, num_draws - above - equal) + equal
+        return min(1.0, 2 * (smaller + 1) / (num_draws + 1))
+
+    @property
+    def distance(self) -> float:
+        """How many of the replicates' standard deviations T(x) is away from their mean."""
+        off = abs(self.observed - float(self.replicated.mean()))
+        spread = float(self.replicated.std(correction=0))
+        return off / spread if spread > 0 else math.inf if off > 0 else 0.0
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether no replicate reaches T(x), and it is more than five spreads away."""
+        above, equal, num_draws = self._counts
+        return not equal and above in (0, num_draws) and self.distance > _FAR
+
+    @property
+    def _counts(self) -> tuple[int, int, int]:
+        above = int((self.replicated > self.observed).sum())
+        return above, int((self.replicated == self.observed).sum()), len(self.replicated)
+
+
+@dataclass(frozen=True)
+class PredictiveCheck:
+    """Statistics of the data against those of replicated data sets.
+
+    Attributes:
+        kind: What a replicate is.
+        site: The observed site.
+        num_data: N.
+        num_particles: S, replicated data sets.
+        statistics: By name.
+        is_optimistic: Whether a replicate was made from the very data that it is compared with.
+    """
+
+    kind: CheckKind
+    site: str
+    num_data: int
+    num_particles: int
+    statistics: dict[str, Statistic]
+    is_optimistic: bool
+
+    def findings(self) -> list[Finding]:
+        """A line for each statistic: its p-value, T(x), and mean and spread of replicates."""
+        return [self._finding(s) for s in self.statistics.values()]
+
+    def _finding(self, statistic: Statistic) -> Finding:
+        two_sided, count = statistic.two_sided, len(self.statistics)
+        verdict: Verdict = "good"
+        if two_sided * count < _LEVEL or statistic.is_beyond:
+            verdict = "bad"
+        elif two_sided < _LEVEL:
+            verdict = "look"
+        elif self.is_optimistic:
+            verdict = "none"
+        mean = float(statistic.replicated.mean())
+        spread = float(statistic.replicated.std()) if len(statistic.replicated) > 1 else math.nan
+        return Finding(
+            f"p of {statistic.name}",
+            statistic.p_value,
+            statistic.error,
+            "",
+            verdict,
+            f"T(x) = {statistic.observed:.4g}; replicates {mean:.4g}, spread {spread:.2g}",
+            "" if verdict in ("good", "none") else _ADVICE[self.kind],
+        )
+
+    def __str__(self) -> str:
+        title = (
+            f"predictive check ({self.kind}) of site '{self.site}': "
+            f"{self.num_particles} replicates of {self.num_data} data"
+        )
+        found = self.findings()
+        last = {f.advice: i for i, f in enumerate(found)}  # said once
+        found = [f if last[f.advice] == i else replace(f, advice="") for i, f in enumerate(found)]
+        lines = [title, *map(str, found)]
+        if self.is_optimistic:
+            lines.append(_OPTIMISTIC)
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_FIT = "another likelihood or decoder; bounds.evidence of both says which is better"
+_ADVICE: dict[CheckKind, str] = {
+    "mixed": "kind='aggregated': if that passes it is the prior, latent.fit_density finds another",
+    "prior": "kind='mixed' or 'aggregated': if that passes it is the prior, not the likelihood",
+    "aggregated": _FIT,
+    "posterior": _FIT,
+}
+_OPTIMISTIC = (
+    "  each replicate was decoded from the data's own codes: passing says little. "
+    "kind='mixed' is the check of the model"
+)
+
+
+def predictive(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    statistics: Mapping[str, Function] | None = None,
+    *,
+    kind: CheckKind = "mixed",
+    site: str | None = None,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    num_particles: int = 500,
+    max_rows: int = 8192,
+    seed: int = 0,
+    progress: bool = False,
+) -> PredictiveCheck:
+    r"""Does the model make data like these? Statistics T of the data against S replicates.
+
+    .. math::
+        p = P(T(x^{rep}) > T(x)) + \tfrac12 P(T(x^{rep}) = T(x)), \quad
+        x^{rep}_n \sim p(x | z_n)
+
+    What the latents :math:`z_n` of a replicate are is the kind of the check:
+
+    =============== ==========================================================================
+    ``kind``        latents
+    =============== ==========================================================================
+    ``mixed``       of data from the model, global ones g from the guide: :math:`g \sim q(g),\
+                    z_n \sim p(z | g)`. Without global latents that is the model itself, with
+                    no encoder: the honest check of a VAE
+    ``prior``       all from the model
+    ``aggregated``  of data from the aggregated posterior :math:`\tfrac1N \sum_n q(z | x_n)`.
+                    Where this passes and ``mixed`` fails, the prior doesn't match the codes
+    ``posterior``   all from the guide, datum by datum: :math:`z_n \sim q(z | x_n)`
+    =============== ==========================================================================
+
+    With ``posterior`` and latents of data the replicates are reconstructions: each has seen its
+    datum, so p-values gather around 1/2 even for wrong models, and passing says little. Without
+    latents of data, as in regression, it is the usual posterior predictive check, and ``mixed``
+    is the same.
+
+    A statistic says one number of a whole data set. For numbers of each datum see `pit`. The
+    verdict is on the two-sided p-value: "bad" below 0.05 over the number of statistics, so that
+    under the model one of them all is bad with a probability of at most 0.05 (for ``mixed`` and
+    ``aggregated`` as far as what the guide and the training took from the data can be neglected);
+    "look" below 0.05. Where replicates are too few for that level, T(x) beyond all of them and
+    more than five of their spreads away is bad, too. With many data every model fails; T(x)
+    beside the replicates' mean and spread says by how much. Masked entries of replicates are the
+    observed ones.
+
+    References:
+        Posterior Predictive Assessment of Model Fitness via Realized Discrepancies
+        (Gelman, Meng & Stern, 1996), http://www.stat.columbia.edu/~gelman/research/published/A6n41.pdf
+
+        Identifying Outliers in Bayesian Hierarchical Models: a Simulation-Based Approach
+        (Marshall & Spiegelhalter, 2007), https://doi.org/10.1214/07-BA218
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        statistics: T by name, each a function of the observed site's data, shape
+            ``(N, *event_shape)``, to one number; it gets replicates as it gets the data. None for
+            mean, standard deviation, minimum and maximum of all entries, the standard deviation
+            of the data's means, and the share of zeros if there are any; for classes, the shares
+            of the commonest.
+        kind: What a replicate is.
+        site: The observed site; None if there is one.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        num_particles: S, replicated data sets. No two-sided p-value is below 2 / (S + 1).
+        max_rows: Bound on the rows in a pass, counting each replicate of a datum as one; in
+            memory are as many replicated data sets as fit it, and at least one.
+        seed: Of the draws; the caller's generators are left as they are.
+        progress: Show a progress bar.
+
+    Returns:
+        A `PredictiveCheck`; it prints itself.
+
+    Raises:
+        ArgumentError: If a statistic isn't one finite number.
+        UndefinedError: If there is nothing to draw: an improper prior, a factor, a likelihood
+            that is fed the data.
+
+    Example:
+        >>> vae = pvae.recipes.vae(6, 2, hidden=(8,))
+        >>> x = torch.zeros(20, 6)
+        >>> found = predictive(vae.model, vae.guide, x, {"ones": lambda x: x.sum()})
+        >>> found.statistics["ones"].observed, found.findings()[0].verdict
+        (0.0, 'bad')
+    """
+    check_int("num_particles", num_particles)
+    with randomness.forked(seed), torch.no_grad():
+        found = Replicates.of(
+            "predictive", model, guide, data, site, kind, structure, plate, max_rows
+        )
+        chosen = _defaults(found) if statistics is None else dict(statistics)
+        observed = {name: _number(name, fn, found.observed) for name, fn in chosen.items()}
+        replicated: dict[str, list[float]] = {name: [] for name in chosen}
+        for block in found.blocks(num_particles, max_rows, progress=progress):
+            for one in block:
+                for name, fn in chosen.items():
+                    replicated[name].append(_number(name, fn, one))
+    return PredictiveCheck(
+        kind,
+        found.site,
+        len(found.observed),
+        num_particles,
+        {
+            name: Statistic(name, observed[name], torch.tensor(values, dtype=torch.float64))
+            for name, values in replicated.items()
+        },
+        not found.has_honest_p_values,
+    )
+
+
+def _number(name: str, fn: Function, x: Tensor) -> float:
+    value = torch.as_tensor(fn(x))
+    if value.dim() or not bool(value.isfinite()):
+        what = f"shape {tuple(value.shape)}" if value.dim() else f"{float(value)}"
+        raise ArgumentError(
+            f"statistics[{name!r}]",
+            "one finite number for a whole data set",
+            f"{what} for data of shape {tuple(x.shape)}",
+            ["a mean over the data", "diagnostics.pit(..., statistic=...), for one a datum"],
+        )
+    return float(value)
+
+
+def _defaults(found: Replicates) -> dict[str, Function]:
+    """Statistics that mean something for the data at hand."""
+    labels = found.labels()
+    if labels is not None:
+        classes, counts = labels(found.observed).unique(return_counts=True)
+        common = classes[counts.argsort(descending=True)[:5]].tolist()
+        return {f"share of class {c}": _ShareOf(c, labels) for c in sorted(common)}
+    chosen: dict[str, Function] = {
+        "mean": lambda x: x.double().mean(),
+        "sd": lambda x: x.double().std(),
+        "min": lambda x: x.double().min(),
+        "max": lambda x: x.double().max(),
+    }
+    if found.observed[0].numel() > 1:
+        chosen["sd of means"] = lambda x: x.double().flatten(1).mean(1).std()
+    if bool((found.observed == 0).any()):
+        chosen["share of zeros"] = lambda x: (x == 0).double().mean()
+    if len(found.observed) < 2:
+        chosen = {name: fn for name, fn in chosen.items() if not name.startswith("sd")}
+    return chosen
+
+
+@dataclass(frozen=True)
+class _ShareOf:
+    label: int
+    labels: Function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (self.labels(x) == self.label).double().mean()

@@ -1,0 +1,226 @@
+"""Draws and log densities as an ArviZ tree of labelled arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from arviz_base import dict_to_dataset
+from tqdm import tqdm
+from xarray import Dataset, DataTree
+
+import pvae
+from pvae import bounds, diagnostics, randomness
+from pvae import terms as t
+from pvae.diagnostics.importance import FEWEST
+from pvae.errors import ArgumentError, check_int, check_number, oxford
+from pvae.export.plan import GROUPS, Plan
+from pvae.export.variables import Layout, fill
+
+__all__ = ["to_arviz"]
+
+
+def to_arviz(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    num_samples: int = 200,
+    groups: Sequence[str] | None = None,
+    mean: bool = False,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    max_bytes: float = 2**31,
+    max_rows: int = 8192,
+    seed: int = 0,
+    progress: bool = False,
+) -> DataTree:
+    r"""Draws from a pair, with their log densities, as ArviZ wants them.
+
+    ======================== =================================================================
+    group                    variables
+    ======================== =================================================================
+    ``posterior``            latents from the guide, q(z | x)
+    ``posterior_predictive`` observed sites from p(x | z) at these latents; for latents of data
+                             those are reconstructions
+    ``log_likelihood``       log p(x | z) of each observed site
+    ``sample_stats``         ``log_p`` = log p(x, z), ``log_q`` = log q(z | x), ``log_weight``
+                             = log p - log q, and ``khat``, the weights' Pareto shape for
+                             each datum (see `pvae.diagnostics.khat`)
+    ``prior``                latents from the model
+    ``prior_predictive``     observed sites from p(x | z) at these latents
+    ``observed_data``        observed sites
+    ``constant_data``        what else the pair is called with: labels, covariates, masks
+    ======================== =================================================================
+
+    Dimensions are ``chain`` (one), ``draw``, the data plate's name for what is inside it, names
+    of other plates, and ``NAME_dim_0``, ... for the event of site NAME. Draws from a guide are
+    independent: r-hat and effective sample sizes say nothing here, and ``arviz.summary(tree,
+    kind="stats")`` leaves them out.
+
+    With global latents all data share each draw of them, and those of ``sample_stats`` are of
+    the whole data set, one number a draw. Where all latents are point masses, ``posterior``,
+    ``log_likelihood`` and ``sample_stats`` have one draw, and there is no log q. Masked entries
+    of predictive draws are the observed ones. What has no meaning for a pair is left out, and the
+    root's attribute ``left_out`` says why; asked for by name it is refused.
+
+    Log likelihoods of latents of data have seen the data: ``arviz.loo`` on them is no estimate of
+    anything. `loo` computes it where it means something.
+
+    References:
+        ArviZ a unified library for exploratory analysis of Bayesian models in Python
+        (Kumar et al., 2019), https://doi.org/10.21105/joss.01143
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_samples: S, draws.
+        groups: Of `GROUPS`; None for all that have a meaning for the pair.
+        mean: Predictive groups have the means of p(x | z) instead of draws.
+        coords: Coordinates by dimension, such as ``{"data": names}``.
+        dims: Names of a site's event dimensions, such as ``{"z": ["unit"]}``.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_bytes: Bound on the size of what is returned, in bytes.
+        max_rows: Bound on the rows in a pass, counting each draw of a datum as one.
+        seed: Of the draws; the caller's generators are left as they are.
+        progress: Show a progress bar.
+
+    Returns:
+        An ``xarray.DataTree``, which ArviZ 1 takes, and ``arviz.preview`` before it.
+        ``.to_netcdf(path)`` writes it, ``xarray.open_datatree(path)`` reads it, and
+        ``arviz.from_netcdf(path)`` makes what the other functions of ArviZ 0.23 take.
+
+    Raises:
+        ArgumentError: If an argument can't be used, or the export would exceed ``max_bytes``.
+        UndefinedError: If a group was asked for that has no meaning for the pair.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> tree = to_arviz(vae.model, vae.guide, torch.zeros(5, 4), num_samples=10)
+        >>> dict(tree["posterior"].sizes)
+        {'chain': 1, 'draw': 10, 'data': 5, 'z_dim_0': 2}
+    """
+    check_int("num_samples", num_samples)
+    check_number("max_bytes", max_bytes, above=0)
+    unknown = [name for name in groups or () if name not in GROUPS]
+    if unknown or (groups is not None and not groups):
+        shown = oxford(unknown) if unknown else "none"
+        raise ArgumentError("groups", f"some of {', '.join(GROUPS)}", shown)
+    with randomness.forked(seed):
+        source, structure = bounds.prepare(model, guide, data, structure, plate)
+        source = t.held(source)
+        layout = Layout(structure, num_samples, source.num_rows, dict(dims or {}))
+        plan = Plan(model, guide, source, layout, mean=mean)
+        for name in groups or GROUPS:
+            plan.add(name, is_asked=groups is not None)
+        unknown = [name for name in dims or () if name not in plan.sites]
+        if unknown:
+            raise ArgumentError("dims", f"some of {oxford(plan.sites)}", oxford(unknown))
+        plan.check_size(max_bytes)
+        arrays: dict[tuple[str, str], np.ndarray] = {}
+        for kind, variables, count in plan.runs():
+            passes = t.draws(model, guide, source, structure, count, max_rows, kind)
+            arrays |= fill(variables, _shown(passes, kind, count, progress=progress))
+    khat = _khat(plan, arrays.get(("sample_stats", "log_weight")))
+    attributes = {
+        "pvae_version": pvae.__version__,
+        "quantity": structure.quantity,
+        "num_particles": num_samples,
+        "seed": seed,
+        "predictive": "means of p(x | z)" if mean else "draws from p(x | z)",
+        "left_out": "; ".join(f"{name}: {why}" for name, why in plan.left_out.items()),
+        "removed_scales": oxford(structure.removed_scales) if structure.removed_scales else "",
+    }
+    return _tree(plan, arrays, khat, attributes, coords or {})
+
+
+def _khat(plan: Plan, log_weight: np.ndarray | None) -> np.ndarray | None:
+    """k-hat of each datum, or of the data set's weights; None if there aren't enough of those."""
+    if log_weight is None:
+        return None
+    if len(log_weight) < FEWEST:
+        plan.left_out["khat"] = f"{FEWEST} draws are the fewest for a tail"
+        return None
+    each = torch.from_numpy(log_weight.reshape(len(log_weight), -1))
+    return diagnostics.khat(each).numpy().reshape(log_weight.shape[1:])
+
+
+Passes = Iterable[tuple[slice, slice, t.Terms]]
+
+
+def _shown(passes: Passes, what: str, count: int, *, progress: bool) -> Iterator[Any]:
+    """The same passes, their draws counted by a progress bar."""
+    with tqdm(total=count, desc=what, unit="draw", disable=not progress) as bar:
+        for draws, rows, terms in passes:
+            yield draws, rows, terms
+            if rows.start == 0:
+                bar.update(draws.stop - draws.start)
+
+
+def _tree(
+    plan: Plan,
+    arrays: dict[tuple[str, str], np.ndarray],
+    khat: np.ndarray | None,
+    attributes: dict[str, Any],
+    coords: Mapping[str, Any],
+) -> DataTree:
+    """The arrays, labelled, group by group."""
+    rows = (_plain(plan.structure.plate),)
+    groups = {}
+    for group in GROUPS:
+        variables = [v for v in plan.variables if v.group == group]
+        data = {v.name: arrays[group, v.name] for v in variables}
+        dims = {v.name: [*(rows if v.has_rows else ()), *v.dims] for v in variables}
+        if group == "constant_data":
+            data = dict(plan.constants)
+            dims = {k: [*rows, *_generic(k, a.ndim - 1)] for k, a in data.items()}
+        if data:
+            with_draws = any(v.has_draws for v in variables)
+            groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
+    if khat is not None:
+        groups["sample_stats"]["khat"] = (rows[: khat.ndim], khat)
+    known = {*rows, *(str(dim) for dataset in groups.values() for dim in dataset.dims)}
+    unknown = set(coords) - known
+    if unknown:
+        raise ArgumentError("coords", f"some of {oxford(sorted(known))}", oxford(sorted(unknown)))
+    tree = DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+    tree.attrs.update(attributes)
+    return tree
+
+
+def _generic(name: str, count: int) -> list[str]:
+    return [f"{name}_dim_{i}" for i in range(count)]
+
+
+def _dataset(
+    data: dict[str, np.ndarray],
+    dims: dict[str, list[str]],
+    coords: Mapping[str, Any],
+    attributes: dict[str, Any],
+    *,
+    with_draws: bool,
+) -> Dataset:
+    """One group."""
+    named: dict[Hashable, Sequence[Hashable]] = {
+        _plain(k): [_plain(dim) for dim in names] for k, names in dims.items()
+    }
+    used = {dim for names in named.values() for dim in names}
+    return dict_to_dataset(
+        {_plain(k): a[None] if with_draws else a for k, a in data.items()},
+        attrs=attributes,
+        inference_library=pvae,
+        dims=named,
+        coords={dim: values for dim, values in coords.items() if dim in used},
+        sample_dims=["chain", "draw"] if with_draws else [],
+    )
+
+
+def _plain(name: str) -> str:
+    """A name without slashes, which separate groups."""
+    return name.replace("/", ".")

@@ -1,0 +1,158 @@
+"""The variables of an export: dimensions, sizes, and how terms fill them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pvae import terms as t
+from pvae.errors import ArgumentError
+
+__all__ = ["Layout", "Pick", "Variable", "fill"]
+
+Pick = Callable[[t.Terms], Tensor]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of an export.
+
+    Attributes:
+        group: Its group.
+        name: Its name there.
+        dims: Names of its dimensions after draws and rows.
+        shape: Its whole shape, ``([S], [N], ...)``.
+        dtype: Of its array.
+        has_draws: Whether there is a value for each draw.
+        has_rows: Whether there is a value for each datum.
+        pick: From the terms of a chunk to values, shape ``(K, N, ...)`` or ``(K, ...)``.
+        outside: For a sum over the data set of what is picked, shape ``(K, N)``: what is added to
+            that once, shape ``(K,)``.
+    """
+
+    group: str
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    has_draws: bool
+    has_rows: bool
+    pick: Pick
+    outside: Pick | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What its array takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many draws and rows an export has, and how dimensions are called.
+
+    Attributes:
+        structure: What the pair is made of.
+        num_draws: S.
+        num_rows: N.
+        dims: The user's names of event dimensions, by site.
+    """
+
+    structure: t.Structure
+    num_draws: int
+    num_rows: int
+    dims: Mapping[str, Sequence[str]]
+
+    def site(
+        self, group: str, name: str, terms: t.Terms, pick: Pick, *, num_draws: int | None
+    ) -> Variable:
+        """A site's values; ``num_draws`` None for one without draws."""
+        example = pick(terms)
+        is_local = t.is_inside(self.structure, terms.passes[0].model_trace.nodes[name])
+        sizes = tuple(example.shape[2 if is_local else 1 :])
+        return Variable(
+            group,
+            name,
+            self._dims_of(name, terms, len(sizes), is_local=is_local),
+            (*self._outer(num_draws, is_local), *sizes),
+            example.dtype,
+            num_draws is not None,
+            is_local,
+            pick,
+        )
+
+    def density(
+        self,
+        group: str,
+        name: str,
+        pick: Pick,
+        *,
+        num_draws: int,
+        has_rows: bool,
+        outside: Pick | None = None,
+    ) -> Variable:
+        """A log density for each draw, and for each datum or with a sum over data."""
+        shape = self._outer(num_draws, has_rows)
+        return Variable(
+            group,
+            name,
+            (),
+            shape,
+            torch.float64,
+            has_draws=True,
+            has_rows=has_rows,
+            pick=pick,
+            outside=outside,
+        )
+
+    def _outer(self, num_draws: int | None, has_rows: bool) -> tuple[int, ...]:  # noqa: FBT001
+        draws = () if num_draws is None else (num_draws,)
+        return (*draws, self.num_rows) if has_rows else draws
+
+    def _dims_of(self, name: str, terms: t.Terms, rank: int, *, is_local: bool) -> tuple[str, ...]:
+        """Names of what follows draws and rows: of other plates, then of the event."""
+        node = terms.passes[0].model_trace.nodes[name]
+        event_dim = len(node["fn"].event_shape)
+        depth = rank - event_dim + is_local
+        places = [d for d in range(-depth, 0) if not (is_local and d == self.structure.dim)]
+        plates = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+        own = [plates.get(d, f"{name}_plate_{-d}") for d in places]
+        event = self.dims.get(name, [f"{name}_dim_{i}" for i in range(event_dim)])
+        if len(event) != event_dim:
+            raise ArgumentError(
+                f"dims[{name!r}]",
+                f"{event_dim} names, for event_shape {tuple(node['fn'].event_shape)}",
+                f"{list(event)}",
+            )
+        return (*own, *event)
+
+
+def fill(
+    variables: Iterable[Variable], passes: Iterable[tuple[slice, slice, t.Terms]]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Arrays of all variables, by group and name, from one run over the draws."""
+    variables = tuple(variables)
+    arrays = {(v.group, v.name): torch.zeros(v.shape, dtype=v.dtype) for v in variables}
+    for draws, rows, terms in passes:
+        for v in variables:
+            if not v.has_draws and draws.start > 0:
+                continue
+            value, array = v.pick(terms), arrays[v.group, v.name]
+            if v.outside is not None:
+                value = value.double().sum(1)
+                value = value + v.outside(terms) if rows.start == 0 else value
+            value = value.to("cpu", v.dtype)
+            place = (rows,) if v.has_rows else ()
+            if v.has_draws:
+                here = array[(draws, *place)]
+                value = value[: len(here)]  # a point mass has one draw
+            else:
+                here, value = array[place], value[0]
+            if v.outside is not None:
+                value = here + value
+            here.copy_(value)
+    return {key: array.numpy() for key, array in arrays.items()}
