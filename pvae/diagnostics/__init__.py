@@ -3,26 +3,41 @@
 Each diagnostic returns its numbers as data, and what they mean as `Finding`s.
 """
 
+from pvae.diagnostics.aggregate import AggregatedPosterior, aggregated_posterior
+from pvae.diagnostics.calibration import SBC, sbc
 from pvae.diagnostics.codes import hoyer, near_zero, sensitivity
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.importance import Importance, importance, khat
+from pvae.diagnostics.joint import TARP, tarp
 from pvae.diagnostics.pit import Calibration, pit
 from pvae.diagnostics.predictive import PredictiveCheck, Statistic, predictive
+from pvae.diagnostics.surgery import Part, Surgery, surgery
+from pvae.diagnostics.uniformity import Uniformity
 from pvae.diagnostics.units import active_units
 
 __all__ = [
+    "SBC",
+    "TARP",
+    "AggregatedPosterior",
     "Calibration",
     "Finding",
     "Importance",
+    "Part",
     "PredictiveCheck",
     "Statistic",
+    "Surgery",
+    "Uniformity",
     "Verdict",
     "active_units",
+    "aggregated_posterior",
     "hoyer",
     "importance",
     "khat",
     "near_zero",
     "pit",
     "predictive",
+    "sbc",
     "sensitivity",
+    "surgery",
+    "tarp",
 ]

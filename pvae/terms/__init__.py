@@ -18,7 +18,7 @@ from pvae.terms.drawing import (
     replicate,
 )
 from pvae.terms.messages import is_penalty
-from pvae.terms.passes import compute
+from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.probe import inspect_pair, probing, run_pair
 from pvae.terms.result import SiteTerms, Terms
 from pvae.terms.structure import Structure
@@ -33,6 +33,7 @@ __all__ = [
     "check_data",
     "check_generative",
     "compute",
+    "draw_guide",
     "draws",
     "first_batch",
     "held",
@@ -46,6 +47,7 @@ __all__ = [
     "probing",
     "replicate",
     "run_pair",
+    "score_guide",
     "stream",
     "stream_densities",
 ]
