@@ -11,15 +11,19 @@ from pvae.diagnostics.importance import Importance, importance, khat
 from pvae.diagnostics.joint import TARP, tarp
 from pvae.diagnostics.pit import Calibration, pit
 from pvae.diagnostics.predictive import PredictiveCheck, Statistic, predictive
+from pvae.diagnostics.screen import CHECKS, DEFAULT, Diagnosis, diagnose
 from pvae.diagnostics.surgery import Part, Surgery, surgery
 from pvae.diagnostics.uniformity import Uniformity
 from pvae.diagnostics.units import active_units
 
 __all__ = [
+    "CHECKS",
+    "DEFAULT",
     "SBC",
     "TARP",
     "AggregatedPosterior",
     "Calibration",
+    "Diagnosis",
     "Finding",
     "Importance",
     "Part",
@@ -30,6 +34,7 @@ __all__ = [
     "Verdict",
     "active_units",
     "aggregated_posterior",
+    "diagnose",
     "hoyer",
     "importance",
     "khat",

@@ -1,0 +1,224 @@
+"""Is the bound tight, the posterior right, the latent used, the model adequate: on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pvae import bounds, randomness
+from pvae import terms as t
+from pvae.data import Source, as_source
+from pvae.diagnostics.aggregate import aggregated_posterior
+from pvae.diagnostics.calibration import sbc
+from pvae.diagnostics.finding import Finding
+from pvae.diagnostics.importance import importance
+from pvae.diagnostics.joint import tarp
+from pvae.diagnostics.predictive import predictive
+from pvae.diagnostics.surgery import surgery
+from pvae.errors import ArgumentError, DataError, PairError, UndefinedError, check_int, oxford
+
+__all__ = ["CHECKS", "DEFAULT", "Diagnosis", "Subject", "diagnose"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is diagnosed: a pair, some rows of data, and how much may be spent on each check.
+
+    Attributes:
+        model: A Pyro program.
+        guide: Its guide.
+        data: N rows.
+        structure: What the pair is made of.
+        num_particles: K, draws from the guide for each datum.
+        max_rows: Bound on the rows in memory at once.
+        progress: Whether long checks show a bar.
+        seed: Of the draws.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    data: Source
+    structure: t.Structure
+    num_particles: int
+    max_rows: int
+    progress: bool
+    seed: int
+
+    def run(self, check: Callable[..., Any], **options: Any) -> Any:
+        """A diagnostic of the pair and its data."""
+        shared = {"structure": self.structure, "max_rows": self.max_rows, "seed": self.seed}
+        return check(self.model, self.guide, self.data, **{**shared, **options})
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Findings of what has none itself."""
+
+    result: Any
+    lines: list[Finding]
+
+    def findings(self) -> list[Finding]:
+        """The lines."""
+        return self.lines
+
+
+def _bound(subject: Subject) -> Lines:
+    """Rate, distortion and ELBO, also where there is no evidence."""
+    found = subject.run(bounds.elbo, num_particles=min(subject.num_particles, 16))
+    parts = [(found.name, found, "log p(x, z) - log q(z | x), averaged over q")]
+    if found.values is None:
+        line = Finding(found.name, found.mean, found.se_draws, "nats", meaning="a datum's share")
+        return Lines(found, [line])
+    lines = [Finding(n, b.mean, b.se_data, "nats", meaning=m) for n, b, m in parts]
+    return Lines(found, lines)
+
+
+def _annealing(subject: Subject) -> Lines:
+    found = subject.run(
+        bounds.evidence, method=bounds.AIS(), num_particles=16, progress=subject.progress
+    )
+    meaning = f"log p(x) by annealing, between {found.kind} bounds"
+    return Lines(found, [Finding("AIS", found.mean, found.se_data, "nats", meaning=meaning)])
+
+
+CHECKS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
+    "elbo": ("the bound", _bound),
+    "importance": ("the bound", lambda s: s.run(importance, num_particles=s.num_particles)),
+    "ais": ("the bound", _annealing),
+    "sbc": ("the posterior", lambda s: s.run(sbc, num_simulations=500)),
+    "tarp": ("the posterior", lambda s: s.run(tarp, num_simulations=500)),
+    "surgery": ("the latent space", lambda s: s.run(surgery, max_rows=65536)),
+    "aggregated": ("the latent space", lambda s: s.run(aggregated_posterior)),
+    "predictive": ("the model", lambda s: s.run(predictive, num_particles=100)),
+}
+"""By name: what it is about, and how it is run."""
+
+DEFAULT = ("elbo", "importance", "sbc", "tarp", "surgery", "aggregated", "predictive")
+"""What is checked where nothing else is asked for: together less than two epochs of training."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What diagnostics have found, by check.
+
+    Attributes:
+        results: Each check's own result, which has its numbers as data for plots.
+        undefined: Why a check says nothing about this pair.
+        seconds: What each check took.
+        num_data: N, rows that were looked at.
+    """
+
+    results: dict[str, Any]
+    undefined: dict[str, str]
+    seconds: dict[str, float] = field(repr=False)
+    num_data: int = 0
+
+    def findings(self) -> list[Finding]:
+        """All lines, in the order of the screen."""
+        return [line for result in self.results.values() for line in result.findings()]
+
+    @property
+    def advice(self) -> str:
+        """What to do next, by the first thing that is bad, or else worth a look."""
+        found = self.findings()
+        for verdict in ("bad", "look"):
+            for line in found:
+                if line.verdict == verdict and line.advice:
+                    return f"{line.advice} ({line.name})"
+        return "nothing stands out: sample, reconstruct, encode with it"
+
+    def __str__(self) -> str:
+        lines, last = [f"Diagnosis, N = {self.num_data}"], ""
+        for name, result in self.results.items():
+            about = CHECKS.get(name, ("the training", None))[0]
+            lines += [f"-- {about}"] if about != last else []
+            last = about
+            lines += map(str, result.findings())
+        if self.undefined:
+            lines.append("-- not defined for this pair")
+            lines += [f"  {name}: {why}" for name, why in self.undefined.items()]
+        return "\n".join([*lines, f"next: {self.advice}"])
+
+    __repr__ = __str__
+
+
+def diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    checks: Iterable[str] = DEFAULT,
+    num_data: int = 500,
+    num_particles: int = 200,
+    plate: str | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    progress: bool = False,
+    seed: int = 0,
+) -> Diagnosis:
+    """What a fit is worth, on one screen: number, standard error, verdict, and what to do next.
+
+    Lines begin with ``+`` where all is well, ``?`` where it is worth a look, ``!`` where something
+    is wrong. What isn't defined for the pair is said, with its reason, and never a number. The
+    default checks take less than two epochs of training of an image model; ``"gap"`` (is it the
+    encoder or the family?) and ``"ais"`` (what is log p(x) really?) optimise and anneal for each
+    datum, and are run when they are asked for: ``checks=[*DEFAULT, "gap", "ais"]``.
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source; held out, if there are any.
+        checks: Names of `CHECKS`.
+        num_data: N, rows that are looked at, drawn from the data; all, where there are fewer.
+        num_particles: K, draws from the guide for each, at least 25.
+        plate: Name of the data plate, where the batch's length doesn't tell.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
+        progress: Whether bars are shown.
+        seed: Of rows and draws; the caller's generators are left as they are.
+
+    Returns:
+        A `Diagnosis`; it prints itself.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> found = diagnose(vae.model, vae.guide, torch.rand(50, 4).round(), checks=["elbo"])
+        >>> [line.name for line in found.findings()]
+        ['ELBO']
+    """
+    asked = list(dict.fromkeys(checks))
+    if unknown := [name for name in asked if name not in CHECKS]:
+        raise ArgumentError("checks", f"some of {oxford(CHECKS)}", oxford(unknown))
+    check_int("num_data", num_data, minimum=2)
+    check_int("num_particles", num_particles, minimum=25)
+    with randomness.forked(seed):
+        source, structure = bounds.prepare(model, guide, data, structure, plate)
+        rows = _some(source, structure, num_data)
+    subject = Subject(
+        model, guide, rows, structure, num_particles, max_rows, progress=progress, seed=seed
+    )
+    results: dict[str, Any] = {}
+    undefined: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    for name in tqdm(asked, desc="diagnose", disable=not progress, leave=False):
+        started = time.perf_counter()
+        try:
+            results[name] = CHECKS[name][1](subject)
+        except (UndefinedError, PairError, DataError) as error:
+            undefined[name] = error.one_line()
+        seconds[name] = time.perf_counter() - started
+    return Diagnosis(results, undefined, seconds, rows.num_rows)
+
+
+def _some(source: Source, structure: t.Structure, count: int) -> Source:
+    """Some rows, by chance; all, of a pair that belongs to its rows."""
+    whole = structure.subsample_size is not None or structure.tied_to is not None
+    if whole or structure.global_sites or source.num_rows <= count:
+        return source
+    chosen = torch.randperm(source.num_rows, device=source.device)[:count].sort().values
+    return as_source(source.rows(chosen), structure.device, structure.dtype)
