@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import pvae.terms as terms
     import pvae.testing as testing
     from pvae.conditional import Conditional
+    from pvae.diagnostics import diagnose
     from pvae.divergence import kl
     from pvae.errors import PvaeError, PvaeWarning
     from pvae.fitting import Fit, fit, load
@@ -87,6 +88,7 @@ _NAMES = {
     "PvaeWarning": "errors",
     "SVI": "svi",
     "VAE": "pair",
+    "diagnose": "diagnostics",
     "fit": "fitting",
     "kl": "divergence",
     "load": "fitting",
@@ -106,6 +108,7 @@ __all__ = [
     "conditional",
     "corruptions",
     "data",
+    "diagnose",
     "diagnostics",
     "distributed",
     "engine",

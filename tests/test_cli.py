@@ -120,6 +120,16 @@ def test_reconstruct_and_encode(run: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5)
 
 
+def test_diagnose(run: Path, tmp_path: Path) -> None:
+    """The screen, and its lines as JSON."""
+    said = call("diagnose", str(run), "--rows", "60", "-K", "30", "--to", str(tmp_path / "d.json"))
+    assert said.startswith("Diagnosis, N = 60")
+    found = json.loads((tmp_path / "d.json").read_text())
+    (elbo,) = found["findings"]["elbo"]
+    assert f"{elbo['value']:.2f}" in said
+    assert found["next"] in said
+
+
 def test_export_for_arviz(run: Path, tmp_path: Path) -> None:
     """The file has the test data's first rows, and codes that scatter about the guide's means."""
     _, vae, splits = open_run(run, "cpu")

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, sample, reconstruct, encode, export, doctor.
+"""The command line: what trains a run, reads it, and judges it.
 
 Nothing heavy is imported before a command runs, so ``pvae --help`` answers at once.
 """
@@ -12,12 +12,14 @@ import typer
 
 from pvae.cli.checkup import doctor
 from pvae.cli.common import app
+from pvae.cli.diagnosing import diagnose
 from pvae.cli.reading import encode, evaluate, export, reconstruct, sample
 from pvae.cli.training import train
 from pvae.errors import PvaeError, TrainingError
 
 __all__ = [
     "app",
+    "diagnose",
     "doctor",
     "encode",
     "evaluate",
@@ -29,7 +31,9 @@ __all__ = [
 ]
 
 
-_ORDER = [f.__name__ for f in (train, evaluate, sample, reconstruct, encode, export, doctor)]
+_ORDER = [
+    f.__name__ for f in (train, evaluate, diagnose, sample, reconstruct, encode, export, doctor)
+]
 app.registered_commands.sort(key=lambda c: _ORDER.index(getattr(c.callback, "__name__", "")))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -122,6 +122,17 @@ class Diagnosis:
         """All lines, in the order of the screen."""
         return [line for result in self.results.values() for line in result.findings()]
 
+    def to_dict(self) -> dict[str, Any]:
+        """All lines and reasons, as JSON has them."""
+        lines = {n: [asdict(f) for f in r.findings()] for n, r in self.results.items()}
+        return {
+            "num_data": self.num_data,
+            "findings": lines,
+            "undefined": self.undefined,
+            "seconds": self.seconds,
+            "next": self.advice,
+        }
+
     @property
     def advice(self) -> str:
         """What to do next, by the first thing that is bad, or else worth a look."""
@@ -157,6 +168,7 @@ def diagnose(
     num_particles: int = 200,
     plate: str | None = None,
     structure: t.Structure | None = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
     max_rows: int = 8192,
     progress: bool = False,
     seed: int = 0,
@@ -178,6 +190,7 @@ def diagnose(
         num_particles: K, draws from the guide for each, at least 25.
         plate: Name of the data plate, where the batch's length doesn't tell.
         structure: What `pvae.terms.inspect_pair` found, if it is known.
+        history: Of the training, one row an epoch, as `Fit.history` is.
         max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
         progress: Whether bars are shown.
         seed: Of rows and draws; the caller's generators are left as they are.

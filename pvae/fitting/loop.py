@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 from pyro.infer import ELBO as PyroELBO
@@ -54,6 +54,9 @@ from pvae.fitting.together import agree, check_parts, warn_if_apart
 from pvae.modes import in_mode
 from pvae.objectives import Objective, ObjectiveState, as_objective
 from pvae.schedules import Constant, Schedule, Timed
+
+if TYPE_CHECKING:
+    from pvae.diagnostics import Diagnosis
 
 __all__ = ["Fit"]
 
@@ -279,7 +282,7 @@ class Fit:
             lines += [f"  {k}: {last[k]:.2f}" for k in names if last[k] is not None]
         if done.best is not None:
             lines.append(f"  best validation value {done.best:.2f}, epoch {done.best_epoch}")
-        lines.append("  next: pvae.bounds.evidence(model, guide, x), or .refine(epochs)")
+        lines.append("  next: .diagnose(), or .refine(epochs)")
         return "\n".join(lines)
 
     def refine(self, epochs: int) -> Fit:
@@ -301,6 +304,20 @@ class Fit:
             if self._rng is not None:
                 randomness.set_state(self._rng)
             self._write_checkpoint(Path(path))
+
+    def diagnose(self, data: Any = None, **options: Any) -> Diagnosis:
+        """What the fit is worth, on one screen: `pvae.diagnose`.
+
+        Arguments:
+            data: Held out, best; None for the validation data, or else the training data.
+            options: Those of `pvae.diagnose`.
+        """
+        from pvae.diagnostics import diagnose  # ArviZ takes a second to import
+
+        options = {"plate": self.options.plate, "history": self.history} | options
+        if data is None:
+            data = self.source if self.valid is None else self.valid
+        return diagnose(self.model, self.guide, data, **options)
 
     def to_arviz(self, data: Any = None, **options: Any) -> Any:
         """Draws from the fitted pair for ArviZ: `pvae.export.to_arviz`.

@@ -1,0 +1,49 @@
+"""``pvae diagnose``: what a run is worth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pvae.cli.common import Device, RunFolder, app
+
+__all__ = ["diagnose"]
+
+
+@app.command()
+def diagnose(
+    run: RunFolder,
+    rows: Annotated[int, typer.Option(help="Of the test data that are looked at.")] = 500,
+    num_particles: Annotated[int, typer.Option("-K", help="Draws from the guide a datum.")] = 200,
+    deep: Annotated[bool, typer.Option("--deep", help="Also the gap and AIS: minutes.")] = False,  # noqa: FBT002
+    to: Annotated[Path | None, typer.Option(help="A .json file of all lines.")] = None,
+    seed: Annotated[int, typer.Option(help="Of rows and draws.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Judge a run: bound, posterior, latent space, model, training, and what to do next.
+
+    Lines begin with + where all is well, ? where it is worth a look, ! where something is wrong.
+    """
+    import pvae
+    from pvae.checkpoint import write_atomically
+    from pvae.fitting import History
+    from pvae.runs import open_run
+
+    _, vae, splits = open_run(run, device)
+    found = pvae.diagnose(
+        vae.model,
+        vae.guide,
+        splits.test.unlabelled(),
+        checks=pvae.diagnostics.CHECKS if deep else pvae.diagnostics.DEFAULT,
+        num_data=rows,
+        num_particles=num_particles,
+        history=History.read(run / "history.jsonl"),
+        progress=True,
+        seed=seed,
+    )
+    typer.echo(found)
+    if to is not None:
+        write_atomically(to, json.dumps(found.to_dict(), indent=1).encode())
