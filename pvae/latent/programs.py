@@ -22,7 +22,7 @@ from pvae.latent.checks import mean_of, only_site
 from pvae.sites import LATENT, announce_parameters
 from pvae.terms.messages import is_factor, sample_sites
 
-__all__ = ["sample", "with_prior"]
+__all__ = ["is_simulated", "sample", "simulated", "with_prior"]
 
 
 def with_prior(model: Callable[..., Any], density: Any, site: str = LATENT) -> nn.Module:
@@ -148,20 +148,37 @@ def sample(
         source = as_source(data, like.device, like.dtype)
         size = source.num_rows if num_samples is None else check_int("num_samples", num_samples)
         batch = source.rows(torch.arange(size, device=source.device) % source.num_rows)
-        with poutine.trace() as run, _AtMeans() if mean else contextlib.nullcontext():
-            poutine.uncondition(model)(*batch)
+        sites = simulated("sample", model, batch, mean=mean)
+    observed = [n for n, s in sites.items() if is_simulated(s)]
+    what, names = ("observed site", observed) if site is None else ("site", [*sites])
+    return sites[only_site("sample", what, names, site)]["value"]
+
+
+def simulated(
+    where: str, model: Callable[..., Any], batch: tuple[Any, ...], *, mean: bool = False
+) -> dict[str, Any]:
+    """The sites of one run of a model with its observed sites drawn, or at their means.
+
+    Raises:
+        UndefinedError: If the model has factors, or there is no mean.
+    """
+    with poutine.trace() as run, _AtMeans() if mean else contextlib.nullcontext():
+        poutine.uncondition(model)(*batch)
     sites = {s["name"]: s for s in sample_sites(run.trace)}
     factors = [name for name, s in sites.items() if is_factor(s) and not t.is_penalty(s)]
     if factors:
         raise UndefinedError(
-            "sample",
+            where,
             "a model without factors, which no draw follows",
             f"factor {oxford(factors)}",
             ["pyro.infer.NUTS on the model"],
         )
-    observed = [n for n, s in sites.items() if s["infer"].get("was_observed") and not is_factor(s)]
-    what, names = ("observed site", observed) if site is None else ("site", [*sites])
-    return sites[only_site("sample", what, names, site)]["value"]
+    return sites
+
+
+def is_simulated(site: Any) -> bool:
+    """Whether a site has data, in the run of a model that has drawn them."""
+    return bool(site["infer"].get("was_observed")) and not is_factor(site)
 
 
 class _AtMeans(Messenger):

@@ -7,7 +7,7 @@ data set in chunks of bounded memory.
 
 from pvae.terms.chunks import first_batch, home_of, inspect_source, stream
 from pvae.terms.messages import is_penalty
-from pvae.terms.passes import compute
+from pvae.terms.passes import compute, score_guide
 from pvae.terms.probe import inspect_pair, probing, run_pair
 from pvae.terms.result import SiteTerms, Terms
 from pvae.terms.structure import Structure
@@ -26,5 +26,6 @@ __all__ = [
     "is_penalty",
     "probing",
     "run_pair",
+    "score_guide",
     "stream",
 ]

@@ -16,15 +16,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pvae import randomness
-from pvae.errors import PairError, PvaeWarning, check_int
+from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
 from pvae.modes import is_recorded
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.messages import is_factor, sample_sites
-from pvae.terms.probe import Batch, as_batch, inspect_pair, probing, run_pair
-from pvae.terms.result import Terms, stack
+from pvae.terms.probe import Batch, as_batch, inspect_pair, num_rows_of, probing, run_pair
+from pvae.terms.result import SiteTerms, Terms, joined, stack
 from pvae.terms.structure import Structure
 
-__all__ = ["compute"]
+__all__ = ["compute", "score_guide"]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -128,6 +128,72 @@ def compute(
     return stack(
         _one_pass(model, guide, batch, structure, 1, **options) for _ in range(num_particles)
     )
+
+
+def score_guide(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Any,
+    values: Mapping[str, Tensor],
+    *,
+    structure: Structure,
+    per_dimension: bool = False,
+) -> dict[str, SiteTerms]:
+    """log q of K given values under each of N data: every value under every datum.
+
+    The guide alone runs, in the mode that it is in. The model is run only where it isn't known
+    yet whether the pair's networks take several values at once.
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        batch: N data.
+        values: Of every latent, shape ``(K, *event_shape)``.
+        structure: What `inspect_pair` found.
+        per_dimension: Fill ``log_q_dims``.
+
+    Returns:
+        The guide's sites by name, with ``log_q`` of shape ``(K, N)``.
+
+    Raises:
+        UndefinedError: If log q(z | x) isn't what the guide's latents score: with auxiliary sites,
+            latents that are set to what another site gave, sites outside the data plate, or plates
+            inside it.
+    """
+    batch = as_batch(batch)
+    others = structure.auxiliary + structure.fed + structure.global_sites
+    if others or structure.nesting > 1 or isinstance(poutine.unwrap(guide), Messenger):
+        raise UndefinedError(
+            "log q(z | x) of given z",
+            "a guide whose latents, in the data plate alone, are all that it draws",
+            f"other sites: {oxford(others)}" if others else "inner plates, or an AutoMessenger",
+            ["pyro.sample(latent, q) for each latent, with .to_event(k) for axes of one datum"],
+        )
+    count = len(next(iter(values.values())))
+    if count > 1 and not _can_vectorize(structure, model, guide, batch):
+        ones = [
+            score_guide(
+                model,
+                guide,
+                batch,
+                {name: value[k : k + 1] for name, value in values.items()},
+                structure=structure,
+                per_dimension=per_dimension,
+            )
+            for k in range(count)
+        ]
+        return {name: joined([one[name] for one in ones]) for name in ones[0]}
+    rows = num_rows_of(batch) or 1
+    given = {
+        name: value.unsqueeze(1) if count > 1 else value.expand(rows, *value.shape[1:])
+        for name, value in values.items()
+    }
+    program = pyro.plate(PARTICLES, count, dim=-2)(guide) if count > 1 else guide
+    trace, _ = run_pair(model, _Given(given)(program), batch, model_too=False)
+    collect = Collector(structure, count, per_dimension)
+    for site in sample_sites(trace):
+        collect.guide(site, in_model=True)
+    return collect.sites
 
 
 def _can_vectorize(

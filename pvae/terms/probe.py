@@ -28,7 +28,7 @@ from pvae.terms.messages import (
 from pvae.terms.plates import DataPlate, find_data_plate
 from pvae.terms.structure import Structure
 
-__all__ = ["Batch", "as_batch", "inspect_pair", "probing", "run_pair"]
+__all__ = ["Batch", "as_batch", "inspect_pair", "num_rows_of", "probing", "run_pair"]
 
 Batch = tuple[Any, ...]
 RERUNS = 3

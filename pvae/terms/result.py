@@ -15,7 +15,7 @@ from torch import Tensor
 from pvae.errors import UndefinedError
 from pvae.terms.structure import Structure
 
-__all__ = ["SiteTerms", "Terms"]
+__all__ = ["SiteTerms", "Terms", "joined", "stack"]
 
 Kind = Literal["observed", "latent", "auxiliary", "factor", "penalty", "enumerated"]
 
@@ -234,21 +234,22 @@ class Terms:
                 )
 
 
+def joined(sites: list[SiteTerms]) -> SiteTerms:
+    """One site of passes of one particle each, particle by particle."""
+    first, last = sites[0], sites[-1]
+    merged = SiteTerms(first.name, first.kind, first.is_local, model=last.model, guide=last.guide)
+    merged.data_axis = first.data_axis
+    for key in ("draws", *PER_DATUM):
+        if getattr(first, key) is not None:
+            setattr(merged, key, torch.cat([getattr(site, key) for site in sites]))
+    return merged
+
+
 def stack(passes: Iterable[Terms]) -> Terms:
     """Puts passes of one particle each together, particle by particle."""
     all_terms = list(passes)
     first = all_terms[0]
-    sites = {}
-    for name, site in first.sites.items():
-        others = [t.sites[name] for t in all_terms]
-        merged = SiteTerms(
-            name, site.kind, site.is_local, model=others[-1].model, guide=others[-1].guide
-        )
-        merged.data_axis = site.data_axis
-        for key in ("draws", *PER_DATUM):
-            if getattr(site, key) is not None:
-                setattr(merged, key, torch.cat([getattr(o, key) for o in others]))
-        sites[name] = merged
+    sites = {name: joined([t.sites[name] for t in all_terms]) for name in first.sites}
     result = Terms(
         sites,
         len(all_terms),

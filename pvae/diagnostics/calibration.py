@@ -1,0 +1,200 @@
+"""Whether a guide's draws are as likely as they look, dimension by dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.diagnostics.finding import Finding
+from pvae.diagnostics.simulated import random_rank, simulate
+from pvae.diagnostics.uniformity import Uniformity, judged, uniformity
+from pvae.errors import ArgumentError, check_int, check_number
+
+__all__ = ["SBC", "sbc"]
+
+
+@dataclass(frozen=True)
+class SBC:
+    r"""Ranks of simulated latents among the guide's draws.
+
+    Attributes:
+        ranks: Number of the guide's draws below the latent, 0 to L, shape ``(S, D)``.
+        num_draws: L.
+        names: Of the D dimensions.
+        tests: Whether ranks are uniform.
+        levels: What central intervals should cover, shape ``(C,)``. Their ends are draws, so that
+            these are the nearest multiples of 2 / (L + 1) to what was asked for.
+        coverage: What they do cover, shape ``(C, D)``.
+        coverage_se: Its binomial standard error.
+    """
+
+    ranks: Tensor
+    num_draws: int
+    names: tuple[str, ...]
+    tests: Uniformity
+    levels: Tensor
+    coverage: Tensor
+    coverage_se: Tensor
+
+    def pit(self, seed: int = 0) -> Tensor:
+        """Ranks as numbers that are uniform on (0, 1) if q is exact, shape ``(S, D)``.
+
+        Their place within a rank is random. For ArviZ's ``plot_ecdf_pit``, in a group
+        ``prior_sbc`` of one chain and S draws: ``{"z": result.pit()[None].numpy()}``.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        place = torch.rand(self.ranks.shape, generator=generator, dtype=torch.float64)
+        return (self.ranks.cpu() + place) / (self.num_draws + 1)
+
+    def shape_of(self, column: int) -> str:
+        """What the ranks of a dimension say about q, in words."""
+        shift, spread = float(self.tests.shift[column]), float(self.tests.spread[column])
+        if max(abs(shift), abs(spread)) < 3:
+            return "the shape of q is off"
+        if abs(spread) >= abs(shift):
+            return "q is too narrow" if spread > 0 else "q is too wide"
+        return "q is too low" if shift > 0 else "q is too high"
+
+    def findings(self) -> list[Finding]:
+        """Uniformity over all dimensions, and the coverage that is furthest off."""
+        tests, count = self.tests, len(self.names)
+        verdict = judged(tests.p_value)
+        bad = int((tests.p_values < 0.05).sum())
+        meaning = f"the ranks of {count} dimension(s) are as an exact q's"
+        if verdict != "good":
+            worst = f"{self.names[tests.worst]}: {self.shape_of(tests.worst)}"
+            meaning = f"{worst}; {bad} of {count} dimensions are off"
+        off = (self.coverage - self.levels[:, None]).abs() / self.coverage_se.clamp(min=1e-12)
+        level, column = divmod(int(off.argmax()), count)
+        return [
+            Finding(
+                "SBC p-value",
+                tests.p_value,
+                verdict=verdict,
+                meaning=meaning,
+                advice="" if verdict == "good" else "a richer guide or encoder; train it longer",
+            ),
+            Finding(
+                "coverage",
+                float(self.coverage[level, column]),
+                float(self.coverage_se[level, column]),
+                meaning=f"of the central {float(self.levels[level]):.0%} of q({self.names[column]} "
+                "| x), the furthest off",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        head = f"SBC: {len(self.ranks)} simulations, {self.num_draws} draws of q each"
+        return "\n".join([head, *map(str, self.findings())])
+
+    __repr__ = __str__
+
+
+def sbc(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    num_simulations: int = 1000,
+    num_draws: int = 99,
+    levels: Sequence[float] = (0.5, 0.8, 0.9),
+    site: str | None = None,
+    arguments: Mapping[str, int] | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    progress: bool = False,
+    seed: int = 0,
+) -> SBC:
+    r"""Simulation-based calibration of an amortised guide.
+
+    Draws :math:`z, x \sim p(z) p(x | z)` from the model itself, and the rank of each entry of z
+    among L draws of :math:`q(z | x)`. If q is the model's posterior, ranks are uniform on
+    0, ..., L, for any model. The guide isn't fitted again. That ranks are uniform doesn't show
+    that q is exact: the prior in q's place passes, and so does a q whose dimensions should be
+    correlated and aren't; `tarp` is for these.
+
+    The question is whether q inverts the model, not whether the model fits the data. Of the data,
+    the context alone is used (labels and whatever else isn't observed), a random row a simulation.
+    Values that are equal, as of discrete latents, are ranked by chance.
+
+    Ranks are tested by chi-squared over bins and by their distribution function with its
+    simultaneous band. p-values are corrected for both tests and all D dimensions (Bonferroni); the
+    verdict is "look" below 0.05 and "bad" below 0.001, which is how often an exact q gets it.
+
+    References:
+        Validating Bayesian Inference Algorithms with Simulation-Based Calibration
+        (Talts et al., 2018), https://arxiv.org/abs/1804.06788
+        Graphical test for discrete uniformity (Sailynoja et al., 2022),
+        https://doi.org/10.1007/s11222-022-10090-6
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_simulations: S.
+        num_draws: L, draws of q for each; L + 1 with many divisors makes even bins.
+        levels: Of central intervals, whose coverage is counted.
+        site: The latent; None for all of them.
+        arguments: By observed site, the place of its data among the arguments; needed where the
+            model changes its data before it observes them.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
+        progress: Whether a bar is shown.
+        seed: Of all draws; the caller's generators are left as they are.
+
+    Raises:
+        UndefinedError: If a latent has a point-mass guide, an improper prior or a mask, if there
+            are latents outside the data plate, or the model has factors.
+        PairError: If x can't be put back into the batch.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 1, hidden=(8,))
+        >>> found = sbc(vae.model, vae.guide, torch.zeros(1, 4), num_simulations=100, num_draws=9)
+        >>> found.ranks.shape, found.levels
+        (torch.Size([100, 1]), tensor([0.6000, 0.8000], dtype=torch.float64))
+    """
+    check_int("num_draws", num_draws, minimum=2)
+    cuts = _cuts(levels, num_draws)
+    with randomness.forked(seed):
+        found = simulate(
+            "sbc",
+            model,
+            guide,
+            data,
+            num_simulations,
+            site=site,
+            arguments=arguments,
+            structure=structure,
+            max_rows=max_rows,
+        )
+        less = torch.zeros(found.latents.shape, dtype=torch.long, device=found.latents.device)
+        equal = less.clone()
+        for rows, draws in found.draws(model, guide, num_draws, max_rows, progress=progress):
+            truth = found.latents[rows]
+            less[rows] += (draws < truth).sum(0)
+            equal[rows] += (draws == truth).sum(0)
+        ranks = random_rank(less, equal)
+    inside = torch.stack([(ranks >= a) & (ranks <= num_draws - a) for a in cuts]).double()
+    coverage = inside.mean(1).cpu()
+    nominal = 1 - 2 * torch.tensor(cuts, dtype=torch.float64) / (num_draws + 1)
+    error = (nominal * (1 - nominal) / len(ranks)).sqrt()[:, None].expand_as(coverage)
+    return SBC(
+        ranks, num_draws, found.names, uniformity(ranks, num_draws), nominal, coverage, error
+    )
+
+
+def _cuts(levels: Sequence[float], num_draws: int) -> list[int]:
+    """How many ranks a central interval leaves out on each side."""
+    if not len(levels):
+        raise ArgumentError("levels", "at least one", "none")
+    for level in levels:
+        if not 0 < check_number("levels", level, above=0) < 1:
+            raise ArgumentError("levels", "numbers between 0 and 1", f"{level:g}")
+    cuts = [round((1 - level) / 2 * (num_draws + 1)) for level in levels]
+    return sorted({max(1, min(a, num_draws // 2)) for a in cuts}, reverse=True)

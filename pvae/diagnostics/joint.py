@@ -1,0 +1,172 @@
+"""Whether a guide's draws are as likely as they look, all dimensions together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pvae import randomness
+from pvae import terms as t
+from pvae.diagnostics.finding import Finding
+from pvae.diagnostics.simulated import Simulations, random_rank, simulate
+from pvae.diagnostics.uniformity import Uniformity, judged, uniformity
+from pvae.errors import ArgumentError, check_int
+
+__all__ = ["TARP", "tarp"]
+
+
+@dataclass(frozen=True)
+class TARP:
+    """Coverage of the joint posterior, in balls around reference points.
+
+    Attributes:
+        ranks: Number of the guide's draws nearer to the reference than the latent is, 0 to L,
+            shape ``(S,)``.
+        num_draws: L.
+        levels: Credibility levels, shape ``(P,)``.
+        coverage: How often the latent is within the ball that has so much of q, shape ``(P,)``.
+        tests: Whether the coverage is the level at all of them, as one column.
+    """
+
+    ranks: Tensor
+    num_draws: int
+    levels: Tensor
+    coverage: Tensor
+    tests: Uniformity
+
+    def findings(self) -> list[Finding]:
+        """The test, and the coverage that is furthest from its level."""
+        verdict = judged(self.tests.p_value)
+        shift, spread = float(self.tests.shift[0]), float(self.tests.spread[0])
+        meaning = "balls around reference points cover what they should"
+        if verdict != "good":
+            meaning = "q and the posterior differ, perhaps in how dimensions depend on each other"
+            if abs(shift) > max(3, abs(spread)):
+                meaning = "q is too narrow, or off" if shift > 0 else "q is too wide"
+            elif spread > 3:
+                meaning = "q is too narrow, in some directions at least"
+            elif spread < -3:
+                meaning = "q is too wide, in some directions at least"
+        worst = int((self.coverage - self.levels).abs().argmax())
+        level = float(self.levels[worst])
+        return [
+            Finding(
+                "TARP p-value",
+                self.tests.p_value,
+                verdict=verdict,
+                meaning=meaning,
+                advice="" if verdict == "good" else "a guide with dependence: full rank, or a flow",
+            ),
+            Finding(
+                "joint coverage",
+                float(self.coverage[worst]),
+                (level * (1 - level) / len(self.ranks)) ** 0.5,
+                meaning=f"at level {level:.0%}, the furthest off",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        head = f"TARP: {len(self.ranks)} simulations, {self.num_draws} draws of q each"
+        return "\n".join([head, *map(str, self.findings())])
+
+    __repr__ = __str__
+
+
+def tarp(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    num_simulations: int = 1000,
+    num_draws: int = 99,
+    reference: Literal["data", "prior"] = "data",
+    site: str | None = None,
+    arguments: Mapping[str, int] | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    progress: bool = False,
+    seed: int = 0,
+) -> TARP:
+    r"""Tests of accuracy with random points: expected coverage of the joint posterior.
+
+    For :math:`z, x \sim p(z) p(x | z)` from the model, a reference point r and L draws
+    :math:`z_l \sim q(z | x)`, it counts how many draws are nearer to r than z is. If q is the
+    model's posterior, this rank is uniform, whatever r is, as long as z and r are independent
+    given x. If it is uniform for every r that may depend on x, q is the posterior; so the
+    reference matters for what is found, never for how often an exact q is blamed.
+
+    - ``"data"``: r is the latent of another, independent simulation, the one whose x is nearest.
+      It depends on x, so that a guide that ignores x is found.
+    - ``"prior"``: r is any other latent of the model. The prior in q's place then passes.
+
+    Distances are Euclidean, of latents divided by their standard deviations under the model.
+
+    References:
+        Sampling-Based Accuracy Testing of Posterior Estimators for General Inference
+        (Lemos et al., 2023), https://arxiv.org/abs/2302.03026
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source; see `sbc`.
+        num_simulations: S; as many again are made for reference points.
+        num_draws: L, draws of q for each.
+        reference: Where reference points come from.
+        site: The latent; None for all of them together.
+        arguments: As in `sbc`.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
+        progress: Whether a bar is shown.
+        seed: Of all draws; the caller's generators are left as they are.
+
+    Raises:
+        UndefinedError: As in `sbc`.
+        PairError: If x can't be put back into the batch.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> found = tarp(vae.model, vae.guide, torch.zeros(1, 4), num_simulations=50, num_draws=9)
+        >>> found.ranks.shape
+        torch.Size([50])
+    """
+    check_int("num_draws", num_draws, minimum=2)
+    if reference not in ("data", "prior"):
+        raise ArgumentError("reference", "'data' or 'prior'", repr(reference))
+    options: dict[str, Any] = {"site": site, "arguments": arguments, "max_rows": max_rows}
+    with randomness.forked(seed):
+        found = simulate(
+            "tarp", model, guide, data, num_simulations, structure=structure, **options
+        )
+        others = simulate(
+            "tarp", model, guide, data, num_simulations, structure=found.structure, **options
+        )
+        scale = others.latents.std(0)
+        scale = torch.where(scale > 0, scale, 1.0)
+        points = others.latents
+        if reference == "data":
+            points = points[_nearest(found, others, max_rows)]
+        own = _distance(found.latents, points, scale)
+        less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
+        equal = less.clone()
+        for rows, draws in found.draws(model, guide, num_draws, max_rows, progress=progress):
+            each = _distance(draws, points[rows], scale)
+            less[rows] += (each < own[rows]).sum(0)
+            equal[rows] += (each == own[rows]).sum(0)
+        ranks = random_rank(less, equal)
+    tests = uniformity(ranks[:, None], num_draws)
+    return TARP(ranks, num_draws, tests.points, tests.ecdf[:, 0], tests)
+
+
+def _distance(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return ((a - b) / scale).square().sum(-1)
+
+
+def _nearest(found: Simulations, others: Simulations, max_rows: int) -> Tensor:
+    """For each simulation, which of the others has the nearest data."""
+    rows = max(1, max_rows // len(others.observed))
+    parts = [torch.cdist(x, others.observed).argmin(1) for x in found.observed.split(rows)]
+    return torch.cat(parts)

@@ -1,0 +1,429 @@
+"""Calibration of guides against posteriors that are known, and tests against distributions.
+
+p-values below 1e-5 on exact guides would be false alarms, one in 1e5 by construction: the p-values
+are corrected for what they are the least of. Simulations are of fixed seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import arviz_base
+import matplotlib as mpl
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from arviz_plots import plot_ecdf_pit
+from scipy import stats
+from torch import Tensor, nn
+
+from pvae import diagnostics, randomness
+from pvae.data import LinearGaussian
+from pvae.diagnostics.simulated import simulate
+from pvae.diagnostics.uniformity import _inside, uniformity
+from pvae.errors import ArgumentError, PairError, UndefinedError
+from tests import linear, pairs
+
+FALSE_ALARM = 1e-5
+QUICK: dict[str, Any] = {"num_simulations": 500, "num_draws": 39}
+
+
+def data(device: torch.device, features: int = 3) -> Tensor:
+    return torch.zeros(4, features, device=device)
+
+
+def run_sbc(make: linear.Make, device: torch.device, **options: Any) -> diagnostics.SBC:
+    model, guide = linear.pair(linear.correlated(), make)
+    return diagnostics.sbc(model, guide, data(device), **QUICK | options)
+
+
+def run_tarp(make: linear.Make, device: torch.device, **options: Any) -> diagnostics.TARP:
+    model, guide = linear.pair(linear.correlated(), make)
+    return diagnostics.tarp(model, guide, data(device), **QUICK | options)
+
+
+# --- the tests themselves -----------------------------------------------------------------------
+
+
+def test_the_bands_probability_by_enumeration() -> None:
+    """All 4^5 samples of five ranks in 0..3, against the chain of counts."""
+    size, points = 5, (0.25, 0.5, 0.75)
+    grid = np.stack(np.meshgrid(*[np.arange(4)] * size), -1).reshape(-1, size)
+    counts = np.stack([(grid < k).sum(1) for k in (1, 2, 3)], 1)
+    tails = np.minimum(
+        stats.binom.cdf(counts, size, points), stats.binom.sf(counts - 1, size, points)
+    )
+    least = 2 * tails.min(1)
+    for level in np.unique(least):
+        expected = (least > level * (1 + 1e-9)).mean()
+        assert _inside(size, points, float(level)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_p_values_are_of_all_samples_that_are_as_odd() -> None:
+    """The test's p-value by enumeration: 3^6 samples of six ranks in 0..2."""
+    size = 6
+    grid = torch.cartesian_prod(*[torch.arange(3)] * size)  # (729, 6)
+    found = uniformity(grid.T, 2)
+    counts = np.stack([(grid.numpy() < k).sum(1) for k in (1, 2)], 1)
+    share = np.array([1 / 3, 2 / 3])
+    tails = np.minimum(
+        stats.binom.cdf(counts, size, share), stats.binom.sf(counts - 1, size, share)
+    )
+    least = tails.min(1)
+    expected = (least[None] <= least[:, None] * (1 + 1e-9)).mean(1)
+    np.testing.assert_allclose(found.ecdf_p.numpy(), expected, atol=1e-12)
+
+
+def test_the_band_is_the_tests(device: torch.device) -> None:
+    """A sample leaves the band if and only if its p-value is at most 5%."""
+    generator = torch.Generator().manual_seed(1)
+    verdicts = set()
+    for power in np.linspace(0.8, 1.25, 40):
+        unit = torch.rand(200, 1, generator=generator) ** power
+        found = uniformity((unit * 50).long().to(device), 49)
+        inside = (found.ecdf[:, 0] >= found.lower) & (found.ecdf[:, 0] <= found.upper)
+        assert bool(inside.all()) == (float(found.ecdf_p[0]) > 0.05)
+        verdicts.add(bool(inside.all()))
+    assert verdicts == {True, False}
+
+
+def test_chi_squared_is_scipys_over_even_bins() -> None:
+    ranks = torch.randint(0, 100, (400, 1))
+    found = uniformity(ranks, 99)
+    expected = stats.chisquare(np.bincount(ranks[:, 0].numpy() // 5, minlength=20)).pvalue
+    assert float(found.chi2_p[0]) == pytest.approx(expected)
+
+
+def test_shift_and_spread_are_standard_errors() -> None:
+    """Both by enumeration of one rank in 0..4, which has the same mean and variance of each."""
+    ranks = torch.tensor([[0, 1, 4, 4, 4, 2]]).T
+    found = uniformity(ranks, 4)
+    unit = torch.arange(5.0) / 4 - 0.5
+    ours = ranks[:, 0].double() / 4 - 0.5
+    root = math.sqrt(6)
+    shift = ours.mean() / unit.std(correction=0) * root
+    square = unit.square()
+    spread = (ours.square().mean() - square.mean()) / square.std(correction=0) * root
+    assert float(found.shift[0]) == pytest.approx(float(shift))
+    assert float(found.spread[0]) == pytest.approx(float(spread))
+
+
+# --- simulation-based calibration -----------------------------------------------------------------
+
+
+def test_the_exact_guide_passes(device: torch.device) -> None:
+    found = run_sbc(linear.exact, device)
+    assert found.tests.p_value > FALSE_ALARM
+    assert found.findings()[0].verdict == "good"
+    worst = ((found.coverage - found.levels[:, None]) / found.coverage_se).abs().max()
+    assert float(worst) < 5.0  # 6 intervals: 3e-6
+    assert found.names == ("z[0]", "z[1]")
+    assert found.ranks.min() == 0
+    assert found.ranks.max() == 39
+    assert "as an exact q's" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (linear.scaled(0.7), "q is too narrow"),
+        (linear.scaled(1.6), "q is too wide"),
+        (linear.shifted(0.5), "q is too high"),
+        (linear.shifted(-0.5), "q is too low"),
+    ],
+)
+def test_wrong_guides_are_caught_with_their_direction(
+    make: linear.Make, says: str, device: torch.device
+) -> None:
+    found = run_sbc(make, device)
+    assert float(found.tests.p_values.max()) < 1e-6
+    assert found.findings()[0].verdict == "bad"
+    assert says in str(found)
+    assert all(found.shape_of(d) == says for d in range(2))
+
+
+def test_coverage_of_a_narrow_guide_is_known(device: torch.device) -> None:
+    """An interval of a Gaussian that is too narrow by f covers P(|z| < f Phi^-1(...)).
+
+    L = 399, so that the ends of intervals are all but q's quantiles. 4.5 standard errors.
+    """
+    factor = 0.6
+    found = run_sbc(linear.scaled(factor), device, num_draws=399, levels=(0.5, 0.9))
+    exact = 2 * stats.norm.cdf(factor * stats.norm.ppf((1 + found.levels.numpy()) / 2)) - 1
+    for level, expected in enumerate(exact):
+        error = math.sqrt(expected * (1 - expected) / 500)
+        for d in range(2):
+            assert abs(float(found.coverage[level, d]) - expected) < 4.5 * error + 0.004
+
+
+def test_levels_are_those_that_ranks_can_have(device: torch.device) -> None:
+    found = run_sbc(linear.exact, device, num_simulations=50, num_draws=9, levels=(0.5, 0.8))
+    torch.testing.assert_close(found.levels.sort().values, torch.tensor([0.6, 0.8]))
+    inside = ((found.ranks >= 1) & (found.ranks <= 8)).double().mean(0)
+    torch.testing.assert_close(found.coverage[found.levels > 0.7][0], inside.cpu())
+
+
+def test_what_sbc_cannot_see(device: torch.device) -> None:
+    """The prior in q's place, and right marginals without their correlation of -0.9."""
+    for make in (linear.ignorant, linear.marginals):
+        assert run_sbc(make, device).tests.p_value > FALSE_ALARM
+
+
+def test_tarp_sees_the_joint(device: torch.device) -> None:
+    exact = run_tarp(linear.exact, device)
+    assert exact.tests.p_value > FALSE_ALARM
+    assert exact.findings()[0].verdict == "good"
+    for make in (linear.marginals, linear.ignorant, linear.scaled(0.7), linear.shifted(0.7)):
+        found = run_tarp(make, device)
+        assert found.tests.p_value < 1e-5
+        assert found.findings()[0].verdict == "bad"
+    assert "q is too narrow" in str(run_tarp(linear.scaled(0.7), device))
+    assert "q is too wide" in str(run_tarp(linear.scaled(1.5), device))
+
+
+def test_tarp_with_references_from_the_prior(device: torch.device) -> None:
+    """The exact guide passes, a narrow one doesn't; the prior passes, as is said."""
+    options = {"reference": "prior"}
+    assert run_tarp(linear.exact, device, **options).tests.p_value > FALSE_ALARM
+    assert run_tarp(linear.scaled(0.5), device, **options).tests.p_value < 1e-5
+    assert run_tarp(linear.ignorant, device, **options).tests.p_value > FALSE_ALARM
+
+
+def test_tarps_coverage_in_one_dimension_is_known(device: torch.device) -> None:
+    """Ranks of distances, by hand from the same draws: a guide that ignores x and its reference."""
+    toy = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 0.5)
+    model, guide = linear.pair(toy, linear.exact)
+    found = diagnostics.tarp(model, guide, data(device, 1), num_simulations=60, num_draws=7)
+    with randomness.forked(0):
+        options: Any = {"site": None, "arguments": None, "structure": None, "max_rows": 8192}
+        first = simulate("tarp", model, guide, data(device, 1), 60, **options)
+        second = simulate("tarp", model, guide, data(device, 1), 60, **options)
+        ((_, draws),) = first.draws(model, guide, 7, 8192, progress=False)
+    expected = []
+    for i in range(60):
+        gaps = (second.observed[:, 0] - first.observed[i, 0]).abs()
+        near = second.latents[gaps.argmin(), 0]
+        away = (draws[:, i, 0] - near).abs()
+        expected.append(int((away < (first.latents[i, 0] - near).abs()).sum()))
+    assert found.ranks.tolist() == expected
+    torch.testing.assert_close(found.coverage[0].item(), np.mean(np.array(expected) < 1))
+
+
+@pytest.mark.slow
+def test_false_alarms_are_as_rare_as_stated(device: torch.device) -> None:
+    """Of 200 exact guides, "look" or worse at most 5%, "bad" at most 0.1%, for SBC and TARP.
+
+    More than 25 of Binomial(200, 0.05), or 6 of Binomial(200, 0.001), happen less than once in
+    1e5. And the test isn't idle: some p-value is below one half; seeds are fixed.
+    """
+    alarms: dict[str, list[float]] = {"sbc": [], "tarp": []}
+    for seed in range(200):
+        options: Any = {"num_simulations": 100, "num_draws": 9, "seed": seed}
+        alarms["sbc"].append(run_sbc(linear.exact, device, **options).tests.p_value)
+        alarms["tarp"].append(run_tarp(linear.exact, device, **options).tests.p_value)
+    assert stats.binom.sf(25, 200, 0.05) < 1e-5
+    assert stats.binom.sf(6, 200, 0.001) < 1e-5
+    for values in alarms.values():
+        p_values = np.array(values)
+        assert (p_values < 0.5).sum() > 0
+        assert (p_values < 0.05).sum() <= 25
+        assert (p_values < 0.001).sum() <= 6
+
+
+# --- any pair -------------------------------------------------------------------------------------
+
+
+class Context(nn.Module):
+    """p(z | y) = N(m_y, 1), p(x | z) = N(z, 1); the label comes with the data."""
+
+    means = (-2.0, 0.0, 3.0)
+
+    def prior(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_tensor(self.means)[y]
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.prior(x, y), x.new_tensor(1.0)))
+            pyro.sample("x", dist.Normal(z, x.new_tensor(1.0)), obs=x)
+
+
+class ContextGuide(Context):
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            mean = (self.prior(x, y) + x) / 2
+            pyro.sample("z", dist.Normal(mean, x.new_tensor(0.5**0.5)))
+
+
+def test_context_comes_from_the_data(device: torch.device) -> None:
+    """Exact given the label. The same guide with another's labels isn't."""
+    y = torch.tensor([0, 0, 1, 2], device=device)
+    batch = (torch.zeros(4, device=device), y)
+    found = diagnostics.sbc(Context(), ContextGuide(), batch, **QUICK)
+    assert found.tests.p_value > FALSE_ALARM
+    guide = ContextGuide()
+    guide.means = (0.0, 0.0, 0.0)
+    assert diagnostics.sbc(Context(), guide, batch, **QUICK).tests.p_value < 1e-6
+
+
+def test_discrete_latents_are_ranked_by_chance(device: torch.device) -> None:
+    """A Bernoulli latent with its exact posterior passes; one with wrong odds doesn't."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(x.new_tensor(0.3)))
+            pyro.sample("x", dist.Normal(2 * z, x.new_tensor(1.0)), obs=x)
+
+    def guide_of(bias: float) -> Any:
+        def guide(x: Tensor) -> None:
+            logits = math.log(0.3 / 0.7) + 2 * x - 2 + bias
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(logits=logits))
+
+        return guide
+
+    x = torch.zeros(4, device=device)
+    assert diagnostics.sbc(model, guide_of(0.0), x, **QUICK).tests.p_value > FALSE_ALARM
+    assert diagnostics.sbc(model, guide_of(2.0), x, **QUICK).tests.p_value < 1e-6
+    assert diagnostics.tarp(model, guide_of(0.0), x, **QUICK).tests.p_value > FALSE_ALARM
+
+
+def test_missing_entries_stay_missing(device: torch.device) -> None:
+    """What is masked in x keeps the data's value, so that the guide sees what it sees in use."""
+
+    def model(x: Tensor, keep: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), x.new_tensor(1.0)))
+            loc = z.unsqueeze(-1).expand(*z.shape, 2)
+            fn = dist.Normal(loc, x.new_tensor(1.0)).mask(keep).to_event(1)
+            pyro.sample("x", fn, obs=x)
+
+    def guide(x: Tensor, keep: Tensor) -> None:
+        precision = 1 + keep.sum(1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x * keep).sum(1) / precision, precision**-0.5))
+
+    keep = torch.tensor([[True, False], [True, True], [False, False]], device=device)
+    batch = (torch.full((3, 2), -99.0, device=device), keep)
+    options: Any = {"site": None, "arguments": None, "structure": None, "max_rows": 64}
+    found = simulate("sbc", model, guide, batch, 100, **options)
+    x, seen = found.source.rows(torch.arange(100, device=device))
+    assert bool((x[~seen] == -99).all())
+    assert bool((x[seen] != -99).all())
+    assert diagnostics.sbc(model, guide, batch, **QUICK).tests.p_value > FALSE_ALARM
+
+
+def test_an_argument_that_is_reshaped_or_changed(device: torch.device) -> None:
+    model, guide = linear.pair(linear.correlated(), linear.exact)
+    flat = data(device) + torch.arange(3.0, device=device)
+    images = flat.reshape(4, 3, 1)
+
+    def changed(program: Any, change: Any) -> Any:
+        return lambda x: program(change(x))
+
+    def flatten(x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    found = diagnostics.sbc(changed(model, flatten), changed(guide, flatten), images, **QUICK)
+    assert found.tests.p_value > FALSE_ALARM
+    torch.testing.assert_close(found.ranks, diagnostics.sbc(model, guide, flat, **QUICK).ranks)
+
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * x
+
+    pair = (changed(model, doubled), changed(guide, doubled), flat)
+    with pytest.raises(PairError, match=r"arguments=\{'x': 0\}"):
+        diagnostics.sbc(*pair)
+    with pytest.raises(PairError, match="or changes it first"):
+        diagnostics.sbc(*pair, arguments={"x": 0})
+    named = diagnostics.sbc(model, guide, flat, arguments={"x": 0}, **QUICK)
+    torch.testing.assert_close(named.ranks, found.ranks)
+
+
+def test_a_model_that_reads_its_data_is_refused(device: torch.device) -> None:
+    """p(z) that depends on the first entry of x, which is simulated from z."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x[:, 0], x.new_tensor(1.0)))
+            fn = dist.Normal(z.unsqueeze(-1).expand(*z.shape, 2), x.new_tensor(1.0)).to_event(1)
+            pyro.sample("x", fn, obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0], x.new_tensor(1.0)))
+
+    with pytest.raises(PairError, match="reads x besides observing it"):
+        diagnostics.sbc(model, guide, torch.ones(4, 2, device=device))
+
+
+REFUSED = {
+    "subsample_drawn": "subsamples its data",
+    "global_latent": "global site",
+    "autoguide": "global site",
+    "masked": "latents without a mask",
+}
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("kind", pairs.PAIRS)
+def test_every_kind_of_pair(kind: str, device: torch.device) -> None:
+    """It runs or says why not; an encoder that isn't trained isn't calibrated."""
+    model, guide, batch = pairs.PAIRS[kind](device)
+    options: Any = {"num_simulations": 100, "num_draws": 19, "max_rows": 1000}
+    for tool in (diagnostics.sbc, diagnostics.tarp):
+        if kind in REFUSED:
+            with pytest.raises(UndefinedError, match=REFUSED[kind]):
+                tool(model, guide, batch, **options)
+            continue
+        found = tool(model, guide, batch, **options)
+        assert found.ranks.min() >= 0
+        assert found.ranks.max() <= 19
+    if kind == "two_sites":
+        found = diagnostics.sbc(model, guide, batch, site="z2", **options)
+        assert found.names == ("z2[0]",)
+
+
+def test_refusals(device: torch.device) -> None:
+    model, guide = linear.pair(linear.correlated(), linear.exact)
+
+    def point(mean: Tensor, covariance: Tensor) -> Any:
+        return dist.Delta(mean).to_event(1)
+
+    x = data(device)
+    for tool in (diagnostics.sbc, diagnostics.tarp):
+        with pytest.raises(UndefinedError, match="point mass"):
+            tool(*linear.pair(linear.correlated(), point), x)
+        with pytest.raises(ArgumentError, match="num_simulations"):
+            tool(model, guide, x, num_simulations=5)
+        with pytest.raises(ArgumentError, match="num_draws"):
+            tool(model, guide, x, num_draws=0)
+        with pytest.raises(UndefinedError, match="there are: 'z'"):
+            tool(model, guide, x, site="w")
+    with pytest.raises(ArgumentError, match="levels"):
+        diagnostics.sbc(model, guide, x, levels=(1.5,))
+    with pytest.raises(ArgumentError, match="reference"):
+        diagnostics.tarp(model, guide, x, reference="somewhere")  # type: ignore[arg-type]
+
+
+def test_the_callers_generators_stay(device: torch.device) -> None:
+    before = torch.get_rng_state()
+    first = run_sbc(linear.exact, device, num_simulations=50)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.ranks, run_sbc(linear.exact, device, num_simulations=50).ranks)
+    other = run_sbc(linear.exact, device, num_simulations=50, seed=1)
+    assert not torch.equal(first.ranks, other.ranks)
+
+
+def test_arviz_takes_the_result(device: torch.device) -> None:
+    """ArviZ's picture of its own band, in the group that it expects."""
+    found = run_sbc(linear.exact, device, num_simulations=100)
+    unit = found.pit()
+    assert unit.shape == (100, 2)
+    assert torch.equal((unit * 40).long(), found.ranks.cpu())
+    tree = arviz_base.from_dict({"prior_sbc": {"z": unit[None].numpy()}})
+    with mpl.rc_context({"backend": "agg"}):
+        drawn = plot_ecdf_pit(tree, backend="none")
+    assert drawn is not None
