@@ -15,7 +15,9 @@ from pvae.errors import UndefinedError, check_int
 
 __all__ = [
     "Picture",
+    "aggregated_posterior",
     "as_images",
+    "calibration",
     "grid",
     "latent_map",
     "manifold",
@@ -233,6 +235,60 @@ def latent_map(
     axis.set_ylabel(names[1])
     axis.set_title(title, fontsize=9)
     axis.set_aspect("equal")
+    return figure
+
+
+def calibration(result: Any) -> Picture:
+    """How far the distribution function of ranks is from the uniform one, with its band.
+
+    Above 0 on the left and below it on the right, q is too narrow; the other way round, too wide.
+
+    Arguments:
+        result: A `pvae.diagnostics.SBC` or `pvae.diagnostics.TARP`.
+    """
+    tests = result.tests
+    points = tests.points.numpy()
+    figure = Picture(figsize=(4.5, 3.2), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    low, high = tests.lower.numpy() - points, tests.upper.numpy() - points
+    axis.fill_between(points, low, high, color="0.85", label="95% of exact guides", step="mid")
+    order = np.argsort(tests.p_values.numpy(), kind="stable")
+    for rank, column in enumerate(order):
+        label = f"{result.names[column]}, p = {float(tests.p_values[column]):.2g}"
+        difference = tests.ecdf[:, column].numpy() - points
+        style = {"label": label} if rank < 5 else {"color": "0.6", "linewidth": 0.5, "zorder": 1}
+        axis.plot(points, difference, **style)
+    axis.set_xlabel("rank of the latent among the guide's draws")
+    axis.set_ylabel("ECDF - uniform")
+    axis.legend(fontsize=7)
+    axis.set_title(f"{type(result).__name__}, {len(result.ranks)} simulations", fontsize=9)
+    return figure
+
+
+def aggregated_posterior(result: Any, num: int = 6) -> Picture:
+    """Draws of q(z) over draws of p(z), for the dimensions that differ most, and correlations.
+
+    Arguments:
+        result: A `pvae.diagnostics.AggregatedPosterior`.
+        num: How many dimensions.
+    """
+    shown = np.argsort(-result.ks.numpy(), kind="stable")[: check_int("num", num)]
+    columns = len(shown) + 1
+    figure = Picture(figsize=(2.2 * columns, 2.4), dpi=100, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis, d in zip(axes[:-1], shown, strict=True):
+        q, p = (x[:, d].cpu().numpy() for x in (result.draws, result.prior))
+        bins = np.histogram_bin_edges(np.concatenate([q, p]), 30)
+        axis.hist(p, bins, density=True, color="0.8", label="p(z)")
+        axis.hist(q, bins, density=True, histtype="step", label="q(z)")
+        axis.set_title(f"{result.names[d]}, KS {float(result.ks[d]):.2f}", fontsize=9)
+        axis.set_yticks([])
+    axes[0].legend(fontsize=7)
+    image = axes[-1].imshow(result.correlation.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+    axes[-1].set_title("correlation under q(z)", fontsize=9)
+    axes[-1].set_xticks([])
+    axes[-1].set_yticks([])
+    figure.colorbar(image, ax=axes[-1])
     return figure
 
 

@@ -38,6 +38,11 @@ class TARP:
     coverage: Tensor
     tests: Uniformity
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tests' only column."""
+        return ("all latents together",)
+
     def findings(self) -> list[Finding]:
         """The test, and the coverage that is furthest from its level."""
         verdict = judged(self.tests.p_value)

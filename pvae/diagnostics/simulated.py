@@ -22,7 +22,17 @@ from pvae.latent.checks import only_site
 from pvae.latent.programs import is_simulated, simulated
 from pvae.modes import evaluating
 
-__all__ = ["Simulations", "random_rank", "simulate"]
+__all__ = [
+    "Simulations",
+    "column_names",
+    "columns",
+    "mask_of",
+    "of_rows",
+    "random_rank",
+    "refuse_mask",
+    "require_rows",
+    "simulate",
+]
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Simulations:
         passes = t.stream(model, guide, self.source, self.structure, num_draws, max_rows)
         with tqdm(total=len(self.latents) * num_draws, disable=not progress, unit="draw") as bar:
             for rows, terms in passes:
-                found = [_columns(terms.sites[name].value, 2) for name in self.sites]
+                found = [columns(terms.sites[name].value, 2) for name in self.sites]
                 each = torch.cat(found, 2)
                 if not bool(each.isfinite().all()):
                     raise UndefinedError(
@@ -95,7 +105,8 @@ def simulate(
     check_int("num_simulations", num_simulations, minimum=20)
     check_int("max_rows", max_rows)
     source, structure = bounds.prepare(model, guide, data, structure)
-    _check(where, structure)
+    structure.require_density(where)
+    require_rows(where, structure)
     sites = (
         structure.latents
         if site is None
@@ -112,10 +123,10 @@ def simulate(
             run = simulated(where, model, batch)
             if not found:
                 found = _arguments(where, run, batch, arguments or {})
-                names = _names(run, sites, structure)
+                names = column_names(run, sites, structure)
             values, filled = _put_back(where, run, batch, found, structure)
             _check_joint(where, model, guide, batch, filled, run, structure)
-            latents.append(torch.cat([_of_rows(run[name], structure) for name in sites], 1))
+            latents.append(torch.cat([of_rows(run[name], structure) for name in sites], 1))
             observed.append(torch.cat([v.to(structure.dtype) for v in values], 1))
             batches.append(filled)
     whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -129,8 +140,11 @@ def simulate(
     )
 
 
-def _check(where: str, structure: t.Structure) -> None:
-    structure.require_density(where)
+def require_rows(where: str, structure: t.Structure) -> None:
+    """Refuses pairs in which a datum and its latents aren't drawn apart from the others.
+
+    Also those whose priors can't be drawn from.
+    """
     structure.require_proper(where)
     if structure.global_sites or not structure.latents:
         raise UndefinedError(
@@ -150,18 +164,22 @@ def _check(where: str, structure: t.Structure) -> None:
         )
 
 
-def _of_rows(site: Any, structure: t.Structure) -> Tensor:
+def of_rows(site: Any, structure: t.Structure) -> Tensor:
     """A site's value in one run, a flat row a datum."""
     value = site["value"]
     axis = value.dim() - len(site["fn"].event_shape) + structure.dim
-    return _columns(value.movedim(axis, 0), 1)
+    return columns(value.movedim(axis, 0), 1)
 
 
-def _columns(value: Any, keep: int) -> Tensor:
+def columns(value: Any, keep: int) -> Tensor:
+    """A value with all axes but the first ones flattened, in double precision."""
     return torch.as_tensor(value.reshape(*value.shape[:keep], -1)).double()
 
 
-def _names(run: dict[str, Any], sites: tuple[str, ...], structure: t.Structure) -> tuple[str, ...]:
+def column_names(
+    run: dict[str, Any], sites: tuple[str, ...], structure: t.Structure
+) -> tuple[str, ...]:
+    """What the entries of flattened sites are called: ``z[0]``."""
     names: list[str] = []
     for name in sites:
         value = run[name]["value"]
@@ -222,25 +240,31 @@ def _put_back(
     """The simulated data, flat, and the batch with them; masked entries stay as they were."""
     filled = list(batch)
     for name, site in run.items():
-        mask = _mask_of(site)
+        mask = mask_of(site)
         if mask is None:
             continue
-        if name in structure.latents or name not in arguments:
-            raise UndefinedError(
-                f"{where}: site '{name}'",
-                "latents without a mask",
-                "a mask, under which latents belong to no datum",
-                ["data without padding"],
-            )
+        if name not in arguments:
+            refuse_mask(where, site)
         old = batch[arguments[name]].reshape(site["value"].shape)
         site["value"] = torch.where(mask, site["value"], old.to(site["value"].dtype))
     for name, place in arguments.items():
         part = batch[place]
         filled[place] = run[name]["value"].reshape(part.shape).to(part.dtype)
-    return [_of_rows(run[name], structure) for name in arguments], tuple(filled)
+    return [of_rows(run[name], structure) for name in arguments], tuple(filled)
 
 
-def _mask_of(site: Any) -> Tensor | None:
+def refuse_mask(where: str, site: Any) -> None:
+    """Refuses a latent with a mask, as padding has it."""
+    if mask_of(site) is not None:
+        raise UndefinedError(
+            f"{where}: site '{site['name']}'",
+            "latents without a mask",
+            "a mask, under which latents belong to no datum",
+            ["data without padding"],
+        )
+
+
+def mask_of(site: Any) -> Tensor | None:
     """The mask of a site's entries, by a handler or in its distribution; None without one."""
     fn, value = site["fn"], site["value"]
     found = [(site["mask"], len(fn.event_shape))]

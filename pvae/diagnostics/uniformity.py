@@ -61,8 +61,8 @@ class Uniformity:
 
 
 def judged(p_value: float) -> Verdict:
-    """Bad below 0.001, worth a look below 0.05: the false alarms that each verdict has."""
-    return "bad" if p_value < 1e-3 else "look" if p_value < 0.05 else "good"
+    """Bad up to 0.001, worth a look up to 0.05: how often each verdict is a false alarm."""
+    return "bad" if p_value <= 1e-3 else "look" if p_value <= 0.05 else "good"
 
 
 def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:

@@ -1,0 +1,214 @@
+"""The aggregated posterior against the prior, and how latents correlate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.stats import ks_2samp
+from torch import Tensor
+
+from pvae import bounds, randomness
+from pvae import terms as t
+from pvae.data import as_source
+from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.simulated import (
+    column_names,
+    columns,
+    of_rows,
+    refuse_mask,
+    require_rows,
+)
+from pvae.errors import UndefinedError, check_int
+from pvae.latent.checks import only_site
+from pvae.latent.coding import means_and_noise
+from pvae.latent.programs import simulated
+from pvae.mmd import TwoSampleTest, two_sample_test
+from pvae.modes import evaluating
+
+__all__ = ["AggregatedPosterior", "aggregated_posterior"]
+
+
+@dataclass(frozen=True)
+class AggregatedPosterior:
+    """Draws from q(z) and from p(z), and how they differ.
+
+    Attributes:
+        draws: From q(z | x), one for each of n data, flattened latents side by side, ``(n, D)``.
+        prior: From the model, on the same rows' context, ``(n, D)``.
+        names: Of the D dimensions.
+        joint: The two-sample test of all dimensions together (`pvae.mmd.two_sample_test`).
+        ks: The Kolmogorov-Smirnov distance of each dimension, ``(D,)``.
+        ks_p: Its p-values, times D (Bonferroni).
+        correlation: Of the draws, ``(D, D)``; NaN for a dimension that is constant.
+        mean_correlation: Of the means of q(z | x); None where they aren't known.
+    """
+
+    draws: Tensor
+    prior: Tensor
+    names: tuple[str, ...]
+    joint: TwoSampleTest
+    ks: Tensor
+    ks_p: Tensor
+    correlation: Tensor
+    mean_correlation: Tensor | None
+
+    def findings(self) -> list[Finding]:
+        """Both tests, and the strongest correlation."""
+        worst = int(self.ks.argmax())
+        distance, p_value = float(self.ks[worst]), float(self.ks_p.min())
+        differs = min(p_value, self.joint.p_value) <= 1e-3
+        verdict: Verdict = "bad" if p_value <= 1e-3 and distance > 0.25 else "look"
+        lines = [
+            Finding(
+                "q(z) = p(z), joint",
+                self.joint.p_value,
+                verdict="look" if self.joint.p_value <= 1e-3 else "good",
+                meaning="p-value, kernel two-sample test",
+                advice="a richer prior, or latent.fit_density, for samples" if differs else "",
+            ),
+            Finding(
+                "q(z_d) from p(z_d)",
+                distance,
+                verdict=verdict if p_value <= 1e-3 else "good",
+                meaning=f"Kolmogorov-Smirnov distance of {self.names[worst]}, the greatest",
+                advice="diagnostics.surgery, for its size in nats" if p_value <= 1e-3 else "",
+            ),
+        ]
+        if len(self.names) > 1:
+            lines.append(self._correlation())
+        return lines
+
+    def _correlation(self) -> Finding:
+        count = len(self.names)
+        apart = self.correlation.nan_to_num().triu(1)
+        first, second = divmod(int(apart.abs().argmax()), count)
+        value = float(apart[first, second])
+        return Finding(
+            "correlation",
+            value,
+            (1 - value**2) / (len(self.draws) - 1) ** 0.5,
+            meaning=f"of {self.names[first]} and {self.names[second]} under q(z), the strongest",
+        )
+
+    def __str__(self) -> str:
+        head = f"Aggregated posterior: {len(self.draws)} draws, {len(self.names)} dimension(s)"
+        return "\n".join([head, *map(str, self.findings())])
+
+    __repr__ = __str__
+
+
+def aggregated_posterior(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    num_draws: int = 1000,
+    num_permutations: int = 999,
+    site: str | None = None,
+    structure: t.Structure | None = None,
+    max_rows: int = 8192,
+    seed: int = 0,
+) -> AggregatedPosterior:
+    r"""Whether codes are where the prior is: draws from q(z) against draws from p(z).
+
+    .. math:: q(z) = E_x[q(z | x)]
+
+    One draw for each of n random rows is a sample of q(z), and one run of the model on the same
+    rows one of p(z). All dimensions together, divided by their standard deviations, are compared
+    by the kernel two-sample test, each by that of Kolmogorov and Smirnov. Both tests hold their
+    false-alarm rate whatever the distributions are, and say nothing of size: with enough data any
+    difference is found. So a difference (p at most 0.001) is worth a "look", and "bad" where a
+    dimension's distribution function is off by more than a quarter. A point-mass guide, which has
+    codes, can be compared.
+
+    References:
+        ELBO surgery (Hoffman & Johnson, 2016),
+        http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
+        A Kernel Two-Sample Test (Gretton et al., 2012),
+        https://jmlr.org/papers/v13/gretton12a.html
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_draws: n at most; all rows where there are fewer. The test holds (2 n, 2 n) numbers.
+        num_permutations: Of the kernel test; 1 more is its p-value's denominator.
+        site: The latent; None for all of them.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        max_rows: Bound on the rows in memory at once.
+        seed: Of rows, draws and permutations; the caller's generators are left as they are.
+
+    Raises:
+        UndefinedError: If a prior is improper, the model has factors, there are latents outside
+            the data plate, or the pair subsamples its data.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> found = aggregated_posterior(vae.model, vae.guide, torch.rand(50, 4).round())
+        >>> found.draws.shape, found.correlation.shape
+        (torch.Size([50, 2]), torch.Size([2, 2]))
+    """
+    check_int("num_draws", num_draws, minimum=2)
+    with randomness.forked(seed):
+        source, structure = bounds.prepare(model, guide, data, structure)
+        check_int("aggregated_posterior, rows of data", source.num_rows, minimum=2)
+        require_rows("aggregated_posterior", structure)
+        sites = (
+            structure.latents
+            if site is None
+            else (only_site("aggregated_posterior", "latent", structure.latents, site),)
+        )
+        chosen = torch.randperm(source.num_rows, device=source.device)[:num_draws]
+        source = as_source(source.rows(chosen), structure.device, structure.dtype)
+        pair = (model, guide, source, structure)
+        draws = torch.cat(
+            [
+                torch.cat([columns(terms.sites[name].value, 2)[0] for name in sites], 1)
+                for _, terms in t.stream(*pair, max_rows=max_rows)
+            ]
+        )
+        prior = []
+        with evaluating(structure.modules):
+            for _, batch in source.all(max_rows):
+                run = simulated("aggregated_posterior", model, batch)
+                for name in sites:
+                    refuse_mask("aggregated_posterior", run[name])
+                prior.append(torch.cat([of_rows(run[name], structure) for name in sites], 1))
+        means = []
+        for name in sites:
+            try:
+                means.append(columns(means_and_noise(*pair, name, 32, max_rows)[0], 1))
+            except UndefinedError:  # a distribution that has no mean, as of classes
+                break
+    known = torch.cat(means, 1) if len(means) == len(sites) else None
+    of_model = torch.cat(prior)
+    scale = torch.cat([draws, of_model]).std(0)  # of both, so that they stay exchangeable
+    scale = torch.where(scale > 0, scale, 1.0)
+    tests = [
+        ks_2samp(draws[:, d].cpu().numpy(), of_model[:, d].cpu().numpy())
+        for d in range(draws.shape[1])
+    ]
+    p_values = torch.tensor([float(test.pvalue) for test in tests], dtype=torch.float64)
+    return AggregatedPosterior(
+        draws,
+        of_model,
+        column_names(run, sites, structure),
+        two_sample_test(
+            draws / scale, of_model / scale, "imq", num_permutations=num_permutations, seed=seed
+        ),
+        torch.tensor([float(test.statistic) for test in tests], dtype=torch.float64),
+        (p_values * len(tests)).clamp(max=1),
+        _correlations(draws),
+        None if known is None else _correlations(known),
+    )
+
+
+def _correlations(values: Tensor) -> Tensor:
+    centred = values.double() - values.double().mean(0)
+    norm = centred.square().sum(0).sqrt()
+    tiny = 1e-9 * values.double().abs().amax(0).clamp(min=1e-300) * len(values) ** 0.5
+    unit = centred / torch.where(norm > tiny, norm, torch.nan)
+    return unit.T @ unit
