@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pvae import diagnostics, randomness
 from pvae.data import LinearGaussian
 from pvae.diagnostics.simulated import simulate
-from pvae.diagnostics.uniformity import _inside, uniformity
+from pvae.diagnostics.uniformity import _inside, _p_value, uniformity
 from pvae.errors import ArgumentError, PairError, UndefinedError
 from tests import linear, pairs
 
@@ -75,6 +75,16 @@ def test_p_values_are_of_all_samples_that_are_as_odd() -> None:
     least = tails.min(1)
     expected = (least[None] <= least[:, None] * (1 + 1e-9)).mean(1)
     np.testing.assert_allclose(found.ecdf_p.numpy(), expected, atol=1e-12)
+
+
+def test_tiny_p_values_are_upper_bounds() -> None:
+    """The bound that stands in for p-values below 1e-9 is never less than the chain's number."""
+    points = tuple(np.arange(1, 20) / 20)
+    for level in (0.1, 1e-3, 1e-6):
+        exact = 1 - _inside(200, points, level)
+        assert exact <= len(points) * level
+        assert _p_value(200, points, level) == exact
+    assert _p_value(200, points, 1e-30) == pytest.approx(19e-30)
 
 
 def test_the_band_is_the_tests(device: torch.device) -> None:
@@ -357,6 +367,39 @@ def test_a_model_that_reads_its_data_is_refused(device: torch.device) -> None:
 
     with pytest.raises(PairError, match="reads x besides observing it"):
         diagnostics.sbc(model, guide, torch.ones(4, 2, device=device))
+
+
+def test_a_plate_within_the_data_plate(device: torch.device) -> None:
+    """Three latents a datum in a plate of their own, with exact posteriors, and a wrong one."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 3, dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), x.new_tensor(1.0)))
+            pyro.sample("x", dist.Normal(z, x.new_tensor([0.5, 1.0, 2.0])), obs=x)
+
+    def guide_of(order: list[int]) -> Any:
+        def guide(x: Tensor) -> None:
+            precision = 1 + x.new_tensor([4.0, 1.0, 0.25])[order]
+            mean = x * (1 - 1 / precision)
+            with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 3, dim=-1):
+                pyro.sample("z", dist.Normal(mean, precision**-0.5))
+
+        return guide
+
+    x = torch.randn(5, 3, device=device)
+    found = diagnostics.sbc(model, guide_of([0, 1, 2]), x, **QUICK)
+    assert found.names == ("z[0]", "z[1]", "z[2]")
+    assert found.tests.p_value > FALSE_ALARM
+    wrong = diagnostics.sbc(model, guide_of([0, 1, 0]), x, **QUICK)
+    assert (wrong.tests.p_values < 1e-3).tolist() == [False, False, True]
+
+
+@pytest.mark.float32
+def test_single_precision(device: torch.device) -> None:
+    """Ranks of float32 draws; the model's dtype is the data's."""
+    found = run_sbc(linear.exact, device)
+    assert found.tests.p_value > FALSE_ALARM
+    assert found.coverage.dtype == torch.float64
 
 
 REFUSED = {

@@ -279,6 +279,53 @@ def test_a_guide_that_cant_be_vectorised_is_looped(device: torch.device) -> None
     assert scores[0].shape == (4, 6)
 
 
+def test_a_flow_is_scored_under_every_datum(device: torch.device) -> None:
+    """The guide's own log density, a draw and a datum at a time."""
+    zuko = pytest.importorskip("zuko")
+    flow = zuko.flows.MAF(2, 4, transforms=1, hidden_features=(8,))
+    vae = pvae.VAE(
+        pvae.priors.StandardNormal(2),
+        pvae.likelihoods.Bernoulli(nn.Linear(2, 4), 4),
+        flow,
+    ).to(device)
+    x = torch.rand(6, 4, device=device).round()
+    found = diagnostics.surgery(vae.model, vae.guide, x)
+    assert found.information is not None
+    structure = pvae.terms.inspect_pair(vae.model, vae.guide, (x,))
+    z = torch.randn(3, 2, device=device)
+    with torch.no_grad():
+        sites = pvae.terms.score_guide(vae.model, vae.guide, x, {"z": z}, structure=structure)
+        for k in range(3):
+            for n in range(6):
+                expected = flow(x[n]).log_prob(z[k])
+                score = sites["z"].log_q
+                assert score is not None
+                torch.testing.assert_close(score[k, n], expected)
+
+
+def test_scores_that_there_arent(device: torch.device) -> None:
+    """Auxiliary sites, latents set to them, and plates inside: the rate is there, q(z) isn't."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), x.new_ones(2)).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), x.new_tensor(1.0)), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            fn = dist.Normal(x, x.new_tensor(1.0))
+            u = pyro.sample("u", fn, infer={"is_auxiliary": True})
+            loc = u.unsqueeze(-1).expand(*u.shape, 2)
+            pyro.sample("z", dist.Normal(loc, x.new_tensor(1.0)).to_event(1))
+
+    x = torch.randn(8, device=device)
+    found = diagnostics.surgery(model, guide, x)
+    assert found.information is None
+    assert "other sites: 'u'" in found.undefined["parts of q(z)"]
+    assert set(found.rates) == {"u", "z"}
+    assert "parts of q(z): not defined" in str(found)
+
+
 # --- collapse ---------------------------------------------------------------------------------
 
 

@@ -47,9 +47,10 @@ class TARP:
         """The test, and the coverage that is furthest from its level."""
         verdict = judged(self.tests.p_value)
         shift, spread = float(self.tests.shift[0]), float(self.tests.spread[0])
-        meaning = "balls around reference points cover what they should"
+        meaning, advice = "balls around reference points cover what they should", ""
         if verdict != "good":
             meaning = "q and the posterior differ, perhaps in how dimensions depend on each other"
+            advice = "diagnostics.sbc; where it finds nothing, a guide with dependence (a flow)"
             if abs(shift) > max(3, abs(spread)):
                 meaning = "q is too narrow, or off" if shift > 0 else "q is too wide"
             elif spread > 3:
@@ -64,7 +65,7 @@ class TARP:
                 self.tests.p_value,
                 verdict=verdict,
                 meaning=meaning,
-                advice="" if verdict == "good" else "a guide with dependence: full rank, or a flow",
+                advice=advice,
             ),
             Finding(
                 "joint coverage",

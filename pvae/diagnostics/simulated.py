@@ -65,17 +65,21 @@ class Simulations:
         progress: bool,
     ) -> Iterator[tuple[slice, Tensor]]:
         """The guide's draws for each simulated datum: rows, and a share of them, (k, n, D)."""
-        passes = t.stream(model, guide, self.source, self.structure, num_draws, max_rows)
+
+        def run(*pair_and_batch: Any, **options: Any) -> Tensor:
+            sites = t.draw_guide(*pair_and_batch, **options)
+            each = torch.cat([columns(sites[name].value, 2) for name in self.sites], 2)
+            return each.movedim(1, 2)
+
+        passes = t.stream(model, guide, self.source, self.structure, num_draws, max_rows, run=run)
         with tqdm(total=len(self.latents) * num_draws, disable=not progress, unit="draw") as bar:
-            for rows, terms in passes:
-                found = [columns(terms.sites[name].value, 2) for name in self.sites]
-                each = torch.cat(found, 2)
-                if not bool(each.isfinite().all()):
+            for rows, draws in passes:
+                if not bool(draws.isfinite().all()):
                     raise UndefinedError(
                         "ranks among draws", "finite draws of the guide", "NaN or infinity"
                     )
-                yield rows, each
-                bar.update(each.shape[0] * each.shape[1])
+                yield rows, draws.movedim(2, 1)
+                bar.update(draws.shape[0] * draws.shape[2])
 
 
 def random_rank(less: Tensor, equal: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
 
     The test by the distribution function F takes, over all points t, the least two-sided
     probability of :math:`S F(t) \sim \mathrm{Binomial}(S, t)`; its p-value is computed, not
-    simulated, from the Markov chain that the counts are (Sailynoja et al., 2022, section 3.2).
+    simulated, from the Markov chain that the counts are (Sailynoja et al., 2022). Where it is
+    below 1e-9 an upper bound is given, P times that least probability.
 
     References:
         Graphical test for discrete uniformity and its applications in goodness-of-fit evaluation
@@ -87,7 +88,7 @@ def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
     below = np.stack([np.searchsorted(c, cuts) for c in np.sort(counts, 0).T], 1)  # (P, D)
     points = tuple((cuts / (num_draws + 1)).tolist())
     two_sided = _two_sided(below, size, np.asarray(points)[:, None]).min(0)
-    ecdf_p = np.array([1 - _inside(size, points, least) for least in two_sided]).clip(0, 1)
+    ecdf_p = np.array([_p_value(size, points, float(least)) for least in two_sided])
     chi2_p = _chi_squared(counts, num_draws)
     low, high = _limits(size, points, _level(size, points, 0.05 / columns))
     unit = ranks.double() / num_draws
@@ -152,11 +153,17 @@ def _inside(size: int, points: tuple[float, ...], level: float) -> float:
     return float(probability.sum())
 
 
+def _p_value(size: int, points: tuple[float, ...], least: float) -> float:
+    """Probability that some point has so little a two-sided probability; at most, if it is tiny."""
+    bound = len(points) * least
+    return bound if bound < 1e-9 else max(0.0, 1 - _inside(size, points, least))
+
+
 @lru_cache(maxsize=64)
 def _level(size: int, points: tuple[float, ...], alpha: float) -> float:
     """The two-sided probability below which some point falls with probability alpha at most."""
     low, high = np.log(alpha / (2 * len(points))), np.log(alpha)
-    for _ in range(30):
+    for _ in range(20):
         middle = (low + high) / 2
         too_often = 1 - _inside(size, points, float(np.exp(middle))) > alpha
         low, high = (low, middle) if too_often else (middle, high)

@@ -7,7 +7,7 @@ data set in chunks of bounded memory.
 
 from pvae.terms.chunks import first_batch, home_of, inspect_source, stream
 from pvae.terms.messages import is_penalty
-from pvae.terms.passes import compute, score_guide
+from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.probe import inspect_pair, probing, run_pair
 from pvae.terms.result import SiteTerms, Terms
 from pvae.terms.structure import Structure
@@ -19,6 +19,7 @@ __all__ = [
     "Terms",
     "check_data",
     "compute",
+    "draw_guide",
     "first_batch",
     "home_of",
     "inspect_pair",

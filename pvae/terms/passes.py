@@ -24,7 +24,7 @@ from pvae.terms.probe import Batch, as_batch, inspect_pair, num_rows_of, probing
 from pvae.terms.result import SiteTerms, Terms, joined, stack
 from pvae.terms.structure import Structure
 
-__all__ = ["compute", "score_guide"]
+__all__ = ["compute", "draw_guide", "score_guide"]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -169,31 +169,68 @@ def score_guide(
             f"other sites: {oxford(others)}" if others else "inner plates, or an AutoMessenger",
             ["pyro.sample(latent, q) for each latent, with .to_event(k) for axes of one datum"],
         )
-    count = len(next(iter(values.values())))
-    if count > 1 and not _can_vectorize(structure, model, guide, batch):
-        ones = [
-            score_guide(
-                model,
-                guide,
-                batch,
-                {name: value[k : k + 1] for name, value in values.items()},
-                structure=structure,
-                per_dimension=per_dimension,
-            )
-            for k in range(count)
-        ]
-        return {name: joined([one[name] for one in ones]) for name in ones[0]}
-    rows = num_rows_of(batch) or 1
-    given = {
-        name: value.unsqueeze(1) if count > 1 else value.expand(rows, *value.shape[1:])
-        for name, value in values.items()
-    }
-    program = pyro.plate(PARTICLES, count, dim=-2)(guide) if count > 1 else guide
-    trace, _ = run_pair(model, _Given(given)(program), batch, model_too=False)
-    collect = Collector(structure, count, per_dimension)
+    count, rows = len(next(iter(values.values()))), num_rows_of(batch) or 1
+
+    def score(part: slice) -> dict[str, SiteTerms]:
+        given = {name: value[part].unsqueeze(1) for name, value in values.items()}
+        num = len(next(iter(given.values())))
+        if num == 1:  # no plate of particles, which would expand them
+            given = {name: value[0].expand(rows, *value.shape[2:]) for name, value in given.items()}
+        return _guide_pass(guide, batch, structure, num, given, per_dimension=per_dimension)
+
+    if count == 1 or _can_vectorize(structure, model, guide, batch):
+        return score(slice(None))
+    return _joined([score(slice(k, k + 1)) for k in range(count)])
+
+
+def draw_guide(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Any,
+    *,
+    structure: Structure,
+    num_particles: int = 1,
+    given: Mapping[str, Tensor] | None = None,
+) -> dict[str, SiteTerms]:
+    """The guide's sites alone, as `compute` has them: K draws without a pass of the model.
+
+    Arguments:
+        model: A Pyro program; it runs only as in `score_guide`.
+        guide: Its guide.
+        batch: N data.
+        structure: What `inspect_pair` found.
+        num_particles: K.
+        given: Values of sites that aren't to be drawn.
+    """
+    batch = as_batch(batch)
+    if num_particles == 1 or _can_vectorize(structure, model, guide, batch):
+        return _guide_pass(guide, batch, structure, num_particles, given)
+    return _joined([_guide_pass(guide, batch, structure, 1, given) for _ in range(num_particles)])
+
+
+def _guide_pass(
+    guide: Any,
+    batch: Batch,
+    structure: Structure,
+    num_particles: int,
+    given: Mapping[str, Tensor] | None,
+    *,
+    per_dimension: bool = False,
+) -> dict[str, SiteTerms]:
+    program = guide
+    if num_particles > 1:
+        program = pyro.plate(PARTICLES, num_particles, dim=-structure.nesting - 1)(guide)
+    if given:
+        program = _Given(given)(program)
+    trace, _ = run_pair(None, program, batch, model_too=False)  # type: ignore[arg-type]
+    collect = Collector(structure, num_particles, per_dimension)
     for site in sample_sites(trace):
-        collect.guide(site, in_model=True)
+        collect.guide(site, in_model=site["name"] not in structure.auxiliary)
     return collect.sites
+
+
+def _joined(ones: list[dict[str, SiteTerms]]) -> dict[str, SiteTerms]:
+    return {name: joined([one[name] for one in ones]) for name in ones[0]}
 
 
 def _can_vectorize(
