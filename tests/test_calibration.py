@@ -87,17 +87,22 @@ def test_tiny_p_values_are_upper_bounds() -> None:
     assert _p_value(200, points, 1e-30) == pytest.approx(19e-30)
 
 
-def test_the_band_is_the_tests(device: torch.device) -> None:
-    """A sample leaves the band if and only if its p-value is at most 5%."""
+@pytest.mark.parametrize("columns", [1, 4])
+def test_the_band_is_the_tests(columns: int, device: torch.device) -> None:
+    """A column leaves the band if and only if its p-value is at most 5% over their number."""
     generator = torch.Generator().manual_seed(1)
-    verdicts = set()
+    agree, outside = [], 0
     for power in np.linspace(0.8, 1.25, 40):
-        unit = torch.rand(200, 1, generator=generator) ** power
+        unit = torch.rand(200, columns, generator=generator) ** power
         found = uniformity((unit * 50).long().to(device), 49)
-        inside = (found.ecdf[:, 0] >= found.lower) & (found.ecdf[:, 0] <= found.upper)
-        assert bool(inside.all()) == (float(found.ecdf_p[0]) > 0.05)
-        verdicts.add(bool(inside.all()))
-    assert verdicts == {True, False}
+        inside = (found.ecdf >= found.lower[:, None]) & (found.ecdf <= found.upper[:, None])
+        agree += (inside.all(0) == (found.ecdf_p > 0.05 / columns)).tolist()
+        outside += int((~inside).any(0).sum())
+        least = torch.minimum(found.chi2_p, found.ecdf_p)
+        torch.testing.assert_close(found.p_values, (2 * columns * least).clamp(max=1))
+        assert found.p_value == float(found.p_values.min())
+    assert all(agree)
+    assert 0 < outside < len(agree)
 
 
 def test_chi_squared_is_scipys_over_even_bins() -> None:

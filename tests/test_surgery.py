@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pvae
 from pvae import bounds, diagnostics
 from pvae.data import LinearGaussian
-from pvae.diagnostics.mixture import draw, sum_of
+from pvae.diagnostics.mixture import draw, score_mixture, sum_of
 from pvae.errors import ArgumentError, UndefinedError
 from tests import linear, pairs
 
@@ -45,7 +45,7 @@ def bernoulli_pair(probabilities: Tensor, prior: Tensor) -> tuple[Any, Any]:
     return model, guide
 
 
-@pytest.mark.parametrize("max_rows", [65536, 7])
+@pytest.mark.parametrize("max_rows", [65536, 4])
 def test_every_part_by_enumeration(max_rows: int, device: torch.device) -> None:
     """All eight states of three binary entries, six data."""
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def test_every_part_by_enumeration(max_rows: int, device: torch.device) -> None:
     prior = torch.tensor([0.5, 0.2, 0.7], device=device)
     model, guide = bernoulli_pair(table, prior)
     x = torch.arange(6.0, device=device)
-    k = 3000 if max_rows > 7 else 40
+    k = 3000 if max_rows > 4 else 40
     found = diagnostics.surgery(model, guide, x, num_particles=k, max_rows=max_rows)
 
     states = torch.cartesian_prod(*[torch.arange(2.0)] * 3).to(device)  # (8, 3)
@@ -111,15 +111,19 @@ def test_it_is_the_elbo(device: torch.device) -> None:
     assert float(lower.se_draws or 0) < float(found.distortion.se_draws + found.rate.se_draws)
 
 
-def test_small_chunks_give_the_same_numbers(device: torch.device) -> None:
-    """The draws of one chunk of data, scored in chunks of any size."""
+@pytest.mark.parametrize("max_rows", [1, 4, 10, 35])
+def test_small_chunks_give_the_same_numbers(max_rows: int, device: torch.device) -> None:
+    """The same draws, scored in chunks of draws and of data."""
     vae = pvae.recipes.vae(6, 3, hidden=(8,)).to(device)
-    x = torch.rand(30, 6, device=device).round()
-    whole = diagnostics.surgery(vae.model, vae.guide, x, num_particles=2)
-    small = diagnostics.surgery(vae.model, vae.guide, x, num_particles=2, max_rows=60)
-    for name in ("rate", "information", "information_upper", "total_correlation"):
-        ours, theirs = getattr(whole, name), getattr(small, name)
-        torch.testing.assert_close(ours.values, theirs.values)
+    x = torch.rand(10, 6, device=device).round()
+    source, structure = bounds.prepare(vae.model, vae.guide, x)
+    pair = (vae.model, vae.guide, source, structure)
+    own = draw(*pair, 2, 8192)
+    whole = score_mixture(*pair, own, 65536, progress=False)
+    small = score_mixture(*pair, own, max_rows, progress=False)
+    torch.testing.assert_close(small.log_prob, whole.log_prob)
+    torch.testing.assert_close(small.without_own, whole.without_own)
+    torch.testing.assert_close(small.log_prob_dims, whole.log_prob_dims)
 
 
 def test_a_mixture_of_gaussians_by_quadrature(device: torch.device) -> None:
@@ -324,6 +328,11 @@ def test_scores_that_there_arent(device: torch.device) -> None:
     assert "other sites: 'u'" in found.undefined["parts of q(z)"]
     assert set(found.rates) == {"u", "z"}
     assert "parts of q(z): not defined" in str(found)
+    structure = pvae.terms.inspect_pair(model, guide, (x,))
+    sites = pvae.terms.draw_guide(model, guide, x, structure=structure, num_particles=3)
+    assert [(n, s.kind) for n, s in sites.items()] == [("u", "auxiliary"), ("z", "latent")]
+    assert sites["z"].value is not None
+    assert sites["z"].value.shape == (3, 8, 2)
 
 
 # --- collapse ---------------------------------------------------------------------------------

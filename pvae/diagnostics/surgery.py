@@ -41,7 +41,10 @@ class Part:
 
     @property
     def se_data(self) -> Tensor:
-        """Its standard error over data: other data, and other draws."""
+        """Its standard error over data: other data, and other draws.
+
+        In parts with q(z), which all data make together, q(z) counts as fixed.
+        """
         return self.values.std(0) / len(self.values) ** 0.5
 
     @property
