@@ -20,7 +20,7 @@ from torch import Tensor
 import pvae
 from pvae import export, recipes
 from pvae.data import as_source
-from pvae.errors import ArgumentError, UndefinedError
+from pvae.errors import ArgumentError, PvaeWarning, UndefinedError
 from tests import pairs
 from tests.test_bounds import exact_pair, orthogonal
 from tests.test_predictive import regression
@@ -177,7 +177,7 @@ def test_labels_and_names_of_dimensions(device: torch.device) -> None:
 
 
 def test_other_plates_name_dimensions(device: torch.device) -> None:
-    """An inner plate to the right of the data plate, one to the left, and a global one."""
+    """An inner plate to the right of the data plate, and a global one."""
 
     def model(x: Tensor) -> None:
         with pyro.plate("topics", 4):
@@ -209,6 +209,31 @@ def test_other_plates_name_dimensions(device: torch.device) -> None:
     assert 0.05 < close.std() < 0.2  # rows and words aren't exchanged
     expected = stats.norm.logpdf(x.cpu().numpy(), posterior["word"].values[0], 1.0).sum(-1)
     np.testing.assert_allclose(tree["log_likelihood"]["x"].values[0], expected)
+
+
+def test_a_plate_to_the_left_of_the_data_plate(device: torch.device) -> None:
+    """Data come first in the export, whatever their axis is in the programs."""
+    shift = torch.tensor([0.0, 10.0, 20.0]).to(device)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("views", 3, dim=-2):
+                pyro.sample("x", dist.Normal(z + shift[:, None], 1.0), obs=x.T)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+    x = (torch.randn(7, 3) + shift.cpu()).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PvaeWarning)  # where a view isn't told from a particle
+        tree = to_arviz(model, guide, x, num_samples=5, mean=True)
+    np.testing.assert_array_equal(tree["observed_data"]["x"].values, x.cpu().numpy())
+    z = tree["posterior"]["z"].values
+    drawn = tree["posterior_predictive"]["x"]
+    assert drawn.dims == ("chain", "draw", "data", "views")
+    np.testing.assert_allclose(drawn.values, z[..., None] + shift.cpu().numpy())
 
 
 def test_a_point_mass_has_one_draw_and_no_weights(device: torch.device) -> None:
@@ -476,7 +501,7 @@ def test_arviz_plots_of_a_regression(name: str, device: torch.device) -> None:
 
 def test_the_older_arviz_reads_the_file(tree: Any, tmp_path: Path) -> None:
     """The 0.23 line's own functions, on what ``arviz.from_netcdf`` makes of the file."""
-    if not hasattr(arviz, "InferenceData"):
+    if not arviz.__version__.startswith("0."):
         pytest.skip("ArviZ 1 reads the tree itself")
     tree.to_netcdf(tmp_path / "fit.nc")
     with warnings.catch_warnings():

@@ -301,6 +301,9 @@ def test_pit_of_reconstructions_is_not_tested(device: torch.device) -> None:
     assert found.p_value is None
     assert found.spread[0] < 0.9  # gathered around 1/2, though the model is right
     assert "decoded from its own code" in str(found)
+    others = diagnostics.pit(pair.model, pair.guide, x, kind="aggregated")
+    assert abs(others.spread[0] - 1) < 4.5 * others.spread[1]  # codes of other data
+    assert others.p_values is not None
 
 
 def test_a_statistic_of_each_datum(device: torch.device) -> None:
