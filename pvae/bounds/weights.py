@@ -1,8 +1,10 @@
-"""The log importance weights of a pair, all of them."""
+"""The log importance weights of a pair, all of them, and what their averages estimate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor
 from pvae import randomness
 from pvae import terms as t
 from pvae.bounds.prepare import prepare
+from pvae.bounds.result import Bound, Kind
 from pvae.errors import UndefinedError, check_int, oxford
 
-__all__ = ["log_weights"]
+__all__ = ["Estimate", "log_weights"]
 
 
 def log_weights(
@@ -75,3 +78,51 @@ def log_weights(
         for rows, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
             found.setdefault(rows.start, []).append(terms.log_weight.double())
         return torch.cat([torch.cat(parts) for parts in found.values()], 1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate for each datum from K draws, and what each draw does to it.
+
+    Differences of estimates from the same draws have the right error: what is common cancels.
+
+    Attributes:
+        values: Shape ``(N,)``.
+        influence: By how much each draw moves it, times K, around 0; shape ``(K, N)``.
+
+    Example:
+        >>> log_weights = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+        >>> Estimate.of_elbo(log_weights).values
+        tensor([1., 1.])
+    """
+
+    values: Tensor
+    influence: Tensor
+
+    @classmethod
+    def of_elbo(cls, log_weights: Tensor) -> Estimate:
+        """The mean of log weights ``(K, N)``."""
+        mean = log_weights.mean(0)
+        return cls(mean, log_weights - mean)
+
+    @classmethod
+    def of_evidence(cls, log_weights: Tensor) -> Estimate:
+        """The log of the mean of the weights, with the error of the delta method."""
+        k = len(log_weights)
+        return cls(log_weights.logsumexp(0) - math.log(k), k * log_weights.softmax(0) - 1)
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """The difference, for each datum."""
+        return Estimate(self.values - other.values, self.influence - other.influence)
+
+    @property
+    def variance(self) -> Tensor:
+        """Over draws, of each datum's value, shape ``(N,)``."""
+        k = len(self.influence)
+        return self.influence.square().sum(0) / (k * max(k - 1, 1))
+
+    def bound(self, name: str, kind: Kind = "none") -> Bound:
+        """As a result that has both standard errors."""
+        k, n = self.influence.shape
+        error = math.sqrt(float(self.variance.sum())) if k > 1 else None
+        return Bound(name, self.values, float(self.values.sum()), error, n, k, kind=kind)

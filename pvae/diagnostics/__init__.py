@@ -7,6 +7,7 @@ from pvae.diagnostics.aggregate import AggregatedPosterior, aggregated_posterior
 from pvae.diagnostics.calibration import SBC, sbc
 from pvae.diagnostics.codes import hoyer, near_zero, sensitivity
 from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.gap import Gap, gap
 from pvae.diagnostics.importance import Importance, importance, khat
 from pvae.diagnostics.joint import TARP, tarp
 from pvae.diagnostics.pit import Calibration, pit
@@ -25,6 +26,7 @@ __all__ = [
     "Calibration",
     "Diagnosis",
     "Finding",
+    "Gap",
     "Importance",
     "Part",
     "PredictiveCheck",
@@ -35,6 +37,7 @@ __all__ = [
     "active_units",
     "aggregated_posterior",
     "diagnose",
+    "gap",
     "hoyer",
     "importance",
     "khat",

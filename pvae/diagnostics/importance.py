@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -127,35 +126,27 @@ class Importance:
         """Data whose weights are constant: q is the posterior there. Shape ``(N,)``."""
         return _are_constant(self.log_weights, self.tolerance)
 
-    @cached_property
-    def weights(self) -> Tensor:
-        """The weights of each datum, normalised to a sum of 1, shape ``(K, N)``."""
-        return self.log_weights.softmax(0)
-
     @property
     def ess(self) -> Tensor:
         r"""Effective sample size of each datum, :math:`1 / \sum_k \bar w_k^2`, shape ``(N,)``."""
-        return 1 / self.weights.square().sum(0)
+        return 1 / self.log_weights.softmax(0).square().sum(0)
 
     @property
     def elbo(self) -> bounds.Bound:
         """The mean of the log weights."""
-        return self._bound("ELBO", self.log_weights.mean(0), self._centred)
+        return bounds.Estimate.of_elbo(self.log_weights).bound("ELBO", "lower")
 
     @property
     def evidence(self) -> bounds.Bound:
         """The log of the mean of the weights, which is low on average."""
-        k = len(self.log_weights)
-        name = f"evidence, IWAE-{k}"
-        values = self.log_weights.logsumexp(0) - math.log(k)
-        return self._bound(name, values, k * self.weights - 1)
+        name = f"evidence, IWAE-{len(self.log_weights)}"
+        return bounds.Estimate.of_evidence(self.log_weights).bound(name, "lower")
 
     @property
     def gap(self) -> bounds.Bound:
         """Evidence minus ELBO; the error over draws is that of the difference."""
-        k = len(self.log_weights)
-        values = self.evidence.per_datum - self.elbo.per_datum
-        return self._bound("gap", values, k * self.weights - 1 - self._centred)
+        evidence = bounds.Estimate.of_evidence(self.log_weights)
+        return (evidence - bounds.Estimate.of_elbo(self.log_weights)).bound("gap")
 
     @property
     def unreliable(self) -> float:
@@ -232,17 +223,6 @@ class Importance:
         return "\n".join([*lines, f"  rows with the largest k-hat: {', '.join(rows) or 'none'}"])
 
     __repr__ = __str__
-
-    @property
-    def _centred(self) -> Tensor:
-        return self.log_weights - self.log_weights.mean(0)
-
-    def _bound(self, name: str, values: Tensor, influence: Tensor) -> bounds.Bound:
-        """A mean whose error over draws is that of its influence function, ``(K, N)``."""
-        k, n = influence.shape
-        variance = influence.square().sum(0) / (k * (k - 1))
-        total = float(values.sum())
-        return bounds.Bound(name, values, total, math.sqrt(float(variance.sum())), n, k)
 
 
 def importance(

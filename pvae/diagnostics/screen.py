@@ -16,6 +16,7 @@ from pvae.data import Source, as_source
 from pvae.diagnostics.aggregate import aggregated_posterior
 from pvae.diagnostics.calibration import sbc
 from pvae.diagnostics.finding import Finding
+from pvae.diagnostics.gap import gap
 from pvae.diagnostics.importance import importance
 from pvae.diagnostics.joint import tarp
 from pvae.diagnostics.predictive import predictive
@@ -89,6 +90,7 @@ def _annealing(subject: Subject) -> Lines:
 CHECKS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "elbo": ("the bound", _bound),
     "importance": ("the bound", lambda s: s.run(importance, num_particles=s.num_particles)),
+    "gap": ("the bound", lambda s: s.run(gap, progress=s.progress)),
     "ais": ("the bound", _annealing),
     "sbc": ("the posterior", lambda s: s.run(sbc, num_simulations=500)),
     "tarp": ("the posterior", lambda s: s.run(tarp, num_simulations=500)),

@@ -1,0 +1,252 @@
+"""Families of q with parameters for each datum, as distributions of its flat latents."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints, transforms
+from pyro.distributions.transforms.spline import ConditionedSpline
+from torch import Tensor
+from torch.distributions import Independent, Transform, transform_to
+from torch.nn.functional import softplus
+
+from pvae import terms as t
+from pvae.errors import UndefinedError
+
+__all__ = ["LocalFamily", "flow", "full_rank", "own_family", "refuse_masks"]
+
+
+@dataclass(frozen=True)
+class LocalFamily:
+    """A distribution of u, with parameters for each datum: the function makes it of them."""
+
+    parameters: list[Tensor]
+    distribution: Callable[[Sequence[Tensor]], Any]
+
+    def draw(self, num_draws: int) -> tuple[Tensor, Tensor]:
+        """u, shape ``(K, N, D)``, and its log density ``(K, N)`` with the parameters stopped."""
+        u = self.distribution(self.parameters).rsample((num_draws,))
+        stopped = self.distribution([p.detach() for p in self.parameters])
+        return u, stopped.log_prob(u.view_as(u))  # a view, as transforms remember their draws
+
+
+def _affine_start(like: Tensor) -> list[Tensor]:
+    """Parameters with which `_affine` changes nothing; ``like`` has shape ``(N, D)``."""
+    below = like.new_zeros(*like.shape, like.shape[-1])
+    return [torch.zeros_like(like), torch.zeros_like(like), below]
+
+
+def _affine(loc: Tensor, factor: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Location and triangular factor, moved in units of the factor that they start from."""
+    shift, log_diagonal, below = parameters
+    triangle = below.tril(-1) + log_diagonal.exp().diag_embed()
+    return loc + (factor @ shift.unsqueeze(-1)).squeeze(-1), factor @ triangle
+
+
+def full_rank(loc: Tensor, scale: Tensor) -> LocalFamily:
+    """Gaussians, from diagonal ones on."""
+    start = scale.diag_embed()
+
+    def distribution(parameters: Sequence[Tensor]) -> Any:
+        mean, factor = _affine(loc, start, parameters)
+        return dist.MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+
+    return LocalFamily(_affine_start(loc), distribution)
+
+
+class _Triangular(Transform):
+    """x -> loc + factor x, one for each datum (Pyro's takes one factor for all)."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, loc: Tensor, factor: Tensor) -> None:
+        super().__init__()
+        self.loc, self.factor = loc, factor
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.loc + (self.factor @ x.unsqueeze(-1)).squeeze(-1)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        white = (y - self.loc).unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.factor, white, upper=False).squeeze(-1)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        log_det = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return log_det.expand(x.shape[:-1])
+
+
+_BINS, _BOUND = 8, 4.0
+_ONE = math.log(math.expm1(1 - 1e-3))  # softplus(_ONE) is 1, but for what splines add to it
+
+
+def _spline_start(like: Tensor) -> list[Tensor]:
+    """Parameters with which `_spline` changes nothing."""
+    lengths = [like.new_zeros(*like.shape, _BINS) for _ in range(3)]
+    return [*lengths, like.new_full((*like.shape, _BINS - 1), _ONE)]
+
+
+def _spline(parameters: Sequence[Tensor]) -> Any:
+    widths, heights, middles, slopes = parameters
+    shares = (widths.softmax(-1), heights.softmax(-1), softplus(slopes), middles.sigmoid())
+    return ConditionedSpline(shares, bound=_BOUND)
+
+
+def flow(start: LocalFamily) -> LocalFamily:
+    """Two layers of splines, each followed by an affine map, the last of them the Gaussian's.
+
+    In one dimension, too, it is more than a Gaussian, and its inverse is as fast as itself. These
+    are Pyro's transforms, which take parameters with a dimension of data.
+    """
+    gaussian = start.distribution([p.detach() for p in start.parameters])
+    zero = torch.zeros_like(gaussian.loc)
+    one = torch.ones_like(zero)
+    base = dist.Normal(zero, one, validate_args=False).to_event(1)
+    flip = torch.arange(zero.shape[-1] - 1, -1, -1, device=zero.device)
+
+    def distribution(parameters: Sequence[Tensor]) -> Any:
+        inner = _affine(zero, one.diag_embed(), parameters[4:7])
+        outer = _affine(gaussian.loc, gaussian.scale_tril, parameters[11:])
+        layers = [
+            _spline(parameters[:4]),
+            transforms.Permute(flip),
+            _Triangular(*inner),
+            _spline(parameters[7:11]),
+            transforms.Permute(flip),
+            _Triangular(*outer),
+        ]
+        return dist.TransformedDistribution(base, layers, validate_args=False)
+
+    layer = [*_spline_start(zero), *_affine_start(zero)]
+    return LocalFamily([*layer, *(p.clone() for p in layer)], distribution)
+
+
+class _Sites:
+    """Distributions of the guide's kinds at its sites, as one of u."""
+
+    def __init__(self, density: t.LatentDensity, sites: dict[str, Any]) -> None:
+        self.density, self.sites = density, sites
+        self.dim = density.structure.dim
+
+    def rsample(self, shape: tuple[int]) -> Tensor:
+        values = {}
+        for name, fn in self.sites.items():
+            axis = len(shape) + len(fn.batch_shape) + self.dim
+            values[name] = fn.rsample(shape).movedim(axis, 1)
+        return self.density.flatten(values)
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        total = self.density.log_det(u)
+        for name, value in self.density.values(u).items():
+            fn = self.sites[name]
+            axis = 1 + len(fn.batch_shape) + self.dim
+            log_prob = fn.log_prob(value.movedim(1, axis)).movedim(axis, 1)
+            total = total + log_prob.reshape(*u.shape[:2], -1).sum(-1)
+        return total
+
+
+def own_family(density: t.LatentDensity, instead: LocalFamily) -> tuple[LocalFamily, str]:
+    """The family that the guide's distributions are of; ``instead``, and why, if not known."""
+    sites, again = _guides(density), _guides(density)
+    if density.structure.auxiliary or density.structure.fed:
+        return instead, "its latents come from auxiliary sites"
+    readings = {}
+    for name, fn in sites.items():
+        reading, other = _read(fn), _read(again[name])
+        if reading is None or other is None:
+            return instead, f"{type(fn).__name__} at site '{name}' has no parameters to read"
+        if any(not torch.equal(a, b) for a, b in zip(reading.start, other.start, strict=True)):
+            return instead, f"site '{name}' depends on what the guide has drawn before"
+        readings[name] = reading
+    ends = list(itertools.accumulate((len(r.start) for r in readings.values()), initial=0))
+
+    def distribution(parameters: Sequence[Tensor]) -> Any:
+        shares = (parameters[a:b] for a, b in itertools.pairwise(ends))
+        made = {n: r.build(p) for (n, r), p in zip(readings.items(), shares, strict=True)}
+        return _Sites(density, made)
+
+    moves = [torch.zeros_like(p) for r in readings.values() for p in r.start]
+    return LocalFamily(moves, distribution), ""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A distribution's kind and unconstrained parameters, of which it can be made again."""
+
+    kind: Any
+    names: list[str]
+    start: list[Tensor]
+    units: list[Tensor]
+    event_dims: int
+
+    def build(self, moves: Sequence[Tensor]) -> Any:
+        """The distribution, its parameters moved."""
+        values = {
+            name: transform_to(self.kind.arg_constraints[name])(start + unit * move)
+            for name, start, unit, move in zip(
+                self.names, self.start, self.units, moves, strict=True
+            )
+        }
+        made = self.kind(**values, validate_args=False)
+        extra = self.event_dims - len(made.event_shape)
+        return made.to_event(extra) if extra else made
+
+
+_DERIVED = {"covariance_matrix", "precision_matrix", "probs"}  # another parameter says it, too
+
+
+def _read(fn: Any) -> _Reading | None:
+    """Kind and parameters of a distribution; None if they don't make it again."""
+    base = fn
+    while isinstance(base, Independent):
+        base = base.base_dist
+    try:
+        limits = {k: v for k, v in base.arg_constraints.items() if k not in _DERIVED}
+        values = {name: getattr(base, name) for name in limits}
+        start = [transform_to(limits[name]).inv(value).detach() for name, value in values.items()]
+        units = [torch.ones_like(p) for p in start]
+        if "loc" in values:  # moves in standard deviations
+            unit = base.scale if "scale" in values else base.stddev
+            units[list(values).index("loc")] = unit.expand_as(values["loc"])
+        reading = _Reading(type(base), list(values), start, units, len(fn.event_shape))
+        made = reading.build([torch.zeros_like(p) for p in start])
+        draw = fn.rsample()
+        is_same = made.batch_shape == fn.batch_shape and torch.allclose(
+            made.log_prob(draw), fn.log_prob(draw), rtol=1e-4
+        )
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+    return reading if is_same and start else None
+
+
+def _guides(density: t.LatentDensity) -> dict[str, Any]:
+    """The guide's distributions at the latents of one pass."""
+    terms = _one_pass(density)
+    return {name: terms.sites[name].guide for name in density.sites}
+
+
+def refuse_masks(density: t.LatentDensity) -> None:
+    """Refuses latents that are masked out, whose best q is as wide as can be."""
+    terms = _one_pass(density)
+    for trace in (terms.guide_trace, terms.model_trace):
+        for name in density.sites:
+            mask = trace.nodes[name]["mask"]
+            if mask is not None and not bool(torch.as_tensor(mask).all()):
+                raise UndefinedError(
+                    f"a local fit at site '{name}'",
+                    "latents that all count",
+                    "a mask that leaves some out",
+                    ["data without padding rows", "poutine.mask around the observed site alone"],
+                )
+
+
+def _one_pass(density: t.LatentDensity) -> t.Terms:
+    programs, given = (density.model, density.guide), density.given
+    with torch.no_grad():
+        return t.compute(*programs, density.batch, structure=density.structure, given=given)
