@@ -11,6 +11,7 @@ from torch import Tensor
 from pvae import randomness
 from pvae import terms as t
 from pvae.bounds.annealing import AIS, annealed
+from pvae.bounds.local import refined
 from pvae.bounds.lower import kind_of, with_globals
 from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound
@@ -21,9 +22,9 @@ from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, 
 
 __all__ = ["evidence"]
 
-Method = Literal["importance", "ais", "cubo"]
+Method = Literal["importance", "local", "ais", "cubo"]
 
-_DRAWS: dict[str, int] = {"importance": 1000, "ais": 16, "cubo": 1000}
+_DRAWS: dict[str, int] = {"importance": 1000, "local": 1000, "ais": 16, "cubo": 1000}
 
 
 def evidence(
@@ -43,7 +44,7 @@ def evidence(
     progress: bool = True,
     seed: int = 0,
 ) -> Bound:
-    r"""The estimate of the evidence of each datum, by one of three methods.
+    r"""The estimate of the evidence of each datum, by one of four methods.
 
     All of them are averages over K weights, each with a standard error over draws by the delta
     method (where one weight has it all, even that is too small), and an effective sample size.
@@ -56,6 +57,9 @@ def evidence(
 
     Its expectation is at most log p(x_n) and doesn't fall as K grows. With a guide that misses the
     posterior it can be nats too low.
+
+    ``method="local"``, the same with draws from a full-rank Gaussian that is fitted to each datum's
+    posterior, where the guide may be off (`refined` has other families and settings).
 
     ``method="ais"``, the same with weights of Markov chains that are annealed from the guide, or
     the prior, to the posterior (see `AIS`): a lower bound on average, and much tighter; the cost
@@ -91,8 +95,8 @@ def evidence(
         structure: What `pvae.terms.inspect_pair` found, if it is known.
         max_rows: Bound on the rows in memory at once, counting each particle of a datum as one.
         engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with
-            the same draws; ``"auto"``, compiled where that pays. Annealing is eager.
-        progress: Show a progress bar of the annealing, on stderr.
+            the same draws; ``"auto"``, compiled where that pays. Fits and annealing are eager.
+        progress: Show a progress bar of fits and of annealing, on stderr.
         seed: Of the draws; the caller's generators are left as they are.
 
     Raises:
@@ -123,6 +127,9 @@ def evidence(
             return _by_annealing(model, guide, source, structure, how, k, max_rows, progress)
         structure.require_density("evidence by importance sampling")
         structure.require_proper("evidence")
+        if method == "local":
+            shared: dict[str, Any] = {"structure": structure, "max_rows": max_rows, "seed": seed}
+            return refined(model, guide, source, k, progress=progress, **shared)
         if method == "cubo":
             _require_local(structure)
             weights = WeightSums(order)
