@@ -18,7 +18,7 @@ import xarray
 from typer.testing import CliRunner
 
 import pvae
-from pvae import bounds
+from pvae import bounds, diagnostics
 from pvae.cli import app
 from pvae.runs import Config, open_run
 
@@ -126,7 +126,7 @@ def test_diagnose(run: Path, tmp_path: Path) -> None:
     assert "Diagnosis, N = 60\n" in said
     found = json.loads((tmp_path / "d.json").read_text())
     (elbo,) = found["findings"]["elbo"]
-    assert f"{elbo['value']:.2f}" in said
+    assert str(diagnostics.Finding(**elbo)) in said
     assert found["next"] in said
 
 

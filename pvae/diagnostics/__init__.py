@@ -10,6 +10,7 @@ from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.gap import Gap, gap
 from pvae.diagnostics.importance import Importance, importance, khat
 from pvae.diagnostics.joint import TARP, tarp
+from pvae.diagnostics.learning import LearningCurve, learning_curve
 from pvae.diagnostics.pit import Calibration, pit
 from pvae.diagnostics.predictive import PredictiveCheck, Statistic, predictive
 from pvae.diagnostics.screen import CHECKS, DEFAULT, Diagnosis, diagnose
@@ -28,6 +29,7 @@ __all__ = [
     "Finding",
     "Gap",
     "Importance",
+    "LearningCurve",
     "Part",
     "PredictiveCheck",
     "Statistic",
@@ -41,6 +43,7 @@ __all__ = [
     "hoyer",
     "importance",
     "khat",
+    "learning_curve",
     "near_zero",
     "pit",
     "predictive",

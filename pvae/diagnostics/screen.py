@@ -19,6 +19,7 @@ from pvae.diagnostics.finding import Finding
 from pvae.diagnostics.gap import gap
 from pvae.diagnostics.importance import importance
 from pvae.diagnostics.joint import tarp
+from pvae.diagnostics.learning import learning_curve
 from pvae.diagnostics.predictive import predictive
 from pvae.diagnostics.surgery import surgery
 from pvae.errors import ArgumentError, DataError, PairError, UndefinedError, check_int, oxford
@@ -227,6 +228,11 @@ def diagnose(
         except (UndefinedError, PairError, DataError) as error:
             undefined[name] = error.one_line()
         seconds[name] = time.perf_counter() - started
+    if history:
+        try:
+            results["learning"] = learning_curve(history)
+        except UndefinedError as error:
+            undefined["learning"] = error.one_line()
     return Diagnosis(results, undefined, seconds, rows.num_rows)
 
 
