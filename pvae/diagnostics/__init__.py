@@ -8,6 +8,7 @@ from pvae.diagnostics.calibration import SBC, sbc
 from pvae.diagnostics.codes import hoyer, near_zero, sensitivity
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.gap import Gap, gap
+from pvae.diagnostics.gradients import GradientNoise, compare_objectives, gradient_noise
 from pvae.diagnostics.importance import Importance, importance, khat
 from pvae.diagnostics.joint import TARP, tarp
 from pvae.diagnostics.learning import LearningCurve, learning_curve
@@ -28,6 +29,7 @@ __all__ = [
     "Diagnosis",
     "Finding",
     "Gap",
+    "GradientNoise",
     "Importance",
     "LearningCurve",
     "Part",
@@ -38,8 +40,10 @@ __all__ = [
     "Verdict",
     "active_units",
     "aggregated_posterior",
+    "compare_objectives",
     "diagnose",
     "gap",
+    "gradient_noise",
     "hoyer",
     "importance",
     "khat",

@@ -1,0 +1,285 @@
+"""How noisy a training's gradients are: variance and signal-to-noise, by side, site, parameter."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer import ELBO as PyroELBO
+from torch import Tensor
+
+from pvae import bounds, randomness
+from pvae import terms as t
+from pvae.diagnostics.finding import Finding
+from pvae.engine.optimizers import Backup
+from pvae.errors import ArgumentError, UndefinedError, check_int
+from pvae.modes import in_mode
+from pvae.objectives import ELBO, Objective, as_objective
+
+__all__ = ["GradientNoise", "compare_objectives", "gradient_noise"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance over draws of the gradient of some parameters, as one vector.
+
+    Attributes:
+        mean: Shape ``(P,)``.
+        variance: Of one draw, ``(P,)``.
+        num_repeats: R.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    num_repeats: int
+
+    @property
+    def total_variance(self) -> float:
+        """The trace of the gradient's covariance."""
+        return float(self.variance.sum())
+
+    @property
+    def se_total_variance(self) -> float:
+        """Its standard error, as of a normal distribution with independent entries."""
+        return math.sqrt(2 / (self.num_repeats - 1)) * float(self.variance.norm())
+
+    @property
+    def snr(self) -> float:
+        r"""The mean over entries of :math:`|E g| / \mathrm{sd}(g)`; NaN where nothing varies."""
+        moves = self.variance > 0
+        return float((self.mean.abs()[moves] / self.variance[moves].sqrt()).mean())
+
+    @property
+    def floor(self) -> float:
+        r"""What `snr` is on average where there is no signal at all, :math:`\sqrt{2 / (\pi R)}`."""
+        return math.sqrt(2 / (math.pi * self.num_repeats))
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """The gradient of one objective on fixed data, over its draws.
+
+    Attributes:
+        objective: Its name.
+        parameters: By name.
+        sides: Of all parameters of ``"model"`` and of ``"guide"``.
+        sites: Of the parameters that a site's distribution has, by ``"site (side)"``.
+        seconds: Processor time of a gradient, median.
+        step_ratio: The same over the first objective's, where several are compared.
+    """
+
+    objective: str
+    parameters: dict[str, Moments]
+    sides: dict[str, Moments]
+    sites: dict[str, Moments]
+    seconds: float
+    step_ratio: float = 1.0
+
+    def findings(self) -> list[Finding]:
+        """Signal-to-noise by side, and variance by site."""
+        lines = [
+            Finding(
+                f"gradient SNR, {side}",
+                found.snr,
+                meaning=f"|mean| / sd of an entry, {self.objective}; without any signal it is "
+                f"{found.floor:.2g}",
+            )
+            for side, found in self.sides.items()
+        ]
+        lines += [
+            Finding(f"var {site}", found.total_variance, found.se_total_variance, "nats^2")
+            for site, found in self.sites.items()
+        ]
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join([f"Gradients of {self.objective}", *map(str, self.findings())])
+
+    __repr__ = __str__
+
+
+def gradient_noise(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    objective: PyroELBO | None = None,
+    *,
+    num_repeats: int = 100,
+    structure: t.Structure | None = None,
+    seed: int = 0,
+) -> GradientNoise:
+    r"""The mean and the variance over draws of an objective's gradient, the data held fixed.
+
+    Gradients are those of a training step, per datum: of the loss divided by the data plate's
+    size, in training mode. The signal-to-noise ratio of an entry is
+    :math:`|E g| / \mathrm{sd}(g)`; where it is below 1 one step moves the entry more by chance
+    than by purpose.
+
+    References:
+        Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018),
+        https://arxiv.org/abs/1802.04537
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: One batch: an array, tensor, tuple of them or source; all rows are in each gradient.
+        objective: One of `pvae.objectives`; None for `pvae.objectives.ELBO`.
+        num_repeats: R, gradients that are taken.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        seed: Of the draws; generators, parameters, buffers and modes are left as they are.
+
+    Raises:
+        UndefinedError: If no parameter has a gradient.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> found = gradient_noise(vae.model, vae.guide, torch.zeros(5, 4), num_repeats=10)
+        >>> sorted(found.sides), sorted(found.sites)
+        (['guide', 'model'], ['x (model)', 'z (guide)'])
+    """
+    named = {"": objective or ELBO()}
+    (found,) = _compared(model, guide, data, named, num_repeats, structure, seed).values()
+    return found
+
+
+def compare_objectives(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    objectives: Mapping[str, PyroELBO],
+    *,
+    num_repeats: int = 100,
+    structure: t.Structure | None = None,
+    seed: int = 0,
+) -> dict[str, GradientNoise]:
+    """`gradient_noise` of several objectives at the same pair and data, taken in turn.
+
+    Their variances compare where the objectives' expected gradients are the same, as those of
+    ELBO and STL are; signal-to-noise ratios compare anyway.
+
+    Arguments:
+        model: A Pyro program.
+        guide: Its guide.
+        data: One batch.
+        objectives: By name.
+        num_repeats: R, gradients of each.
+        structure: What `pvae.terms.inspect_pair` found, if it is known.
+        seed: Of the draws.
+
+    Returns:
+        By name; ``step_ratio`` is each one's time over the first one's, both medians of R.
+    """
+    if not objectives:
+        raise ArgumentError("objectives", "at least one, by name", "none")
+    return _compared(model, guide, data, objectives, num_repeats, structure, seed)
+
+
+def _compared(
+    model: Any,
+    guide: Any,
+    data: Any,
+    objectives: Mapping[str, PyroELBO],
+    num_repeats: int,
+    structure: t.Structure | None,
+    seed: int,
+) -> dict[str, GradientNoise]:
+    check_int("num_repeats", num_repeats, minimum=2)
+    ours: dict[str, Objective] = {}
+    for name, given in objectives.items():
+        made = as_objective(given)
+        if not isinstance(made, Objective):
+            raise ArgumentError(
+                "objective", "one of pvae.objectives", type(given).__name__, ["objectives.ELBO()"]
+            )
+        ours[name or repr(made)] = made
+    with randomness.forked(seed):
+        source, structure = bounds.prepare(model, guide, data, structure)
+        batch = source.rows(torch.arange(source.num_rows, device=source.device))
+        states = {}
+        for name, objective in ours.items():
+            objective.check(structure)
+            states[name] = objective.make_state(structure, source.num_rows)
+        buffers = [b for m in structure.modules for b in m.buffers(recurse=False)]
+        backup = Backup(buffers)
+        sums: dict[str, dict[str, Tensor]] = {name: {} for name in ours}
+        times: dict[str, list[float]] = {name: [] for name in ours}
+        with in_mode(structure.modules, training=True):
+            owners = _owners(model, guide, batch, structure)
+            for _ in range(num_repeats):
+                for name, objective in ours.items():
+                    started = time.process_time()
+                    found = _gradient(model, guide, batch, objective, states[name], structure)
+                    times[name].append(time.process_time() - started)
+                    for key, g in found.items():
+                        new = torch.stack([g, g.square()])
+                        known = sums[name].get(key)
+                        sums[name][key] = new if known is None else known + new
+        backup.restore()
+    first = statistics.median(next(iter(times.values())))
+    results = {}
+    for name, of in sums.items():
+        if not of:
+            raise UndefinedError("gradient noise", "a loss that depends on parameters", "none")
+        moments = {key: _moments(value, num_repeats) for key, value in of.items()}
+        seconds = statistics.median(times[name])
+        sides = {
+            side: _joined([m for key, m in moments.items() if side in structure.sides[key]])
+            for side in ("guide", "model")
+            if any(side in structure.sides[key] for key in moments)
+        }
+        sites = {
+            site: _joined([moments[key] for key in keys if key in moments])
+            for site, keys in owners.items()
+            if any(key in moments for key in keys)
+        }
+        results[name] = GradientNoise(name, moments, sides, sites, seconds, seconds / first)
+    return results
+
+
+def _gradient(
+    model: Any, guide: Any, batch: Any, objective: Objective, state: Any, structure: t.Structure
+) -> dict[str, Tensor]:
+    """Of the loss per datum, by parameter, flat and in double precision."""
+    terms = objective.compute_terms(model, guide, batch, structure)
+    loss = objective.surrogate(terms, state) / structure.divisor(terms.num_rows)
+    state.seen = None
+    parameters = list(structure.parameters.values())
+    if not loss.requires_grad:
+        return {}
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    rows = zip(structure.parameters, found, strict=True)
+    return {name: g.detach().flatten().double() for name, g in rows if g is not None}
+
+
+def _owners(model: Any, guide: Any, batch: Any, structure: t.Structure) -> dict[str, list[str]]:
+    """The parameters that each site's own distribution has, given the values before it."""
+    terms = t.compute(model, guide, batch, structure=structure, detach=True)
+    names, parameters = list(structure.parameters), list(structure.parameters.values())
+    owners: dict[str, list[str]] = {}
+    for name, site in terms.sites.items():
+        for side, part in (("guide", site.log_q), ("model", site.log_p)):
+            if part is None or not part.requires_grad:
+                continue
+            found = torch.autograd.grad(
+                part.sum(), parameters, allow_unused=True, retain_graph=True
+            )
+            keys = [key for key, g in zip(names, found, strict=True) if g is not None]
+            owners[f"{name} ({side})"] = keys
+    return owners
+
+
+def _moments(sums: Tensor, count: int) -> Moments:
+    mean, square = sums / count
+    spread = (square - mean.square()) * count / (count - 1)
+    rounding = 1e-14 * square  # of the difference of two equal numbers
+    return Moments(mean, torch.where(spread > rounding, spread, 0.0), count)
+
+
+def _joined(parts: list[Moments]) -> Moments:
+    means, variances = [p.mean for p in parts], [p.variance for p in parts]
+    return Moments(torch.cat(means), torch.cat(variances), parts[0].num_repeats)
