@@ -6,6 +6,8 @@ Each diagnostic returns its numbers as data, and what they mean as `Finding`s.
 from pvae.diagnostics.aggregate import AggregatedPosterior, aggregated_posterior
 from pvae.diagnostics.calibration import SBC, sbc
 from pvae.diagnostics.codes import hoyer, near_zero, sensitivity
+from pvae.diagnostics.disentanglement import Disentanglement, disentanglement
+from pvae.diagnostics.factors import DCI, Score, dci, factor_vae_score, irs, mig, sap
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.gap import Gap, gap
 from pvae.diagnostics.gradients import GradientNoise, compare_objectives, gradient_noise
@@ -21,12 +23,14 @@ from pvae.diagnostics.units import active_units
 
 __all__ = [
     "CHECKS",
+    "DCI",
     "DEFAULT",
     "SBC",
     "TARP",
     "AggregatedPosterior",
     "Calibration",
     "Diagnosis",
+    "Disentanglement",
     "Finding",
     "Gap",
     "GradientNoise",
@@ -34,6 +38,7 @@ __all__ = [
     "LearningCurve",
     "Part",
     "PredictiveCheck",
+    "Score",
     "Statistic",
     "Surgery",
     "Uniformity",
@@ -41,16 +46,22 @@ __all__ = [
     "active_units",
     "aggregated_posterior",
     "compare_objectives",
+    "dci",
     "diagnose",
+    "disentanglement",
+    "factor_vae_score",
     "gap",
     "gradient_noise",
     "hoyer",
     "importance",
+    "irs",
     "khat",
     "learning_curve",
+    "mig",
     "near_zero",
     "pit",
     "predictive",
+    "sap",
     "sbc",
     "sensitivity",
     "surgery",

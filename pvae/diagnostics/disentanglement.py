@@ -1,0 +1,174 @@
+"""The scores of disentanglement together, with standard errors and what chance gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pvae.diagnostics.factors import (
+    Score,
+    as_codes_and_factors,
+    dci,
+    factor_vae_score,
+    irs,
+    mig,
+    sap,
+)
+from pvae.diagnostics.finding import Finding, Verdict
+from pvae.errors import check_int
+
+__all__ = ["Disentanglement", "disentanglement"]
+
+_MEANINGS = {
+    "MIG": "gap of mutual information between the two best dimensions",
+    "SAP": "gap of predictability between the two best dimensions",
+    "D": "each dimension is about one factor",
+    "C": "each factor is in one dimension",
+    "I": "factors can be predicted from all dimensions",
+    "FactorVAE": "the stillest dimension tells the factor held still",
+    "IRS": "dimensions are still while their factor is",
+}
+
+
+@dataclass(frozen=True)
+class Disentanglement:
+    """Scores of codes against known factors.
+
+    Attributes:
+        scores: MIG, SAP, D, C, I, FactorVAE and IRS, S = 7 of them, with what they are made of.
+        errors: Standard errors over rows, ``(S,)``; seeds of the guide's training aren't in them.
+        chance: The scores of the same codes and factors paired at random, mean, ``(S,)``.
+        chance_sd: The standard deviation of those, ``(S,)``.
+        num_rows: N.
+    """
+
+    scores: tuple[Score, ...]
+    errors: Tensor
+    chance: Tensor
+    chance_sd: Tensor
+    num_rows: int
+
+    def findings(self) -> list[Finding]:
+        """Every score; "bad" where it is within three standard errors of chance."""
+        return [self._finding(*line) for line in zip(self.scores, *self._noise(), strict=True)]
+
+    def _noise(self) -> tuple[list[float], list[float], list[float]]:
+        return self.errors.tolist(), self.chance.tolist(), self.chance_sd.tolist()
+
+    def _finding(self, score: Score, error: float, chance: float, spread: float) -> Finding:
+        nothing = score.value - chance <= 3 * (error**2 + spread**2) ** 0.5
+        verdict: Verdict = "bad" if nothing else "none"
+        advice = "objectives.TCVAE or FactorVAE, with several seeds" if nothing else ""
+        if nothing and score.name == "I":
+            advice = "diagnostics.surgery: whether codes hold anything of the data"
+        return Finding(
+            score.name,
+            score.value,
+            error,
+            verdict=verdict,
+            meaning=f"{_MEANINGS[score.name]} (by chance {chance:.2f})",
+            advice=advice,
+        )
+
+    def __str__(self) -> str:
+        dimensions, factors = self.scores[0].matrix.shape
+        head = f"Disentanglement: {self.num_rows} rows, {dimensions} dimensions, {factors} factors"
+        return "\n".join([head, *map(str, self.findings())])
+
+    __repr__ = __str__
+
+
+def disentanglement(
+    codes: Any,
+    factors: Any,
+    *,
+    bins: int = 20,
+    num_trees: int = 20,
+    num_replicates: int = 20,
+    max_rows: int = 10_000,
+    seed: int = 0,
+    progress: bool = False,
+) -> Disentanglement:
+    """How known factors are laid out in codes, by all the scores that the field uses.
+
+    The scores disagree, as they ask different things (see each), and all depend much on the seed of
+    the training: compare pairs over several trainings. Codes are means of q(z | x) as a rule
+    (`pvae.latent.codes`), of the dimensions that `active_units` finds in use.
+
+    Standard errors are over rows, from random halves of them: with a half drawn without
+    replacement, the spread of a smooth statistic is the standard error at all N rows. The usual
+    bootstrap would put copies of one row on both sides of the predictors' split, and add to mutual
+    information. Three permutations of the rows tell what chance gives.
+
+    References:
+        Challenging Common Assumptions in the Unsupervised Learning of Disentangled Representations
+        (Locatello et al., 2019), https://arxiv.org/abs/1811.12359
+        A General Theory for Jackknife Variance Estimation (Shao & Wu, 1989),
+        https://doi.org/10.1214/aos/1176347263
+
+    Arguments:
+        codes: Shape ``(N, d)``, d at least 2.
+        factors: Shape ``(N, f)``, f at least 2: integers for classes, each on at least 40 rows;
+            other numbers for what is continuous.
+        bins: As for `mig`, `factor_vae_score` and `irs`.
+        num_trees: As for `dci`.
+        num_replicates: Halves for the standard errors.
+        max_rows: Rows that are used, chosen at random.
+        seed: Of all that is random.
+        progress: Whether a bar is shown.
+
+    Raises:
+        DataError: If codes or factors aren't finite matrices of N rows, a factor is constant, or a
+            value is too rare.
+
+    Example:
+        >>> v = torch.cartesian_prod(torch.arange(3), torch.arange(4)).repeat(20, 1)
+        >>> found = disentanglement(torch.cat([-v, torch.randn(240, 1)], 1), v, num_replicates=2)
+        >>> print(found.scores[0])
+        MIG: 0.9... (from 0.9..., 0.9...)
+    """
+    check_int("bins", bins, minimum=2)
+    check_int("num_trees", num_trees)
+    check_int("num_replicates", num_replicates, minimum=2)
+    check_int("max_rows", max_rows, minimum=80)
+    z, v = as_codes_and_factors("disentanglement", codes, factors, rows=40, least=2)
+    random = np.random.default_rng(seed)
+    if len(z) > max_rows:
+        chosen = random.permutation(len(z))[:max_rows]
+        z, v = as_codes_and_factors("disentanglement", z[chosen], v[chosen], rows=40, least=2)
+    size, permutations = len(z), 3
+
+    def scores(codes: np.ndarray, factors: np.ndarray) -> tuple[Score, ...]:
+        new = int(random.integers(2**32))
+        return (
+            mig(codes, factors, bins=bins),
+            sap(codes, factors, seed=new),
+            *dci(codes, factors, num_trees=num_trees, seed=new),
+            factor_vae_score(codes, factors, bins=bins, seed=new),
+            irs(codes, factors, bins=bins),
+        )
+
+    found = scores(z, v)
+    halves, shuffled = [], []
+    total = num_replicates + permutations
+    with tqdm(total=total, desc="disentanglement", disable=not progress) as bar:
+        for _ in range(num_replicates):
+            half = random.permutation(size)[: size // 2]
+            halves.append([score.value for score in scores(z[half], v[half])])
+            bar.update()
+        for _ in range(permutations):
+            shuffled.append([score.value for score in scores(z[random.permutation(size)], v)])
+            bar.update()
+    by_chance = torch.tensor(shuffled, dtype=torch.float64)
+    return Disentanglement(
+        found,
+        torch.tensor(halves, dtype=torch.float64).std(0),
+        by_chance.mean(0),
+        by_chance.std(0),
+        size,
+    )
