@@ -39,11 +39,12 @@ def test_a_flat_curve_is_called_otherwise_as_often_as_alpha_says(epochs: int) ->
 
 
 def test_neighbours_that_go_together_are_no_trend() -> None:
-    """With a correlation of 0.6, least squares alone would be wrong three times as often."""
+    """With a correlation of 0.6, least squares alone calls 60 of 100 falling at alpha 0.01."""
     states = [
         learning_curve(rows(noise(200, seed, common=0.6)), alpha=1e-3).state for seed in range(200)
     ]
     assert states.count("rising") <= 10
+    assert states.count("falling") <= 12
 
 
 def test_what_is_measured() -> None:

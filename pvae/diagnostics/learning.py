@@ -19,6 +19,9 @@ __all__ = ["LearningCurve", "learning_curve"]
 FEWEST = 12
 """Epochs below which a curve isn't judged."""
 
+CLEARLY = 10
+"""Standard errors from which a fall is bad, and not only worth a look."""
+
 _NAMES = ("elbo", "unnormalised_elbo", "log_joint")
 
 
@@ -55,7 +58,8 @@ class LearningCurve:
     def state(self) -> Literal["rising", "plateau", "falling"]:
         """What the tests say: falling first, as a curve that has fallen may be flat since."""
         threshold = float(student.isf(self.alpha, self.window - 2))
-        if self.drop > float(student.isf(self.alpha / self._stretches, self.window)) * self.se_drop:
+        beyond = float(student.isf(self.alpha / self._stretches, self.window - 2))
+        if self.drop > beyond * self.se_drop:
             return "falling"
         return "rising" if self.slope > threshold * self.se_slope else "plateau"
 
@@ -70,7 +74,7 @@ class LearningCurve:
             "plateau": ("good", "has levelled off: no trend above its noise", ""),
             "rising": ("look", "still rises; so much in as many epochs again", ".refine(epochs)"),
             "falling": (
-                "bad",
+                "bad" if self.drop > CLEARLY * self.se_drop else "look",
                 f"has fallen by {self.drop:.3g} nats since its best",
                 "patience=..., which keeps the best epoch; or a smaller network",
             ),
@@ -93,9 +97,9 @@ class LearningCurve:
 def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3) -> LearningCurve:
     r"""Whether more epochs would help, or fewer would have.
 
-    A line is fitted to the last quarter of the curve, at least 8 epochs. The standard error of its
-    slope is that of least squares times :math:`\sqrt{(1 + r) / (1 - r)}`, with r the correlation
-    of neighbouring residuals, if that is above 0. The curve is rising if the slope is above 0 at
+    A line is fitted to the last quarter of the curve, at least 8 epochs. Standard errors are those
+    of least squares times :math:`\sqrt{(1 + r) / (1 - r)}`, with r the correlation of neighbouring
+    residuals, if that is above 0. The curve is rising if the slope is above 0 at
     level alpha, by Student's t. It has fallen if the mean of its last W / 2 epochs is below the
     best such mean, by a test at alpha over the number of stretches. The noise is from second
     differences, :math:`\sqrt{\overline{(v_{e-1} - 2 v_e + v_{e+1})^2} / 6}`, which a smooth curve
@@ -104,14 +108,15 @@ def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3)
     Arguments:
         history: One row an epoch, as `Fit.history` is; its validation value is judged, or else
             its training value, where no penalty and no weight on the rate counts.
-        alpha: How often a curve that is flat, with independent noise, is called rising; and how
-            often it is called falling.
+        alpha: How often a curve that is flat, with independent noise, is called rising, and how
+            often falling. Where neighbours go together, in short windows, it is a few times as
+            often: what they have in common can't be told there.
 
     Raises:
         UndefinedError: With fewer than 12 epochs, or no such column.
 
     Example:
-        >>> history = [{"elbo": -100 + 50 * (1 - 0.8**e)} for e in range(60)]
+        >>> history = [{"elbo": -100 + 0.5 * e} for e in range(60)]
         >>> learning_curve(history).state
         'rising'
     """
@@ -127,7 +132,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3)
             "learning curve", f"at least {FEWEST} epochs with a bound", f"{len(values)}"
         )
     window = max(8, len(values) // 4)
-    slope, se_slope = _line(values[-window:])
+    slope, se_slope, spread = _line(values[-window:])
     second = values[:-2] - 2 * values[1:-1] + values[2:]
     noise = float((second[-2 * window :].square().mean() / 6).sqrt())
     half = window // 2
@@ -141,23 +146,26 @@ def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3)
         se_slope,
         noise,
         drop,
-        noise * math.sqrt(2 / half),
+        spread * math.sqrt(2 / half),
         alpha,
         _generalisation(history, name, window),
     )
 
 
-def _line(values: Tensor) -> tuple[float, float]:
-    """Slope by least squares, and its standard error."""
+def _line(values: Tensor) -> tuple[float, float, float]:
+    """Slope by least squares, its standard error, and the standard deviation of what is left.
+
+    Both are widened for what neighbours have in common, whose estimate is low by about
+    (1 + 3 r) / n (Kendall, 1954).
+    """
     count = len(values)
     place = torch.arange(count, dtype=values.dtype) - (count - 1) / 2
     slope = float((place * values).sum() / place.square().sum())
     rest = values - values.mean() - slope * place
-    variance = float(rest.square().sum()) / (count - 2)
     common = float((rest[1:] * rest[:-1]).sum() / rest.square().sum().clamp(min=1e-300))
-    common = min(max(common, 0.0), 0.9)
-    widened = variance * (1 + common) / (1 - common)
-    return slope, math.sqrt(widened / float(place.square().sum()))
+    common = min(max(common + (1 + 3 * common) / count, 0.0), 0.95)
+    spread = math.sqrt(float(rest.square().sum()) / (count - 2) * (1 + common) / (1 - common))
+    return slope, spread / math.sqrt(float(place.square().sum())), spread
 
 
 def _generalisation(
