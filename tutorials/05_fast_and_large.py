@@ -199,8 +199,8 @@ square = folder / "square.npy"
 np.save(square, np.load(path).reshape(-1, 28, 28))
 train = ("-m", "pvae", "train", "--data", str(square), "--epochs", "3", "--batch-size", "500")
 train += (
-    "--likelihood",
-    "bernoulli",
+    "--binarize",
+    "threshold",
     "--latent-dim",
     "20",
     "--hidden",
