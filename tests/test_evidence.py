@@ -470,7 +470,7 @@ def test_bad_arguments_are_refused_before_work() -> None:
 
     x = torch.zeros(3)
     for options, message in (
-        ({"method": "nuts"}, "'importance', 'ais' and 'cubo'"),
+        ({"method": "nuts"}, "'importance', 'local', 'ais' and 'cubo'"),
         ({"ais": bounds.AIS()}, "method='ais'"),
         ({"num_particles": 0}, "num_particles"),
         ({"order": 1.0, "method": "cubo"}, "above 1"),

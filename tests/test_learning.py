@@ -98,5 +98,7 @@ def test_refusals() -> None:
         learning_curve(rows(torch.zeros(3)))
     with pytest.raises(UndefinedError, match="got 0"):
         learning_curve([{"loss": 1.0}] * 20)
+    with pytest.raises(UndefinedError, match="finite in the last epochs"):
+        learning_curve([*rows(torch.zeros(30)), {"elbo": float("nan")}])
     with pytest.raises(ArgumentError, match="alpha"):
         learning_curve(rows(torch.zeros(30)), alpha=0.7)
