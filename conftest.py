@@ -33,6 +33,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def _seed() -> None:
+    pyro.set_rng_seed(0)  # what draws without a seed of its own draws the same in every run
+
+
+@pytest.fixture(autouse=True)
 def _names(doctest_namespace: dict[str, Any]) -> None:
     doctest_namespace.update(torch=torch, np=np, dist=dist, pyro=pyro, pvae=pvae)
 

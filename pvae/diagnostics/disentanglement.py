@@ -130,7 +130,7 @@ def disentanglement(
         >>> v = torch.cartesian_prod(torch.arange(3), torch.arange(4)).repeat(20, 1)
         >>> found = disentanglement(torch.cat([-v, torch.randn(240, 1)], 1), v, num_replicates=2)
         >>> print(found.scores[0])
-        MIG: 0.9... (from 0.9..., 0.9...)
+        MIG: 0.9... (from 0..., 0...)
     """
     check_int("bins", bins, minimum=2)
     check_int("num_trees", num_trees)
