@@ -20,6 +20,7 @@ __all__ = [
     "calibration",
     "grid",
     "latent_map",
+    "learning_curve",
     "manifold",
     "reconstructions",
     "samples",
@@ -173,6 +174,29 @@ def training_curve(history: Any) -> Picture:
         if columns:
             axis.legend(fontsize=8)
         _leave_out_the_start(axis, len(records))
+    return figure
+
+
+def learning_curve(result: Any) -> Picture:
+    """A learning curve, and the line fitted to its end with two standard deviations of noise.
+
+    Arguments:
+        result: What `pvae.diagnostics.learning_curve` returned.
+    """
+    values, window = result.values.numpy(), result.window
+    epochs = np.arange(len(values))
+    late = epochs[-window:]
+    line = values[-window:].mean() + result.slope * (late - late.mean())
+    figure = Picture(figsize=(4, 3), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    axis.plot(epochs, values, ".-", lw=0.8, label=result.name)
+    axis.plot(late, line, label=f"{result.state}, last {window} epochs")
+    band = 2 * result.noise
+    axis.fill_between(late, line - band, line + band, alpha=0.3, label="2 sd of an epoch's noise")
+    axis.set_ylabel("nats per datum", fontsize=8)
+    axis.set_xlabel("epoch")
+    axis.legend(fontsize=8)
+    _leave_out_the_start(axis, len(values))
     return figure
 
 

@@ -181,16 +181,11 @@ def _advice(
     history: list[dict[str, Any]],
 ) -> str:
     """One line on what to do next, by the largest trouble seen; training that isn't done first."""
-    names = ("elbo", "log_joint", "unnormalised_elbo")
-    values = [next((r[k] for n in names if (k := f"valid_{n}") in r), None) for r in history]
-    known = [v for v in values if v is not None]
-    if history and len(known) >= 2:
-        tenth = max(1, len(known) // 10)
-        late, before = max(known[-tenth:]), max(known[:-tenth])
-        if late > before + 0.05:
-            return "the validation value still rises: more epochs (--resume --epochs N)"
-        if len(known) >= 10 and known.index(max(known)) < 0.7 * len(known):
-            return "the validation value fell after its best epoch: patience=10, or a smaller net"
+    state = _state(history)
+    if state == "rising":
+        return "the validation value still rises: more epochs (--resume --epochs N)"
+    if state == "falling":
+        return "the validation value fell after its best epoch: patience=10, or a smaller net"
     if best is None:
         return "for draws of x and an evidence, a stochastic guide and a proper prior (recipe vae)"
     if active is not None and active[0] == 0:
@@ -201,3 +196,14 @@ def _advice(
     if active is not None and active[0] < 0.5 * active[1]:
         return f"{active[1] - active[0]} latent dimensions are unused: a smaller latent_dim fits"
     return NOTHING
+
+
+def _state(history: list[dict[str, Any]]) -> str:
+    """Of the validation curve; one too short to judge rises if its last value is its best."""
+    names = [f"valid_{name}" for name in ("elbo", "log_joint", "unnormalised_elbo")]
+    values = [next((row[n] for n in names if n in row), None) for row in history]
+    known = [v for v in values if v is not None]
+    try:
+        return diagnostics.learning_curve([{"valid_elbo": v} for v in known]).state
+    except UndefinedError:
+        return "rising" if len(known) >= 2 and known[-1] > max(known[:-1]) else "plateau"

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 import pvae
 from pvae import plots, recipes
+from pvae.diagnostics import learning_curve as judge
 from pvae.errors import UndefinedError
 from pvae.fitting import History
 
@@ -150,4 +151,20 @@ def test_the_training_curve_takes_a_fit() -> None:
     figure = plots.training_curve(run)
     assert len(figure.axes) == 1  # a point mass has no rate
     assert [line.get_label() for line in figure.axes[0].lines] == ["log_joint"]
+    drawn(figure)
+
+
+def test_a_learning_curve_has_its_noise_as_a_band() -> None:
+    values = 0.5 * torch.arange(40.0) + torch.randn(40, generator=torch.Generator().manual_seed(0))
+    found = judge([{"elbo": float(v)} for v in values])
+    figure = plots.learning_curve(found)
+    (axis,) = figure.axes
+    curve, line = axis.lines
+    assert list(curve.get_xdata()) == list(range(40))
+    np.testing.assert_allclose(curve.get_ydata(), values)
+    fitted = np.polyfit(np.arange(30, 40), values[-10:].numpy().astype(float), 1)
+    np.testing.assert_allclose(line.get_ydata(), np.polyval(fitted, np.arange(30, 40)))
+    (band,) = axis.collections
+    low, high = band.get_paths()[0].get_extents().get_points()[:, 1]
+    assert high - low == pytest.approx(4 * found.noise + 9 * found.slope)
     drawn(figure)
