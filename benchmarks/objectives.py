@@ -36,6 +36,7 @@ import pvae
 from pvae import VAE, bounds, data, diagnostics, guides, likelihoods, plots, priors, schedules
 from pvae import objectives as o
 from pvae import terms as t
+from pvae.diagnostics import gradient_noise
 from pvae.networks import MLP
 
 RESULTS = Path(__file__).parent / "results"
@@ -168,22 +169,8 @@ def orders(
     return found
 
 
-def gradient(objective: o.Objective, pair: VAE, x: Tensor) -> Tensor:
-    parameters = list(pair.guide.parameters())
-    loss = objective.differentiable_loss(pair.model, pair.guide, x)
-    found = torch.autograd.grad(loss, parameters)
-    return torch.cat([g.flatten() for g in found])
-
-
-def signal_to_noise(objective: o.Objective, pair: VAE, x: Tensor, rounds: int = 100) -> float:
-    torch.manual_seed(0)
-    mean = square = torch.zeros(())
-    for _ in range(rounds):
-        g = gradient(objective, pair, x).double()
-        mean, square = mean + g / rounds, square + g.square() / rounds
-    variance = (square - mean.square()).clamp(min=0) * rounds / (rounds - 1)
-    moves = variance > 0  # pixels that are never lit have no gradient at all
-    return float((mean.abs()[moves] / variance[moves].sqrt()).mean())
+def signal_to_noise(objective: o.Objective, pair: VAE, x: Tensor) -> float:
+    return gradient_noise(pair.model, pair.guide, x, objective).sides["guide"].snr
 
 
 class GaussianModel(nn.Module):
@@ -218,12 +205,8 @@ def gaussian_ratios(rounds: int = 2000) -> dict[str, list[float]]:
     model, guide, x = GaussianModel(), GaussianGuide(), 2**0.5 * torch.randn(1, SIZE)
 
     def ratio(objective: o.Objective) -> float:
-        draws = []
-        for _ in range(rounds):
-            loss = objective.differentiable_loss(model, guide, x)
-            draws.append(torch.autograd.grad(loss, guide.map.bias)[0])
-        found = torch.stack(draws)
-        return float((found.mean(0).abs() / found.std(0)).mean())
+        found = gradient_noise(model, guide, x, objective, num_repeats=rounds)
+        return next(m for name, m in found.parameters.items() if name.endswith("bias")).snr
 
     kinds: tuple[Any, ...] = (o.IWAE, o.DReG)
     return {

@@ -160,10 +160,10 @@ def test_a_learning_curve_has_its_noise_as_a_band() -> None:
     figure = plots.learning_curve(found)
     (axis,) = figure.axes
     curve, line = axis.lines
-    assert list(curve.get_xdata()) == list(range(40))
-    np.testing.assert_allclose(curve.get_ydata(), values)
+    assert np.array_equal(np.asarray(curve.get_xdata()), np.arange(40))
+    np.testing.assert_allclose(np.asarray(curve.get_ydata()), values)
     fitted = np.polyfit(np.arange(30, 40), values[-10:].numpy().astype(float), 1)
-    np.testing.assert_allclose(line.get_ydata(), np.polyval(fitted, np.arange(30, 40)))
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), np.polyval(fitted, np.arange(30, 40)))
     (band,) = axis.collections
     low, high = band.get_paths()[0].get_extents().get_points()[:, 1]
     assert high - low == pytest.approx(4 * found.noise + 9 * found.slope)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
+from tqdm.auto import trange
 
 from pvae import bounds, randomness
 from pvae import terms as t
@@ -31,11 +32,13 @@ class Moments:
     Attributes:
         mean: Shape ``(P,)``.
         variance: Of one draw, ``(P,)``.
+        traces: `total_variance` from each of G groups of R / G draws alone, ``(G,)``.
         num_repeats: R.
     """
 
     mean: Tensor
     variance: Tensor
+    traces: Tensor
     num_repeats: int
 
     @property
@@ -45,13 +48,19 @@ class Moments:
 
     @property
     def se_total_variance(self) -> float:
-        """Its standard error, as of a normal distribution with independent entries."""
-        return math.sqrt(2 / (self.num_repeats - 1)) * float(self.variance.norm())
+        """Its standard error, by what the groups of draws have each; NaN with fewer than two."""
+        count = len(self.traces)
+        return math.nan if count < 2 else float(self.traces.std()) / math.sqrt(count)
 
     @property
     def snr(self) -> float:
-        r"""The mean over entries of :math:`|E g| / \mathrm{sd}(g)`; NaN where nothing varies."""
+        r"""The mean over entries of :math:`|E g| / \mathrm{sd}(g)`, of those that vary.
+
+        Infinite where none varies, but one isn't 0; NaN where all are 0.
+        """
         moves = self.variance > 0
+        if not bool(moves.any()):
+            return math.inf if bool(self.mean.any()) else math.nan
         return float((self.mean.abs()[moves] / self.variance[moves].sqrt()).mean())
 
     @property
@@ -69,7 +78,7 @@ class GradientNoise:
         parameters: By name.
         sides: Of all parameters of ``"model"`` and of ``"guide"``.
         sites: Of the parameters that a site's distribution has, by ``"site (side)"``.
-        seconds: Processor time of a gradient, median.
+        seconds: Time of a gradient, median: processor time, or on CUDA the clock's.
         step_ratio: The same over the first objective's, where several are compared.
     """
 
@@ -83,12 +92,7 @@ class GradientNoise:
     def findings(self) -> list[Finding]:
         """Signal-to-noise by side, and variance by site."""
         lines = [
-            Finding(
-                f"gradient SNR, {side}",
-                found.snr,
-                meaning=f"|mean| / sd of an entry, {self.objective}; without any signal it is "
-                f"{found.floor:.2g}",
-            )
+            Finding(f"gradient SNR, {side}", found.snr, meaning=self._meaning(found))
             for side, found in self.sides.items()
         ]
         lines += [
@@ -97,8 +101,43 @@ class GradientNoise:
         ]
         return lines
 
+    def _meaning(self, found: Moments) -> str:
+        if math.isnan(found.snr):
+            return "the gradient is 0"
+        if math.isinf(found.snr):
+            return "draws don't matter: the gradient has no noise"
+        return (
+            f"|mean| / sd of an entry, {self.objective}; without any signal it is {found.floor:.2g}"
+        )
+
     def __str__(self) -> str:
         return "\n".join([f"Gradients of {self.objective}", *map(str, self.findings())])
+
+    __repr__ = __str__
+
+
+class ObjectiveComparison(dict[str, GradientNoise]):
+    """The gradients of several objectives at one pair and batch, by name; prints a table."""
+
+    def __str__(self) -> str:
+        sides = list(dict.fromkeys(side for found in self.values() for side in found.sides))
+        width = max(9, *map(len, self))
+        head = "".join(f"{f'SNR, {side}':>12}{f'var, {side}':>12}{'se':>10}" for side in sides)
+        lines = [f"{'objective':<{width}}{head}{'time':>8}"]
+        for name, found in self.items():
+            rows = [found.sides.get(side) for side in sides]
+            cells = "".join(
+                f"{'-':>12}{'-':>12}{'-':>10}"
+                if of is None
+                else f"{of.snr:>12.3g}{of.total_variance:>12.3g}{of.se_total_variance:>10.1g}"
+                for of in rows
+            )
+            lines.append(f"{name:<{width}}{cells}{found.step_ratio:>7.2f}x")
+        of = next(iter(next(iter(self.values())).sides.values()))
+        note = (
+            f"{of.num_repeats} gradients per datum, in nats; SNR without any signal {of.floor:.2g}"
+        )
+        return "\n".join([*lines, note])
 
     __repr__ = __str__
 
@@ -111,6 +150,7 @@ def gradient_noise(
     *,
     num_repeats: int = 100,
     structure: t.Structure | None = None,
+    progress: bool = False,
     seed: int = 0,
 ) -> GradientNoise:
     r"""The mean and the variance over draws of an objective's gradient, the data held fixed.
@@ -131,6 +171,7 @@ def gradient_noise(
         objective: One of `pvae.objectives`; None for `pvae.objectives.ELBO`.
         num_repeats: R, gradients that are taken.
         structure: What `pvae.terms.inspect_pair` found, if it is known.
+        progress: Whether a bar is shown.
         seed: Of the draws; generators, parameters, buffers and modes are left as they are.
 
     Raises:
@@ -143,8 +184,8 @@ def gradient_noise(
         (['guide', 'model'], ['x (model)', 'z (guide)'])
     """
     named = {"": objective or ELBO()}
-    (found,) = _compared(model, guide, data, named, num_repeats, structure, seed).values()
-    return found
+    compared = _compared(model, guide, data, named, num_repeats, structure, seed, progress=progress)
+    return next(iter(compared.values()))
 
 
 def compare_objectives(
@@ -155,8 +196,9 @@ def compare_objectives(
     *,
     num_repeats: int = 100,
     structure: t.Structure | None = None,
+    progress: bool = False,
     seed: int = 0,
-) -> dict[str, GradientNoise]:
+) -> ObjectiveComparison:
     """`gradient_noise` of several objectives at the same pair and data, taken in turn.
 
     Their variances compare where the objectives' expected gradients are the same, as those of
@@ -169,14 +211,29 @@ def compare_objectives(
         objectives: By name.
         num_repeats: R, gradients of each.
         structure: What `pvae.terms.inspect_pair` found, if it is known.
+        progress: Whether a bar is shown.
         seed: Of the draws.
 
     Returns:
-        By name; ``step_ratio`` is each one's time over the first one's, both medians of R.
+        By name, as a dictionary that prints a table; ``step_ratio`` is each one's time over the
+        first one's, both medians of R.
+
+    Raises:
+        ArgumentError: Without an objective, or if one isn't of `pvae.objectives`.
+        UndefinedError: If no parameter has a gradient.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> several = {"ELBO": pvae.objectives.ELBO(), "IWAE-5": pvae.objectives.IWAE(5)}
+        >>> found = compare_objectives(vae.model, vae.guide, torch.ones(5, 4), several)
+        >>> found["IWAE-5"].sides["model"].num_repeats
+        100
     """
     if not objectives:
         raise ArgumentError("objectives", "at least one, by name", "none")
-    return _compared(model, guide, data, objectives, num_repeats, structure, seed)
+    return _compared(
+        model, guide, data, objectives, num_repeats, structure, seed, progress=progress
+    )
 
 
 def _compared(
@@ -187,7 +244,9 @@ def _compared(
     num_repeats: int,
     structure: t.Structure | None,
     seed: int,
-) -> dict[str, GradientNoise]:
+    *,
+    progress: bool,
+) -> ObjectiveComparison:
     check_int("num_repeats", num_repeats, minimum=2)
     ours: dict[str, Objective] = {}
     for name, given in objectives.items():
@@ -206,26 +265,24 @@ def _compared(
             states[name] = objective.make_state(structure, source.num_rows)
         buffers = [b for m in structure.modules for b in m.buffers(recurse=False)]
         backup = Backup(buffers)
-        sums: dict[str, dict[str, Tensor]] = {name: {} for name in ours}
+        sums: dict[str, dict[str, Sums]] = {name: {} for name in ours}
         times: dict[str, list[float]] = {name: [] for name in ours}
         with in_mode(structure.modules, training=True):
             owners = _owners(model, guide, batch, structure)
-            for _ in range(num_repeats):
+            for _ in trange(num_repeats, desc="gradients", disable=not progress, leave=False):
                 for name, objective in ours.items():
-                    started = time.process_time()
+                    started = _clock(structure.device)
                     found = _gradient(model, guide, batch, objective, states[name], structure)
-                    times[name].append(time.process_time() - started)
+                    times[name].append(_clock(structure.device) - started)
                     for key, g in found.items():
-                        new = torch.stack([g, g.square()])
-                        known = sums[name].get(key)
-                        sums[name][key] = new if known is None else known + new
+                        sums[name].setdefault(key, Sums(g, num_repeats)).add(g)
         backup.restore()
     first = statistics.median(next(iter(times.values())))
-    results = {}
+    results = ObjectiveComparison()
     for name, of in sums.items():
         if not of:
             raise UndefinedError("gradient noise", "a loss that depends on parameters", "none")
-        moments = {key: _moments(value, num_repeats) for key, value in of.items()}
+        moments = {key: value.moments() for key, value in of.items()}
         seconds = statistics.median(times[name])
         sides = {
             side: _joined([m for key, m in moments.items() if side in structure.sides[key]])
@@ -273,13 +330,54 @@ def _owners(model: Any, guide: Any, batch: Any, structure: t.Structure) -> dict[
     return owners
 
 
-def _moments(sums: Tensor, count: int) -> Moments:
+GROUPS = 10
+
+
+class Sums:
+    """Of gradients and their squares: of all R, and of the present group of R / G."""
+
+    def __init__(self, like: Tensor, num_repeats: int) -> None:
+        self.size = max(2, math.ceil(num_repeats / GROUPS))
+        self.whole, self.group = torch.zeros(
+            2, 2, *like.shape, dtype=like.dtype, device=like.device
+        )
+        self.num_repeats, self.count = num_repeats, 0
+        self.traces: list[Tensor] = []
+
+    def add(self, gradient: Tensor) -> None:
+        new = torch.stack([gradient, gradient.square()])
+        self.whole, self.group = self.whole + new, self.group + new
+        self.count += 1
+        if self.count % self.size == 0:
+            self.traces.append(_variance(self.group, self.size).sum())
+            self.group = torch.zeros_like(new)
+
+    def moments(self) -> Moments:
+        # A step without this gradient is one in which it is 0.
+        variance = _variance(self.whole, self.num_repeats)
+        traces = torch.stack(self.traces) if self.traces else variance.new_zeros(0)
+        return Moments(self.whole[0] / self.num_repeats, variance, traces, self.num_repeats)
+
+
+def _variance(sums: Tensor, count: int) -> Tensor:
     mean, square = sums / count
     spread = (square - mean.square()) * count / (count - 1)
     rounding = 1e-14 * square  # of the difference of two equal numbers
-    return Moments(mean, torch.where(spread > rounding, spread, 0.0), count)
+    return torch.where(spread > rounding, spread, 0.0)
 
 
 def _joined(parts: list[Moments]) -> Moments:
-    means, variances = [p.mean for p in parts], [p.variance for p in parts]
-    return Moments(torch.cat(means), torch.cat(variances), parts[0].num_repeats)
+    return Moments(
+        torch.cat([p.mean for p in parts]),
+        torch.cat([p.variance for p in parts]),
+        torch.stack([p.traces for p in parts]).sum(0),
+        parts[0].num_repeats,
+    )
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds: of the processor, or on CUDA of the clock with all work done."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
