@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import pvae
 from pvae import bounds, diagnostics
 from pvae.cli import app
+from pvae.errors import ArgumentError, PvaeError
 from pvae.runs import Config, open_run
 
 FAST = ["--epochs", "3", "--hidden", "16", "--device", "cpu"]
@@ -128,6 +129,20 @@ def test_diagnose(run: Path, tmp_path: Path) -> None:
     (elbo,) = found["findings"]["elbo"]
     assert str(diagnostics.Finding(**elbo)) in said
     assert found["next"] in said
+
+
+@pytest.mark.parametrize("command", ["diagnose", "export"])
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(
+    command: str, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.nc").mkdir()
+    (tmp_path / "file").touch()
+    for bad, reason in [("folder.nc", "expected a file;"), ("file/x.nc", "a folder that can be")]:
+        with pytest.raises(ArgumentError, match=reason):
+            call(command, str(run), "--to", str(tmp_path / bad))
+    with pytest.raises(PvaeError):
+        call(command, str(tmp_path / "no run"), "--to", str(tmp_path / "x.nc"))
+    assert not (tmp_path / "no run").exists()
 
 
 def test_export_for_arviz(run: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pvae.pair import VAE
     from pvae.runs import Config
 
-__all__ = ["Device", "RunFolder", "app", "summary"]
+__all__ = ["Device", "RunFolder", "app", "prepare_file", "summary"]
 
 app = typer.Typer(
     help="Variational autoencoders as probabilistic programs, on Pyro.",
@@ -56,3 +56,15 @@ def summary(
     )
     commands = ", ".join(f"pvae {name} {folder}" for name in ("sample", "reconstruct", "encode"))
     return str(summary).replace(report.NOTHING, commands)
+
+
+def prepare_file(path: Path) -> None:
+    """Refuses, before any work, a path that can't be written; makes the folder it is in."""
+    from pvae.errors import ArgumentError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError("--to", "a file in a folder that can be made", str(error)) from error
+    if path.is_dir():
+        raise ArgumentError("--to", "a file", f"the folder {path}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pvae.cli.common import Device, RunFolder, app
+from pvae.cli.common import Device, RunFolder, app, prepare_file
 
 __all__ = ["diagnose"]
 
@@ -18,7 +18,7 @@ def diagnose(
     run: RunFolder,
     rows: Annotated[int, typer.Option(help="Of the test data that are looked at.")] = 500,
     num_particles: Annotated[int, typer.Option("-K", help="Draws from the guide a datum.")] = 200,
-    deep: Annotated[bool, typer.Option("--deep", help="Also the gap and AIS: minutes.")] = False,  # noqa: FBT002
+    deep: Annotated[bool, typer.Option("--deep", help="Every check: minutes.")] = False,  # noqa: FBT002
     to: Annotated[Path | None, typer.Option(help="A .json file of all lines.")] = None,
     seed: Annotated[int, typer.Option(help="Of rows and draws.")] = 0,
     device: Device = "auto",
@@ -33,6 +33,8 @@ def diagnose(
     from pvae.runs import open_run
 
     _, vae, splits = open_run(run, device)
+    if to is not None:
+        prepare_file(to)
     found = pvae.diagnose(
         vae.model,
         vae.guide,

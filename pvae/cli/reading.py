@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvae.cli.common import Device, RunFolder, app, summary
+from pvae.cli.common import Device, RunFolder, app, prepare_file, summary
 from pvae.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -161,12 +161,12 @@ def export(
     from pvae import export as arviz
 
     vae, x = _open_with_data(run, data, device)
+    path = (to or run / "draws.nc").with_suffix(".nc")
+    prepare_file(path)
     tree = arviz.to_arviz(
         vae.model, vae.guide, x[:rows], num_samples=num_samples, seed=seed, progress=True
     )
-    path = (to or run / "draws.nc").with_suffix(".nc")
     part = path.with_suffix(".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     tree.to_netcdf(part, engine="h5netcdf")
     part.replace(path)
     typer.echo(f"{', '.join(tree.children)}: {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pvae.diagnostics.aggregate import aggregated_posterior
 from pvae.diagnostics.calibration import sbc
 from pvae.diagnostics.finding import Finding
 from pvae.diagnostics.gap import gap
+from pvae.diagnostics.gradients import gradient_noise
 from pvae.diagnostics.importance import importance
 from pvae.diagnostics.joint import tarp
 from pvae.diagnostics.learning import learning_curve
@@ -70,14 +72,24 @@ class Lines:
 
 
 def _bound(subject: Subject) -> Lines:
-    """Rate, distortion and ELBO, also where there is no evidence."""
     found = subject.run(bounds.elbo, num_particles=min(subject.num_particles, 16))
-    parts = [(found.name, found, "log p(x, z) - log q(z | x), averaged over q")]
     if found.values is None:
-        line = Finding(found.name, found.mean, found.se_draws, "nats", meaning="a datum's share")
-        return Lines(found, [line])
-    lines = [Finding(n, b.mean, b.se_data, "nats", meaning=m) for n, b, m in parts]
-    return Lines(found, lines)
+        error, meaning = found.se_draws, "a datum's share"
+    else:
+        error, meaning = found.se_data, "log p(x, z) - log q(z | x), averaged over q"
+    return Lines(found, [Finding(found.name, found.mean, error, "nats", meaning=meaning)])
+
+
+def _gradients(subject: Subject) -> Any:
+    """Of the ELBO: a trained objective isn't part of a pair."""
+    return gradient_noise(
+        subject.model,
+        subject.guide,
+        subject.data,
+        structure=subject.structure,
+        progress=subject.progress,
+        seed=subject.seed,
+    )
 
 
 def _annealing(subject: Subject) -> Lines:
@@ -98,6 +110,7 @@ CHECKS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "surgery": ("the latent space", lambda s: s.run(surgery, max_rows=65536)),
     "aggregated": ("the latent space", lambda s: s.run(aggregated_posterior)),
     "predictive": ("the model", lambda s: s.run(predictive, num_particles=100)),
+    "gradients": ("the training", _gradients),
 }
 """By name: what it is about, and how it is run."""
 
@@ -126,8 +139,8 @@ class Diagnosis:
         return [line for result in self.results.values() for line in result.findings()]
 
     def to_dict(self) -> dict[str, Any]:
-        """All lines and reasons, as JSON has them."""
-        lines = {n: [asdict(f) for f in r.findings()] for n, r in self.results.items()}
+        """All lines and reasons, as JSON has them: numbers that aren't finite are None."""
+        lines = {n: [_finite(asdict(f)) for f in r.findings()] for n, r in self.results.items()}
         return {
             "num_data": self.num_data,
             "findings": lines,
@@ -161,6 +174,10 @@ class Diagnosis:
     __repr__ = __str__
 
 
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in line.items()}
+
+
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -182,7 +199,8 @@ def diagnose(
     is wrong. What isn't defined for the pair is said, with its reason, and never a number. The
     default checks take less than two epochs of training of an image model; ``"gap"`` (is it the
     encoder or the family?) and ``"ais"`` (what is log p(x) really?) optimise and anneal for each
-    datum, and are run when they are asked for: ``checks=[*DEFAULT, "gap", "ais"]``.
+    datum, ``"gradients"`` (how noisy is a step?) takes a hundred of them; these are run when they
+    are asked for: ``checks=[*DEFAULT, "gap", "ais", "gradients"]``.
 
     Arguments:
         model: A Pyro program.
