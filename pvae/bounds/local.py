@@ -34,8 +34,8 @@ class Refinement:
     r"""How q is fitted to each datum: Adam, whose rate falls where the ELBO stands still.
 
     Every 50 steps the mean ELBO of all data is looked at, with the same draws each time. Where it
-    has not risen, the fit goes back to where it was best, and the rate falls; after four falls it
-    ends. So no fit ends below its start.
+    has not risen, the rate falls; where it has fallen, by two standard errors of the difference, the
+    fit goes back, so that it doesn't end below its start. After four falls of the rate it ends.
 
     Gradients leave out the score of q, whose expectation is 0, so that they vanish where q is the
     posterior. Adam works element by element, so that no datum's fit depends on another's; when to
@@ -202,12 +202,12 @@ _ROUND = 50  # steps between two looks
 _FALL = 0.3  # of the learning rate, where the ELBO stands still
 _FALLS = 4  # after which a fit has settled
 _STILL = 1e-3  # nats
-_LOOKS = 64  # draws of a look
+_LOOKS = 256  # draws of a look
 _MEMORY = (0.9, 0.95)  # short: gradients are large where a fit starts, and soon small
 
 
 def _maximise(q: LocalFamily, density: t.LatentDensity, how: Refinement, particles: int) -> bool:
-    """Whether the mean ELBO stood still in the end; q is left where it was best."""
+    """Whether the mean ELBO stood still in the end."""
     for parameter in q.parameters:
         parameter.requires_grad_()
     optimiser = torch.optim.Adam(q.parameters, lr=how.learning_rate, betas=_MEMORY)
@@ -219,17 +219,16 @@ def _maximise(q: LocalFamily, density: t.LatentDensity, how: Refinement, particl
             _step(q, density, optimiser, particles)
         done += steps
         now = _look(q, density, particles)
-        gain = now - best
-        if float(gain.mean()) > 0:
-            best = now
-            torch._foreach_copy_(kept, [p.detach() for p in q.parameters])
-        if not float(gain.mean()) > max(_STILL, float(gain.std()) / math.sqrt(len(gain))):
+        gain, error = float((now - best).mean()), float((now - best).std()) / math.sqrt(len(now))
+        if not gain > max(_STILL, error):
             falls += 1
             optimiser.param_groups[0]["lr"] *= _FALL
-            with torch.no_grad():
+        with torch.no_grad():
+            if gain < -2 * error:
                 torch._foreach_copy_(q.parameters, kept)
-    with torch.no_grad():
-        torch._foreach_copy_(q.parameters, kept)
+            else:
+                best = now
+                torch._foreach_copy_(kept, q.parameters)
     return falls == _FALLS
 
 
