@@ -108,3 +108,8 @@ def test_from_a_fit(device: torch.device) -> None:
     fit = pvae.fit(vae.model, vae.guide, x[:40], valid=x[40:], epochs=1, progress=False)
     assert fit.diagnose(checks=["elbo"]).num_data == 20
     assert fit.diagnose(x, checks=["elbo"]).num_data == 60
+
+
+def test_a_p_value_below_the_least_number_is_no_zero() -> None:
+    assert "< 1e-300" in str(diagnostics.Finding("SBC p-value", 0.0))
+    assert "< 1e-300" not in str(diagnostics.Finding("share", 0.0))

@@ -34,8 +34,8 @@ class Refinement:
     r"""How q is fitted to each datum: Adam, whose rate falls where the ELBO stands still.
 
     Every 50 steps the mean ELBO of all data is looked at, with the same draws each time. Where it
-    has not risen, the rate falls; where it has fallen, by two standard errors of the difference, the
-    fit goes back, so that it doesn't end below its start. After four falls of the rate it ends.
+    has not risen, the rate falls; where it has fallen, by two standard errors of the difference,
+    the fit goes back, so that it doesn't end below its start. After four falls of the rate it ends.
 
     Gradients leave out the score of q, whose expectation is 0, so that they vanish where q is the
     posterior. Adam works element by element, so that no datum's fit depends on another's; when to

@@ -16,7 +16,6 @@ from pvae.bounds.result import Bound, Kind
 from pvae.bounds.sums import WeightSums
 from pvae.data import Source
 from pvae.errors import check_int
-from pvae.modes import evaluating
 
 __all__ = ["elbo", "kind_of", "with_globals"]
 
@@ -127,7 +126,8 @@ def with_globals(
     """The data set's bound: each draw of what is outside the data plate is shared by all data."""
     totals, num_data = [], source.num_rows
     for _ in range(num_global):
-        given, outside = _draw_globals(model, guide, source, structure)
+        given, first = t.draw_globals(model, guide, source, structure)
+        outside = float(first.global_log_p[0] - first.global_log_q[0])
         weights = WeightSums()
         for rows, terms in t.stream(model, guide, source, structure, num_local, max_rows, given):
             weights.add(rows, weights.reduce(terms.log_weight))
@@ -147,18 +147,3 @@ def with_globals(
         global_sites=structure.global_sites,
         removed_scales=structure.removed_scales,
     )
-
-
-def _draw_globals(
-    model: Any, guide: Any, source: Source, structure: t.Structure
-) -> tuple[dict[str, Tensor], float]:
-    """One draw of everything outside the data plate, and its log p - log q."""
-    rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
-    with evaluating(structure.modules):
-        terms = t.compute(model, guide, t.first_batch(source, rows), structure=structure)
-    given = {
-        name: site.draws[0]
-        for name, site in terms.sites.items()
-        if not site.is_local and site.kind in ("latent", "auxiliary") and site.draws is not None
-    }
-    return given, float(terms.global_log_p[0] - terms.global_log_q[0])

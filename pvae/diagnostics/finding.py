@@ -46,6 +46,8 @@ class Finding:
         """Value, standard error and unit, with the digits that the error leaves."""
         if not math.isfinite(self.value):
             return str(self.value)
+        if self.value == 0 and self.name.endswith("p-value"):
+            return "< 1e-300"  # below the least double
         has_error = self.error is not None and math.isfinite(self.error) and self.error > 0
         if has_error:
             assert self.error is not None  # noqa: S101

@@ -10,6 +10,7 @@ from pvae.terms.density import LatentDensity, stream_densities
 from pvae.terms.drawing import (
     Kind,
     check_generative,
+    draw_globals,
     draws,
     held,
     is_inside,
@@ -33,6 +34,7 @@ __all__ = [
     "check_data",
     "check_generative",
     "compute",
+    "draw_globals",
     "draw_guide",
     "draws",
     "first_batch",

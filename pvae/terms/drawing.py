@@ -23,6 +23,7 @@ from pvae.terms.structure import Structure
 __all__ = [
     "Kind",
     "check_generative",
+    "draw_globals",
     "draws",
     "held",
     "is_inside",
@@ -106,7 +107,8 @@ def draws(
         k = min(at_once, num_draws - done)
         given: dict[str, Tensor] = {}
         if structure.global_sites:
-            k, given = _global_draws(_first_terms(model, outer, source, structure, k))
+            given, first = draw_globals(model, outer, source, structure, k)
+            k = first.num_particles
         for rows, terms in stream(model, inner, source, structure, k, max_rows, given):
             yield slice(done, done + k), rows, terms
         done += k
@@ -125,13 +127,19 @@ def _first_terms(
         return compute(model, guide, batch, structure=structure, num_particles=num_particles)
 
 
-def _global_draws(terms: Terms) -> tuple[int, dict[str, Tensor]]:
-    """Values of what is outside the data plate, in the form in which they can be given.
+def draw_globals(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    source: Source,
+    structure: Structure,
+    num_draws: int = 1,
+) -> tuple[dict[str, Tensor], Terms]:
+    """Draws of what is outside the data plate, in the form in which they can be given.
 
     Those of several particles can be given only to as many vectorised ones, so where particles
-    are looped it is one.
+    are looped it is one; the terms, which are of the first rows, say how many.
     """
-    terms = terms.passes[0]
+    terms = _first_terms(model, guide, source, structure, num_draws).passes[0]
     k, given = terms.num_particles, dict[str, Tensor]()
     for name, site in terms.sites.items():
         if site.is_local or site.kind not in ("latent", "auxiliary") or site.draws is None:
@@ -140,7 +148,7 @@ def _global_draws(terms: Terms) -> tuple[int, dict[str, Tensor]]:
         padding = terms.structure.nesting + event_dim + 1 - site.draws.dim()
         shape = (k, *(1,) * padding, *site.draws.shape[1:])
         given[name] = site.draws.reshape(shape) if k > 1 else site.draws[0]
-    return k, given
+    return given, terms
 
 
 def replicate(terms: Terms, name: str, *, mean: bool = False) -> Tensor:
