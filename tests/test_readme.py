@@ -36,12 +36,21 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_how_tos_run() -> None:
     assert run_blocks(ROOT / "docs" / "pairs.md") >= 6
     assert run_blocks(ROOT / "docs" / "objectives.md") == 1
+    assert run_blocks(ROOT / "docs" / "diagnostics.md") == 1
 
 
 def test_what_it_points_at_exists() -> None:
-    for page in (README, ROOT / "docs" / "design.md", ROOT / "CONTRIBUTING.md"):
+    pages = (ROOT / "docs").glob("*.md")
+    for page in (README, *pages, ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_page_of_diagnostics_names_all_of_them() -> None:
+    page = (ROOT / "docs" / "diagnostics.md").read_text()
+    functions = [name for name in pvae.diagnostics.__all__ if name[0].islower()]
+    for name in (*functions, *pvae.diagnostics.CHECKS):
+        assert re.search(rf"[`.]{name}\b", page), f"docs/diagnostics.md doesn't name {name}"
 
 
 def test_the_test_command_is_the_one_ci_runs() -> None:

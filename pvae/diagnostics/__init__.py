@@ -10,7 +10,12 @@ from pvae.diagnostics.disentanglement import Disentanglement, disentanglement
 from pvae.diagnostics.factors import DCI, Score, dci, factor_vae_score, irs, mig, sap
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.gap import Gap, gap
-from pvae.diagnostics.gradients import GradientNoise, compare_objectives, gradient_noise
+from pvae.diagnostics.gradients import (
+    GradientNoise,
+    ObjectiveComparison,
+    compare_objectives,
+    gradient_noise,
+)
 from pvae.diagnostics.importance import Importance, importance, khat
 from pvae.diagnostics.joint import TARP, tarp
 from pvae.diagnostics.learning import LearningCurve, learning_curve
@@ -36,6 +41,7 @@ __all__ = [
     "GradientNoise",
     "Importance",
     "LearningCurve",
+    "ObjectiveComparison",
     "Part",
     "PredictiveCheck",
     "Score",

@@ -22,7 +22,7 @@ from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.modes import in_mode
 from pvae.objectives import ELBO, Objective, as_objective
 
-__all__ = ["GradientNoise", "compare_objectives", "gradient_noise"]
+__all__ = ["GradientNoise", "ObjectiveComparison", "compare_objectives", "gradient_noise"]
 
 
 @dataclass(frozen=True)
