@@ -213,5 +213,8 @@ def test_refusals(device: torch.device) -> None:
         gradient_noise(model, guide, x, num_repeats=1)
     with pytest.raises(ArgumentError, match=r"one of pvae\.objectives; got RenyiELBO"):
         gradient_noise(model, guide, x, pyro.infer.RenyiELBO())
-    with pytest.raises(ArgumentError, match="at least one, by name"):
+    with pytest.raises(ArgumentError, match="at least one, by name; got none"):
         compare_objectives(model, guide, x, {})
+    several: Any = [o.ELBO()]
+    with pytest.raises(ArgumentError, match="by name; got list"):
+        compare_objectives(model, guide, x, several)

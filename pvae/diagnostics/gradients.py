@@ -229,8 +229,9 @@ def compare_objectives(
         >>> found["IWAE-5"].sides["model"].num_repeats
         100
     """
-    if not objectives:
-        raise ArgumentError("objectives", "at least one, by name", "none")
+    if not isinstance(objectives, Mapping) or not objectives:
+        got = "none" if not objectives else type(objectives).__name__
+        raise ArgumentError("objectives", "a dictionary of at least one, by name", got)
     return _compared(
         model, guide, data, objectives, num_repeats, structure, seed, progress=progress
     )
