@@ -21,6 +21,7 @@ __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 Function = Callable[[Tensor], Any]
 _LEVEL = 0.05
 _FAR = 5.0
+_ENOUGH = 50  # replicates whose spread is known to 10%
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,13 @@ class Statistic:
 
     @property
     def is_beyond(self) -> bool:
-        """Whether no replicate reaches T(x), and it is more than five spreads away."""
+        """Whether no replicate reaches T(x), and it is more than five spreads away.
+
+        With fewer than 50 replicates, whose spread may be small by chance, it is never said.
+        """
         above, equal, num_draws = self._counts
-        return not equal and above in (0, num_draws) and self.distance > _FAR
+        is_outside = num_draws >= _ENOUGH and not equal and above in (0, num_draws)
+        return is_outside and self.distance > _FAR
 
     @property
     def _counts(self) -> tuple[int, int, int]:
@@ -201,8 +206,8 @@ def predictive(
     verdict is on the two-sided p-value: "bad" below 0.05 over the number of statistics, so that
     under the model one of them all is bad with a probability of at most 0.05 (for ``mixed`` and
     ``aggregated`` as far as what the guide and the training took from the data can be neglected);
-    "look" below 0.05. Where replicates are too few for that level, T(x) beyond all of them and
-    more than five of their spreads away is bad, too. With many data every model fails; T(x)
+    "look" below 0.05. With 50 replicates or more, T(x) beyond all of them and more than five of their
+    spreads away is bad, too. With many data every model fails; T(x)
     beside the replicates' mean and spread says by how much. Masked entries of replicates are the
     observed ones.
 
