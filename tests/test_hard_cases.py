@@ -137,7 +137,7 @@ def test_a_datum_without_any_weight_has_no_effective_draw() -> None:
 
 
 def test_a_gap_without_a_value_is_refused_before_fits() -> None:
-    with pytest.raises(UndefinedError, match="gap: .* at datum 0"):
+    with pytest.raises(UndefinedError, match=r"gap: .* at datum 0"):
         diagnostics.gap(*bounded(), torch.zeros(3), num_particles=100, progress=True)
     toy = LinearGaussian.random(3, 1)
     pair = linear.pair(toy, linear.exact)
