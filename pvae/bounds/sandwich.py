@@ -54,13 +54,15 @@ class Sandwich:
 
     def __str__(self) -> str:
         low, high = self.lower, self.upper
+        errors = [low.se_data, high.se_data, self.se_gap]
+        shown = ["" if math.isnan(error) else f" +- {error:.2g}" for error in errors]
         return "\n".join(
             (
                 f"BDMC, {low.name.split(', ')[-1]}, on {low.num_data} simulated data, "
                 f"K = {low.num_particles}",
-                f"  lower: {low.mean:.2f} +- {low.se_data:.2g} nats per datum",
-                f"  upper: {high.mean:.2f} +- {high.se_data:.2g}",
-                f"  gap:   {self.gap:.2g} +- {self.se_gap:.2g}, which bounds the bias of both on",
+                f"  lower: {low.mean:.2f}{shown[0]} nats per datum",
+                f"  upper: {high.mean:.2f}{shown[1]}",
+                f"  gap:   {self.gap:.2g}{shown[2]}, which bounds the bias of both on",
                 "  average; on real data only as far as they are like the model's own",
             )
         )

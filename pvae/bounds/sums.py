@@ -38,7 +38,8 @@ class WeightSums:
     def values(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Each datum's value, its variance over draws, and its effective sample size."""
         first, second = torch.cat(list(self.sums.values()), 1)
-        inverse_size = (second - 2 * first).exp()
+        nothing = first == -math.inf  # no draw has any weight: none counts, and no error is known
+        inverse_size = torch.where(nothing, math.inf, (second - 2 * first).exp())
         variance = (inverse_size - 1 / k).clamp(min=0) / self.power**2
         return (first - math.log(k)) / self.power, variance, 1 / inverse_size
 

@@ -154,6 +154,7 @@ def aggregated_posterior(
     check_int("num_draws", num_draws, minimum=2)
     with randomness.forked(seed):
         source, structure = bounds.prepare(model, guide, data, structure)
+        source = t.held(source)
         check_int("aggregated_posterior, rows of data", source.num_rows, minimum=2)
         require_rows("aggregated_posterior", structure)
         sites = (

@@ -14,7 +14,7 @@ from pvae import bounds, randomness
 from pvae import terms as t
 from pvae.bounds import Bound, Estimate
 from pvae.diagnostics.finding import Finding, Verdict
-from pvae.errors import ArgumentError, check_int
+from pvae.errors import ArgumentError, UndefinedError, check_int
 
 __all__ = ["Gap", "gap"]
 
@@ -238,6 +238,11 @@ def gap(
     check_int("max_rows", max_rows)
     with randomness.forked(seed):
         source, structure = bounds.prepare(model, guide, data, structure, plate)
+        source = t.held(source)  # a loader may shuffle: fits and guide need the same rows
+        guides = bounds.log_weights(
+            model, guide, source, num_particles, structure=structure, max_rows=max_rows, seed=seed
+        )
+        _check(guides, evidence)
         parts: dict[str, list[Tensor]] = {}
         unsettled, instead = [], ""
         for fit in bounds.fit_locally(
@@ -254,9 +259,6 @@ def gap(
             parts.setdefault(fit.family, []).append(fit.log_weights)
             unsettled += [] if fit.is_settled else [fit.family]
             instead = instead or fit.instead
-    guides = bounds.log_weights(
-        model, guide, source, num_particles, structure=structure, max_rows=max_rows, seed=seed
-    )
     weights = {"guide": guides, **{q: torch.cat(p, 1) for q, p in parts.items()}}
     sampled = None
     if evidence is None:
@@ -264,8 +266,20 @@ def gap(
         best = stacked.mean(1).argmax(0).expand(1, *stacked.shape[1:])
         sampled = Estimate.of_evidence(stacked.gather(0, best)[0])
         evidence = sampled.bound(f"evidence, local IWAE-{num_particles}", "lower")
-    elif evidence.num_data != guides.shape[1]:
+    return Gap(weights, evidence, instead, tuple(dict.fromkeys(unsettled)), sampled)
+
+
+def _check(guides: Tensor, evidence: Bound | None) -> None:
+    """Before the fits, which take long."""
+    if evidence is not None and evidence.per_datum.shape[0] != guides.shape[1]:
         raise ArgumentError(
             "evidence", f"an estimate for the same {guides.shape[1]} data", f"{evidence.num_data}"
         )
-    return Gap(weights, evidence, instead, tuple(dict.fromkeys(unsettled)), sampled)
+    wrong = (~guides.isfinite()).any(0).nonzero()
+    if len(wrong):
+        raise UndefinedError(
+            "gap",
+            "a finite log p(x, z) - log q(z | x) at each draw of the guide",
+            f"NaN or infinity at datum {int(wrong[0])}, whose ELBO has no value",
+            ["a likelihood that no latent makes impossible", "bounds.evidence, which is defined"],
+        )

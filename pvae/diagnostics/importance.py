@@ -129,7 +129,8 @@ class Importance:
     @property
     def ess(self) -> Tensor:
         r"""Effective sample size of each datum, :math:`1 / \sum_k \bar w_k^2`, shape ``(N,)``."""
-        return 1 / self.log_weights.softmax(0).square().sum(0)
+        size = 1 / self.log_weights.softmax(0).square().sum(0)
+        return size.nan_to_num(0.0)  # no draw has any weight
 
     @property
     def elbo(self) -> bounds.Bound:

@@ -233,6 +233,7 @@ def _mean_over_data(values: Tensor) -> tuple[float, float]:
     filled, counts = flat.nan_to_num(), known.sum(1)
     mean = float(filled.sum() / counts.sum())
     off = (filled - mean * known).sum(1)  # linearised ratio of sums over data
-    n = len(values)
-    error = math.sqrt(float(off.square().sum()) * n / max(n - 1, 1)) / float(counts.sum())
-    return mean, error
+    n = int((counts > 0).sum())  # rows that are masked out whole are no data
+    if n < 2:
+        return mean, math.nan
+    return mean, math.sqrt(float(off.square().sum()) * n / (n - 1)) / float(counts.sum())

@@ -21,6 +21,8 @@ __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 Function = Callable[[Tensor], Any]
 _LEVEL = 0.05
 _FAR = 5.0
+_ENOUGH = 10  # replicates: five spreads off by chance is then one in 700, by Student's t
+_ENOUGH_EQUAL = 50  # replicates that are all the same: one that isn't is then one in 130 at most
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,15 @@ class Statistic:
 
     @property
     def is_beyond(self) -> bool:
-        """Whether no replicate reaches T(x), and it is more than five spreads away."""
+        """Whether no replicate reaches T(x), and it is more than five spreads away.
+
+        Few replicates have little spread by chance: it takes 10, and 50 if they are all the same.
+        """
         above, equal, num_draws = self._counts
-        return not equal and above in (0, num_draws) and self.distance > _FAR
+        distance = self.distance
+        enough = _ENOUGH if math.isfinite(distance) else _ENOUGH_EQUAL
+        is_outside = num_draws >= enough and not equal and above in (0, num_draws)
+        return is_outside and distance > _FAR
 
     @property
     def _counts(self) -> tuple[int, int, int]:
@@ -201,10 +209,10 @@ def predictive(
     verdict is on the two-sided p-value: "bad" below 0.05 over the number of statistics, so that
     under the model one of them all is bad with a probability of at most 0.05 (for ``mixed`` and
     ``aggregated`` as far as what the guide and the training took from the data can be neglected);
-    "look" below 0.05. Where replicates are too few for that level, T(x) beyond all of them and
-    more than five of their spreads away is bad, too. With many data every model fails; T(x)
-    beside the replicates' mean and spread says by how much. Masked entries of replicates are the
-    observed ones.
+    "look" below 0.05. With 10 replicates or more (50, if they are all the same), T(x) beyond
+    all of them and more than five of their spreads away is bad, too. With many data every model
+    fails; T(x) beside the replicates' mean and spread says by how much. Masked entries of
+    replicates are the observed ones.
 
     References:
         Posterior Predictive Assessment of Model Fitness via Realized Discrepancies

@@ -93,10 +93,8 @@ def _gradients(subject: Subject) -> Any:
 
 
 def _annealing(subject: Subject) -> Lines:
-    found = subject.run(
-        bounds.evidence, method=bounds.AIS(), num_particles=16, progress=subject.progress
-    )
-    meaning = f"log p(x) by annealing, between {found.kind} bounds"
+    found = subject.run(bounds.evidence, method="ais", num_particles=16, progress=subject.progress)
+    meaning = "log p(x) by annealing, a lower bound on average"
     return Lines(found, [Finding("AIS", found.mean, found.se_data, "nats", meaning=meaning)])
 
 
@@ -232,7 +230,14 @@ def diagnose(
     check_int("num_particles", num_particles, minimum=25)
     with randomness.forked(seed):
         source, structure = bounds.prepare(model, guide, data, structure, plate)
-        rows = _some(source, structure, num_data)
+        rows = _some(t.held(source), structure, num_data)
+    if rows.num_rows < 2 and not _OF_SEVERAL.isdisjoint(asked):
+        raise ArgumentError(
+            "data",
+            f"two rows or more, for {oxford(n for n in asked if n in _OF_SEVERAL)}",
+            f"{rows.num_rows}",
+            [f"checks={[n for n in asked if n not in _OF_SEVERAL]}"],
+        )
     subject = Subject(
         model, guide, rows, structure, num_particles, max_rows, progress=progress, seed=seed
     )
@@ -252,6 +257,9 @@ def diagnose(
         except UndefinedError as error:
             undefined["learning"] = error.one_line()
     return Diagnosis(results, undefined, seconds, rows.num_rows)
+
+
+_OF_SEVERAL = frozenset({"surgery", "aggregated"})
 
 
 def _some(source: Source, structure: t.Structure, count: int) -> Source:

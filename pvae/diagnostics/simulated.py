@@ -109,6 +109,7 @@ def simulate(
     check_int("num_simulations", num_simulations, minimum=20)
     check_int("max_rows", max_rows)
     source, structure = bounds.prepare(model, guide, data, structure)
+    source = t.held(source)
     structure.require_density(where)
     require_rows(where, structure)
     sites = (

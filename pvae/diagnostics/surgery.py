@@ -257,6 +257,7 @@ def surgery(
     check_number("threshold", threshold, minimum=0)
     with randomness.forked(seed):
         source, structure = bounds.prepare(model, guide, data, structure)
+        source = t.held(source)
         _check(structure, source)
         pair = (model, guide, source, structure)
         own = draw(*pair, num_particles, max_rows)

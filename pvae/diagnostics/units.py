@@ -55,6 +55,7 @@ def active_units(
     with randomness.forked(seed):
         source, structure = bounds.prepare(model, guide, data, structure)
         site = only_site("active_units", "latent of the data", structure.latents, site)
+        check_int("active_units, rows of data", source.num_rows, minimum=2)
         means, noise = means_and_noise(
             model, guide, source, structure, site, num_particles, max_rows
         )

@@ -269,8 +269,10 @@ def _compare(structure: Structure, model: Any, guide: Any, batch: Batch) -> str:
                 ours, theirs = getattr(site, key), getattr(one.sites[name], key)
                 if ours is None:
                     continue
-                worst = (ours[k] - theirs[0]).abs().max()
-                size = theirs[0].abs().max().clamp(min=1.0)
+                # two infinities that are equal differ by nothing
+                off = torch.where(ours[k] == theirs[0], 0.0, ours[k] - theirs[0])
+                worst = off.abs().max()
+                size = theirs[0].nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0)
                 if not bool(worst <= _TOLERANCE.get(ours.dtype, 1e-2) * size):
                     return f"at site '{name}' {key} then differs by {float(worst):.3g} nats"
     return ""
