@@ -145,3 +145,22 @@ def test_a_gap_without_a_value_is_refused_before_fits() -> None:
     other = bounds.elbo(*pair, toy.sample(2), 4)
     with pytest.raises(ArgumentError, match="the same 3 data"):
         diagnostics.gap(*pair, toy.sample(3), num_particles=4, evidence=other)
+
+
+def test_the_rate_where_some_latents_make_the_data_impossible() -> None:
+    """log p(x | z) is -inf there; log q - log p is finite, and was -inf + inf before."""
+    model, _ = bounded()
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_full((len(x),), 0.5), 1.0))
+
+    found = bounds.elbo(model, guide, torch.ones(50), 400)
+    assert found.mean == -math.inf
+    assert found.rate is not None
+    error = 0.5 / math.sqrt(50 * 400)  # it is z / 2 - 1 / 8, and z has variance 1
+    assert abs(found.rate.mean - 0.125) < 4.5 * error
+
+
+def test_a_number_that_rounds_to_zero_has_no_sign() -> None:
+    assert diagnostics.Finding("total correlation", -1e-9, 1e-7).number == "0.000000 +- 0.000000"

@@ -113,8 +113,10 @@ class Curve:
             self.se_draws.tolist(),
             strict=True,
         ):
-            lines.append(f"  {k:>6}: {mean:.3f} +- {over_data:.2g} (over draws {over_draws:.2g})")
-        to = f"{self.extrapolated:.3f} +- {self.se_extrapolated:.2g}"
+            error = f" +- {over_data:.2g}" if self.num_data > 1 else ""
+            lines.append(f"  {k:>6}: {mean:.3f}{error} (over draws {over_draws:.2g})")
+        to = f"{self.extrapolated:.3f}"
+        to += f" +- {self.se_extrapolated:.2g}" if self.num_data > 1 else ""
         if self.doubts:
             lines += [f"  1/K -> 0: {to}, a guess:", *(f"    {doubt}" for doubt in self.doubts)]
             lines.append("  next: bounds.evidence(..., method='ais')")

@@ -189,7 +189,8 @@ def _by_annealing(
 ) -> Bound:
     weights, acceptance = WeightSums(), []
     options = {"progress": progress}
-    chunks = annealed(model, guide, source, structure, ais, num_chains, max_rows, **options)
+    data = t.held(source)  # each of a loader's batches would have its own pilot chains
+    chunks = annealed(model, guide, data, structure, ais, num_chains, max_rows, **options)
     for chunk in chunks:
         weights.add(chunk.rows, weights.reduce(chunk.forward))
         acceptance.append(chunk.acceptance)

@@ -79,19 +79,23 @@ class _Moments:
 
     def __init__(self, structure: t.Structure) -> None:
         self.structure = structure
-        self.sums: dict[int, Tensor] = {}  # by a chunk's first row; (3, rows)
+        self.sums: dict[int, Tensor] = {}  # by a chunk's first row; (4, rows)
         self.is_split = True
 
     def add(self, rows: slice, terms: t.Terms) -> None:
         log_weight = terms.log_weight.double()
         self.is_split = "joint" not in terms.notes
-        likelihood = terms.log_likelihood.double() if self.is_split else log_weight
-        new = torch.stack([log_weight.sum(0), log_weight.square().sum(0), likelihood.sum(0)])
+        likelihood, rate = log_weight, log_weight
+        if self.is_split:
+            likelihood = terms.log_likelihood.double()
+            rate = (terms.log_q - terms.log_prior).double()
+        parts = (log_weight, log_weight.square(), likelihood, rate)
+        new = torch.stack([part.sum(0) for part in parts])
         known = self.sums.get(rows.start)
         self.sums[rows.start] = new if known is None else known + new
 
     def bound(self, name: str, k: int) -> Bound:
-        values, square, likelihood = torch.cat(list(self.sums.values()), 1) / k
+        values, square, likelihood, rate = torch.cat(list(self.sums.values()), 1) / k
         variance = (square - values.square()).clamp(min=0) / (k - 1) if k > 1 else None
         common: dict[str, Any] = {"num_data": len(values), "num_particles": k}
 
@@ -106,7 +110,7 @@ class _Moments:
             float(values.sum()),
             None if variance is None else math.sqrt(float(variance.sum())),
             distortion=part("distortion", -likelihood) if self.is_split else None,
-            rate=part("rate", likelihood - values) if has_rate else None,
+            rate=part("rate", rate) if has_rate else None,
             removed_scales=self.structure.removed_scales,
             kind=kind_of(self.structure),
             **common,

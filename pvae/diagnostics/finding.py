@@ -52,7 +52,8 @@ class Finding:
         if has_error:
             assert self.error is not None  # noqa: S101
             digits = min(6, max(0, 1 - math.floor(math.log10(self.error))))
-            text = f"{self.value:.{digits}f} +- {self.error:.{digits}f}"
+            value = round(self.value, digits) + 0.0  # no -0
+            text = f"{value:.{digits}f} +- {self.error:.{digits}f}"
         else:
             text = f"{self.value:.4g}"
         return f"{text} {self.unit}".rstrip()
