@@ -259,6 +259,7 @@ def test_a_guide_that_cant_be_read_is_replaced_and_it_says_so(device: torch.devi
         flow=False, progress=False,
     )  # fmt: skip
     assert found.instead == "TransformedDistribution at site 'z' has no parameters to read"
+    assert "best full-rank Gaussian (not its own family) for each datum" in str(found)
 
 
 def test_no_fit_ends_below_its_start(device: torch.device) -> None:

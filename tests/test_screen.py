@@ -110,6 +110,18 @@ def test_from_a_fit(device: torch.device) -> None:
     assert fit.diagnose(x, checks=["elbo"]).num_data == 60
 
 
+def test_training_on_comes_before_what_it_may_repair(device: torch.device) -> None:
+    toy, x = toy_data()
+    pair = linear.pair(toy, linear.scaled(0.5))
+    rising = [{"elbo": float(e)} for e in range(30)]
+    found = pvae.diagnose(*pair, x.to(device), checks=["importance"], history=rising)
+    assert verdicts(found)["k-hat above 0.7"] == "bad"
+    assert found.advice == ".refine(epochs) (learning curve)"
+    flat = [{"elbo": float(e % 2)} for e in range(30)]
+    found = pvae.diagnose(*pair, x.to(device), checks=["importance"], history=flat)
+    assert found.advice.endswith("(k-hat above 0.7)")
+
+
 def test_a_p_value_below_the_least_number_is_no_zero() -> None:
     assert "< 1e-300" in str(diagnostics.Finding("SBC p-value", 0.0))
     assert "< 1e-300" not in str(diagnostics.Finding("share", 0.0))

@@ -99,12 +99,13 @@ class Gap:
         found = [
             self._finding(
                 self.amortisation,
-                "what the encoder loses against the best q of its family for each datum",
+                f"what the encoder loses against the best {self._family} for each datum",
                 f"{encoder}; worst rows {rows}" if self.verdict in ("encoder", "both") else "",
             ),
             self._finding(
                 self.approximation,
-                "what the family loses against the posterior",
+                f"what the {'family' if not self.instead else self._family} loses against the "
+                "posterior",
                 f"a richer family; {self._best()}" if self.verdict in ("family", "both") else "",
             ),
             self._line("full rank gains", "full rank", "own", "on the best of the guide's family"),
@@ -125,6 +126,11 @@ class Gap:
                 )
             )
         return found
+
+    @property
+    def _family(self) -> str:
+        """Whose best q the parts are about."""
+        return "full-rank Gaussian (not its own family)" if self.instead else "q of its family"
 
     def __str__(self) -> str:
         n = self.evidence.num_data

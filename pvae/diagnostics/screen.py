@@ -21,7 +21,7 @@ from pvae.diagnostics.gap import gap
 from pvae.diagnostics.gradients import gradient_noise
 from pvae.diagnostics.importance import importance
 from pvae.diagnostics.joint import tarp
-from pvae.diagnostics.learning import learning_curve
+from pvae.diagnostics.learning import LearningCurve, learning_curve
 from pvae.diagnostics.predictive import predictive
 from pvae.diagnostics.surgery import surgery
 from pvae.errors import ArgumentError, DataError, PairError, UndefinedError, check_int, oxford
@@ -149,8 +149,11 @@ class Diagnosis:
 
     @property
     def advice(self) -> str:
-        """What to do next, by the first thing that is bad, or else worth a look."""
+        """What to do next: train on while that helps; else by what is bad, or worth a look."""
         found = self.findings()
+        curve = self.results.get("learning")
+        if isinstance(curve, LearningCurve) and curve.state == "rising":
+            found = curve.findings()
         for verdict in ("bad", "look"):
             for line in found:
                 if line.verdict == verdict and line.advice:
