@@ -69,12 +69,21 @@ def test_a_crash_in_the_last_epochs_has_fallen(last: int) -> None:
     assert learning_curve(rows(-90 - (values + 90))).state != "falling"
 
 
-def test_a_curve_that_saturates_has_not_fallen() -> None:
-    """However little noise it has."""
-    epoch = torch.arange(60.0)
-    for scale in (0.0, 1e-6, 0.1):
-        values = -90 - 50 * (-epoch / 10).exp() + scale * noise(60, 6)
-        assert learning_curve(rows(values)).state != "falling"
+@pytest.mark.parametrize("epochs", [15, 40, 100])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.1])
+def test_a_curve_that_bends_is_no_noise(epochs: int, scale: float) -> None:
+    """What a line leaves of it goes together, too: 20 nats in 8 epochs were called no trend."""
+    bend = -100 * (-torch.arange(epochs) / (epochs / 3)).exp()
+    up = bend + scale * noise(epochs, 6)
+    assert learning_curve(rows(up)).state == "rising"
+    assert learning_curve(rows(-up)).state == "falling"
+
+
+def test_noise_that_could_hide_a_trend_is_not_called_flat() -> None:
+    loud, quiet = (learning_curve(rows(scale * noise(30, 7))) for scale in (20.0, 0.1))
+    assert loud.state == quiet.state == "plateau"
+    assert [found.findings()[0].verdict for found in (loud, quiet)] == ["look", "good"]
+    assert "could hide" in str(loud)
 
 
 def test_what_is_measured() -> None:

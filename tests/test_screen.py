@@ -122,6 +122,25 @@ def test_training_on_comes_before_what_it_may_repair(device: torch.device) -> No
     assert found.advice.endswith("(k-hat above 0.7)")
 
 
+def test_a_check_that_was_made_is_not_advised() -> None:
+    bad = diagnostics.Finding(
+        "k-hat above 0.7", 0.5, verdict="bad", advice="diagnostics.gap, first"
+    )
+    gap = diagnostics.Finding("amortisation gap", 2.0, verdict="bad", advice="a larger encoder")
+
+    class Found:
+        def __init__(self, line: diagnostics.Finding) -> None:
+            self.line = line
+
+        def findings(self) -> list[diagnostics.Finding]:
+            return [self.line]
+
+    without = diagnostics.Diagnosis({"importance": Found(bad)}, {}, {})
+    assert without.advice == "diagnostics.gap, first (k-hat above 0.7)"
+    both = diagnostics.Diagnosis({"importance": Found(bad), "gap": Found(gap)}, {}, {})
+    assert both.advice == "a larger encoder (amortisation gap)"
+
+
 def test_a_p_value_below_the_least_number_is_no_zero() -> None:
     assert "< 1e-300" in str(diagnostics.Finding("SBC p-value", 0.0))
     assert "< 1e-300" not in str(diagnostics.Finding("share", 0.0))

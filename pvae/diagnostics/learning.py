@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -22,6 +23,9 @@ FEWEST = 12
 
 CLEARLY = 10
 """Standard errors from which a fall is bad, and not only worth a look."""
+
+LITTLE = 1.0
+"""Nats a datum; where as much may be gained in another window a curve hasn't levelled off."""
 
 _NAMES = ("elbo", "unnormalised_elbo", "log_joint")
 
@@ -37,7 +41,7 @@ class LearningCurve:
         slope: Of the line, in nats an epoch.
         se_slope: Its standard error, widened for what neighbouring epochs have in common.
         correlation: Of the noise of neighbouring epochs, 0 where it is negative.
-        freedom: Degrees of freedom of both errors.
+        p_rise: How often noise alone rises as much, at most.
         noise: Standard deviation of an epoch's value around the curve.
         drop: How far the last epochs are below the best ones, in nats; at most 0 if they aren't.
         se_drop: Its standard error.
@@ -53,7 +57,7 @@ class LearningCurve:
     slope: float
     se_slope: float
     correlation: float
-    freedom: float
+    p_rise: float
     noise: float
     drop: float
     se_drop: float
@@ -66,24 +70,24 @@ class LearningCurve:
         """What the tests say: falling first, as a curve that has fallen may be flat since."""
         if self.p_drop < self.alpha:
             return "falling"
-        p_slope = _p_value(self.slope, self.se_slope, self.freedom)
-        return "rising" if p_slope < self.alpha else "plateau"
+        return "rising" if self.p_rise < self.alpha else "plateau"
 
     def findings(self) -> list[Finding]:
         """What is to be gained by going on, and what validation data say."""
-        verdicts: dict[str, tuple[Verdict, str, str]] = {
-            "plateau": ("good", "has levelled off: no trend above its noise", ""),
-            "rising": ("look", "still rises; so much in as many epochs again", ".refine(epochs)"),
-            "falling": (
-                "bad" if self.drop > CLEARLY * self.se_drop else "look",
-                "has fallen by so much since it was best",
-                "patience=..., which keeps the best epoch; or a smaller network",
-            ),
-        }
-        verdict, meaning, advice = verdicts[self.state]
         gain, error = self.slope * self.window, self.se_slope * self.window
+        verdict: Verdict = "look"
         if self.state == "falling":
             gain, error = -self.drop, self.se_drop
+            verdict = "bad" if self.drop > CLEARLY * self.se_drop else "look"
+            meaning = "has fallen by so much since it was best"
+            advice = "patience=..., which keeps the best epoch; or a smaller network"
+        elif self.state == "rising":
+            meaning, advice = "still rises; so much in as many epochs again", ".refine(epochs)"
+        elif gain + 2 * error < LITTLE:
+            verdict, meaning, advice = "good", "has levelled off: no trend above its noise", ""
+        else:
+            meaning = "no trend above its noise, which could hide one"
+            advice = ".refine(epochs), or more validation data"
         lines = [Finding("learning curve", gain, error, "nats", verdict, meaning, advice)]
         if self.generalisation is not None:
             meaning = "what training data have above validation data; error over epochs alone"
@@ -100,22 +104,25 @@ class LearningCurve:
 def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3) -> LearningCurve:
     r"""Whether more epochs would help, or fewer would have.
 
-    A line is fitted to the last quarter of the curve, W epochs, at least 8. The curve is rising if
-    its slope is above 0 at level alpha, by Student's t. It has fallen if, at the same level, the
-    mean of its last W / 2 epochs is below the best such mean, or that of its last 1, 2, 4, ...
-    below the W epochs before them; the number of comparisons is allowed for.
+    The slope is that of a line through the last quarter of the curve, W epochs, at least 8. The
+    curve is rising if its slope is above 0 by Student's t, or if more of the last W steps (at least
+    12) go up than fair coins would; where noise is independent, or a random walk, the latter are no
+    more often heads. It has fallen if the mean of its last W / 2 epochs is below the best such
+    mean, or that of its last 1, 2, 4, ... below the W epochs before them, or if as many steps go
+    down. The number of comparisons is allowed for.
 
-    Neighbouring epochs have noise in common. Its correlation r is the median over stretches of W
-    epochs, each with its own line taken out: W (1 - r) / (1 + r) epochs count as independent, in
-    errors and in degrees of freedom. The noise is from second differences,
+    Noise is what a parabola leaves, and neighbouring epochs have some in common. Its correlation r
+    is the median over stretches of W epochs, each with its own parabola taken out, and with what
+    that takes out of noise given back: W (1 - r) / (1 + r) epochs count as independent, in errors
+    and in degrees of freedom. The noise that is shown is from second differences,
     :math:`\sqrt{\overline{(v_{e-1} - 2 v_e + v_{e+1})^2} / 6}`, which a smooth curve hardly enters.
 
     Arguments:
         history: One row an epoch, as `Fit.history` is; its validation value is judged, or else
             its training value, where no penalty and no weight on the rate counts.
         alpha: How often a flat curve is called rising, and how often falling. Few epochs can't tell
-            what they have in common: with a correlation of 0.9, at alpha 0.01, a curve of 12 epochs
-            is called falling 6 times in 100, one of 40 3 times, one of 100 or more 1 to 2 times.
+            what they have in common: with a correlation of 0.9, at alpha 0.01, a curve of 12 or 40
+            epochs is called falling 6 times in 100, one of 100 or more 1 to 2 times.
 
     Raises:
         UndefinedError: With fewer than 12 epochs, no such column, or late values not finite.
@@ -141,66 +148,87 @@ def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3)
         raise UndefinedError(
             "learning curve", "a bound that is finite in the last epochs", "one that isn't"
         )
-    stretches = values.flip(0).unfold(0, window, window).flip(0, 1)
-    lines = [_line(stretch) for stretch in stretches]
-    slope, spread, _ = lines[-1]
-    common = min(max(statistics.median(r for _, _, r in lines), 0.0), 0.97)
-    widening = (1 + common) / (1 - common)
-    freedom = max(window / widening - 2, 0.5)
-    widened = math.sqrt(widening)
+    parabola = _Parabola(window)
+    common = parabola.correlation(values.flip(0).unfold(0, window, window).numpy())
+    late = values[-window:].numpy()
+    slope, se_slope = parabola.slope(late, common)
+    freedom = max(window * (1 - common) / (1 + common) - 3, 0.5)
+    second = values[:-2] - 2 * values[1:-1] + values[2:]
+    steps = values[-max(window, 13) :].diff()
+    ups, downs = (_heads(int(found.sum()), len(steps)) for found in (steps > 0, steps < 0))
+    falls = _falls(values, parabola, common)
     p_drop, drop, se_drop = min(
-        (
-            (min(1.0, count * _p_value(fall, widened * error, freedom)), fall, widened * error)
-            for fall, error, count in _falls(values, window)
-        ),
+        ((3 * count * _p_value(fall, error, freedom), fall, error) for fall, error, count in falls),
         key=lambda found: (found[0], -found[1]),
     )
-    second = values[:-2] - 2 * values[1:-1] + values[2:]
     return LearningCurve(
         name=name,
         values=values,
         window=window,
         slope=slope,
-        se_slope=widened * spread / math.sqrt(window * (window**2 - 1) / 12),
+        se_slope=se_slope,
         correlation=common,
-        freedom=freedom,
+        p_rise=min(1.0, 2 * min(_p_value(slope, se_slope, freedom), ups)),
         noise=float((second[-2 * window :].square().mean() / 6).sqrt()),
         drop=drop,
         se_drop=se_drop,
-        p_drop=p_drop,
+        p_drop=min(1.0, p_drop, 3 * downs if drop > 0 else 1.0),
         alpha=alpha,
         generalisation=_generalisation(history, name, window),
     )
 
 
-def _line(values: Tensor) -> tuple[float, float, float]:
-    """Slope by least squares, standard deviation of what is left, and its neighbours' correlation.
+class _Parabola:
+    """What a parabola leaves of W values, and on average of noise with a correlation r."""
 
-    What is left of n independent values has a correlation of -2 / n, and of others one that is low
-    by (2 + 4 r) / n (Kendall, 1954, with a line for his mean).
-    """
-    count = len(values)
-    place = torch.arange(count, dtype=values.dtype) - (count - 1) / 2
-    slope = float((place * values).sum() / place.square().sum())
-    rest = values - values.mean() - slope * place
-    squares = float(rest.square().sum())
-    common = float((rest[1:] * rest[:-1]).sum()) / max(squares, 1e-300)
-    return slope, math.sqrt(squares / (count - 2)), (common * count + 2) / (count - 4)
+    def __init__(self, window: int) -> None:
+        self.place = np.arange(window) - (window - 1) / 2
+        basis, _ = np.linalg.qr(np.vander(self.place, 3))
+        self.rest = np.eye(window) - basis @ basis.T
+        self.lags = abs(np.subtract.outer(self.place, self.place))
+        self.grid = np.linspace(0, 0.98, 25)
+        left = [self.rest @ r**self.lags @ self.rest for r in self.grid]
+        self.squares = np.array([np.trace(noise) for noise in left])
+        self.ratios = np.array([np.trace(noise, 1) for noise in left]) / self.squares
+
+    def correlation(self, stretches: np.ndarray) -> float:
+        """r, the median over stretches ``(S, W)``; 0 where it would be negative."""
+        rest = stretches @ self.rest
+        ratios = (rest[:, 1:] * rest[:, :-1]).sum(1) / np.maximum((rest**2).sum(1), 1e-300)
+        return float(np.interp(np.median(ratios), self.ratios, self.grid))
+
+    def sd(self, values: np.ndarray, common: float) -> float:
+        """Of the noise."""
+        squares = np.interp(common, self.grid, self.squares)
+        return float(np.linalg.norm(self.rest @ values) / math.sqrt(squares))
+
+    def slope(self, values: np.ndarray, common: float) -> tuple[float, float]:
+        """By least squares, and its standard error."""
+        along = self.place / (self.place @ self.place)
+        spread = math.sqrt(along @ common**self.lags @ along)
+        return float(along @ values), self.sd(values, common) * spread
 
 
-def _falls(values: Tensor, window: int) -> Iterator[tuple[float, float, int]]:
-    """Falls at the end, errors with independent noise, and how many comparisons each is one of."""
-    half = window // 2
+def _falls(
+    values: Tensor, parabola: _Parabola, common: float
+) -> Iterator[tuple[float, float, int]]:
+    """Falls at the end, their errors, and how many comparisons each is one of."""
+    window = len(parabola.place)
+    half, widening = window // 2, math.sqrt((1 + common) / (1 - common))
     means = values.unfold(0, half, 1).mean(1)
-    _, spread, _ = _line(values[-window:])
+    sd = parabola.sd(values[-window:].numpy(), common) * widening
     stretches = max(1, len(values) // half - 1)
-    yield float(means[:-1].max() - means[-1]), spread * math.sqrt(2 / half), 2 * stretches
+    yield float(means[:-1].max() - means[-1]), sd * math.sqrt(2 / half), stretches
     lasts = [2**i for i in range(half.bit_length()) if 2**i < half]
     for last in lasts:  # the noise of the epochs before: a crash is no part of its own error
         before, after = values[-window - last : -last], values[-last:]
-        _, spread, _ = _line(before)
-        error = spread * math.sqrt(1 / last + 1 / window)
-        yield float(before.mean() - after.mean()), error, 2 * len(lasts)
+        sd = parabola.sd(before.numpy(), common) * widening
+        yield float(before.mean() - after.mean()), sd * math.sqrt(1 / last + 1 / window), len(lasts)
+
+
+def _heads(count: int, tosses: int) -> float:
+    """How often fair coins have as many."""
+    return float(binom.sf(count - 1, tosses, 0.5))
 
 
 def _p_value(value: float, error: float, freedom: float) -> float:

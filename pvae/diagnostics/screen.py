@@ -156,7 +156,8 @@ class Diagnosis:
             found = curve.findings()
         for verdict in ("bad", "look"):
             for line in found:
-                if line.verdict == verdict and line.advice:
+                is_done = line.advice.startswith("diagnostics.gap") and "gap" in self.results
+                if line.verdict == verdict and line.advice and not is_done:
                     return f"{line.advice} ({line.name})"
         return "nothing stands out: sample, reconstruct, encode with it"
 
