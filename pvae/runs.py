@@ -368,7 +368,10 @@ class Config:
                 str(path),
                 "the config.json of a run",
                 f"{type(error).__name__}: {error}",
-                ["pvae train --out DIR first, then the folder DIR"],
+                [
+                    "pvae train --out DIR first, then the folder DIR",
+                    "of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python",
+                ],
             ) from error
 
 

@@ -274,6 +274,18 @@ def test_no_fit_ends_below_its_start(device: torch.device) -> None:
     near(found.gain("flow", "full rank"), 0.0, short=1e-4)
 
 
+def test_without_the_guides_own_family_nothing_is_told_apart() -> None:
+    weights = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).double()
+    q = {"guide": weights, "own": weights + 2, "full rank": weights + 2}
+    exact = bounds.Bound(
+        "exact", weights.mean(0) + 2, float((weights.mean(0) + 2).sum()), None, 3, 1
+    )
+    assert diagnostics.Gap(q, exact).verdict == "encoder"
+    instead = diagnostics.Gap(q, exact, "its scale has no name")
+    assert instead.verdict == "both"
+    assert "encoder or family lose, which can't be told apart here" in str(instead)
+
+
 def test_a_fit_below_the_guide_is_told(device: torch.device) -> None:
     """As where the mean over data rises, and a datum's own ELBO falls."""
     weights = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).double().to(device)

@@ -122,6 +122,38 @@ def test_training_on_comes_before_what_it_may_repair(device: torch.device) -> No
     assert found.advice.endswith("(k-hat above 0.7)")
 
 
+def test_rows_are_the_datas_own_where_some_are_looked_at(device: torch.device) -> None:
+    """One datum in 300 is far off; of 60 that are drawn it is one, and is named by its own row."""
+    toy, x = toy_data()
+    model, guide = linear.pair(toy, linear.scaled(0.7))
+    first = pvae.diagnose(model, guide, x.to(device), checks=["importance"], num_data=60)
+    assert first.rows is not None
+    assert len(first.rows) == len(first.rows.unique()) == 60
+    assert int(first.rows.max()) > 60
+    same = diagnostics.importance(model, guide, x[first.rows.cpu()].to(device), num_particles=200)
+    found = first.results["importance"]
+    torch.testing.assert_close(found.khat, same.khat, equal_nan=True)
+    torch.testing.assert_close(found.worst(), first.rows[same.worst()])
+    assert str(int(found.worst()[0])) in str(found).splitlines()[-1]
+    assert first.to_dict()["rows"] == first.rows.tolist()
+    assert pvae.diagnose(model, guide, x.to(device), checks=["importance"]).rows is None
+
+
+def test_collapse_comes_first_and_a_failing_check_costs_no_other(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(subject: Any) -> Any:
+        raise ArgumentError("x", "y", "z")
+
+    monkeypatch.setitem(diagnostics.CHECKS, "sbc", ("the posterior", fails))
+    toy, x = toy_data()
+    pair = linear.pair(toy, linear.ignorant)
+    found = pvae.diagnose(*pair, x.to(device), checks=["importance", "sbc", "surgery"])
+    assert verdicts(found)["k-hat above 0.7"] != "good"
+    assert found.advice.endswith("(information)")
+    assert found.undefined == {"sbc": "x: expected y; got z."}
+
+
 def test_a_check_that_was_made_is_not_advised() -> None:
     bad = diagnostics.Finding(
         "k-hat above 0.7", 0.5, verdict="bad", advice="diagnostics.gap, first"

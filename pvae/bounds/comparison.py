@@ -91,6 +91,8 @@ def compare(bounds: Mapping[str, Bound], *, mixed: bool = False) -> Comparison:
         >>> [row.rank for row in compare(found).rows]
         [0, 1]
     """
+    if not isinstance(bounds, Mapping):
+        raise ArgumentError("bounds", "a dictionary of bounds by name", type(bounds).__name__)
     if len(bounds) < 2:
         raise ArgumentError("bounds", "two or more to compare", f"{len(bounds)}")
     sizes = {name: bound.per_datum.shape[0] for name, bound in bounds.items()}

@@ -41,6 +41,7 @@ class Gap:
         unsettled: Families whose fit was still getting better when it ended.
         sampled: The evidence, draw by draw, where it is from the fitted q; their noise cancels in
             part where it is compared with an ELBO.
+        rows: Which rows of the data these are, ``(N,)``; None for all of them.
     """
 
     log_weights: dict[str, Tensor]
@@ -48,6 +49,7 @@ class Gap:
     instead: str = ""
     unsettled: tuple[str, ...] = ()
     sampled: Estimate | None = None
+    rows: Tensor | None = None
 
     def elbo(self, q: str) -> Bound:
         """The ELBO of one of the distributions by name."""
@@ -74,10 +76,16 @@ class Gap:
 
     @property
     def verdict(self) -> Literal["fine", "encoder", "family", "both"]:
-        """What is to be enlarged: the one whose gap is more than twice the other's, or both."""
+        """What is to be enlarged: the one whose gap is more than twice the other's, or both.
+
+        Where a full-rank Gaussian stands in for the guide's own family, what it gains may be the
+        encoder's or the family's.
+        """
         encoder, family = self.amortisation.mean, self.approximation.mean
         if max(encoder, family) <= SMALL:
             return "fine"
+        if self.instead and encoder > SMALL:
+            return "both"
         if encoder > 2 * family:
             return "encoder"
         return "family" if family > 2 * encoder else "both"
@@ -89,8 +97,9 @@ class Gap:
         return gain.values < -4 * gain.variance.sqrt() - 0.01
 
     def worst(self, count: int = 5) -> Tensor:
-        """Rows with the largest gap in all, the largest first."""
-        return self.total.per_datum.argsort(descending=True, stable=True)[:count]
+        """Rows of the data with the largest gap in all, the largest first."""
+        found = self.total.per_datum.argsort(descending=True, stable=True)[:count]
+        return found if self.rows is None else self.rows.to(found.device)[found]
 
     def findings(self) -> list[Finding]:
         """What it means, line by line."""
@@ -134,7 +143,10 @@ class Gap:
 
     def __str__(self) -> str:
         n = self.evidence.num_data
-        lines = [f"Inference gap, N = {n}: {_WORDS[self.verdict]}", *map(str, self.findings())]
+        words = _WORDS[self.verdict]
+        if self.instead and self.verdict == "both":
+            words = "encoder or family lose, which can't be told apart here"
+        lines = [f"Inference gap, N = {n}: {words}", *map(str, self.findings())]
         lines += [f"  {bound}" for bound in (*map(self.elbo, self.log_weights), self.evidence)]
         if self.instead:
             lines.append(f"  own: a full-rank Gaussian instead, as {self.instead}")

@@ -115,11 +115,13 @@ class Importance:
         log_weights: Shape ``(K, N)`` in nats.
         khat: Of each datum, shape ``(N,)``; NaN or infinite as `khat` has it.
         tolerance: Standard deviation of log weights up to which they count as constant.
+        rows: Which rows of the data these are, ``(N,)``; None for all of them.
     """
 
     log_weights: Tensor
     khat: Tensor
     tolerance: float
+    rows: Tensor | None = None
 
     @property
     def is_exact(self) -> Tensor:
@@ -166,7 +168,11 @@ class Importance:
         return (1 + self.khat).clamp(min=0) / math.sqrt(tail)
 
     def worst(self, count: int = 5) -> Tensor:
-        """Rows with the largest k-hat, the largest first."""
+        """Rows of the data with the largest k-hat, the largest first."""
+        found = self._worst(count)
+        return found if self.rows is None else self.rows.to(found.device)[found]
+
+    def _worst(self, count: int = 5) -> Tensor:
         ranked = self.khat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
         order = ranked.argsort(descending=True, stable=True)[:count]
         return order[ranked[order] > -math.inf]
@@ -218,8 +224,8 @@ class Importance:
         k, n = self.log_weights.shape
         lines = [f"Importance weights, N = {n}, K = {k}", *map(str, self.findings())]
         rows = [
-            f"{int(r)} ({float(self.khat[r]):.2f} +- {float(self.se_khat[r]):.2f})"
-            for r in self.worst()
+            f"{int(name)} ({float(self.khat[at]):.2f} +- {float(self.se_khat[at]):.2f})"
+            for name, at in zip(self.worst(), self._worst(), strict=True)
         ]
         return "\n".join([*lines, f"  rows with the largest k-hat: {', '.join(rows) or 'none'}"])
 

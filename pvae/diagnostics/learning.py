@@ -82,7 +82,8 @@ class LearningCurve:
             meaning = "has fallen by so much since it was best"
             advice = "patience=..., which keeps the best epoch; or a smaller network"
         elif self.state == "rising":
-            meaning, advice = "still rises; so much in as many epochs again", ".refine(epochs)"
+            meaning = f"still rises; so much in the last {self.window} epochs, along a line"
+            advice = ".refine(epochs)"
         elif gain + 2 * error < LITTLE:
             verdict, meaning, advice = "good", "has levelled off: no trend above its noise", ""
         else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from pvae import bounds, randomness
@@ -24,7 +25,7 @@ from pvae.diagnostics.joint import tarp
 from pvae.diagnostics.learning import LearningCurve, learning_curve
 from pvae.diagnostics.predictive import predictive
 from pvae.diagnostics.surgery import surgery
-from pvae.errors import ArgumentError, DataError, PairError, UndefinedError, check_int, oxford
+from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, oxford
 
 __all__ = ["CHECKS", "DEFAULT", "Diagnosis", "Subject", "diagnose"]
 
@@ -125,12 +126,14 @@ class Diagnosis:
         undefined: Why a check says nothing about this pair.
         seconds: What each check took.
         num_data: N, rows that were looked at.
+        rows: Which rows of the data these are, ``(N,)``; None for all of them.
     """
 
     results: dict[str, Any]
     undefined: dict[str, str]
     seconds: dict[str, float] = field(repr=False)
     num_data: int = 0
+    rows: Tensor | None = None
 
     def findings(self) -> list[Finding]:
         """All lines, in the order of the screen."""
@@ -141,6 +144,7 @@ class Diagnosis:
         lines = {n: [_finite(asdict(f)) for f in r.findings()] for n, r in self.results.items()}
         return {
             "num_data": self.num_data,
+            "rows": None if self.rows is None else self.rows.tolist(),
             "findings": lines,
             "undefined": self.undefined,
             "seconds": self.seconds,
@@ -154,6 +158,7 @@ class Diagnosis:
         curve = self.results.get("learning")
         if isinstance(curve, LearningCurve) and curve.state == "rising":
             found = curve.findings()
+        found.sort(key=lambda line: line.name != "information")  # without any, nothing else counts
         for verdict in ("bad", "look"):
             for line in found:
                 is_done = line.advice.startswith("diagnostics.gap") and "gap" in self.results
@@ -234,7 +239,7 @@ def diagnose(
     check_int("num_particles", num_particles, minimum=25)
     with randomness.forked(seed):
         source, structure = bounds.prepare(model, guide, data, structure, plate)
-        rows = _some(t.held(source), structure, num_data)
+        rows, chosen = _some(t.held(source), structure, num_data)
     if rows.num_rows < 2 and not _OF_SEVERAL.isdisjoint(asked):
         raise ArgumentError(
             "data",
@@ -251,8 +256,9 @@ def diagnose(
     for name in tqdm(asked, desc="diagnose", disable=not progress, leave=False):
         started = time.perf_counter()
         try:
-            results[name] = CHECKS[name][1](subject)
-        except (UndefinedError, PairError, DataError) as error:
+            found = CHECKS[name][1](subject)
+            results[name] = replace(found, rows=chosen) if hasattr(found, "rows") else found
+        except PvaeError as error:  # the other checks have their say
             undefined[name] = error.one_line()
         seconds[name] = time.perf_counter() - started
     if history:
@@ -260,16 +266,16 @@ def diagnose(
             results["learning"] = learning_curve(history)
         except UndefinedError as error:
             undefined["learning"] = error.one_line()
-    return Diagnosis(results, undefined, seconds, rows.num_rows)
+    return Diagnosis(results, undefined, seconds, rows.num_rows, chosen)
 
 
 _OF_SEVERAL = frozenset({"surgery", "aggregated"})
 
 
-def _some(source: Source, structure: t.Structure, count: int) -> Source:
-    """Some rows, by chance; all, of a pair that belongs to its rows."""
+def _some(source: Source, structure: t.Structure, count: int) -> tuple[Source, Tensor | None]:
+    """Some rows, by chance, and which; all, of a pair that belongs to its rows."""
     whole = structure.subsample_size is not None or structure.tied_to is not None
     if whole or structure.global_sites or source.num_rows <= count:
-        return source
+        return source, None
     chosen = torch.randperm(source.num_rows, device=source.device)[:count].sort().values
-    return as_source(source.rows(chosen), structure.device, structure.dtype)
+    return as_source(source.rows(chosen), structure.device, structure.dtype), chosen

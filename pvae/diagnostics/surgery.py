@@ -131,8 +131,8 @@ class Surgery:
         meaning, advice = f"I(n; z); of all data between this and {upper:.4g}", ""
         if verdict == "bad":
             meaning = "I(n; z): z says nothing about x, the whole latent has collapsed"
-            advice = "a warm-up of beta, free bits, or a weaker decoder"
-        elif value > limit - 0.5:
+            advice = "does q see x (testing.check_pair)? If so a warm-up of beta, free bits"
+        elif self._is_near_limit:
             verdict = "look"
             meaning = f"I(n; z), near its limit log N = {limit:.3g}: of all data it may be greater"
             advice = "more rows of data"
@@ -142,6 +142,9 @@ class Surgery:
         if self.marginal_kl is None:
             return []
         value, whole = float(self.marginal_kl.mean), max(float(self.rate.mean), 1e-12)
+        if self._is_near_limit:
+            meaning = "KL(q(z) || p(z)), at most: with more data for q(z) it is less"
+            return [_line("marginal KL", self.marginal_kl, meaning), *self._dimensions()]
         is_large = value > 1.0 and value > 0.2 * whole
         lines = [
             _line(
@@ -154,11 +157,23 @@ class Surgery:
                 "a richer prior, latent.fit_density, or more rows" if is_large else "",
             )
         ]
-        if self.total_correlation is not None and self.dimension_kl is not None:
-            total = Part(self.dimension_kl.values.sum(1), self.dimension_kl.variance.sum(1))
-            lines.append(_line("total correlation", self.total_correlation, "of q(z)"))
-            lines.append(_line("dimension-wise KL", total, "KL(q(z_d) || p(z_d)), summed"))
-        return lines
+        return lines + self._dimensions()
+
+    @property
+    def _is_near_limit(self) -> bool:
+        """Whether N data could hardly show more information, so that other parts depend on N."""
+        limit = math.log(self.num_data) - 0.5
+        return self.information is not None and float(self.information.mean) > limit
+
+    def _dimensions(self) -> list[Finding]:
+        if self.total_correlation is None or self.dimension_kl is None:
+            return []
+        total = Part(self.dimension_kl.values.sum(1), self.dimension_kl.variance.sum(1))
+        of = "of q(z), at most" if self._is_near_limit else "of q(z)"
+        return [
+            _line("total correlation", self.total_correlation, of),
+            _line("dimension-wise KL", total, "KL(q(z_d) || p(z_d)), summed"),
+        ]
 
     def _collapse(self) -> Finding:
         collapsed = torch.cat([c.flatten() for c in self.collapsed.values()])

@@ -361,7 +361,10 @@ class Stepper:
                 "pair",
                 "a loss that depends on its parameters",
                 "no parameter with a gradient",
-                ["does the guide sample from a distribution made of its parameters?"],
+                [
+                    "does the guide sample from a distribution made of its parameters?",
+                    "pyro.clear_param_store(), if pyro.module had other modules by these names",
+                ],
             )
         self._refuse_sparse(gradients)
         if self._moving is not None:  # in a graph, which fuses these
