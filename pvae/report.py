@@ -204,6 +204,7 @@ def _state(history: list[dict[str, Any]]) -> str:
     values = [next((row[n] for n in names if n in row), None) for row in history]
     known = [v for v in values if v is not None]
     try:
-        return diagnostics.learning_curve([{"valid_elbo": v} for v in known]).state
+        curve = diagnostics.learning_curve([{"valid_elbo": v} for v in known])
     except UndefinedError:
         return "rising" if len(known) >= 2 and known[-1] > max(known[:-1]) else "plateau"
+    return "plateau" if curve.state == "rising" and not curve.is_unfinished else curve.state

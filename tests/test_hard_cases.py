@@ -64,11 +64,11 @@ def test_the_screen_anneals_when_it_is_asked_to() -> None:
     assert bound.mean == pytest.approx(float(toy.log_evidence(x).mean()), abs=4.5 * error + 1e-3)
 
 
-def test_one_datum_is_refused_at_once_where_two_are_needed() -> None:
+def test_one_datum_has_a_screen_of_what_needs_no_second() -> None:
     vae, x = recipes.vae(4, 2, hidden=(8,)), torch.ones(1, 4)
-    with pytest.raises(ArgumentError, match="two rows or more, for 'surgery' and 'aggregated'"):
-        pvae.diagnose(vae.model, vae.guide, x)
-    assert pvae.diagnose(vae.model, vae.guide, x, checks=["elbo"]).num_data == 1
+    found = pvae.diagnose(vae.model, vae.guide, x)
+    assert set(found.undefined) == {"surgery", "aggregated"}
+    assert all("rows of data: expected" in why for why in found.undefined.values())
     with pytest.raises(ArgumentError, match="active_units, rows of data"):
         diagnostics.active_units(vae.model, vae.guide, x)
 
@@ -164,3 +164,24 @@ def test_the_rate_where_some_latents_make_the_data_impossible() -> None:
 
 def test_a_number_that_rounds_to_zero_has_no_sign() -> None:
     assert diagnostics.Finding("total correlation", -1e-9, 1e-7).number == "0.000000 +- 0.000000"
+
+
+def test_what_depends_on_the_number_of_data_is_not_judged() -> None:
+    """With a sharp posterior each of 20 data is told from the others: information is log 20."""
+    sharp = LinearGaussian(torch.eye(2), torch.zeros(2), 1e-3)
+    x = sharp.sample(20)
+    found = diagnostics.surgery(*linear.pair(sharp, linear.marginals), x)
+    lines = {line.name: line for line in found.findings()}
+    assert lines["information"].value == pytest.approx(math.log(20), abs=1e-3)
+    assert lines["marginal KL"].value > 1
+    assert lines["marginal KL"].verdict == "none"
+    assert "at most" in lines["marginal KL"].meaning
+    assert "at most" in lines["total correlation"].meaning
+
+
+def test_bounds_are_compared_by_name() -> None:
+    toy = LinearGaussian.random(3, 1)
+    bound = bounds.elbo(*linear.pair(toy, linear.exact), toy.sample(5), 2)
+    several: Any = [bound, bound]
+    with pytest.raises(ArgumentError, match="a dictionary of bounds by name; got list"):
+        bounds.compare(several)

@@ -37,6 +37,8 @@ def noise(epochs: int, seed: int, common: float = 0.0) -> Tensor:
         (40, 0.6, 0.04),
         (100, 0.6, 0.02),
         (100, 0.9, 0.03),
+        (12, 0.9, 0.1),
+        (40, 0.9, 0.1),
     ],
 )
 def test_a_flat_curve_is_called_otherwise_as_often_as_alpha_says(
@@ -44,8 +46,7 @@ def test_a_flat_curve_is_called_otherwise_as_often_as_alpha_says(
 ) -> None:
     """At alpha 0.01 the rates are below these levels; a count above its bound happens once in 1e6.
 
-    The levels are of 20,000 curves; with correlated noise they are above alpha, as the docstring
-    says.
+    With correlated noise the levels are above alpha, as the docstring says.
     """
     states = [
         learning_curve(rows(-90 + 0.3 * noise(epochs, seed, common)), alpha=0.01).state
@@ -77,6 +78,15 @@ def test_a_curve_that_bends_is_no_noise(epochs: int, scale: float) -> None:
     up = bend + scale * noise(epochs, 6)
     assert learning_curve(rows(up)).state == "rising"
     assert learning_curve(rows(-up)).state == "falling"
+
+
+def test_a_rise_that_is_hardly_one_is_no_reason_to_go_on() -> None:
+    """As at the end of a schedule, where every epoch is better by next to nothing."""
+    found = learning_curve(rows(-90 - 1e-4 * (-torch.arange(40) / 20).exp()))
+    assert found.state == "rising"
+    assert not found.is_unfinished
+    (line,) = found.findings()
+    assert (line.verdict, line.advice) == ("good", "")
 
 
 def test_noise_that_could_hide_a_trend_is_not_called_flat() -> None:

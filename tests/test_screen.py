@@ -123,7 +123,7 @@ def test_training_on_comes_before_what_it_may_repair(device: torch.device) -> No
 
 
 def test_rows_are_the_datas_own_where_some_are_looked_at(device: torch.device) -> None:
-    """One datum in 300 is far off; of 60 that are drawn it is one, and is named by its own row."""
+    """60 of 300 are looked at; what is said of them is said by their rows in the 300."""
     toy, x = toy_data()
     model, guide = linear.pair(toy, linear.scaled(0.7))
     first = pvae.diagnose(model, guide, x.to(device), checks=["importance"], num_data=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -268,7 +269,9 @@ def _compared(
         backup = Backup(buffers)
         sums: dict[str, dict[str, Sums]] = {name: {} for name in ours}
         times: dict[str, list[float]] = {name: [] for name in ours}
-        with in_mode(structure.modules, training=True):
+        with contextlib.ExitStack() as undo:
+            undo.callback(backup.restore)
+            undo.enter_context(in_mode(structure.modules, training=True))
             owners = _owners(model, guide, batch, structure)
             for _ in trange(num_repeats, desc="gradients", disable=not progress, leave=False):
                 for name, objective in ours.items():
@@ -277,7 +280,6 @@ def _compared(
                     times[name].append(_clock(structure.device) - started)
                     for key, g in found.items():
                         sums[name].setdefault(key, Sums(g, num_repeats)).add(g)
-        backup.restore()
     first = statistics.median(next(iter(times.values())))
     results = ObjectiveComparison()
     for name, of in sums.items():

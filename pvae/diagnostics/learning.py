@@ -25,7 +25,10 @@ CLEARLY = 10
 """Standard errors from which a fall is bad, and not only worth a look."""
 
 LITTLE = 1.0
-"""Nats a datum; where as much may be gained in another window a curve hasn't levelled off."""
+"""Nats a datum; where noise could hide as much in a window a curve hasn't levelled off."""
+
+NEGLIGIBLE = 0.1
+"""Nats a datum; a rise by less in a window is no reason to go on."""
 
 _NAMES = ("elbo", "unnormalised_elbo", "log_joint")
 
@@ -72,6 +75,11 @@ class LearningCurve:
             return "falling"
         return "rising" if self.p_rise < self.alpha else "plateau"
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the curve rises, and by enough to go on."""
+        return self.state == "rising" and self.slope * self.window >= NEGLIGIBLE
+
     def findings(self) -> list[Finding]:
         """What is to be gained by going on, and what validation data say."""
         gain, error = self.slope * self.window, self.se_slope * self.window
@@ -81,9 +89,11 @@ class LearningCurve:
             verdict = "bad" if self.drop > CLEARLY * self.se_drop else "look"
             meaning = "has fallen by so much since it was best"
             advice = "patience=..., which keeps the best epoch; or a smaller network"
-        elif self.state == "rising":
+        elif self.is_unfinished:
             meaning = f"still rises; so much in the last {self.window} epochs, along a line"
             advice = ".refine(epochs)"
+        elif self.state == "rising":
+            verdict, meaning, advice = "good", "still rises, but hardly", ""
         elif gain + 2 * error < LITTLE:
             verdict, meaning, advice = "good", "has levelled off: no trend above its noise", ""
         else:
@@ -123,7 +133,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3)
             its training value, where no penalty and no weight on the rate counts.
         alpha: How often a flat curve is called rising, and how often falling. Few epochs can't tell
             what they have in common: with a correlation of 0.9, at alpha 0.01, a curve of 12 or 40
-            epochs is called falling 6 times in 100, one of 100 or more 1 to 2 times.
+            epochs may be called falling up to 10 times in 100, one of 100 up to 3 times.
 
     Raises:
         UndefinedError: With fewer than 12 epochs, no such column, or late values not finite.

@@ -156,7 +156,7 @@ class Diagnosis:
         """What to do next: train on while that helps; else by what is bad, or worth a look."""
         found = self.findings()
         curve = self.results.get("learning")
-        if isinstance(curve, LearningCurve) and curve.state == "rising":
+        if isinstance(curve, LearningCurve) and curve.is_unfinished:
             found = curve.findings()
         found.sort(key=lambda line: line.name != "information")  # without any, nothing else counts
         for verdict in ("bad", "look"):
@@ -237,16 +237,10 @@ def diagnose(
         raise ArgumentError("checks", f"some of {oxford(CHECKS)}", oxford(unknown))
     check_int("num_data", num_data, minimum=2)
     check_int("num_particles", num_particles, minimum=25)
+    check_int("max_rows", max_rows)
     with randomness.forked(seed):
         source, structure = bounds.prepare(model, guide, data, structure, plate)
         rows, chosen = _some(t.held(source), structure, num_data)
-    if rows.num_rows < 2 and not _OF_SEVERAL.isdisjoint(asked):
-        raise ArgumentError(
-            "data",
-            f"two rows or more, for {oxford(n for n in asked if n in _OF_SEVERAL)}",
-            f"{rows.num_rows}",
-            [f"checks={[n for n in asked if n not in _OF_SEVERAL]}"],
-        )
     subject = Subject(
         model, guide, rows, structure, num_particles, max_rows, progress=progress, seed=seed
     )
@@ -267,9 +261,6 @@ def diagnose(
         except UndefinedError as error:
             undefined["learning"] = error.one_line()
     return Diagnosis(results, undefined, seconds, rows.num_rows, chosen)
-
-
-_OF_SEVERAL = frozenset({"surgery", "aggregated"})
 
 
 def _some(source: Source, structure: t.Structure, count: int) -> tuple[Source, Tensor | None]:
