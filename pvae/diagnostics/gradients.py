@@ -307,7 +307,7 @@ def _gradient(
     """Of the loss per datum, by parameter, flat and in double precision."""
     terms = objective.compute_terms(model, guide, batch, structure)
     loss = objective.surrogate(terms, state) / structure.divisor(terms.num_rows)
-    state.seen = None
+    state.measured = None
     parameters = list(structure.parameters.values())
     if not loss.requires_grad:
         return {}

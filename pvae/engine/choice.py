@@ -62,5 +62,5 @@ def _seconds(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
             found.append(time.perf_counter() - started)
         backup.restore()
     if stepper.state is not None:
-        stepper.state.seen = None
+        stepper.state.measured = None
     return statistics.median(found[1:])

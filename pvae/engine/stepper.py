@@ -159,7 +159,7 @@ class Stepper:
             ok, *rest = self._runner(batch)(*batch)
             self._update(ok, rest)
         if self.state is not None:
-            self.state.seen = rest[0] if self.seen else None
+            self.state.measured = rest[0] if self.seen else None
             kept = Backup(list(self.state.tensors().values()))
             self.state.advance()
             kept.restore_unless(ok)
@@ -270,7 +270,7 @@ class Stepper:
             if self.clip_norm is not None:
                 factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
                 gradients = list(torch._foreach_mul(gradients, factor))
-        seen = None if self.state is None else self.state.seen
+        seen = None if self.state is None else self.state.measured
         self.seen = seen is not None
         return [ok, *([] if seen is None else [seen]), *gradients]
 
@@ -443,7 +443,7 @@ class Stepper:
                     module._buffers[name] = buffer
                 backup.restore()
                 if self.state is not None:
-                    self.state.seen = None
+                    self.state.measured = None
 
             buffers = Backup(self.buffers)
             expected = self._numbers(eager, batch)
@@ -529,7 +529,7 @@ class Stepper:
                 randomness.set_state(start)
                 backup.restore()
                 if self.state is not None:
-                    self.state.seen = None
+                    self.state.measured = None
         self._compare(*found)
 
 

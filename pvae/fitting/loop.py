@@ -93,7 +93,7 @@ class Fit:
 
     def _set_up(self, data: Any, objective: PyroELBO | None, valid: Any) -> None:
         options, model, guide = self.options, self.model, self.guide
-        self.objective = as_objective(objective, options.plate)
+        self.objective = as_objective(objective)
         plate = getattr(self.objective, "plate", None)
         if plate is not None:
             options = self.options = replace(options, plate=plate)

@@ -1,42 +1,36 @@
-"""All objectives in one table, which ``docs/objectives.md`` is made from."""
+"""All objectives: by name, and in one table, which ``docs/objectives.md`` is made from."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
 
-from pvae.objectives.aggregate import DIPVAE, TCVAE, FactorVAE, InfoVAE
+from pvae.errors import ArgumentError
+from pvae.objectives import aggregate, elbo, gradients, rate, weighted
 from pvae.objectives.base import Objective
-from pvae.objectives.elbo import ELBO
-from pvae.objectives.gradients import RWS, STL, TVO, VIMCO
-from pvae.objectives.rate import GECO, Capacity, FreeBits
+from pvae.objectives.refusals import NEEDS
 from pvae.objectives.two_losses import TwoLosses
-from pvae.objectives.upper import CUBO
-from pvae.objectives.weighted import CIWAE, IWAE, PIWAE, DReG, MultiplyWeightedIWAE, Renyi
 
-__all__ = ["ALL", "Table", "table"]
+__all__ = ["ALL", "NAMES", "Table", "named", "table"]
 
-ALL: tuple[type[Objective], ...] = (
-    ELBO,
-    STL,
-    IWAE,
-    MultiplyWeightedIWAE,
-    CIWAE,
-    PIWAE,
-    DReG,
-    Renyi,
-    VIMCO,
-    RWS,
-    TVO,
-    CUBO,
-    FreeBits,
-    Capacity,
-    GECO,
-    TCVAE,
-    InfoVAE,
-    FactorVAE,
-    DIPVAE,
+ALL: tuple[type[Objective], ...] = tuple(
+    kind
+    for module in (elbo, weighted, gradients, rate, aggregate)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, Objective) and kind.__name__ in module.__all__
 )
+"""In the order in which their modules define them."""
+
+NAMES: dict[str, type[Objective]] = {
+    kind.__name__.lower(): kind
+    for kind in ALL
+    if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(kind))
+}
+"""By name, as on the command line: those that need no argument."""
+
 BOUNDS = {
     "lower": "lower bound",
     "upper": "upper bound; its estimate is biased down, and bounds nothing",
@@ -48,14 +42,40 @@ SPECIAL = {
     "Renyi": "lower bound from alpha = 0 on; below, no bound: its estimate is biased down",
     "TVO": "lower bound, as K grows",
 }
-NEEDS = {
-    "density": "a density of q",
-    "gradient": "reparametrised draws",
-    "local": "local sites alone",
-    "own draws": "no joint draw of all data",
-    "unscaled": "no poutine.scale",
-    "split": "nothing summed out",
-}
+
+
+def named(name: str, **options: object) -> Objective:
+    """The objective of a name, as on the command line: that of its class, in lower case.
+
+    Arguments:
+        name: One of `NAMES`.
+        options: The objective's arguments, ``num_particles`` among them.
+
+    Raises:
+        ArgumentError: If there is none of that name, or it has no such argument.
+
+    Example:
+        >>> named("dreg", num_particles=3)
+        DReG(num_particles=3)
+    """
+    kind = NAMES.get(name.lower())
+    if kind is None:
+        choices = _nearest(name, NAMES)
+        expected = f"one of {', '.join(choices)}"
+        raise ArgumentError("objective", expected, repr(name), [repr(c) for c in choices[:2]])
+    known = [f.name for f in fields(kind) if f.init]
+    for option in options:
+        if option not in known:
+            choices = _nearest(option, known)
+            expected = f"an argument of the objective {name}, one of {', '.join(choices)}"
+            raise ArgumentError(option, expected)
+    return kind(**options)  # type: ignore[arg-type]
+
+
+def _nearest(word: str, choices: Iterable[str]) -> list[str]:
+    """The choices, those first that are spelt most alike."""
+    alike = {c: difflib.SequenceMatcher(None, word.lower(), c).ratio() for c in choices}
+    return sorted(alike, key=lambda c: -alike[c])
 
 
 @dataclass(frozen=True)
@@ -92,25 +112,23 @@ def table() -> Table:
 
     Example:
         >>> [row.name for row in table()][:3]
-        ['ELBO', 'STL', 'IWAE']
+        ['ELBO', 'IWAE', 'MultiplyWeightedIWAE']
     """
-    rows = Table()
-    for kind in ALL:
-        summary = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
-        default = inspect.signature(kind).parameters.get("num_particles")
-        means = inspect.signature(kind).parameters.get("num_means")
-        draws = 1 if default is None else default.default
-        split = ("no shared parameters",) if issubclass(kind, TwoLosses) else ()
-        bound = kind.bound if isinstance(kind.bound, str) else "lower"
-        rows.append(
-            Row(
-                kind.__name__,
-                summary,
-                SPECIAL.get(kind.__name__, BOUNDS[bound]),
-                draws if means is None else draws * means.default,
-                kind.estimator,
-                (*(NEEDS[n] for n in kind.needs), *split),
-                kind.source,
-            )
-        )
-    return rows
+    return Table(_row(kind) for kind in ALL)
+
+
+def _row(kind: type[Objective]) -> Row:
+    text = inspect.getdoc(kind) or ""
+    paper = re.search(r"References:.*?\(([^()]+),\s+(\d{4})\),\s+(https://\S+)", text, re.DOTALL)
+    author, year, url = ("", "", "") if paper is None else paper.groups()
+    split = ("no shared parameters",) if issubclass(kind, TwoLosses) else ()
+    bound = kind.bound if isinstance(kind.bound, str) else "lower"
+    return Row(
+        kind.__name__,
+        text.splitlines()[0].rstrip("."),
+        SPECIAL.get(kind.__name__, BOUNDS[bound]),
+        kind.num_particles * getattr(kind, "num_means", 1),
+        kind.estimator,
+        (*(NEEDS[n] for n in kind.needs), *split),
+        f"{author} {year}, {url}",
+    )
