@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from pvae.divergence import kl
     from pvae.errors import PvaeError, PvaeWarning
     from pvae.fitting import Fit, fit, load
-    from pvae.pair import VAE, Guide, Model
     from pvae.svi import SVI
+    from pvae.vae import VAE, Guide, Model
 
 _MODULES = (
     "bounds",
@@ -82,12 +82,13 @@ _MODULES = (
 _NAMES = {
     "Conditional": "conditional",
     "Fit": "fitting",
-    "Guide": "pair",
-    "Model": "pair",
+    "Guide": "vae",
+    "Model": "vae",
+    "Pair": "pair",
     "PvaeError": "errors",
     "PvaeWarning": "errors",
     "SVI": "svi",
-    "VAE": "pair",
+    "VAE": "vae",
     "diagnose": "diagnostics",
     "fit": "fitting",
     "kl": "divergence",
@@ -101,6 +102,7 @@ __all__ = [
     "Fit",
     "Guide",
     "Model",
+    "Pair",
     "PvaeError",
     "PvaeWarning",
     "bounds",

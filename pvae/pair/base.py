@@ -189,7 +189,7 @@ class Pair:
             self.plate,
             [id(m) for p in programs for m in modules_held(p)],
             [
-                (i, *((name, id(p), p.requires_grad) for name, p in m.named_parameters("", False)))
+                (i, *((n, id(p), p.requires_grad) for n, p in m.named_parameters(recurse=False)))
                 for i, m in modules.items()
             ],
             [id(b) for m in modules.values() for b in m.buffers(recurse=False)],
@@ -272,6 +272,10 @@ def _depth() -> int:
     import sys
 
     depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pvae."):
+    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
         depth, frame = depth + 1, frame.f_back
     return depth
+
+
+def _is_inner(module: str) -> bool:
+    return module == "contextlib" or module.startswith("pvae.")

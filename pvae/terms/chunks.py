@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from pvae.data import Source
-from pvae.errors import PairError, check_int
+from pvae.errors import PairError
 from pvae.modes import evaluating
 from pvae.pair import Structure
+from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import compute
 
 __all__ = ["chunks_of", "stream"]
 
 
 def stream(
-    structure: Structure,
-    source: Source,
+    evaluation: Evaluation,
     num_particles: int = 1,
-    max_rows: int = 8192,
     given: Mapping[str, Tensor] | None = None,
     run: Callable[..., Any] = compute,
     **options: Any,
@@ -33,10 +32,8 @@ def stream(
     chunks, one after another, and add up to K.
 
     Arguments:
-        structure: The pair, as `Pair.inspect` found it.
-        source: The data.
+        evaluation: The pair and its data, as `prepared` has them.
         num_particles: K.
-        max_rows: The bound on rows.
         given: Values of guide sites that aren't to be drawn.
         run: `compute`, or what is called like it and makes a tensor of a chunk's terms, with
             the rows last.
@@ -45,7 +42,7 @@ def stream(
     Yields:
         The rows that a chunk has, and their terms.
     """
-    check_int("max_rows", max_rows)
+    structure, source, max_rows = evaluation.structure, evaluation.source, evaluation.max_rows
     with evaluating(structure.modules):
         for rows, keep, batch, indices in chunks_of(source, structure, num_particles, max_rows):
             size = structure.subsample_size or len(batch[0])

@@ -15,13 +15,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pvae.data import Source
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
 from pvae.pair import Program, Structure, as_batch
 from pvae.pair.messages import is_factor, is_penalty, sample_sites
 from pvae.terms.chunks import chunks_of
 from pvae.terms.collect import Collector
+from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import can_vectorize, compute, in_particles
 from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
@@ -257,22 +257,22 @@ class LatentDensity:
 
 
 def stream_densities(
-    structure: Structure,
-    source: Source,
-    num_particles: int = 1,
-    max_rows: int = 8192,
+    evaluation: Evaluation, num_particles: int = 1
 ) -> Generator[tuple[slice, LatentDensity]]:
     """The densities of all data in order, chunk by chunk, in evaluation mode without gradients.
 
-    A chunk has so many data that ``num_particles`` for each are at most ``max_rows`` rows. A pair
+    A chunk has so many data that ``num_particles`` for each are at most the evaluation's
+    ``max_rows``. A pair
     that runs on one number of rows alone has its last chunk filled up: only so many of its rows
     count as the slice says.
 
     Yields:
         The rows that a chunk has, and their densities.
     """
+    structure, source = evaluation.structure, evaluation.source
     with evaluating(structure.modules):
-        for rows, _, batch, indices in chunks_of(source, structure, num_particles, max_rows):
+        chunks = chunks_of(source, structure, num_particles, evaluation.max_rows)
+        for rows, _, batch, indices in chunks:
             yield rows, LatentDensity(structure, batch, indices)
 
 

@@ -10,12 +10,13 @@ import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 
-from pvae.data import Source, first_batch
+from pvae.data import first_batch
 from pvae.errors import ArgumentError, UndefinedError, check_int, oxford
 from pvae.modes import evaluating
 from pvae.pair import Batch, Structure
 from pvae.terms.chunks import stream
 from pvae.terms.collect import PARTICLES
+from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import compute
 from pvae.terms.result import Terms
 
@@ -36,23 +37,19 @@ the model given these."""
 
 
 def draws(
-    structure: Structure,
-    source: Source,
+    evaluation: Evaluation,
     num_draws: int,
-    max_rows: int = 8192,
     kind: Kind = "posterior",
 ) -> Iterator[tuple[slice, slice, Terms]]:
     """Terms of S draws for all data, a block of draws after another, in evaluation mode.
 
     A draw of what is outside the data plate is one for all data, in whatever chunks these come.
-    A block has as many draws as fit ``max_rows`` with all rows, and at least one; its chunks of
+    A block has as many draws as fit the evaluation's ``max_rows``, and at least one; its chunks of
     rows follow one another, to the last row.
 
     Arguments:
-        structure: The pair, as `Pair.inspect` found it.
-        source: The data; `pvae.data.in_memory`, if they are a loader's.
+        evaluation: The pair and its data, these in `pvae.data.in_memory` if they are a loader's.
         num_draws: S.
-        max_rows: Bound on the rows of a pass, counting each draw of a datum as one.
         kind: Where latents come from. What the model draws has no log q.
 
     Yields:
@@ -62,11 +59,11 @@ def draws(
         UndefinedError: If the model is to draw a latent that has an improper prior.
     """
     check_int("num_draws", num_draws)
-    check_int("max_rows", max_rows)
-    outer = inner = structure
-    if kind != "posterior":
-        outer = replace(structure, enumerated=())  # they are drawn like other latents
-        inner = replace(outer, guide=_nothing)
+    structure = evaluation.structure
+    outer = inner = evaluation
+    if kind != "posterior":  # enumerated latents are drawn like others
+        outer = replace(evaluation, structure=replace(structure, enumerated=()))
+        inner = replace(evaluation, structure=replace(outer.structure, guide=_nothing))
     if kind == "prior":
         outer = inner
     by_model = {
@@ -87,17 +84,17 @@ def draws(
                 "kind='aggregated' or 'posterior', in a predictive check",
             ],
         )
-    at_once = max(1, min(num_draws, max_rows // source.num_rows))
+    at_once = max(1, min(num_draws, evaluation.max_rows // evaluation.num_rows))
     if at_once > 1:  # the pair itself says whether particles can be vectorised
-        _first_terms(structure, source, 2)
+        _first_terms(evaluation, 2)
     done = 0
     while done < num_draws:
         k = min(at_once, num_draws - done)
         given: dict[str, Tensor] = {}
         if structure.global_sites:
-            given, first = draw_globals(outer, source, k)
+            given, first = draw_globals(outer, k)
             k = first.num_particles
-        for rows, terms in stream(inner, source, k, max_rows, given):
+        for rows, terms in stream(inner, k, given):
             yield slice(done, done + k), rows, terms
         done += k
 
@@ -106,22 +103,21 @@ def _nothing(*batch: object) -> None:
     """A guide that leaves all latents to the model."""
 
 
-def _first_terms(structure: Structure, source: Source, num_particles: int) -> Terms:
+def _first_terms(evaluation: Evaluation, num_particles: int) -> Terms:
+    structure, source = evaluation.structure, evaluation.source
     rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
     with evaluating(structure.modules):
         batch = first_batch(source, rows)
         return compute(structure, batch, num_particles=num_particles)
 
 
-def draw_globals(
-    structure: Structure, source: Source, num_draws: int = 1
-) -> tuple[dict[str, Tensor], Terms]:
+def draw_globals(evaluation: Evaluation, num_draws: int = 1) -> tuple[dict[str, Tensor], Terms]:
     """Draws of what is outside the data plate, in the form in which they can be given.
 
     Those of several particles can be given only to as many vectorised ones, so where particles
     are looped it is one; the terms, which are of the first rows, say how many.
     """
-    terms = _first_terms(structure, source, num_draws).passes[0]
+    terms = _first_terms(evaluation, num_draws).passes[0]
     k, given = terms.num_particles, dict[str, Tensor]()
     for name, site in terms.sites.items():
         if site.is_local or site.kind not in ("latent", "auxiliary") or site.draws is None:
@@ -230,8 +226,7 @@ def _mask_of(node: Any) -> Tensor | None:
 
 def check_generative(
     what: str,
-    structure: Structure,
-    source: Source,
+    evaluation: Evaluation,
     kind: Kind = "posterior",
     *,
     latents_alone: bool = False,
@@ -245,14 +240,14 @@ def check_generative(
 
     Arguments:
         what: What is refused.
-        structure: The pair, as `Pair.inspect` found it.
-        source: The data.
+        evaluation: The pair and its data.
         kind: Where latents come from.
         latents_alone: Whether no data are to be drawn.
 
     Raises:
         UndefinedError: Naming the site.
     """
+    structure, source = evaluation.structure, evaluation.source
     if structure.enumerated and kind == "posterior":
         raise UndefinedError(
             what,

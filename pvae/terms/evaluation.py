@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pvae import randomness
-from pvae.data import LoaderSource, Source, as_source, check_rows
+from pvae.data import LoaderSource, Source, as_source, check_rows, in_memory
 from pvae.errors import PairError
 from pvae.options import CheckedOptions
 from pvae.pair import Pair, PairLike, Structure, as_pair
@@ -41,6 +41,14 @@ class Evaluation:
     def num_rows(self) -> int:
         """N."""
         return self.source.num_rows
+
+    def in_memory(self) -> Evaluation:
+        """The same, with the data of a ``DataLoader`` read out, so that their order is one."""
+        return replace(self, source=in_memory(self.source))
+
+    def on(self, batch: tuple[Any, ...]) -> Evaluation:
+        """The same pair on other data."""
+        return replace(self, source=as_source(batch, self.structure.device, self.structure.dtype))
 
 
 @contextmanager
