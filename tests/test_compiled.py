@@ -17,7 +17,6 @@ from pvae import VAE, guides, likelihoods, priors, recipes, schedules
 from pvae import objectives as o
 from pvae.engine import Stepper, choose, make_optimizer
 from pvae.errors import ArgumentError, CheckpointError, PvaeWarning
-from pvae.pair import Pair
 from tests import fits, pairs
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.slow]
