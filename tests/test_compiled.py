@@ -17,14 +17,14 @@ from pvae import VAE, guides, likelihoods, priors, recipes, schedules
 from pvae import objectives as o
 from pvae.engine import Stepper, choose, make_optimizer
 from pvae.errors import ArgumentError, CheckpointError, PvaeWarning
+from pvae.pair import Pair
 from tests import fits, pairs
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.slow]
 D, Q, N = 6, 2, 12
-Pair = tuple[Any, Any, tuple[Tensor, ...]]
 
 
-def stepper(pair: Pair, objective: Any, engine: Any, **options: Any) -> Stepper:
+def stepper(pair: pairs.Pair, objective: Any, engine: Any, **options: Any) -> Stepper:
     model, guide, batch = pair
     structure = Pair(model, guide).inspect(batch)
     parameters = list(structure.parameters.values())
