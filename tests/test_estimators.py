@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import pvae
 from pvae import VAE, likelihoods, priors
 from pvae import objectives as o
-from pvae import terms as t
 from pvae.errors import PairError
 from pvae.networks import MLP
+from pvae.pair import Pair
 from tests import gaussian, pairs
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -108,7 +108,8 @@ def test_piwae_has_the_models_gradient_of_one_bound_and_the_guides_of_another(
             *torch.autograd.grad(few, parameters_of(guide)),
         ]
     )
-    losses, found = repeated(o.PIWAE(2, num_means=2), model, guide, torch.full((ROWS,), X, device=device))
+    x = torch.full((ROWS,), X, device=device)
+    losses, found = repeated(o.PIWAE(2, num_means=2), model, guide, x)
     assert_mean(losses, many)
     assert_mean(found, exact)
 
@@ -320,7 +321,7 @@ def test_the_analytic_rate_is_mean_field_elbos(device: torch.device) -> None:
         TraceMeanField_ELBO(3, vectorize_particles=True, max_plate_nesting=1),
         o.ELBO(3, analytic_kl=True, vectorize_particles=True),
     ):
-        t.inspect_pair(vae.model, vae.guide, (x,))
+        vae.inspect((x,))
         torch.manual_seed(2)
         results.append(gradients(objective, vae.model, vae.guide, x))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
@@ -401,9 +402,9 @@ def test_with_a_global_latent_one_draw_is_shared(device: torch.device) -> None:
     model, guide, (x,) = pairs.global_latent(device)
     k = 4
     torch.manual_seed(3)
-    structure = t.inspect_pair(model, guide, (x,))
+    structure = Pair(model, guide).inspect((x,))
     objective = o.IWAE(k, vectorize_particles=True)
-    terms = objective.compute_terms(model, guide, (x,), structure)
+    terms = objective.compute_terms(structure, (x,))
     shift = terms.sites["shift"].draws
     assert shift is not None
     assert bool((shift == shift[:1]).all())

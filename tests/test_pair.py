@@ -249,7 +249,7 @@ def conditional(device: torch.device) -> VAE:
 def test_labels_reach_all_three(device: torch.device) -> None:
     pair, x = conditional(device), data(device)
     y = torch.arange(N, device=device) % 3
-    check_pair(pair.model, pair.guide, x, y)
+    check_pair(pair, (x, y))
     before = copy.deepcopy(pair.state_dict())
     SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x, y)
     assert all(moved(before, pair).values())
@@ -257,7 +257,7 @@ def test_labels_reach_all_three(device: torch.device) -> None:
     assert (pair.encode(x, y) != pair.encode(x, (y + 1) % 3)).any()
     assert pair.reconstruct(x, y, num_samples=2).shape == (2, N, D)
     recipe = recipes.vae(D, Q, num_classes=3, hidden=(8,)).to(device)
-    check_pair(recipe.model, recipe.guide, x, y)
+    check_pair(recipe, (x, y))
 
 
 def test_labels_for_samples(device: torch.device) -> None:
@@ -310,21 +310,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_combination_is_a_pair(name: str, device: torch.device) -> None:
     pair = vae(device, **VARIANTS[name])
-    check_pair(pair.model, pair.guide, data(device))
+    check_pair(pair, data(device))
 
 
 @pytest.mark.parametrize("network", ["conv", "resnet"])
 def test_image_recipes(network: str, device: torch.device) -> None:
     pair = recipes.vae((1, 9, 7), 2, network=network, hidden=(4, 4)).to(device)
     x = torch.rand(N, 1, 9, 7, device=device).round()
-    check_pair(pair.model, pair.guide, x)
+    check_pair(pair, x)
 
 
 def test_the_autoencoder_is_the_degenerate_member(device: torch.device) -> None:
     """Point guide and flat prior: Trace_ELBO is -log p(x | e(x)), the squared error."""
     pair = recipes.ae(D, Q, hidden=(8,)).to(device)
     x = data(device)
-    check_pair(pair.model, pair.guide, x)
+    check_pair(pair, x)
     loss = Trace_ELBO().loss(pair.model, pair.guide, x)
     squared = (x - pair.reconstruct(x)).square().sum()
     assert loss == pytest.approx(float(squared) + N * D / 2 * torch.tensor(torch.pi).log().item())

@@ -18,7 +18,8 @@ from pvae.mmd import Kernel, mmd
 from pvae.objectives.base import Objective
 from pvae.objectives.settings import AtLeastZero, Positive
 from pvae.objectives.state import ObjectiveState, Training
-from pvae.terms import SiteTerms, Structure, Terms
+from pvae.pair import Structure
+from pvae.terms import SiteTerms, Terms
 
 __all__ = ["DIPVAE", "TCVAE", "FactorVAE", "InfoVAE", "log_density_matrix"]
 

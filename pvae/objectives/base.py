@@ -5,26 +5,25 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import KW_ONLY, MISSING, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae.errors import check_int
 from pvae.objectives.refusals import REFUSALS, Need
 from pvae.objectives.settings import Weight, as_annotated, hints, written
 from pvae.objectives.state import ObjectiveState, Training
+from pvae.pair import Pair, Program, Structure, run_pair
 from pvae.schedules import Schedule
-from pvae.terms import Structure, Terms, compute, inspect_pair, run_pair
+from pvae.terms import Terms, compute
 
-__all__ = ["Objective", "PassOption", "Program"]
+__all__ = ["Objective", "PassOption"]
 
-Program = Callable[..., Any]
 PassOption = Literal["per_dimension", "stop_guide", "detach", "share_globals"]
+_Known = dict[tuple[Program, Program], tuple[Pair, ObjectiveState | None, set[int]]]
 REMEMBERED = "_remembered"  # of each pair in Pyro's own SVI: structure and state
 
 
@@ -147,13 +146,11 @@ class Objective(PyroELBO):
         """A state of the kind that this objective has."""
         return ObjectiveState(training)
 
-    def compute_terms(
-        self, model: Program, guide: Program, batch: tuple[Tensor, ...], structure: Structure
-    ) -> Terms:
+    def compute_terms(self, structure: Structure, batch: tuple[Tensor, ...]) -> Terms:
         """The terms that this objective needs."""
         options: dict[str, Any] = dict.fromkeys(self.pass_options, True)
         options |= {"num_particles": self.num_draws, "vectorize": self.vectorize_particles}
-        return compute(model, guide, batch, structure=structure, **options)
+        return compute(structure, batch, **options)
 
     def value_at(self, name: str, state: ObjectiveState) -> Tensor | float:
         """A setting at this step: a schedule's value, or the number that it is."""
@@ -196,8 +193,7 @@ class Objective(PyroELBO):
         Schedules advance by one step when it is differentiated, and by nothing else.
         """
         structure, state = self._recall(model, guide, batch, kwargs)
-        programs = _with_keywords(model, guide, kwargs)
-        loss = self.surrogate(self.compute_terms(*programs, batch, structure), state)
+        loss = self.surrogate(self.compute_terms(structure, batch), state)
         if loss.requires_grad:
             loss.register_hook(lambda _: state.advance())
         return loss
@@ -231,19 +227,24 @@ class Objective(PyroELBO):
     def _recall(
         self, model: Program, guide: Program, batch: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> tuple[Structure, ObjectiveState]:
-        """A pair's structure and state, which its first batch shows, or the first after a change.
+        """What a pair is made of, and the state of its training, both remembered.
 
-        The state is kept if some of the parameters are still those of before.
+        The state is kept while some of the pair's parameters are those of before.
         """
-        known = self.__dict__.setdefault(REMEMBERED, {})
-        structure, state = known.get((model, guide), (None, None))
-        present = _trainable(structure, model, guide) if structure else set()
-        if structure is None or present != _ids(structure):
-            structure = inspect_pair(*_with_keywords(model, guide, kwargs), batch, self.plate)
+        known: _Known = self.__dict__.setdefault(REMEMBERED, {})
+        programs = _with_keywords(model, guide, kwargs)
+        if (model, guide) not in known:
+            known[model, guide] = Pair(*programs, plate=self.plate), None, set()
+        pair, state, before = known[model, guide]
+        structure = pair.inspect(batch)
+        parameters = {id(p) for p in structure.parameters.values()}
+        if state is None or parameters != before:
             self.check(structure)
-            if not present & _ids(structure):
+            if state is None or not parameters & before:
                 state = self.make_state(structure)
-            known[model, guide] = structure, state
+            known[model, guide] = pair, state, parameters
+        if kwargs or pair.model != model:
+            structure = replace(structure, model=programs[0], guide=programs[1])
         return structure, state
 
     def _get_trace(
@@ -254,19 +255,6 @@ class Objective(PyroELBO):
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace
-
-
-def _ids(structure: Structure) -> set[int]:
-    return {id(p) for p in structure.parameters.values()}
-
-
-def _trainable(structure: Structure, model: Program, guide: Program) -> set[int]:
-    """Trainable parameters that a pair has now, as far as it is known where they are."""
-    modules = [p for p in (model, guide) if isinstance(p, nn.Module)]
-    found = [p for module in modules for p in module.parameters()]
-    store = pyro.get_param_store().named_parameters()
-    found += [p for name, p in store if name in structure.parameters]
-    return {id(p) for p in found if p.requires_grad}
 
 
 def _with_keywords(

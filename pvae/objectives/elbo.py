@@ -18,8 +18,9 @@ from pvae.objectives.base import Objective
 from pvae.objectives.refusals import REFUSALS
 from pvae.objectives.settings import Weight
 from pvae.objectives.state import MovingAverage, ObjectiveState, Training
-from pvae.terms import Structure, Terms, is_penalty
-from pvae.terms.messages import log_density_of_delta
+from pvae.pair import Structure, is_penalty
+from pvae.pair.messages import log_density_of_delta
+from pvae.terms import Terms
 
 __all__ = ["ELBO", "as_objective"]
 

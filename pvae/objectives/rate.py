@@ -12,8 +12,8 @@ from pvae.errors import PairError
 from pvae.objectives.base import Objective, PassOption
 from pvae.objectives.settings import AtLeastZero, Positive, Weight
 from pvae.objectives.state import MovingAverage, ObjectiveState, Training
+from pvae.pair.messages import log_density_of_delta
 from pvae.terms import Terms
-from pvae.terms.messages import log_density_of_delta
 
 __all__ = ["GECO", "Capacity", "FreeBits"]
 

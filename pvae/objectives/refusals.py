@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from pvae.errors import PairError, oxford
-from pvae.terms import Structure
+from pvae.pair import Structure
 
 __all__ = ["NEEDS", "REFUSALS", "Need", "refuse_shared"]
 

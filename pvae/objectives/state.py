@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pvae.pair import Structure
 from pvae.schedules import Schedule
-from pvae.terms import Structure
 
 __all__ = ["MovingAverage", "ObjectiveState", "Training"]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from pvae.objectives.base import Objective
 from pvae.objectives.refusals import Need, refuse_shared
 from pvae.objectives.state import ObjectiveState
-from pvae.terms import Structure, Terms
+from pvae.pair import Structure
+from pvae.terms import Terms
 
 __all__ = ["TwoLosses"]
 
