@@ -84,14 +84,14 @@ class Parameters:
             )
         elif missing:
             said.append(
-                f"{oxford([*missing][:4])} are used by the pair but not announced, so they won't "
-                "be trained. Call pyro.module(name, network) in the function, or make the model "
+                f"The pair uses {oxford([*missing][:4])}, but no program announces them, so they "
+                "won't be trained. Call pyro.module(name, network) in the function, or make the model "
                 "or guide a module that holds the network."
             )
         if self._idle:
             said.append(
-                f"{oxford(self._idle[:4])} belong to the pair, but nothing in it uses their "
-                "parameters on this batch, so training leaves them as they are."
+                f"Nothing in the pair uses the parameters of its module(s) {oxford(self._idle[:4])} "
+                "on this batch, so training leaves them as they are."
             )
         return tuple(said)
 
