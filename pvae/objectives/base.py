@@ -153,8 +153,9 @@ class Objective(PyroELBO):
         return compute(structure, batch, **options)
 
     def value_at(self, name: str, state: ObjectiveState) -> Tensor | float:
-        """A setting at this step: a schedule's value, or the number that it is."""
-        return state.now(name) if name in self.schedules else getattr(self, name)
+        """A setting at this step: a schedule's value, which later steps don't change; a number."""
+        scheduled = isinstance(getattr(self, name), Schedule)
+        return state.get_buffer(name).clone() if scheduled else getattr(self, name)
 
     def total(self, terms: Terms, state: ObjectiveState, local: Tensor) -> Tensor:
         """The plate-scaled sum over data and global sites, less the pair's penalties; a scalar.

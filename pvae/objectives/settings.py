@@ -39,7 +39,9 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
         first, last = ", ".join(map(repr, choices[:-1])), repr(choices[-1])
         raise ArgumentError(name, f"{first} or {last}", repr(value))
     if Schedule in kinds and isinstance(value, Schedule):
-        return value.number if isinstance(value, Constant) else value
+        if not isinstance(value, Constant):
+            return value
+        value = value.number
     if value is None and NoneType in kinds:
         return None
     if float in kinds:

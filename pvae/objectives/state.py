@@ -80,10 +80,6 @@ class ObjectiveState(nn.Module):
         """What the history has of it, beside schedules."""
         return {}
 
-    def now(self, name: str) -> Tensor:
-        """A schedule's value at this step, which later steps don't change."""
-        return self.get_buffer(name).clone()
-
 
 class MovingAverage(ObjectiveState):
     """A state with the moving average of a number that each step measures.
