@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
-from pvae.modes import is_recorded
+from pvae.modes import is_capturing_graph
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.messages import is_factor, sample_sites
 from pvae.terms.probe import Batch, as_batch, inspect_pair, num_rows_of, probing, run_pair
@@ -316,7 +316,7 @@ def _one_pass(
     elif given or num_particles > 1:
         target = wrapped(model)
     wrapped_guide = wrapped(guide) if given or num_particles > 1 else guide
-    before = randomness.get_state() if stop_guide and not is_recorded() else None
+    before = randomness.get_state() if stop_guide and not is_capturing_graph() else None
     with _Detached() if detach else contextlib.nullcontext():
         guide_trace, model_trace = run_pair(target, wrapped_guide, batch)
     collect = Collector(structure, num_particles, per_dimension)
