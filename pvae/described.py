@@ -20,6 +20,7 @@ __all__ = ["Described", "description"]
 
 _LONGEST = 200  # characters of one value
 _MOST = 10  # numbers of one tensor
+_MADE = (Distribution, Transform, Constraint)
 
 
 class Described(nn.Module):
@@ -56,7 +57,10 @@ class Described(nn.Module):
         named: dict[str, object] = {}
         for name, value in given:
             kind = signature.parameters[name].kind
-            named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                named |= value
+            elif kind is not inspect.Parameter.VAR_POSITIONAL or value:
+                named[name] = value
         self.__dict__["_arguments"] = {name: description(value) for name, value in named.items()}
         return self
 
@@ -88,7 +92,8 @@ def description(value: object) -> str:
         '(3, full((2,), 1.0), torch.nn.modules.activation.ReLU, full((100,), 0.0))'
     """
     text = _text(value)
-    if len(text) <= _LONGEST or isinstance(value, Distribution):
+    parts = value if isinstance(value, (list, tuple)) else (value,)
+    if len(text) <= _LONGEST or any(isinstance(part, _MADE) for part in parts):
         return text
     return f"{type(value).__name__} with digest {_digest(text.encode())}"
 
@@ -106,7 +111,7 @@ def _text(value: object) -> str:
     if inspect.isclass(value) or inspect.isroutine(value):
         module = getattr(value, "__module__", None)
         return f"{module}.{value.__qualname__}" if module else value.__qualname__
-    if isinstance(value, (Distribution, Transform, Constraint)):
+    if isinstance(value, _MADE):
         try:
             return f"{type(value).__name__}({', '.join(_pairs(arguments_of(value)))})"
         except AttributeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -263,7 +264,8 @@ def _is_same(fn: Dist, other: Dist) -> bool:
     if (fn.batch_shape, fn.event_shape) != (other.batch_shape, other.event_shape):
         return False
     try:
-        with torch.no_grad(), randomness.forked(seed=0):
+        with torch.no_grad(), randomness.forked(seed=0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             draw = fn.sample()
             expected = fn.log_prob(draw)
     except (NotImplementedError, ValueError, RuntimeError):

@@ -191,6 +191,9 @@ class Flat(Unconditional):
         tensor([0., 0., 0., 0., 0.])
     """
 
+    def __init__(self, event_shape: Shape) -> None:
+        super().__init__(event_shape)
+
     def distribution(self) -> Dist:
         """The flat density."""
         return FlatDistribution(self.event_shape)

@@ -22,11 +22,14 @@ GROUND = {
     "randomness",
     "data",
     "conditional",
+    "described",
+    "distributions",
     "jacobian",
     "divergence",
     "mmd",
     "modes",
     "distributed",
+    "types",
 }
 PARTS = {"networks", "priors", "likelihoods", "guides", "corruptions", "penalties", "pair"}
 TOOLS = [  # each may import the ground and the tools above it
