@@ -26,9 +26,9 @@ from pvae.errors import ArgumentError, CheckpointError, PvaeError, TrainingError
 from pvae.networks import activation_named
 from pvae.objectives import Objective
 from pvae.objectives.table import ALL
-from pvae.pair import VAE
 from pvae.recipes import NETWORKS, RECIPES
 from pvae.schedules import Warmup
+from pvae.vae import VAE
 
 __all__ = [
     "CORRUPTIONS",
@@ -401,6 +401,6 @@ def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Spl
     config = Config.read(folder)
     splits = config.load_data()
     vae = config.build(splits)
-    fitting.load(folder, vae.model, vae.guide)
-    fitting.place(vae.model, vae.guide, device)
+    fitting.load(folder, vae)
+    vae.place(device)
     return config, vae, splits

@@ -78,7 +78,7 @@ def test_a_run_folder_has_everything(run: Path) -> None:
 
 def test_the_summary_says_what_the_saved_pair_is_worth(run: Path) -> None:
     config, vae, splits = open_run(run, "cpu")
-    found = bounds.elbo(vae.model, vae.guide, splits.test.arrays[0], 10, seed=config.seed)
+    found = bounds.elbo(vae, splits.test.arrays[0], 10, seed=config.seed)
     assert f"{found.mean:.2f} +- {found.se_data:.2g}" in (run / "summary.txt").read_text()
     assert f"{found.mean:.2f} +- " in call("evaluate", str(run), "-K", "20")
 
@@ -86,9 +86,9 @@ def test_the_summary_says_what_the_saved_pair_is_worth(run: Path) -> None:
 def test_the_evidence_by_other_methods(run: Path) -> None:
     _, vae, splits = open_run(run, "cpu")
     x = splits.test.arrays[0]
-    upper = bounds.evidence(vae.model, vae.guide, x[:3], 20, method="cubo")
+    upper = bounds.evidence(vae, x[:3], 20, method="cubo")
     assert str(upper) in call("evaluate", str(run), "-K", "20", "-n", "3", "--method", "cubo")
-    loose = bounds.evidence(vae.model, vae.guide, x[:2], 20)
+    loose = bounds.evidence(vae, x[:2], 20)
     output = call("evaluate", str(run), "-K", "2", "-n", "2", "--method", "ais")
     found = re.search(r"evidence, AIS-100: (-[\d.]+) \+-.* N = 2, K = 2", output)
     assert found is not None

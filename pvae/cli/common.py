@@ -10,8 +10,8 @@ import typer
 if TYPE_CHECKING:
     from pvae.data import Splits
     from pvae.fitting import History
-    from pvae.pair import VAE
     from pvae.runs import Config
+    from pvae.vae import VAE
 
 __all__ = ["Device", "RunFolder", "app", "prepare_file", "summary"]
 
@@ -43,8 +43,7 @@ def summary(
     is_gaussian = config.likelihood_for(splits) == "gaussian"
     levels = splits.levels
     summary = report.summarize(
-        vae.model,
-        vae.guide,
+        vae,
         splits.test.unlabelled(),
         title=f"pvae {config.recipe} on {splits.name}: {folder}",
         levels=None if is_gaussian else levels,

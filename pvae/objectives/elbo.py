@@ -21,8 +21,8 @@ from pvae.objectives.base import (
     as_weight,
 )
 from pvae.objectives.refusals import REFUSALS
+from pvae.pair.messages import is_penalty, log_density_of_delta
 from pvae.schedules import Constant, Schedule
-from pvae.terms.messages import log_density_of_delta
 
 __all__ = ["ELBO", "as_objective"]
 
@@ -228,16 +228,16 @@ def _score_function(terms: t.Terms, beta: Tensor | float, factor: Tensor | float
     log_r, surrogate = MultiFrameTensor(), terms.like.new_zeros(())
     for name, stack in model_stacks.items():
         site = model_trace.nodes[name]
-        weight = factor if t.is_penalty(site) else 1.0 if site["is_observed"] else beta
+        weight = factor if is_penalty(site) else 1.0 if site["is_observed"] else beta
         log_r.add((stack, weight * site["log_prob"].detach()))
         surrogate = surrogate + weight * site["log_prob_sum"]
     for name, stack in guide_stacks.items():
         site = guide_trace.nodes[name]
-        weight = factor if t.is_penalty(site) else beta
+        weight = factor if is_penalty(site) else beta
         log_r.add((stack, -weight * site["log_prob"].detach()))
     for name, stack in guide_stacks.items():
         site = guide_trace.nodes[name]
-        weight = factor if t.is_penalty(site) else beta
+        weight = factor if is_penalty(site) else beta
         _, score, entropy = site["score_parts"]
         if isinstance(entropy, Tensor):
             surrogate = surrogate - weight * entropy.sum()

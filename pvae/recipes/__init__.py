@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pyro.infer import ELBO as PyroELBO
 
 from pvae.objectives import ELBO
-from pvae.pair import VAE
 from pvae.recipes.deterministic import (
     ae,
     contractive_ae,
@@ -23,6 +22,7 @@ from pvae.recipes.deterministic import (
     wae,
 )
 from pvae.recipes.variational import NETWORKS, vae
+from pvae.vae import VAE
 
 __all__ = [
     "NETWORKS",

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pvae import guides, likelihoods, priors
 from pvae.corruptions import Noise
 from pvae.errors import ArgumentError, check_int, check_number
-from pvae.pair import VAE
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay
 from pvae.recipes.variational import Factory, vae
+from pvae.vae import VAE
 
 __all__ = [
     "ae",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pvae import guides, likelihoods, networks, priors
 from pvae.errors import ArgumentError, as_shape, check_int
-from pvae.pair import VAE
 from pvae.penalties import Penalty
+from pvae.vae import VAE
 
 __all__ = ["NETWORKS", "Factory", "vae"]
 

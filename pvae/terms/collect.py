@@ -10,7 +10,8 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pvae.errors import PairError, UndefinedError
-from pvae.terms.messages import (
+from pvae.pair import Structure
+from pvae.pair.messages import (
     is_factor,
     is_penalty,
     log_density_of_delta,
@@ -18,7 +19,6 @@ from pvae.terms.messages import (
     score,
 )
 from pvae.terms.result import Kind, SiteTerms, Terms
-from pvae.terms.structure import Structure
 
 __all__ = ["PARTICLES", "Collector"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import UndefinedError
-from pvae.terms.structure import Structure
+from pvae.pair import Structure
 
 __all__ = ["SiteTerms", "Terms", "joined", "stack"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -12,12 +11,10 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
-from pvae import randomness
 from pvae.errors import PairError, PvaeError, PvaeWarning, oxford
-from pvae.terms.messages import (
+from pvae.pair.messages import (
     extra_scale,
     is_factor,
     is_improper,
@@ -25,10 +22,12 @@ from pvae.terms.messages import (
     log_density_of_delta,
     sample_sites,
 )
-from pvae.terms.plates import DataPlate, find_data_plate
-from pvae.terms.structure import Structure
+from pvae.pair.modules import Program, probing
+from pvae.pair.parameters import Parameters
+from pvae.pair.plates import DataPlate, find_data_plate
+from pvae.pair.structure import Structure
 
-__all__ = ["Batch", "as_batch", "inspect_pair", "num_rows_of", "probing", "run_pair"]
+__all__ = ["Batch", "as_batch", "inspect_pair", "num_rows_of", "run_pair"]
 
 Batch = tuple[Any, ...]
 RERUNS = 3
@@ -44,42 +43,10 @@ def num_rows_of(batch: Batch) -> int | None:
     return next((len(b) for b in batch if isinstance(b, Tensor) and b.dim()), None)
 
 
-@contextmanager
-def probing(roots: Iterable[Any]) -> Iterator[list[nn.Module]]:
-    """Evaluation mode, forked generators, validation on; collects every module that runs.
-
-    A function hides its networks in closures, so they are caught as they run.
-    """
-    found: dict[int, tuple[nn.Module, bool]] = {}
-    modules: list[nn.Module] = []
-
-    def note(module: nn.Module, *_: Any) -> None:
-        if id(module) not in found:
-            found[id(module)] = (module, module.training)
-            modules.append(module)
-        module.training = False
-
-    for root in roots:
-        if isinstance(root, nn.Module):
-            for module in root.modules():
-                note(module)
-    handle = register_module_forward_pre_hook(note)
-    try:
-        with randomness.forked(), torch.no_grad(), pyro.validation_enabled(is_validate=True):
-            yield modules
-    finally:
-        handle.remove()
-        for module, training in found.values():
-            module.training = training
-
-
 def inspect_pair(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    batch: Any,
-    plate: str | None = None,
+    model: Program, guide: Program, batch: Batch, plate: str | None = None
 ) -> Structure:
-    """Traces one batch of a pair, in evaluation mode and on forked generators.
+    """Traces one batch of a pair, in evaluation mode and on copies of the generators.
 
     Arguments:
         model: A Pyro program; a module, a function or a method.
@@ -91,12 +58,19 @@ def inspect_pair(
         PairError: If model and guide don't match, there is no data plate or more than one
             candidate, a latent of the model has no guide, or data stand outside the plate.
     """
-    batch = as_batch(batch)
     rows = num_rows_of(batch)
-    with probing((model, guide)) as modules:
+    stored = dict(pyro.get_param_store().named_parameters())
+    with probing((model, guide)) as found:
         guide_trace, model_trace = run_pair(model, guide, batch)
         again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
         fewer = None if rows is None or rows < 2 else _with_rows(model, guide, batch, rows - 1)
+        parameters = Parameters(
+            {"model": model, "guide": guide},
+            found,
+            {"model": model_trace, "guide": guide_trace},
+            stored,
+            lambda: run_pair(model, guide, batch),
+        )
     of_model, of_guide = sample_sites(model_trace), sample_sites(guide_trace)
     sites = [*of_guide, *of_model]
     data_plate = find_data_plate(of_model, of_guide, rows, plate)
@@ -108,9 +82,10 @@ def inspect_pair(
     _check_with_pyro(model_trace, guide_trace)
     _check_locality(guided, in_model, data_plate, rows, fewer)
     local = {s["name"] for s in sites if data_plate.holds(s)}
-    parameters, sides, unannounced = _parameters(model, guide, guide_trace, model_trace, modules)
     is_whole = data_plate.size == (rows or data_plate.size)
     return Structure(
+        model=model,
+        guide=guide,
         plate=data_plate.name,
         plates=data_plate.names,
         dim=data_plate.dim,
@@ -143,15 +118,16 @@ def inspect_pair(
             n for n, s in guided.items() if not is_factor(s) and not s["fn"].has_rsample
         ),
         shapes={n: tuple(guided[n]["fn"].event_shape) for n in latents if n in guided},
-        parameters=parameters,
-        sides=sides,
-        modules=tuple(modules),
-        unannounced=unannounced,
+        parameters=parameters.parameters,
+        sides=parameters.sides,
+        modules=parameters.modules,
+        anchor=parameters.anchor(batch),
+        oddities=parameters.oddities(),
     )
 
 
 def run_pair(
-    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, *, model_too: bool = True
+    model: Program, guide: Program, batch: Batch, *, model_too: bool = True
 ) -> tuple[Any, Any]:
     """Traces of the guide and of the model replayed against it; errors say which one failed."""
     unwrapped = poutine.unwrap(guide)
@@ -378,37 +354,3 @@ def _removed_scales(sites: list[Any]) -> dict[str, float]:
         elif abs(scale - 1.0) > 1e-9:
             removed[site["name"]] = float(scale)
     return removed
-
-
-def _parameters(
-    model: Any, guide: Any, guide_trace: Any, model_trace: Any, modules: list[nn.Module]
-) -> tuple[dict[str, Tensor], dict[str, frozenset[str]], tuple[str, ...]]:
-    """Parameters of modules by attribute name, of the store by store name; each tensor once.
-
-    Also the sides of the pair that have each of them, and what isn't announced.
-    """
-    named: dict[str, Tensor] = {}
-    seen: dict[int, str] = {}
-    sides: dict[str, frozenset[str]] = {}
-
-    def add(name: str, tensor: Tensor, side: str) -> None:
-        if tensor.requires_grad:
-            known = seen.setdefault(id(tensor), name)
-            named.setdefault(known, tensor)
-            sides[known] = sides.get(known, frozenset()) | {side}
-
-    for prefix, root in (("model", model), ("guide", guide)):
-        if isinstance(root, nn.Module):
-            for name, parameter in root.named_parameters():
-                add(f"{prefix}.{name}", parameter, prefix)
-    for side, trace in (("guide", guide_trace), ("model", model_trace)):
-        for site in trace.nodes.values():
-            if site["type"] == "param":
-                add(site["name"], site["value"].unconstrained(), side)
-    missing = [
-        f"{type(m).__name__}.{name}"
-        for m in modules
-        for name, parameter in m.named_parameters(recurse=False)
-        if parameter.requires_grad and id(parameter) not in seen
-    ]
-    return named, sides, tuple(missing)
