@@ -119,8 +119,9 @@ class NearestCode(FromNetwork):
         network: The encoder, with one output for each entry of the latent.
         event_shape: Shape of the latent, ``(M, D)``: M vectors of D entries.
         num_codes: Size of the codebook.
-        decay: Of the moving averages.
-        dead: A code is put elsewhere when its average number of vectors a batch is below this.
+        decay: Decay of the moving averages, in [0, 1).
+        dead: A code that fewer vectors than this have chosen, on average over batches, is replaced
+            by an encoding of the batch.
 
     Example:
         >>> q = NearestCode(torch.nn.Linear(64, 4 * 2), (4, 2), num_codes=16)(torch.zeros(5, 64))
@@ -156,7 +157,7 @@ class NearestCode(FromNetwork):
         return True
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Numbers of the codes nearest to vectors, shape ``(..., D)`` to ``(...)``."""
+        """The index of the nearest code for each vector, from shape ``(..., D)`` to ``(...)``."""
         flat = vectors.detach().reshape(-1, vectors.shape[-1])
         distances = torch.cdist(flat, self.codes, compute_mode="donot_use_mm_for_euclid_dist")
         return distances.argmin(1).reshape(vectors.shape[:-1])
@@ -171,7 +172,7 @@ class NearestCode(FromNetwork):
 
     @torch.no_grad()
     def _follow(self, vectors: Tensor) -> None:
-        """Moves the codes after their vectors; nothing waits for the device."""
+        """Moves each code towards the vectors that chose it; nothing waits for the device."""
         numbers = torch.arange(len(self.codes), device=vectors.device)
         chosen = (self.nearest(vectors)[:, None] == numbers).to(vectors.dtype)
         self.counts.lerp_(chosen.sum(0), 1 - self.decay)

@@ -69,7 +69,7 @@ class SideOutputs:
 class Penalty(Described, ABC):
     r"""The abstract penalty: ``forward(outputs)`` returns R, one value a datum.
 
-    To write one as a class, name the sides of the pair that it is computed on in ``sides``, call
+    To write one as a class, say in ``sides`` which sides of the pair it is computed on, call
     ``super().__init__(weight)``, and return R of shape ``fn.batch_shape``, or one that broadcasts
     to it. A function of (x, z) needs no class: `Custom`.
 
@@ -77,13 +77,18 @@ class Penalty(Described, ABC):
 
     Arguments:
         weight: :math:`\lambda`, in nats per unit of R.
+
+    Attributes:
+        sides: The sides of the pair that R is computed on, ``"guide"`` or ``"model"`` or both.
+        records_activations: Whether R needs the outputs of activations inside the network.
+        differentiates_x: Whether R needs derivatives with respect to x.
+        couples_data: Whether R of a datum depends on the other data of the batch.
     """
 
     sides: tuple[Side, ...] = ("model",)
     records_activations = False
     differentiates_x = False
     couples_data = False
-    """Whether R of a datum depends on the other data of the batch."""
     weight: Tensor
 
     def __init__(self, weight: float) -> None:
@@ -174,7 +179,7 @@ class Contractive(Penalty):
         num_probes: Random directions for an estimate, where the code is wide (see
             `pvae.jacobian.squared_jacobian_norm`): unbiased for the squared norm; the norm itself
             is estimated too low. None for the exact norm.
-        max_entries: Bound on the numbers of the Jacobian that are in memory at once.
+        max_entries: The most entries of the Jacobian that are in memory at once.
 
     References:
         Contractive Auto-Encoders (Rifai et al., 2011),
@@ -363,7 +368,7 @@ def _per_datum(activation: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def recorded_activations(part: nn.Module, penalties: Iterable[Penalty]) -> Iterator[list[Tensor]]:
-    """Collects the outputs of activations in a network as it runs, if a penalty wants them."""
+    """Collects the outputs of activations in a network as it runs, if a penalty needs them."""
     found: list[Tensor] = []
     watched = part.modules() if any(p.records_activations for p in penalties) else ()
     handles = [

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.conditional import as_conditional
+from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
 from pvae.jacobian import differentiable_twice
 from pvae.modes import evaluating
@@ -27,7 +28,7 @@ from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
 __all__ = ["VAE", "Guide", "Model"]
 
 
-class Model(nn.Module):
+class Model(Described):
     r"""The generative model :math:`p(x, z | y) = p(z | y)\, p(x | z, y)` as a Pyro program.
 
     Sites: ``"z"`` and ``"x"`` in the plate ``"data"``. Labels y are optional.
@@ -78,7 +79,7 @@ class Model(nn.Module):
             return x
 
 
-class Guide(nn.Module):
+class Guide(Described):
     r"""The guide :math:`q(z | x)`, or :math:`q(z | x, y)`, as a Pyro program.
 
     Arguments:

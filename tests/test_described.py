@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from pvae import corruptions, guides, likelihoods, networks, penalties, priors
 from pvae.conditional import Conditional, Unconditional, as_conditional
 from pvae.described import Described, description
+from pvae.penalties import on_side
 from pvae.types import Dist
+from pvae.vae import Guide
 
 MODULES = (priors, likelihoods, guides, corruptions, penalties, networks)
 
@@ -151,6 +153,14 @@ def test_parts_that_users_write() -> None:
             super().__init__(2, rate=7.0)
 
     assert "rate=7.0" in repr(Mine())
+
+
+def test_a_pair_says_what_it_has_of_functions() -> None:
+    part = guides.Point(linear, 4)
+    shown = {repr(Guide(part, corruption=each)) for each in (None, half, torch.exp)}
+    assert len(shown) == 3
+    heavy, light = (on_side("guide", penalties.Contractive(w)) for w in (2.0, 1.0))
+    assert repr(Guide(part, penalties=list(heavy))) != repr(Guide(part, penalties=list(light)))
 
 
 def test_what_is_shown_is_what_a_part_has_now() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pvae.errors import oxford
 from pvae.pair.messages import sample_sites
-from pvae.pair.modules import Found, Program
+from pvae.pair.modules import Found
+from pvae.types import Program
 
 __all__ = ["Parameters"]
 

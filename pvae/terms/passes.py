@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
 from pvae.modes import is_capturing_graph
-from pvae.pair import Batch, Program, Structure, as_batch, num_rows_of, probing, run_pair
+from pvae.pair import Batch, Structure, as_batch, num_rows_of, probing, run_pair
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
+from pvae.types import Program
 
 __all__ = ["can_vectorize", "compute", "draw_guide", "in_particles", "score_guide"]
 
