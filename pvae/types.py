@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
-__all__ = ["Dist", "Program", "Shape"]
+__all__ = ["Dist", "Program", "Shape", "Site"]
 
 Dist: TypeAlias = TorchDistributionMixin
 """A Pyro distribution."""
@@ -17,3 +17,6 @@ Program: TypeAlias = Callable[..., object]
 
 Shape: TypeAlias = int | Sequence[int]
 """A shape; an integer is a vector of that length."""
+
+Site: TypeAlias = Mapping[str, Any]
+"""A site of a trace, as Pyro has it: its name, distribution (``"fn"``), value, plates, mask."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro.distributions as dist
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pvae.errors import PairError
 from pvae.sites import PENALTY
+from pvae.types import Site
 
 __all__ = [
     "extra_scale",
@@ -21,17 +21,17 @@ __all__ = [
 ]
 
 
-def is_factor(site: Any) -> bool:
+def is_factor(site: Site) -> bool:
     """Whether a site is a factor statement."""
     return isinstance(site["fn"], dist.Unit)
 
 
-def is_penalty(site: Any) -> bool:
+def is_penalty(site: Site) -> bool:
     """Whether a site is a factor marked as a penalty."""
     return bool((site["infer"] or {}).get(PENALTY))
 
 
-def sample_sites(trace: Any) -> list[Any]:
+def sample_sites(trace: Trace) -> list[Site]:
     """The sites that have a density: no subsampling, no deterministic ones."""
     return [
         site
@@ -42,7 +42,7 @@ def sample_sites(trace: Any) -> list[Any]:
     ]
 
 
-def score(site: Any) -> Tensor:
+def score(site: Site) -> Tensor:
     """The log density of a site's value, neither masked nor scaled.
 
     Raises:
@@ -60,12 +60,12 @@ def score(site: Any) -> Tensor:
         ) from error
 
 
-def extra_scale(site: Any) -> Any:
+def extra_scale(site: Site) -> float | Tensor:
     """The factor of a site that no plate explains."""
     return site["scale"] / plate_scale(site)
 
 
-def plate_scale(site: Any, without: frozenset[str] = frozenset()) -> float:
+def plate_scale(site: Site, without: frozenset[str] = frozenset()) -> float:
     """The factor that subsampled plates give a site, those in ``without`` left out."""
     factor = 1.0
     for frame in site["cond_indep_stack"]:
