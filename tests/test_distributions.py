@@ -30,7 +30,7 @@ M = 2 * torch.eye(3, dtype=torch.float64)
 HALF = torch.tensor(0.5, dtype=torch.float64)
 
 
-def used_affine() -> t.AffineTransform:
+def used_affine() -> torch.distributions.Transform:
     """A transform that has been inverted once, and so holds its inverse."""
     transform = t.AffineTransform(HALF.clone(), HALF.clone())
     _ = transform.inv
