@@ -84,7 +84,8 @@ def inspect_pair(
     _check_sites(of_guide, guided, in_model, unguided, data_plate)
     _check_with_pyro(model_trace, guide_trace)
     _check_locality(guided, in_model, data_plate, rows, fewer)
-    local = {s["name"] for s in sites if data_plate.holds(s)}
+    with_guide = [n for n in latents if n in guided]
+    inside, outside, global_sites = _places(sites, with_guide, data_plate)
     is_whole = data_plate.size == (rows or data_plate.size)
     return Structure(
         model=model,
@@ -97,25 +98,17 @@ def inspect_pair(
         full_size=data_plate.full_size,
         is_scaled=data_plate.full_size != data_plate.size,
         tied_to=rows if rows is not None and rows > 1 and fewer is None else None,
-        latents=tuple(n for n in latents if n in local and n in guided),
-        global_latents=tuple(n for n in latents if n not in local and n in guided),
-        global_sites=tuple(
-            dict.fromkeys(s["name"] for s in sites if s["name"] not in local and not is_penalty(s))
-        ),
+        latents=inside,
+        global_latents=outside,
+        global_sites=global_sites,
+        fed=tuple(n for n in inside if log_density_of_delta(guided[n]["fn"]) is not None),
         observed=tuple(n for n, s in in_model.items() if s["is_observed"] and not is_factor(s)),
         auxiliary=tuple(n for n in guided if n not in in_model),
         points=frozenset(
-            n
-            for n, s in guided.items()
-            if n in in_model and _is_point(s, [a.nodes[n] for a in again], guided, in_model)
+            n for n in latents if n in guided and _is_point(n, guided, in_model, again)
         ),
         improper=tuple(n for n in latents if is_improper(in_model[n]["fn"])),
         enumerated=tuple(unguided),
-        fed=tuple(
-            n
-            for n in latents
-            if n in local and n in guided and log_density_of_delta(guided[n]["fn"]) is not None
-        ),
         removed_scales=_removed_scales(sites),
         not_reparametrised=tuple(
             n for n, s in guided.items() if not is_factor(s) and not s["fn"].has_rsample
@@ -126,6 +119,19 @@ def inspect_pair(
         modules=parameters.modules,
         anchor=parameters.anchor(batch),
         oddities=parameters.oddities(),
+    )
+
+
+def _places(
+    sites: list[Site], latents: list[str], data_plate: DataPlate
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Latents in the data plate, latents outside it, and all sites outside it."""
+    local = {s["name"] for s in sites if data_plate.holds(s)}
+    outside = [s["name"] for s in sites if s["name"] not in local and not is_penalty(s)]
+    return (
+        tuple(name for name in latents if name in local),
+        tuple(name for name in latents if name not in local),
+        tuple(dict.fromkeys(outside)),
     )
 
 
@@ -335,17 +341,16 @@ def _check_locality(
 
 
 def _is_point(
-    site: Site, again: list[Site], guided: dict[str, Site], in_model: dict[str, Site]
+    name: str, guided: dict[str, Site], in_model: dict[str, Site], again: list[Trace]
 ) -> bool:
     """A Delta is a point if its density is 1 and nothing random feeds it."""
-    log_density = log_density_of_delta(site["fn"])
+    log_density = log_density_of_delta(guided[name]["fn"])
     if log_density is None or bool((log_density != 0).any()):
         return False
-    for name, other in guided.items():  # draws of a few values may repeat by chance
-        discrete = not getattr(other["fn"], "has_rsample", True)
-        if name not in in_model and discrete:
+    for other, site in guided.items():  # draws of a few values may repeat by chance
+        if other not in in_model and not getattr(site["fn"], "has_rsample", True):
             return False
-    return all(torch.equal(site["value"], other["value"]) for other in again)
+    return all(torch.equal(guided[name]["value"], trace.nodes[name]["value"]) for trace in again)
 
 
 def _removed_scales(sites: list[Site]) -> dict[str, float]:
