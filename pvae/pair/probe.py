@@ -99,9 +99,7 @@ def inspect_pair(
         observed=tuple(n for n, s in in_model.items() if s["is_observed"] and not is_factor(s)),
         auxiliary=tuple(n for n in guided if n not in in_model),
         points=frozenset(
-            n
-            for n, s in guided.items()
-            if n in in_model and _is_point(s, [a.nodes[n] for a in again], guided, in_model)
+            n for n in latents if n in guided and _is_point(n, guided, in_model, again)
         ),
         improper=tuple(n for n in latents if is_improper(in_model[n]["fn"])),
         enumerated=tuple(unguided),
@@ -337,17 +335,16 @@ def _check_locality(
 
 
 def _is_point(
-    site: Site, again: list[Site], guided: dict[str, Site], in_model: dict[str, Site]
+    name: str, guided: dict[str, Site], in_model: dict[str, Site], again: list[Trace]
 ) -> bool:
     """A Delta is a point if its density is 1 and nothing random feeds it."""
-    log_density = log_density_of_delta(site["fn"])
+    log_density = log_density_of_delta(guided[name]["fn"])
     if log_density is None or bool((log_density != 0).any()):
         return False
-    for name, other in guided.items():  # draws of a few values may repeat by chance
-        discrete = not getattr(other["fn"], "has_rsample", True)
-        if name not in in_model and discrete:
+    for other, site in guided.items():  # draws of a few values may repeat by chance
+        if other not in in_model and not getattr(site["fn"], "has_rsample", True):
             return False
-    return all(torch.equal(site["value"], other["value"]) for other in again)
+    return all(torch.equal(guided[name]["value"], trace.nodes[name]["value"]) for trace in again)
 
 
 def _removed_scales(sites: list[Site]) -> dict[str, float]:
