@@ -272,7 +272,7 @@ def _idle() -> Pair:
 ODD = {
     "unannounced": (_unannounced, "no program announces them"),
     "taken": (_taken, r"parameter store had 'decoder\$\$\$weight'"),
-    "idle": (_idle, "Nothing in the pair uses .* 'spare'"),
+    "idle": (_idle, "Nothing in the pair uses the parameters of 'spare'"),
 }
 LOOKS: dict[str, Callable[[Pair, Tensor], object]] = {
     "elbo": lambda pair, x: bounds.elbo(pair, x),

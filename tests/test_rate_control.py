@@ -404,7 +404,7 @@ def test_a_joint_autoguide_has_no_draws_of_single_data(device: torch.device) -> 
 
 def test_whose_loss_moves_shared_parameters_is_checked() -> None:
     with pytest.raises(ArgumentError, match="'model', 'guide' or None"):
-        o.DReG(shared="both")
+        o.DReG(shared="both")  # type: ignore[arg-type]
 
 
 # Penalties, batch norm, scales, and one objective for several calls

@@ -12,13 +12,14 @@ import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
-from pvae.errors import check_int
+from pvae.errors import ArgumentError, check_int
 from pvae.objectives.refusals import REFUSALS, Need
 from pvae.objectives.settings import Weight, as_annotated, hints, written
 from pvae.objectives.state import ObjectiveState, Training
-from pvae.pair import Pair, Program, Structure, run_pair
+from pvae.pair import Pair, Structure, run_pair
 from pvae.schedules import Schedule
 from pvae.terms import Terms, compute
+from pvae.types import Program
 
 __all__ = ["Objective", "PassOption"]
 
@@ -120,6 +121,10 @@ class Objective(PyroELBO):
 
     def check(self, structure: Structure) -> None:
         """Refuses a pair that this objective can't be used with, and says why."""
+        if self.plate is not None and self.plate not in structure.plates:
+            raise ArgumentError(
+                "plate", f"the pair's data plate, '{structure.plate}'", repr(self.plate)
+            )
         for need in self.needs:
             REFUSALS[need](type(self).__name__, structure)
 

@@ -13,13 +13,13 @@ from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, PairError, check_int
 from pvae.objectives.base import Objective
 from pvae.objectives.refusals import REFUSALS
 from pvae.objectives.settings import Weight
 from pvae.objectives.state import MovingAverage, ObjectiveState, Training
 from pvae.pair import Structure, is_penalty
-from pvae.pair.messages import log_density_of_delta
 from pvae.terms import Terms
 
 __all__ = ["ELBO", "as_objective"]
@@ -78,7 +78,8 @@ class ELBO(Objective):
         return self.analytic_kl or self.beta != 1.0
 
     def check(self, structure: Structure) -> None:
-        """Refuses pairs for which these options aren't defined."""
+        """Also refuses pairs for which these options aren't defined."""
+        super().check(structure)
         if self.analytic_kl:
             REFUSALS["gradient"]("ELBO(analytic_kl=True)", structure)
         if self.baseline is not None:
@@ -94,7 +95,7 @@ class ELBO(Objective):
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         beta, factor = self.value_at("beta", state), self.value_at("penalty_weight", state)
-        if self.beta != 1.0 and "joint" in terms.notes:
+        if self.beta != 1.0 and terms.is_joint:
             terms.require_split()
         rate = terms.scaled("q") - terms.scaled("prior")
         if self.analytic_kl:

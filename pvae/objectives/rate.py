@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from pvae.distributions import log_density_of_delta
 from pvae.errors import PairError
 from pvae.objectives.base import Objective, PassOption
 from pvae.objectives.settings import AtLeastZero, Positive, Weight
 from pvae.objectives.state import MovingAverage, ObjectiveState, Training
-from pvae.pair.messages import log_density_of_delta
 from pvae.terms import Terms
 
 __all__ = ["GECO", "Capacity", "FreeBits"]
