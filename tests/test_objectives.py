@@ -295,6 +295,7 @@ SETTINGS: list[tuple[type[Objective], dict[str, Any], str]] = [
     (ELBO, {"penalty_weight": -1}, "penalty_weight: expected a finite number of at least 0"),
     (ELBO, {"baseline": "mean"}, "'leave_one_out', 'moving_average' or None; got 'mean'"),
     (ELBO, {"baseline": "leave_one_out"}, "leave_one_out': expected an integer of at least 2"),
+    (ELBO, {"vectorize_particles": 2}, "vectorize_particles: expected True, False or None"),
     (o.IWAE, {"num_particles": 2.5}, "num_particles: expected an integer"),
     (o.CIWAE, {"mix": 1.1}, "mix: expected a finite number of at least 0 and of at most 1"),
     (o.PIWAE, {"num_means": 0}, "num_means: expected an integer of at least 1"),

@@ -25,7 +25,7 @@ __all__ = ["Objective", "PassOption"]
 
 PassOption = Literal["per_dimension", "stop_guide", "detach", "share_globals"]
 _Known = dict[tuple[Program, Program], tuple[Pair, ObjectiveState | None, set[int]]]
-REMEMBERED = "_remembered"  # of each pair in Pyro's own SVI: structure and state
+_REMEMBERED = "_remembered"  # of each pair in Pyro's own SVI: structure and state
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class Objective(PyroELBO):
         cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # else dataclass() makes another
 
     def __post_init__(self) -> None:
-        check_int("num_particles", self.num_particles)
         annotations = hints(type(self))
-        for name, value in self.__getstate__().items():
-            kept = as_annotated(name, value, annotations.get(name))
-            object.__setattr__(self, name, kept)
+        kept = {n: as_annotated(n, v, annotations.get(n)) for n, v in self.__getstate__().items()}
+        kept["num_particles"] = check_int("num_particles", self.num_particles)
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         given = {name: written(value) for name, value in self.__getstate__().items()}
@@ -102,7 +102,7 @@ class Objective(PyroELBO):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != REMEMBERED}
+        return {name: value for name, value in vars(self).items() if name != _REMEMBERED}
 
     @property
     def num_draws(self) -> int:
@@ -237,7 +237,7 @@ class Objective(PyroELBO):
 
         The state is kept while some of the pair's parameters are those of before.
         """
-        known: _Known = self.__dict__.setdefault(REMEMBERED, {})
+        known: _Known = self.__dict__.setdefault(_REMEMBERED, {})
         programs = _with_keywords(model, guide, kwargs)
         if (model, guide) not in known:
             known[model, guide] = Pair(*programs, plate=self.plate), None, set()

@@ -29,13 +29,15 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
     """A value as its annotation has it, or an `ArgumentError`.
 
     Checked are choices (``Literal``, ``bool``), numbers with their limits
-    (``Annotated[float, {"minimum": 0}]``, see `pvae.errors.check_number`), and tuples of integers.
-    A constant schedule becomes its number.
+    (``Annotated[float, {"minimum": 0}]``, see `pvae.errors.check_number`), and tuples of integers;
+    any of them may be None where the annotation says so. A constant schedule becomes its number.
     """
     hint, limits = get_args(hint) if get_origin(hint) is Annotated else (hint, {})
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choices = get_args(hint) if get_origin(hint) is Literal else (True, False)
-    if (hint is bool or get_origin(hint) is Literal) and value not in choices:
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    if bool in kinds:
+        choices = (True, False, None) if NoneType in kinds else (True, False)
+    if choices and value not in choices:
         first, last = ", ".join(map(repr, choices[:-1])), repr(choices[-1])
         raise ArgumentError(name, f"{first} or {last}", repr(value))
     if Schedule in kinds and isinstance(value, Schedule):
