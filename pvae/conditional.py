@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvae.errors import ArgumentError, PairError, as_shape
+from pvae.internals import CACHED, INVERSE, InverseTransform, forget_values
 
 __all__ = [
     "Conditional",
@@ -221,7 +222,7 @@ class _Fixed(Conditional):
             self.register_buffer(name, tensor.clone())
 
     def forward(self, *context: Tensor) -> Any:
-        return _put_together(self.skeleton, self._buffers)
+        return _put_together(self.skeleton, dict(self.named_buffers()))
 
 
 class _Slot:
@@ -266,21 +267,19 @@ _WITH_TENSORS = (
     torch.distributions.constraints.Constraint,
 )
 
-_Inverse = torch.distributions.transforms._InverseTransform
-
 
 def _own(thing: Any) -> dict[str, Any]:
     """What an object was made with: caches, and all lazy attributes but the first, left out."""
     kept: dict[str, Any] = {}
     lazy_seen = False
     for key, value in vars(thing).items():
-        if key == "_inv" and not isinstance(thing, _Inverse):
+        if key == INVERSE and not isinstance(thing, InverseTransform):
             kept[key] = None  # made when first asked for, and pointing back at the transform
             continue
         is_lazy = isinstance(
             inspect.getattr_static(type(thing), key, None), torch.distributions.utils.lazy_property
         )
-        if key.startswith("_cached") or (is_lazy and lazy_seen):
+        if key.startswith(CACHED) or (is_lazy and lazy_seen):
             continue
         lazy_seen |= is_lazy
         kept[key] = value
@@ -300,7 +299,7 @@ def _put_together(thing: Any, tensors: Mapping[str, Tensor | None]) -> Any:
     whole = copy.copy(thing)
     whole.__dict__ = {k: _put_together(v, tensors) for k, v in vars(thing).items()}
     if isinstance(whole, torch.distributions.Transform):
-        whole._cached_x_y = None, None
+        forget_values(whole)
     return whole
 
 

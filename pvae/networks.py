@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from pvae.errors import ArgumentError, PairError, as_shape, check_int
+from pvae.internals import Convolution
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named", "unit_norm"]
 
@@ -60,7 +61,7 @@ def unit_norm(network: nn.Module) -> nn.Module:
     for module in list(network.modules()):
         if isinstance(module, nn.Linear):
             parametrize.register_parametrization(module, "weight", _UnitColumns())
-        elif isinstance(module, nn.modules.conv._ConvNd):
+        elif isinstance(module, Convolution):
             unit = _UnitColumns(module.groups, transposed=module.transposed)
             parametrize.register_parametrization(module, "weight", unit)
     return network

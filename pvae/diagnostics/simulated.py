@@ -14,7 +14,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import bounds
+from pvae import bounds, internals
 from pvae import terms as t
 from pvae.data import Source, as_source
 from pvae.errors import PairError, UndefinedError, check_int, oxford
@@ -275,7 +275,7 @@ def mask_of(site: Any) -> Tensor | None:
     found = [(site["mask"], len(fn.event_shape))]
     while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
         if isinstance(fn, MaskedDistribution):
-            found.append((fn._mask, len(fn.event_shape)))
+            found.append((internals.mask_of(fn), len(fn.event_shape)))
         fn = fn.base_dist
     masks = [
         mask.reshape(mask.shape + (1,) * events).expand(value.shape)

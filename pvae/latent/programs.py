@@ -18,6 +18,7 @@ from pvae import terms as t
 from pvae.conditional import as_conditional
 from pvae.data import as_source
 from pvae.errors import PairError, UndefinedError, check_int, oxford
+from pvae.internals import mask_of
 from pvae.latent.checks import mean_of, only_site
 from pvae.sites import LATENT, announce_parameters
 from pvae.terms.messages import is_factor, sample_sites
@@ -105,7 +106,7 @@ class _Swap(Messenger):
             )
         depths = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
         new = self.fn.expand(old.batch_shape[-max(depths, default=len(old.batch_shape)) :])
-        msg["fn"] = new.mask(old._mask) if isinstance(old, MaskedDistribution) else new
+        msg["fn"] = new.mask(mask_of(old)) if isinstance(old, MaskedDistribution) else new
 
 
 def sample(

@@ -10,6 +10,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pvae.errors import PairError, UndefinedError
+from pvae.internals import ENUMERATE_DIM
 from pvae.terms.messages import (
     is_factor,
     is_penalty,
@@ -218,7 +219,7 @@ class Collector:
                 ["no poutine.scale and no subsampled inner plate there", "a guide for the latent"],
             )
         dims = [
-            s["infer"].get("_enumerate_dim")
+            s["infer"].get(ENUMERATE_DIM)
             for s, _ in self.summed_out
             if s["name"] in self.structure.enumerated
         ]
@@ -236,6 +237,6 @@ class Collector:
         mask = site["mask"]
         if mask is None or mask is True:
             return masked
-        count = masked.shape[masked.dim() + site["infer"]["_enumerate_dim"]]
+        count = masked.shape[masked.dim() + site["infer"][ENUMERATE_DIM]]
         masked_out = torch.as_tensor(mask, device=masked.device).logical_not()
         return masked - masked_out.to(masked.dtype) * math.log(count)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pvae.data import Data, Source, as_source
 from pvae.data.sources import LoaderSource
 from pvae.errors import ArgumentError, UndefinedError, check_int, oxford
+from pvae.internals import mask_of
 from pvae.modes import evaluating
 from pvae.terms.chunks import first_batch, stream
 from pvae.terms.collect import PARTICLES
@@ -234,7 +235,7 @@ def _mask_of(node: Any) -> Tensor | None:
     masks = [(node["mask"], len(fn.event_shape))]
     while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
         if isinstance(fn, MaskedDistribution):
-            masks.append((fn._mask, len(fn.event_shape)))
+            masks.append((mask_of(fn), len(fn.event_shape)))
         fn = fn.base_dist
     for mask, event_dim in masks:
         if mask is None or mask is True:

@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pvae.errors import PairError
+from pvae.internals import DETERMINISTIC, mask_of
 from pvae.sites import PENALTY
 
 __all__ = [
@@ -43,7 +44,7 @@ def sample_sites(trace: Any) -> list[Any]:
         for site in trace.nodes.values()
         if site["type"] == "sample"
         and not site_is_subsample(site)
-        and not (site["infer"] or {}).get("_deterministic")
+        and not (site["infer"] or {}).get(DETERMINISTIC)
     ]
 
 
@@ -59,7 +60,7 @@ def log_density_of_delta(fn: Any) -> Tensor | None:
         return None if inner is None else sum_rightmost(inner, fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution):
         inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else scale_and_mask(inner, mask=fn._mask)
+        return None if inner is None else scale_and_mask(inner, mask=mask_of(fn))
     return None
 
 

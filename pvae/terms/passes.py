@@ -13,10 +13,11 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
+from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_recorded
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.messages import is_factor, sample_sites
@@ -233,9 +234,7 @@ def can_vectorize(
     structure: Structure, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
 ) -> bool:
     """Whether particles may go through the networks at once; found out once, on this batch."""
-    if any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in structure.modules
-    ):
+    if any(isinstance(m, BatchNorm) and m.training for m in structure.modules):
         return False
     if "looped_because" not in structure.notes:
         reason = _compare(structure, model, guide, batch)
@@ -395,7 +394,7 @@ def _draw_globals(
 @contextmanager
 def _statistics_kept(structure: Structure) -> Iterator[None]:
     """Running statistics move by the one pass that counts, and not by another in here."""
-    norms = [m for m in structure.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = [m for m in structure.modules if isinstance(m, Norm)]
     buffers = [b for m in norms if m.training for b in m.buffers(recurse=False)]
     copies = [b.clone() for b in buffers]
     try:

@@ -3,60 +3,117 @@
 The function runs while torch notes its operations. Tensors that it finds elsewhere (parameters,
 buffers, an objective's state) become inputs of the graph, so that the graph reads and writes them
 as the function did; everything else, numbers and branches, is what it was in that run.
+
+What is used of torch's compiler beyond its documented interface stands in this module alone:
+``make_fx``, which records; ``standalone_compile``, which compiles what was recorded, by way of
+torch's caches on disk and without the guards that ``torch.compile`` checks at each call; and three
+of the compiler's settings. `tests/test_internals.py` fails where one of them moves.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import pyro
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from pvae.modes import recorded
 
-__all__ = ["UncompilableError", "compile_function"]
+__all__ = ["UncompilableError", "compile_function", "compile_graph"]
 
-Function = Callable[..., Sequence[Tensor]]
+T = TypeVar("T")
+
+OPTIONS = {
+    "fallback_random": True,  # draws are torch's own, as they are without a compiler
+    "size_asserts": False,  # of what the compiler itself has made
+    "alignment_asserts": False,
+}
+"""Settings of torch's compiler."""
 
 
 class UncompilableError(Exception):
     """Why a function has no graph."""
 
 
-def compile_function(function: Function, example: tuple[Tensor, ...]) -> Function:
+def compile_function(function: Callable[..., T], example: tuple[Tensor, ...]) -> Callable[..., T]:
     """The same function as one graph, for arguments of the example's shapes.
 
     The function is run twice, with all its effects. Gradients have to be taken inside.
 
     Arguments:
-        function: Of tensors, to a sequence of tensors; may change tensors in place.
+        function: Of tensors, to a tensor, or to a named tuple of tensors, dictionaries of
+            tensors, and None; may change tensors in place.
         example: What to run it on.
 
     Raises:
         UncompilableError: If it looks at values on its way, differs from run to run, or uses
             what the compiler doesn't know.
     """
-    graph, live = _lifted(*_trace_twice(function, example))
-    inputs = [*example, *live]
+    rebuild: Callable[[Iterator[Tensor]], T]
+
+    def flat(*arguments: Tensor) -> list[Tensor]:
+        nonlocal rebuild
+        tensors: list[Tensor] = []
+        rebuild = _take_apart(function(*arguments), tensors)
+        return tensors
+
+    graph, live = _lifted(*_record_twice(flat, example))
+    inputs = [x.detach() for x in (*example, *live)]
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's, of itself
-            compiled = _compile(graph, [x.detach() for x in inputs])
+            compiled = compile_graph(graph, inputs)
     except Exception as error:  # the compiler's own kinds are many
         raise UncompilableError(f"the compiler fails with {_first_line(error)}") from error
 
     @torch.no_grad()
-    def run(*arguments: Tensor) -> Sequence[Tensor]:
-        found: Sequence[Tensor] = compiled(*arguments, *live)
-        return found
+    def run(*arguments: Tensor) -> T:
+        return rebuild(iter(compiled(*arguments, *live)))
 
     return run
 
 
-def _trace_twice(function: Function, example: tuple[Tensor, ...]) -> tuple[Any, Any]:
+def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """What torch's compiler makes of a recorded graph whose results are a list of tensors.
+
+    Arguments:
+        graph: As ``make_fx`` records it.
+        inputs: Tensors like those that it will be called with.
+    """
+    from torch._inductor import standalone_compile  # slow to import
+
+    for node in graph.graph.nodes:  # one draw is rewritten by the compiler, and this twin isn't
+        if node.target is torch.ops.aten.bernoulli.default and not node.kwargs:
+            node.target, node.args = torch.ops.aten.bernoulli.Tensor, (node.args[0], node.args[0])
+    graph.recompile()
+    # Shapes are taken from these inputs; caches are passed by where none are given.
+    return standalone_compile(
+        graph, [*inputs], dynamic_shapes="from_example_inputs", options={"config_patches": OPTIONS}
+    )
+
+
+def _take_apart(result: object, tensors: list[Tensor]) -> Callable[[Iterator[Tensor]], Any]:
+    """Appends the tensors of a result, and returns what makes such a result of other tensors."""
+    if isinstance(result, Tensor):
+        tensors.append(result)
+        return next
+    if result is None:
+        return lambda _: None
+    if isinstance(result, dict):
+        named = {name: _take_apart(part, tensors) for name, part in result.items()}
+        return lambda others: {name: make(others) for name, make in named.items()}
+    assert isinstance(result, tuple)  # noqa: S101
+    kind, makers = type(result), [_take_apart(part, tensors) for part in result]
+    return lambda others: kind(*(make(others) for make in makers))
+
+
+def _record_twice(
+    function: Callable[..., list[Tensor]], example: tuple[Tensor, ...]
+) -> tuple[GraphModule, GraphModule]:
     """Graphs of two runs, which have to be the same."""
     from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
 
@@ -78,11 +135,11 @@ def _trace_twice(function: Function, example: tuple[Tensor, ...]) -> tuple[Any, 
     return first, second
 
 
-def _lifted(graph: Any, again: Any) -> tuple[Any, list[Tensor]]:
+def _lifted(graph: GraphModule, again: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     """The graph with tensors that live outside it as further inputs, and those tensors."""
     _number_masks(graph, again)
     live: list[Tensor] = []
-    nodes: dict[int, Any] = {}
+    inputs: dict[int, Node] = {}
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
     for node in list(graph.graph.nodes):
         if node.op != "get_attr":
@@ -92,30 +149,31 @@ def _lifted(graph: Any, again: Any) -> tuple[Any, list[Tensor]]:
             if not torch.equal(tensor, other):
                 raise UncompilableError("a tensor made on the way differs from step to step")
             continue
-        if id(tensor) not in nodes:
+        if id(tensor) not in inputs:
             with graph.graph.inserting_after(last):
-                last = nodes[id(tensor)] = graph.graph.placeholder(f"live_{len(live)}")
+                last = inputs[id(tensor)] = graph.graph.placeholder(f"live_{len(live)}")
             live.append(tensor)
-        node.replace_all_uses_with(nodes[id(tensor)])
+        node.replace_all_uses_with(inputs[id(tensor)])
         graph.graph.erase_node(node)
     graph.recompile()
     return graph, live
 
 
-def _number_masks(graph: Any, again: Any) -> None:
+def _number_masks(graph: GraphModule, again: GraphModule) -> None:
     """Puts the numbers of what a fixed mask picks in place of looking for them.
 
     How many a mask picks is unknown to a compiler; couplings of flows have such masks.
     """
 
-    def fixed(node: Any) -> Any:
+    def fixed(node: Node) -> Any:
         """The value of what is made of tensors outside the graph alone."""
         if node.op == "get_attr":
-            return getattr(graph, node.target)
+            return getattr(graph, str(node.target))
         draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        parts = [None] if draws else [fixed(a) if hasattr(a, "op") else a for a in node.args]
-        is_fixed = node.op == "call_function" and not any(p is None for p in parts)
-        return node.target(*parts, **node.kwargs) if is_fixed else None
+        parts = [None] if draws else [fixed(a) if isinstance(a, Node) else a for a in node.args]
+        if isinstance(node.target, str) or any(p is None for p in parts):
+            return None
+        return node.target(*parts, **node.kwargs)
 
     for i, node in enumerate(graph.graph.nodes):
         if node.target is torch.ops.aten.nonzero.default:
@@ -127,23 +185,6 @@ def _number_masks(graph: Any, again: Any) -> None:
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(f"numbers_{i}"))
             graph.graph.erase_node(node)
-
-
-def _compile(graph: Any, inputs: list[Tensor]) -> Any:
-    """The graph compiled so that it draws the numbers that torch does."""
-    import torch._inductor.compile_fx as inductor  # slow to import
-    from torch._inductor import lowering
-    from torch._inductor.decomposition import select_decomp_table
-
-    bernoulli = torch.ops.aten.bernoulli.default
-    if bernoulli not in lowering.lowerings:  # else where CI is set it's refused
-        lowering.make_fallback(bernoulli, warn=False, override_decomp=True)
-    draws = {"fallback_random": True}
-    quick = {"size_asserts": False, "alignment_asserts": False}  # of what the compiler itself made
-    with torch._inductor.config.patch(draws):
-        table = dict(select_decomp_table())
-    table.pop(bernoulli, None)
-    return inductor.compile_fx(graph, inputs, config_patches=draws | quick, decompositions=table)
 
 
 def _first_line(error: Exception) -> str:
