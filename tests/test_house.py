@@ -27,6 +27,7 @@ GROUND = {
     "mmd",
     "modes",
     "distributed",
+    "internals",
 }
 PARTS = {"networks", "priors", "likelihoods", "guides", "corruptions", "penalties", "pair"}
 TOOLS = [  # each may import the ground and the tools above it

@@ -64,9 +64,7 @@ def compile_function(function: Callable[..., T], example: tuple[Tensor, ...]) ->
     graph, live = _lifted(*_record_twice(flat, example))
     inputs = [x.detach() for x in (*example, *live)]
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's, of itself
-            compiled = compile_graph(graph, inputs)
+        compiled = compile_graph(graph, inputs)
     except Exception as error:  # the compiler's own kinds are many
         raise UncompilableError(f"the compiler fails with {_first_line(error)}") from error
 
@@ -84,16 +82,21 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Seq
         graph: As ``make_fx`` records it.
         inputs: Tensors like those that it will be called with.
     """
-    from torch._inductor import standalone_compile  # slow to import
-
     for node in graph.graph.nodes:  # one draw is rewritten by the compiler, and this twin isn't
         if node.target is torch.ops.aten.bernoulli.default and not node.kwargs:
             node.target, node.args = torch.ops.aten.bernoulli.Tensor, (node.args[0], node.args[0])
     graph.recompile()
-    # Shapes are taken from these inputs; caches are passed by where none are given.
-    return standalone_compile(
-        graph, [*inputs], dynamic_shapes="from_example_inputs", options={"config_patches": OPTIONS}
-    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, of itself
+        from torch._inductor import standalone_compile  # slow to import
+
+        # Shapes are those of the inputs; where none are given, caches are passed by.
+        return standalone_compile(
+            graph,
+            [*inputs],
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": OPTIONS},
+        )
 
 
 def _take_apart(result: object, tensors: list[Tensor]) -> Callable[[Iterator[Tensor]], Any]:
