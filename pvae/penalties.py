@@ -23,6 +23,7 @@ from pvae.conditional import Conditional
 from pvae.errors import ArgumentError, PairError, check_int, check_number
 from pvae.jacobian import squared_norm_of
 from pvae.mmd import Kernel, mmd
+from pvae.shelf import Shelf
 
 __all__ = [
     "MMD",
@@ -33,12 +34,15 @@ __all__ = [
     "Penalty",
     "Run",
     "WeightDecay",
+    "named",
     "on_side",
     "penalise",
     "recording",
 ]
 
 Side = Literal["guide", "model"]
+named: Shelf[Callable[[float], Penalty]] = Shelf("penalty")
+"""Penalties by name: each is built from its weight alone."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class Custom(Penalty):
         return self.function(run.x, run.z, *run.context)
 
 
+@named.put("l1_activations")
 class Activations(Penalty):
     r"""The L1 norm of all activations of encoder and decoder, :math:`\sum_j \|a^{[j]}\|_1`.
 
@@ -166,6 +171,7 @@ class Activations(Penalty):
         return sum((_per_datum(a, batch) for a in counted), torch.zeros(()).to(run.z))
 
 
+@named.put("contractive")
 class Contractive(Penalty):
     r"""The sensitivity of the code, :math:`\|\partial z / \partial x\|_F`.
 
@@ -251,6 +257,7 @@ class Commitment(Penalty):
         return gap.square().flatten(len(run.fn.batch_shape)).sum(-1)
 
 
+@named.put("weight_decay")
 class WeightDecay(Penalty):
     r"""The squared norm of weights, :math:`\|W\|^2`.
 
@@ -275,6 +282,7 @@ class WeightDecay(Penalty):
         return sum(squares, torch.zeros(()).to(run.z))
 
 
+@named.put("mmd")
 class MMD(Penalty):
     r"""The discrepancy between the batch's codes and a target, :math:`\mathrm{MMD}^2(q(z), p(z))`.
 

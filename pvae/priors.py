@@ -8,7 +8,7 @@ zuko flow may stand in a prior's place, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -18,10 +18,15 @@ from torch import Size, Tensor, nn
 
 from pvae.conditional import Conditional
 from pvae.errors import UndefinedError, check_number
+from pvae.shelf import Shelf
 
-__all__ = ["Flat", "Laplace", "Normal", "StandardNormal", "StudentT"]
+__all__ = ["Flat", "Laplace", "Normal", "StandardNormal", "StudentT", "named"]
+
+named: Shelf[Callable[..., Conditional]] = Shelf("prior")
+"""Priors by name: each is built from the shape of the latent alone."""
 
 
+@named.put("standard_normal")
 class StandardNormal(Conditional):
     r"""The prior :math:`p(z) = N(0, I)`.
 
@@ -50,6 +55,7 @@ class StandardNormal(Conditional):
         return dist.Normal(self.loc, self.scale).to_event(self.loc.dim())
 
 
+@named.put("normal")
 class Normal(Conditional):
     r"""A normal prior with learned location and scale, :math:`N(\mu, \mathrm{diag}\,\sigma^2)`.
 
@@ -72,6 +78,7 @@ class Normal(Conditional):
         return dist.Normal(self.loc, self.log_scale.exp()).to_event(self.loc.dim())
 
 
+@named.put("laplace")
 class Laplace(Conditional):
     r"""The sparse prior :math:`p(z) = \prod_d \tfrac{\lambda}{2} e^{-\lambda |z_d|}`.
 
@@ -103,6 +110,7 @@ class Laplace(Conditional):
         return dist.Laplace(self.loc, self.scale).to_event(self.loc.dim())
 
 
+@named.put("student_t")
 class StudentT(Conditional):
     r"""A sparse prior with heavy tails, :math:`p(z) = \prod_d \mathrm{St}(z_d; \nu, 0, s)`.
 
@@ -184,6 +192,7 @@ class FlatDistribution(dist.TorchDistribution):
     sample = rsample
 
 
+@named.put("flat")
 class Flat(Conditional):
     """The improper flat prior, density 1 everywhere: the prior of a plain autoencoder.
 

@@ -17,6 +17,7 @@ import pvae
 ROOT = Path(pvae.__file__).parent
 GROUND = {
     "errors",
+    "shelf",
     "sites",
     "schedules",
     "randomness",

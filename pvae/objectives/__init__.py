@@ -10,6 +10,7 @@ from pvae.objectives.aggregate import DIPVAE, TCVAE, FactorVAE, InfoVAE
 from pvae.objectives.base import Objective, ObjectiveState
 from pvae.objectives.elbo import ELBO, as_objective
 from pvae.objectives.gradients import RWS, STL, TVO, VIMCO
+from pvae.objectives.naming import named
 from pvae.objectives.rate import GECO, Capacity, FreeBits
 from pvae.objectives.table import table
 from pvae.objectives.upper import CUBO
@@ -38,5 +39,6 @@ __all__ = [
     "ObjectiveState",
     "Renyi",
     "as_objective",
+    "named",
     "table",
 ]
