@@ -63,7 +63,8 @@ class Noise(Corruption):
     r"""Additive noise, :math:`\tilde x = x + \sigma n` with :math:`n \sim N(0, I)`.
 
     Arguments:
-        sigma: Standard deviation of the added noise, in units of x.
+        sigma: Standard deviation of the added noise, in units of x; the command line takes it for
+            data from 0 to 1.
 
     Example:
         >>> Noise(0.1)(torch.zeros(100, 64)).std() < 0.11

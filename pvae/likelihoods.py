@@ -105,7 +105,7 @@ class Bernoulli(Likelihood):
                 "likelihood bernoulli",
                 "binary data",
                 f"data with {levels} levels",
-                ["--binarize dynamic, or load(..., binarize=\"dynamic\")", '"binomial"'],
+                ['--binarize dynamic, or load(..., binarize="dynamic")', '"binomial"'],
             )
         return cls
 

@@ -212,7 +212,8 @@ def sparse_ae(
 
     By default the decoder is a dictionary: data are sums of a few of its columns, one an entry of
     the code, and entries that aren't used are exactly 0, as the encoder ends in a ReLU. That is
-    ``decoder_hidden=()``, ``code_activation="ReLU"`` and ``unit_norm=True``.
+    ``decoder_hidden=()``, ``code_activation="ReLU"`` and ``unit_norm=True``. Another sparse prior
+    may stand in the Laplace's place: ``prior="student_t"``.
 
     .. math::
         L = \|x - d_\phi(e_\theta(x))\|^2 + \lambda \|e_\theta(x)\|_1
@@ -231,7 +232,7 @@ def sparse_ae(
         event_shape: Shape of one datum.
         latent_dim: Number of entries of the code, often more than x has.
         l1: Rate :math:`\lambda` of the Laplace prior, which is the weight of the L1 norm of the
-            code; None for 0.1, or for another sparse ``prior``, such as `pvae.priors.StudentT`.
+            code; None for 0.1.
         options: As in `vae`.
 
     Example:
@@ -448,8 +449,8 @@ def vq_vae(
     Arguments:
         event_shape: Shape of one datum.
         latent_dim: Number of entries of each of the M vectors.
-        num_latents: Number M of vectors that a datum's code consists of.
-        num_codes: Number K of code vectors that are learned, of which each is one.
+        num_latents: Number M of vectors in the code of a datum.
+        num_codes: Number K of code vectors in the codebook.
         commitment: Weight :math:`\lambda` of the squared distance from the encoder's output to its
             nearest code vectors.
         options: As in `vae`, but for prior, guide and labels.

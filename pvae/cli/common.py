@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pvae.data import Splits
     from pvae.fitting import History
     from pvae.pair import VAE
-    from pvae.runs import Config
+    from pvae.config import Config
 
 __all__ = ["Device", "RunFolder", "app", "prepare_file", "summary"]
 
@@ -19,11 +19,12 @@ app = typer.Typer(
     help="Variational autoencoders as probabilistic programs, on Pyro.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[
+    str, typer.Option(help="Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+]
 RunFolder = Annotated[Path, typer.Argument(help="A folder that 'pvae train' wrote.")]
 
 
