@@ -1,9 +1,11 @@
 r"""Recipes: functions that build a pair, ready to fit, from parts that are named by arguments.
 
 `vae` is the variational autoencoder. The others are the deterministic autoencoders, which are the
-same pair with a point-mass guide; all take the keywords of `vae` beside their own. A string stands
-for a part wherever it has a name: ``vae(64, 2, prior="laplace")``. A function under ``@_recipe`` or
-``@_deterministic`` is a ``--recipe`` of the command line, and its numbers are options of it.
+same pair with a point-mass guide. They take the arguments of `vae`, which documents them, and some
+of their own. A string stands for a part that has a name: ``vae(64, 2, prior="laplace")``.
+
+A function under ``@_recipe`` or ``@_deterministic`` is a ``--recipe`` of the command line, and the
+numbers that it takes are options there.
 """
 
 from __future__ import annotations
@@ -148,14 +150,28 @@ def vae(
         raise ArgumentError("network", "'mlp', 'conv' or 'resnet'", repr(network))
     inner = _activation(activation)
     last = None if code_activation is None else _activation(code_activation)
-    encoder = _encoder(network, shape, latent_dim, hidden, inner, last, num_classes, in_scale)
     widths = tuple(hidden)[::-1] if decoder_hidden is None else tuple(decoder_hidden)
-    decoder = _decoder(network, shape, latent_dim, widths, inner, num_classes)
+    conv = partial(networks.ConvEncoder, residual=network == "resnet")
+
+    def encoder(num_params: int) -> nn.Module:
+        return (networks.MLP if network == "mlp" else conv)(
+            shape,
+            num_params * latent_dim,
+            hidden,
+            activation=inner,
+            out_activation=last,
+            context_dim=num_classes,
+            in_scale=in_scale,
+        )
+
+    def decoder(num_params: int) -> nn.Module:
+        size = (num_params * shape[0], *shape[1:])
+        built = _decoder(network, latent_dim, size, widths, inner, num_classes)
+        return networks.unit_norm(built) if unit_norm else built
+
     pair = VAE(
         prior=priors.named(prior)(latent_dim),
-        likelihood=_likelihood(likelihood, levels)(
-            (lambda p: networks.unit_norm(decoder(p))) if unit_norm else decoder, shape
-        ),
+        likelihood=_likelihood(likelihood, levels)(decoder, shape),
         guide=guides.named(guide)(encoder, latent_dim),
         corruption=corruption,
         penalties=penalties,
@@ -184,11 +200,6 @@ def ae(event_shape: int | Sequence[int], latent_dim: int, **options: Unpack[Pair
     References:
         From Variational to Deterministic Autoencoders (Ghosh et al., 2020),
         https://arxiv.org/abs/1903.12436
-
-    Arguments:
-        event_shape: Shape of one datum.
-        latent_dim: Number of entries of the code.
-        options: As in `vae`.
 
     Example:
         >>> autoencoder = ae(64, 2)
@@ -229,11 +240,8 @@ def sparse_ae(
         images (Olshausen & Field, 1996), https://doi.org/10.1038/381607a0
 
     Arguments:
-        event_shape: Shape of one datum.
-        latent_dim: Number of entries of the code, often more than x has.
         l1: Rate :math:`\lambda` of the Laplace prior, which is the weight of the L1 norm of the
             code; None for 0.1.
-        options: As in `vae`.
 
     Example:
         >>> sparse = sparse_ae(64, 100, l1=0.3)
@@ -272,9 +280,6 @@ def sparse_activations_ae(
         https://web.stanford.edu/class/cs294a/sparseAutoencoder_2011new.pdf
 
     Arguments:
-        event_shape: Shape of one datum.
-        latent_dim: Number of entries of the code.
-        options: As in `vae`.
         l1_activations: Weight :math:`\lambda` of the L1 norm of all activations.
         code: Whether the code counts; None for yes, unless it is counted as the output of a
             ``code_activation``.
@@ -314,9 +319,6 @@ def contractive_ae(
         https://icml.cc/2011/papers/455_icmlpaper.pdf
 
     Arguments:
-        event_shape: Shape of one datum.
-        latent_dim: Number of entries of the code.
-        options: As in `vae`.
         contractive: Weight :math:`\lambda` of the norm of the code's Jacobian.
         squared: Whether the norm is squared, as in the paper.
         num_probes: Number of random directions in which the norm of the Jacobian is estimated, for
@@ -349,11 +351,6 @@ def denoising_ae(
         Stacked Denoising Autoencoders (Vincent et al., 2010),
         https://www.jmlr.org/papers/v11/vincent10a.html
 
-    Arguments:
-        event_shape: Shape of one datum.
-        latent_dim: Number of entries of the code.
-        options: As in `vae`.
-
     Example:
         >>> denoising_ae(64, 8).guide.corruption
         Noise(sigma=0.3)
@@ -381,9 +378,6 @@ def rae(
         https://arxiv.org/abs/1903.12436
 
     Arguments:
-        event_shape: Shape of one datum.
-        latent_dim: Number of entries of the code.
-        options: As in `vae`.
         weight_decay: Weight :math:`\gamma` of the squared norm of the decoder's weights.
 
     Example:
@@ -413,9 +407,6 @@ def wae(
         Wasserstein Auto-Encoders (Tolstikhin et al., 2018), https://arxiv.org/abs/1711.01558
 
     Arguments:
-        event_shape: Shape of one datum.
-        latent_dim: Number of entries of the code.
-        options: As in `vae`.
         mmd: Weight :math:`\lambda` of the discrepancy (MMD) between all codes and N(0, I), in nats
             a datum.
 
@@ -447,13 +438,12 @@ def vq_vae(
         https://arxiv.org/abs/1711.00937
 
     Arguments:
-        event_shape: Shape of one datum.
         latent_dim: Number of entries of each of the M vectors.
         num_latents: Number M of vectors in the code of a datum.
         num_codes: Number K of code vectors in the codebook.
         commitment: Weight :math:`\lambda` of the squared distance from the encoder's output to its
             nearest code vectors.
-        options: As in `vae`, but for prior, guide and labels.
+        options: As in `vae`, but for prior, guide and num_classes.
 
     Example:
         >>> vq_vae(64, 2, num_latents=4).encode(torch.zeros(5, 64)).shape
@@ -504,54 +494,20 @@ def _activation(activation: str | Activation) -> Activation:
     return networks.activation_named(activation) if isinstance(activation, str) else activation
 
 
-def _encoder(
-    network: str,
-    shape: tuple[int, ...],
-    latent_dim: int,
-    hidden: Sequence[int],
-    activation: Activation,
-    last: Activation | None,
-    context_dim: int,
-    in_scale: float,
-) -> Network:
-    """The encoder, as a function of the number of parameters per value."""
-    if network == "mlp":
-        return lambda p: networks.MLP(
-            shape,
-            p * latent_dim,
-            hidden,
-            activation,
-            out_activation=last,
-            context_dim=context_dim,
-            in_scale=in_scale,
-        )
-    return lambda p: networks.ConvEncoder(
-        shape,
-        p * latent_dim,
-        hidden,
-        activation=activation,
-        out_activation=last,
-        residual=network == "resnet",
-        context_dim=context_dim,
-        in_scale=in_scale,
-    )
-
-
 def _decoder(
     network: str,
-    shape: tuple[int, ...],
     latent_dim: int,
+    shape: tuple[int, ...],
     hidden: Sequence[int],
     activation: Activation,
     context_dim: int,
-) -> Network:
-    """The decoder, likewise; without hidden layers it is a linear map, whatever the network."""
+) -> nn.Module:
+    """A decoder; without hidden layers it is a linear map, whatever the network."""
     if network == "mlp" or not hidden:
-        size = math.prod(shape)
-        return lambda p: networks.MLP(latent_dim, p * size, hidden, activation, context_dim)
-    return lambda p: networks.ConvDecoder(
+        return networks.MLP(latent_dim, math.prod(shape), hidden, activation, context_dim)
+    return networks.ConvDecoder(
         latent_dim,
-        (p * shape[0], *shape[1:]),
+        shape,
         hidden,
         activation=activation,
         residual=network == "resnet",

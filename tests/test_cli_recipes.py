@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import pvae
-from pvae.runs import Config, open_run
+from pvae.config import Config
+from pvae.runs import open_run
 from tests.test_cli import FAST, call
 
 RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {

@@ -47,7 +47,8 @@ def main() -> None:
         typer.echo(f"pvae: {error.one_line()}", err=True)
         sys.exit(3 if isinstance(error, TrainingError) else 2)
     except typer.TyperException as error:
-        typer.echo(f"pvae: {' '.join(error.format_message().split())}", err=True)
+        if message := " ".join(error.format_message().split()):  # it is empty below help
+            typer.echo(f"pvae: {message}", err=True)
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)

@@ -162,7 +162,7 @@ def _prepare_folder(
         raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
     if resume:
         there = Config.read(folder)
-        new = {n: getattr(asked, n) for n in ("epochs", "data_dir") if n in given}
+        new = {n: getattr(asked, n) for n in given & {"epochs", "data_dir"}}
         ran, wanted = there.model_dump(), asked.model_dump()
         differ = [n for n in sorted(given - set(new)) if ran.get(n) != wanted.get(n)]
         if differ:

@@ -1,13 +1,4 @@
-"""The configuration of a training: the one source of what ``pvae train`` can do.
-
-A field of `Config` is an option of the command line, an entry of ``config.json`` and of a file
-that ``--config`` reads, with its help, its choices and its check. What has a name or a number
-elsewhere is found there and needs no field: the parts of each kind (`pvae.shelf`), the numbers
-that recipes take, the strengths of corruptions, the weights of penalties.
-
-Values are checked by pydantic, whose fields carry help, examples and defaults in one place; Typer
-makes the command line from them (`pvae.cli.training`).
-"""
+"""`Config`: the fields, their checks, the pair and the objective that they stand for."""
 
 from __future__ import annotations
 
@@ -15,18 +6,18 @@ import contextlib
 import difflib
 import inspect
 import json
-import re
 import tomllib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
 from pvae import corruptions, guides, likelihoods, objectives, penalties, priors, recipes
+from pvae.config.option import Option, field, flag, numbers_of, part_options, recipe_options
 from pvae.data import Data, Splits, load
 from pvae.data.sources import BINARIZE, Binarize
 from pvae.engine import ASKED
@@ -36,63 +27,7 @@ from pvae.objectives import Objective
 from pvae.pair import VAE
 from pvae.schedules import Warmup
 
-__all__ = ["Config", "Option", "flag", "options"]
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of a training, as the help shows it.
-
-    Attributes:
-        group: Heading that it stands under.
-        help: What it is, a sentence.
-        example: A value to try.
-        kind: What its values are: a name, a number, widths.
-        default: The value where none is given, in words where recipe or data decide.
-        choices: Names that it can have; None for any value.
-    """
-
-    group: str
-    help: str
-    example: str
-    kind: str
-    default: str
-    choices: Collection[str] | None = None
-
-    def text(self, name: str) -> str:
-        """The help in full: what it is, its choices, its default, an example."""
-        choices = "" if self.choices is None else f" Choices: {', '.join(self.choices)}."
-        return f"{self.help}{choices} Default: {self.default}. Example: {flag(name)} {self.example}"
-
-
-def flag(name: str) -> str:
-    """The option of the command line for a name of the configuration.
-
-    Example:
-        >>> flag("batch_size")
-        '--batch-size'
-    """
-    return f"--{name.replace('_', '-')}"
-
-
-def _field(
-    group: str,
-    default: object,
-    text: str,
-    example: object,
-    *,
-    choices: Collection[str] | None = None,
-    unset: str = "decided by the recipe",
-) -> Any:
-    """A field of `Config` that knows its `Option`."""
-    kind = "TEXT" if isinstance(example, str) else _kind(type(example).__name__)
-    words = unset if default is None else str(default)
-    option = Option(group, text, str(example), kind, words, choices)
-    return Field(default, description=text, json_schema_extra={"option": option})  # type: ignore[dict-item]
-
-
-def _kind(annotation: str) -> str:
-    return "INTEGER" if annotation.startswith("int") else "NUMBER"
+__all__ = ["Config", "options"]
 
 
 def _widths(value: object) -> object:
@@ -107,9 +42,9 @@ def _widths(value: object) -> object:
 
 
 Widths = Annotated[tuple[int, ...], BeforeValidator(_widths)]
-_DATA, _PAIR, _NETWORKS = "Data", "Prior, likelihood and guide", "Networks"
-_RECIPES, _CORRUPTIONS, _PENALTIES = "Options of some recipes", "Corruption", "Penalties"
-_OBJECTIVE, _TRAINING = "Objective", "Training"
+_data, _pair = partial(field, "Data"), partial(field, "Prior, likelihood and guide")
+_network, _objective = partial(field, "Networks"), partial(field, "Objective")
+_training = partial(field, "Training")
 
 
 class Config(BaseModel):
@@ -130,131 +65,115 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
     __pydantic_extra__: dict[str, int | float] = Field(init=False)
 
-    data: str = _field(
-        _DATA,
+    data: str = _data(
         "digits",
         "Name of a data set, or a file (.npy, .npz, IDX), in which images have shape (N, H, W) or "
         "(N, C, H, W). Data sets: digits, mnist, fashion_mnist, kmnist, static_mnist, freyfaces.",
         "images.npy",
     )
-    data_dir: str | None = _field(
-        _DATA,
+    data_dir: str | None = _data(
         None,
         "Folder that holds the data sets.",
         "datasets",
         unset="the environment variable PVAE_DATA",
     )
-    binarize: str = _field(
-        _DATA,
+    binarize: str = _data(
         "none",
         "How grey values become 0 or 1: dynamic draws them anew for every batch, static once.",
         "dynamic",
         choices=BINARIZE,
     )
-    recipe: str = _field(
-        _PAIR,
+    recipe: str = _pair(
         "vae",
         "Kind of autoencoder; all but vae are deterministic.",
         "sparse_ae",
         choices=recipes.named,
     )
-    prior: str | None = _field(
-        _PAIR, None, "Prior p(z) of the latent.", "laplace", choices=priors.named
+    prior: str | None = _pair(
+        None,
+        "Prior p(z) of the latent.",
+        "laplace",
+        choices=priors.named,
+        unset="standard_normal for vae and rae, laplace for sparse_ae, flat for the others",
     )
-    likelihood: str | None = _field(
-        _PAIR,
+    likelihood: str | None = _pair(
         None,
         "Likelihood p(x | z) of the data.",
         "gaussian",
         choices=likelihoods.named,
         unset="decided by the data: bernoulli for binary ones, binomial for counts, else gaussian",
     )
-    sigma: str | None = _field(
-        _PAIR,
+    sigma: float | str | None = _pair(
         None,
         "Standard deviation of a gaussian likelihood: a number, or how it is learned (shared, "
         "feature, predicted, optimal).",
         "shared",
         unset="optimal; 0.707, the squared error, for deterministic recipes",
     )
-    guide: str | None = _field(
-        _PAIR, None, "Family of the guide q(z | x).", "mean_field", choices=guides.named
+    guide: str | None = _pair(
+        None,
+        "Family of the guide q(z | x).",
+        "mean_field",
+        choices=guides.named,
+        unset="mean_field for vae, a point mass for the others",
     )
-    latent_dim: int = _field(_PAIR, 8, "Number of entries of the latent z.", 20)
-    network: str = _field(
-        _NETWORKS,
+    latent_dim: int = _pair(8, "Number of entries of the latent z.", 20)
+    network: str = _network(
         "mlp",
         "Kind of encoder and decoder; conv and resnet are for images.",
         "conv",
         choices=recipes.NETWORKS,
     )
-    hidden: Widths | None = _field(
-        _NETWORKS,
+    hidden: Widths | None = _network(
         None,
         "Widths of the hidden layers of an mlp, or channels of conv and resnet.",
         "512,256",
         unset="256,256 for an mlp, 32,64 for conv and resnet",
     )
-    decoder_hidden: Widths | None = _field(
-        _NETWORKS,
+    decoder_hidden: Widths | None = _network(
         None,
         "Widths of the decoder's hidden layers; linear for a decoder without any.",
         "256,512",
         unset="those of the encoder in reverse, or linear for sparse_ae",
     )
-    activation: str = _field(
-        _NETWORKS, "ReLU", "Activation of the hidden layers, a class of torch.nn.", "SiLU"
+    activation: str = _network(
+        "ReLU", "Activation of the hidden layers, a class of torch.nn.", "SiLU"
     )
-    code_activation: str | None = _field(
-        _NETWORKS,
+    code_activation: str | None = _network(
         None,
         "Activation at the end of a deterministic encoder, a class of torch.nn; Identity for none.",
         "ReLU",
         unset="ReLU for sparse_ae, none for the others",
     )
-    objective: Annotated[str, BeforeValidator(lambda v: str(v).lower())] = _field(
-        _OBJECTIVE,
+    objective: Annotated[str, BeforeValidator(lambda v: str(v).lower())] = _objective(
         "elbo",
         "Name of what training maximises; docs/objectives.md describes each.",
         "dreg",
         choices=objectives.named,
     )
-    num_particles: int | None = _field(
-        _OBJECTIVE,
-        None,
-        "Number K of draws from the guide for each datum.",
-        5,
-        unset="decided by the objective",
+    num_particles: int | None = _objective(
+        None, "Number K of draws from the guide for each datum.", 5
     )
-    beta: float | None = _field(
-        _OBJECTIVE,
-        None,
-        "Weight of the rate KL(q(z | x) || p(z)) in the objective; 1 is the ELBO.",
-        4.0,
-        unset="decided by the objective",
+    beta: float | None = _objective(
+        None, "Weight of the rate KL(q(z | x) || p(z)) in the objective; 1 is the ELBO.", 4.0
     )
-    warmup: int = _field(
-        _OBJECTIVE, 0, "Number of epochs in which the weight of the rate rises from 0.", 10
+    warmup: int = _objective(
+        0, "Number of epochs in which the weight of the rate rises from 0.", 10
     )
-    epochs: int = _field(_TRAINING, 100, "Number of passes over the training data.", 50)
-    batch_size: int = _field(_TRAINING, 64, "Number of data in a batch.", 128)
-    lr: float = _field(_TRAINING, 1e-3, "Learning rate of Adam.", 3e-4)
-    patience: int | None = _field(
-        _TRAINING,
+    epochs: int = _training(100, "Number of passes over the training data.", 50)
+    batch_size: int = _training(64, "Number of data in a batch.", 128)
+    lr: float = _training(1e-3, "Learning rate of Adam.", 3e-4)
+    patience: int | None = _training(
         None,
         "Number of epochs without a better validation value after which training stops.",
         10,
         unset="no early stopping",
     )
-    engine: str = _field(
-        _TRAINING,
-        "auto",
-        "How a step is run; auto compiles it where that pays.",
-        "eager",
-        choices=ASKED,
+    engine: str = _training(
+        "auto", "How a step is run; auto compiles it where that pays.", "eager", choices=ASKED
     )
-    seed: int = _field(
-        _TRAINING, 0, "Seed of the split of data, of the networks' first weights, of draws.", 1
+    seed: int = _training(
+        0, "Seed of the split of data, of the networks' first weights, of draws.", 1
     )
 
     def __init__(self, **values: object) -> None:
@@ -338,14 +257,15 @@ class Config(BaseModel):
         return recipes.named[self.recipe](splits.event_shape, self.latent_dim, **parts)
 
     def _sigma(self) -> float | str:
-        sigma = self.sigma or ("optimal" if not self.has_point else 0.5**0.5)
+        default = 0.5**0.5 if self.has_point else "optimal"
+        sigma = default if self.sigma is None else self.sigma
         with contextlib.suppress(ValueError):
             return float(sigma)
         return sigma
 
     def _variations(self) -> dict[str, object]:
         """The recipe's own numbers, and penalties beside them."""
-        own = _numbers(recipes.named[self.recipe])
+        own = numbers_of(recipes.named[self.recipe])
         found: dict[str, object] = {n: v for n, v in self.numbers.items() if n in own}
         others = [n for n in self.numbers if n not in own and n not in corruptions.named]
         if extra := [penalties.named[n](self.numbers[n]) for n in others if n in penalties.named]:
@@ -358,7 +278,7 @@ class Config(BaseModel):
                     flag(name),
                     "an option of the recipe",
                     f"--recipe {self.recipe}" + (" with --prior" if name == "l1" else ""),
-                    [f"--recipe {r}" for r, f in recipes.named.items() if name in _numbers(f)],
+                    [f"--recipe {r}" for r, f in recipes.named.items() if name in numbers_of(f)],
                 )
         return found
 
@@ -436,7 +356,9 @@ class Config(BaseModel):
         Raises:
             CheckpointError: If the file isn't a configuration.
         """
-        values = cls.values_in(Path(path))
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        values = cls.values_in(path)
         try:
             return cls(**values)
         except ArgumentError as error:
@@ -449,81 +371,14 @@ def options() -> dict[str, Option]:
 
     Example:
         >>> print(options()["num_codes"].text("num_codes"))
-        Number of code vectors that are learned, of which each is one (vq_vae only). Default: 64.
-        Example: --num-codes 32
+        Number K of code vectors in the codebook (vq_vae only). Default: 64. Example: --num-codes 64
     """
     found: dict[str, Option] = {}
-    for name, field in Config.model_fields.items():
-        extra = field.json_schema_extra
+    for name, info in Config.model_fields.items():
+        extra = info.json_schema_extra
         assert isinstance(extra, dict)  # noqa: S101
         found[name] = extra["option"]  # type: ignore[assignment]
-    return found | _recipe_options() | _part_options()
-
-
-def _recipe_options() -> dict[str, Option]:
-    """The numbers of recipes that no other recipe has; their docstrings say what they are."""
-    found = {}
-    for recipe, build in recipes.named.items():
-        texts = _argument_texts(build)
-        for name, parameter in _numbers(build).items():
-            text, _, unset = texts[name].rstrip(".").partition("; None for ")
-            only = "" if name == "l1" else f" ({recipe} only)"
-            default = f"{unset or parameter.default} for {recipe}"
-            found[name] = _number(_RECIPES, f"{text}{only}.", parameter, default)
-    return found
-
-
-def _part_options() -> dict[str, Option]:
-    """The strengths of corruptions and the weights of penalties, as their docstrings have them."""
-    found = {}
-    for name, corruption in corruptions.named.items():
-        first = next(iter(inspect.signature(corruption).parameters.values()))
-        text = _argument_texts(corruption)[first.name]
-        found[name] = _number(_CORRUPTIONS, text, first, "none")
-    for name, penalty in penalties.named.items():
-        first = next(iter(inspect.signature(penalty).parameters.values()))
-        text = _plain((inspect.getdoc(penalty) or "").split("\n\n")[0])
-        text = f"Weight of a penalty: {text[0].lower()}{text[1:]}"
-        own = {r: n[name].default for r, b in recipes.named.items() if name in (n := _numbers(b))}
-        default = "; ".join(["none", *(f"{value} for {recipe}" for recipe, value in own.items())])
-        found[name] = _number(_PENALTIES, text, first, default, *own.values())
-    return found
-
-
-def _number(
-    group: str, text: str, parameter: inspect.Parameter, default: str, *examples: object
-) -> Option:
-    kind = _kind(_annotation(parameter))
-    values = [e for e in (*examples, parameter.default) if isinstance(e, int | float)]
-    example = values[0] if values else 4 if kind == "INTEGER" else 0.3
-    return Option(group, text, str(example), kind, default)
-
-
-def _annotation(parameter: inspect.Parameter) -> str:
-    return inspect.formatannotation(parameter.annotation).strip("'")
-
-
-def _numbers(recipe: Callable[..., VAE]) -> dict[str, inspect.Parameter]:
-    """The numbers that are a recipe's own keywords."""
-    return {
-        name: parameter
-        for name, parameter in inspect.signature(recipe).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-        and name not in recipes.PairOptions.__annotations__
-        and _annotation(parameter).removesuffix(" | None") in ("int", "float")
-    }
-
-
-def _argument_texts(thing: Callable[..., object]) -> dict[str, str]:
-    """What a docstring says of each argument, without its mathematics."""
-    _, _, block = (inspect.getdoc(thing) or "").partition("Arguments:\n")
-    entries = re.findall(r"^ {4}(\w+): ((?:.+\n?(?: {8})?)+?)(?=^ {4}\w+: |^\S|^$|\Z)", block, re.M)
-    return {name: _plain(text) for name, text in entries}
-
-
-def _plain(text: str) -> str:
-    """A docstring's text without mathematics and marks of code."""
-    return " ".join(re.sub(r",? :math:`[^`]*`|`", "", text).split())
+    return found | recipe_options() | part_options()
 
 
 def _in_our_words(error: ValidationError) -> ArgumentError:
