@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pvae import fitting
 from pvae.checkpoint import write_atomically
-from pvae.config import Config
+from pvae.config import Config, options
 from pvae.data import Splits
 from pvae.distributed import job
 from pvae.errors import PvaeError, TrainingError
@@ -44,7 +44,8 @@ def written(config: Config, folder: Path, splits: Splits, vae: VAE) -> Iterator[
     """Writes ``config.json``, and puts things back if the training is refused."""
     existed, path = folder.exists(), folder / "config.json"
     before = path.read_bytes() if path.exists() else None
-    content = {**config.model_dump(), "resolved": resolved(config, splits, vae)}
+    content = dict.fromkeys(options()) | config.model_dump()
+    content["resolved"] = resolved(config, splits, vae)
     if (name := job()) is not None:
         content["job"] = name
     write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 from pvae.errors import ArgumentError
@@ -15,7 +15,7 @@ S = TypeVar("S")
 C = TypeVar("C", bound=Callable[..., object])
 
 
-class Shelf(Mapping[str, T]):
+class Shelf(dict[str, T]):
     """Parts of one kind by name; a call returns the part of a name.
 
     Each kind has one shelf, called ``named``: `pvae.priors.named`, `pvae.objectives.named` and so
@@ -34,14 +34,14 @@ class Shelf(Mapping[str, T]):
     """
 
     def __init__(self, what: str) -> None:
+        super().__init__()
         self.what = what
-        self._parts: dict[str, T] = {}
 
     def put(self, name: str) -> Callable[[C], C]:
         """A decorator that puts a class or a function on the shelf under this name."""
 
         def keep(part: C) -> C:
-            self._parts[name] = part  # type: ignore[assignment]
+            self[name] = part  # type: ignore[assignment]
             return part
 
         return keep
@@ -54,21 +54,12 @@ class Shelf(Mapping[str, T]):
         """
         if not isinstance(part, str):
             return part
-        if part.lower() not in self._parts:
-            near = difflib.get_close_matches(part.lower(), self._parts, 1)
+        if part.lower() not in self:
+            near = difflib.get_close_matches(part.lower(), self, 1)
             raise ArgumentError(
                 self.what,
                 f"one of {', '.join(self)}",
                 repr(part),
                 [f'{self.what}="{name}"' for name in near],
             )
-        return self._parts[part.lower()]
-
-    def __getitem__(self, name: str) -> T:
-        return self._parts[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
+        return self[part.lower()]

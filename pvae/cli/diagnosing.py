@@ -16,6 +16,7 @@ __all__ = ["diagnose"]
 @app.command()
 def diagnose(
     run: RunFolder,
+    *,
     rows: Annotated[int, typer.Option(help="Number of test data to look at.")] = 500,
     num_particles: Annotated[
         int,

@@ -24,6 +24,7 @@ __all__ = ["encode", "evaluate", "export", "reconstruct", "sample"]
 @app.command()
 def evaluate(
     run: RunFolder,
+    *,
     num_particles: Annotated[
         int | None,
         typer.Option(
@@ -76,6 +77,7 @@ def evaluate(
 @app.command()
 def sample(
     run: RunFolder,
+    *,
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Number of draws.")] = 100,
     mean: Annotated[
         bool, typer.Option("--mean", help="Write the mean of x given z in place of a draw.")
@@ -124,6 +126,7 @@ def sample(
 @app.command()
 def reconstruct(
     run: RunFolder,
+    *,
     data: DataFile = None,
     to: Annotated[
         Path | None, typer.Option(help="File to write. Default: RUN/reconstructions.npy.")
@@ -152,6 +155,7 @@ def reconstruct(
 @app.command()
 def encode(
     run: RunFolder,
+    *,
     data: DataFile = None,
     to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/codes.npy.")] = None,
     device: Device = "auto",
@@ -166,6 +170,7 @@ def encode(
 @app.command()
 def export(
     run: RunFolder,
+    *,
     data: DataFile = None,
     rows: Annotated[
         int | None,

@@ -363,7 +363,8 @@ class Config(BaseModel):
             return cls(**values)
         except ArgumentError as error:
             where = f"{path}, {error.where.removeprefix('--').replace('-', '_')}"
-            raise CheckpointError(where, error.expected, error.actual, error.fixes) from error
+            fixes = [fix.removeprefix("--").replace("-", "_") for fix in error.fixes]
+            raise CheckpointError(where, error.expected, error.actual, fixes) from error
 
 
 def options() -> dict[str, Option]:
