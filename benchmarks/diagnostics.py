@@ -44,8 +44,7 @@ PAIRS: dict[str, tuple[o.Objective, str]] = {  # and -log p(x) and active units 
 def train(name: str, part: data.Data, epochs: int, work: Path | None) -> VAE:
     pair = build()
     pvae.fit(
-        pair.model,
-        pair.guide,
+        pair,
         part,
         PAIRS[name][0],
         epochs=epochs,
@@ -63,13 +62,13 @@ def train(name: str, part: data.Data, epochs: int, work: Path | None) -> VAE:
 def report(pair: VAE, x: Tensor) -> dict[str, Any]:
     """Numbers and their standard errors over images."""
     model, guide, few = pair.model, pair.guide, x[:FEW]
-    elbo = bounds.elbo(model, guide, x, 50)
-    evidence = bounds.evidence(model, guide, x, 5000)
+    elbo = bounds.elbo((model, guide), x, 50)
+    evidence = bounds.evidence((model, guide), x, 5000)
     ais = bounds.evidence(
-        model, guide, few, 16, method="ais", ais=bounds.AIS(num_temperatures=500), progress=True
+        (model, guide), few, 16, method="ais", ais=bounds.AIS(num_temperatures=500), progress=True
     )
-    gap = diagnostics.gap(model, guide, few, evidence=ais)
-    weights = diagnostics.importance(model, guide, x, num_particles=1000)
+    gap = diagnostics.gap((model, guide), few, evidence=ais)
+    weights = diagnostics.importance((model, guide), x, num_particles=1000)
     rows = {
         "ELBO": (elbo.mean, elbo.se_data),
         "IWAE-5000": (evidence.mean, evidence.se_data),
@@ -79,7 +78,7 @@ def report(pair: VAE, x: Tensor) -> dict[str, Any]:
         "amortisation gap": (gap.amortisation.mean, gap.amortisation.se_data),
         "approximation gap": (gap.approximation.mean, gap.approximation.se_data),
         "share of k-hat above 0.7": (weights.unreliable, weights.se_unreliable),
-        "active units": (float(diagnostics.active_units(model, guide, x).sum()), None),
+        "active units": (float(diagnostics.active_units((model, guide), x).sum()), None),
     }
     return {"rows": rows, "gap": str(gap), "screen": str(screen(pair, x))}
 
@@ -90,7 +89,7 @@ def paired(first: Tensor, second: Tensor) -> tuple[float, float]:
 
 
 def screen(pair: VAE, x: Tensor) -> diagnostics.Diagnosis:
-    return diagnostics.diagnose(pair.model, pair.guide, x)
+    return diagnostics.diagnose(pair, x)
 
 
 def check_seconds(pair: VAE, x: Tensor, name: str) -> float:
@@ -98,18 +97,14 @@ def check_seconds(pair: VAE, x: Tensor, name: str) -> float:
     is_quick = name in DEFAULT
     for _ in range(1 + is_quick):
         started = time.process_time()
-        diagnostics.diagnose(
-            pair.model, pair.guide, x, checks=[name], num_data=500 if is_quick else FEW
-        )
+        diagnostics.diagnose(pair, x, checks=[name], num_data=500 if is_quick else FEW)
     return time.process_time() - started
 
 
 def epoch_seconds(part: data.Data, engine: Any) -> float:
     """Processor time of the second epoch."""
     pair = build()
-    fit = pvae.fit(
-        pair.model, pair.guide, part, epochs=1, batch_size=BATCH, engine=engine, progress=False
-    )
+    fit = pvae.fit(pair, part, epochs=1, batch_size=BATCH, engine=engine, progress=False)
     started = time.process_time()
     fit.refine(1)
     return time.process_time() - started

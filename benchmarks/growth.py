@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from pvae import bounds, data, recipes
 from pvae import objectives as o
-from pvae import terms as t
 from pvae.engine import Stepper, make_optimizer
+from pvae.pair import Pair
 
 GIVING_BACK = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
 RESULTS = Path(__file__).parent / "results" / "growth.md"
@@ -97,9 +97,9 @@ def repeated(what: str, size: int) -> tuple[Callable[[], Any], int]:
     model, guide = (Deep(size), DeepGuide(size)) if what == "depth" else (vae.model, vae.guide)
     if what.startswith("evidence"):
         rows, draws = (20, size) if what == "evidence draws" else (size, 2_000)
-        return lambda: bounds.evidence(model, guide, x[:rows], draws, engine="eager"), 3
+        return lambda: bounds.evidence((model, guide), x[:rows], draws, engine="eager"), 3
     objective = o.IWAE(size, vectorize_particles=True) if what == "draws" else o.ELBO()
-    structure = t.inspect_pair(model, guide, (x[:BATCH],))
+    structure = Pair(model, guide).inspect((x[:BATCH],))
     optimizer = make_optimizer(torch.optim.Adam, list(structure.parameters.values()), 1e-3)
     state = objective.make_state(structure)
     stepper = Stepper(model, guide, objective, structure, optimizer, state, None)

@@ -81,8 +81,7 @@ def train(objective: o.Objective, draws: int, splits: data.Splits, evaluations: 
     if rows < len(part):  # less than an epoch
         part = part.take(np.random.default_rng(0).permutation(len(part))[:rows])
     pvae.fit(
-        pair.model,
-        pair.guide,
+        pair,
         part,
         objective,
         epochs=epochs,
@@ -97,14 +96,14 @@ def train(objective: o.Objective, draws: int, splits: data.Splits, evaluations: 
 
 
 def evaluate(pair: VAE, x: Tensor) -> tuple[dict[str, float], Tensor]:
-    evidence = bounds.evidence(pair.model, pair.guide, x, 1000)
-    elbo = bounds.elbo(pair.model, pair.guide, x, 20)
+    evidence = bounds.evidence(pair, x, 1000)
+    elbo = bounds.elbo(pair, x, 20)
     assert elbo.rate is not None
     row = {
         "evidence": evidence.mean,
         "ELBO": elbo.mean,
         "rate": elbo.rate.mean,
-        "active": float(diagnostics.active_units(pair.model, pair.guide, x).sum()),
+        "active": float(diagnostics.active_units(pair, x).sum()),
     }
     return row, evidence.per_datum
 
@@ -170,7 +169,7 @@ def orders(
 
 
 def signal_to_noise(objective: o.Objective, pair: VAE, x: Tensor) -> float:
-    return gradient_noise(pair.model, pair.guide, x, objective).sides["guide"].snr
+    return gradient_noise(pair, x, objective).sides["guide"].snr
 
 
 class GaussianModel(nn.Module):
@@ -205,7 +204,7 @@ def gaussian_ratios(rounds: int = 2000) -> dict[str, list[float]]:
     model, guide, x = GaussianModel(), GaussianGuide(), 2**0.5 * torch.randn(1, SIZE)
 
     def ratio(objective: o.Objective) -> float:
-        found = gradient_noise(model, guide, x, objective, num_repeats=rounds)
+        found = gradient_noise((model, guide), x, objective, num_repeats=rounds)
         return next(m for name, m in found.parameters.items() if name.endswith("bias")).snr
 
     kinds: tuple[Any, ...] = (o.IWAE, o.DReG)
@@ -218,7 +217,7 @@ def gaussian_ratios(rounds: int = 2000) -> dict[str, list[float]]:
 @torch.no_grad()
 def largest_weight(pair: VAE, x: Tensor) -> float:
     """The greatest normalised weight of as many draws as are tried, mean over data."""
-    terms = t.compute(pair.model, pair.guide, (x,), num_particles=DRAWS[-1])
+    terms = t.compute(pair.inspect((x,)), (x,), num_particles=DRAWS[-1])
     return float(terms.log_weight.softmax(0).amax(0).mean())
 
 
@@ -226,7 +225,7 @@ def step_times(pair: VAE, x: Tensor, rounds: int = 9) -> dict[str, float]:
     """Medians of alternating rounds of forward and backward passes, in parts of ELBO's."""
     parameters = [*pair.model.parameters(), *pair.guide.parameters()]
     times: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
-    structure = t.inspect_pair(pair.model, pair.guide, (x,))
+    structure = pair.inspect((x,))
     states = {
         name: objective.make_state(structure, 60_000) for name, (objective, _) in OBJECTIVES.items()
     }

@@ -38,8 +38,7 @@ def main() -> None:
             with randomness.forked(seed):
                 pair = recipes.vae(64, 8, hidden=(128,), likelihood=pvae.likelihoods.Gaussian)
             run = pvae.fit(
-                pair.model,
-                pair.guide,
+                pair,
                 x,
                 epochs=100,
                 batch_size=64,
@@ -50,10 +49,10 @@ def main() -> None:
                 device="cpu",
                 progress=False,
             )
-            found = bounds.evidence(pair.model, pair.guide, x_test, 500)
+            found = bounds.evidence(pair, x_test, 500)
             assert found.values is not None
             evidence[precision] = found.values
-            elbo = bounds.elbo(pair.model, pair.guide, x_test, 20).mean
+            elbo = bounds.elbo(pair, x_test, 20).mean
             rows.append((seed, precision, run.history[-1]["elbo"], elbo, found.mean))
         change = evidence["bf16"] - evidence["full"]
         error = float(change.std() / len(change) ** 0.5)

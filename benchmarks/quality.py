@@ -130,8 +130,7 @@ def ours_on_mnist(
 ) -> dict[str, float]:
     vae = build(seed, (784, 200, 200, 50), nn.Tanh, likelihoods.Bernoulli, to_scale=log_variance)
     run = pvae.fit(
-        vae.model,
-        vae.guide,
+        vae,
         unlabelled(splits.train),
         TraceMeanField_ELBO() if closed_form else None,
         epochs=epochs,
@@ -139,7 +138,7 @@ def ours_on_mnist(
         seed=seed,
         device="cpu",
     )
-    found = bounds.evidence(vae.model, vae.guide, test, 5000)
+    found = bounds.evidence(vae, test, 5000)
     assert found.se_draws is not None
     return {
         "-IWAE-5000": -found.mean,
@@ -205,8 +204,7 @@ def part_b(arguments: argparse.Namespace) -> dict[str, Any]:
     for seed in range(arguments.seeds or 3):
         vae = build(seed, (784, 400, 20), nn.ReLU, grey, to_scale=log_variance)
         run = pvae.fit(
-            vae.model,
-            vae.guide,
+            vae,
             train,
             epochs=arguments.epochs or 10,
             valid=test,
@@ -240,8 +238,7 @@ def digits_run(seed: int, splits: data.Splits, vae: VAE, **options: Any) -> dict
     }
     train, valid, test = (s.arrays[0] for s in (splits.train, splits.valid, splits.test))
     run = pvae.fit(
-        vae.model,
-        vae.guide,
+        vae,
         train,
         valid=valid,
         seed=seed,
@@ -255,8 +252,8 @@ def digits_run(seed: int, splits: data.Splits, vae: VAE, **options: Any) -> dict
         "seed": seed,
         "best validation -ELBO": -run.progress.best,
         "its epoch": run.progress.best_epoch,
-        "test -ELBO": -bounds.elbo(vae.model, vae.guide, test, 100).mean,
-        "test -IWAE-1000": -bounds.evidence(vae.model, vae.guide, test, 1000).mean,
+        "test -ELBO": -bounds.elbo(vae, test, 100).mean,
+        "test -IWAE-1000": -bounds.evidence(vae, test, 1000).mean,
     }
 
 
@@ -355,8 +352,7 @@ def part_d(arguments: argparse.Namespace) -> dict[str, Any]:
     vae = build(0, (784, 200, 200, 20), nn.ReLU, likelihoods.Bernoulli, to_scale=log_variance)
     folder = Path(arguments.work) / "quality_d" if arguments.work else None
     run = pvae.fit(
-        vae.model,
-        vae.guide,
+        vae,
         splits.train,
         epochs=arguments.epochs or 300,
         batch_size=100,
@@ -368,8 +364,8 @@ def part_d(arguments: argparse.Namespace) -> dict[str, Any]:
         folder=folder,
         resume=folder is not None,
     )
-    lower = bounds.elbo(vae.model, vae.guide, splits.test, 10)
-    better = bounds.evidence(vae.model, vae.guide, splits.test, 5000)
+    lower = bounds.elbo(vae, splits.test, 10)
+    better = bounds.evidence(vae, splits.test, 5000)
     return {
         "what": "static MNIST, 784-200-200-20 ReLU, RMSProp 5e-4, batch 100, 300 epochs: test",
         "target": "-90.05 +- 0.21 by AIS (Ruiz et al., 2021)",

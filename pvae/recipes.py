@@ -21,9 +21,9 @@ from pvae import guides, likelihoods, networks, priors
 from pvae.conditional import NetworkLike
 from pvae.corruptions import Noise
 from pvae.errors import ArgumentError, as_shape, check_int, check_number
-from pvae.pair import VAE
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay
 from pvae.shelf import Shelf
+from pvae.vae import VAE
 
 __all__ = [
     "DETERMINISTIC",

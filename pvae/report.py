@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pvae import bounds, diagnostics, latent
 from pvae import terms as t
 from pvae.errors import UndefinedError
+from pvae.options import Options
+from pvae.pair import PairLike, as_pair
 
 __all__ = ["Summary", "bits_per_dimension", "summarize"]
 
@@ -52,8 +53,7 @@ class Summary:
 
 
 def summarize(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     title: str = "",
@@ -70,8 +70,7 @@ def summarize(
     reason in place of a number.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: Test data.
         title: First line.
         levels: Number of values of an entry, for discrete data.
@@ -81,14 +80,16 @@ def summarize(
         seconds: Time that training took.
         seed: Of the draws.
     """
-    source, structure = bounds.prepare(model, guide, data)
-    options: dict[str, Any] = {"structure": structure, "seed": seed}
+    pair = as_pair(pair, "summarize")
+    with t.prepared(pair, data, {}) as evaluation:
+        source, structure = evaluation.source, evaluation.structure
+    options: Options = {"seed": seed, "progress": False}
     few = max(1, min(num_particles, 10))
-    lower = bounds.elbo(model, guide, source, few, **options)
+    lower = bounds.elbo(pair, source, few, **options)
     lines = [(lower.name, _with_error(lower), f"nats per datum, N = {lower.num_data}, K = {few}")]
     best = lower if structure.quantity == "elbo" else None
     try:
-        found = bounds.evidence(model, guide, source, num_particles, **options)
+        found = bounds.evidence(pair, source, num_particles, **options)
         is_bound = "a lower bound" if structure.quantity == "elbo" else "no bound: a point mass"
         lines.append(
             (found.name.split(",")[0], _with_error(found), f"IWAE, K = {num_particles}; {is_bound}")
@@ -105,11 +106,11 @@ def summarize(
     elif structure.improper:
         lines.append(("rate", "not defined", "an improper prior has no scale to compare with"))
     lines += _bits(best, source, levels, bin_width)
-    active = _active(model, guide, source, structure, seed)
+    active = _active(pair, source, structure, seed)
     if active is not None:
         lines.append(("active units", f"{active[0]} of {active[1]}", "Var_x(E_q[z]) > 0.01"))
     if structure.has_points and len(structure.latents) == 1:
-        lines += _of_codes(model, guide, source, structure, seed)
+        lines += _of_codes(pair, source, seed)
     if seconds is not None:
         lines.append(("training", f"{seconds:.0f} s", f"{len(history)} epoch(s)"))
     return Summary(title or "pvae", tuple(lines), _advice(lower, best, active, list(history)))
@@ -135,19 +136,17 @@ def _bits(
 
 
 def _active(
-    model: Any, guide: Any, source: Any, structure: t.Structure, seed: int
+    pair: PairLike, source: Any, structure: t.Structure, seed: int
 ) -> tuple[int, int] | None:
     if len(structure.latents) != 1:
         return None
-    active = diagnostics.active_units(model, guide, source, structure=structure, seed=seed)
+    active = diagnostics.active_units(pair, source, seed=seed)
     return int(active.sum()), active.numel()
 
 
-def _of_codes(
-    model: Any, guide: Any, source: Any, structure: t.Structure, seed: int
-) -> list[tuple[str, str, str]]:
+def _of_codes(pair: PairLike, source: Any, seed: int) -> list[tuple[str, str, str]]:
     """What is defined for a point mass: how sparse and how sensitive its codes are."""
-    codes = latent.codes(model, guide, source, structure=structure, seed=seed).flatten(1)
+    codes = latent.codes(pair, source, seed=seed).flatten(1)
     lines = []
     if codes.shape[1] > 1:
         zero = 100 * float(diagnostics.near_zero(codes).mean())
@@ -157,9 +156,7 @@ def _of_codes(
         )
     num_probes = None if codes.shape[1] <= 256 else 16
     try:
-        norms = diagnostics.sensitivity(
-            model, guide, source, structure=structure, num_probes=num_probes, seed=seed
-        )
+        norms = diagnostics.sensitivity(pair, source, num_probes=num_probes, seed=seed)
     except UndefinedError as error:
         return [*lines, ("sensitivity", "not defined", f"{error.actual}")]
     spread = codes.var(0).sum().sqrt()

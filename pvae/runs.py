@@ -17,7 +17,7 @@ from pvae.config import Config, options
 from pvae.data import Splits
 from pvae.distributed import job
 from pvae.errors import PvaeError, TrainingError
-from pvae.pair import VAE
+from pvae.vae import VAE
 
 __all__ = ["job_of", "open_run", "resolved", "written"]
 
@@ -85,6 +85,6 @@ def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Spl
     config = Config.read(folder)
     splits = config.load_data()
     vae = config.build(splits)
-    fitting.load(folder, vae.model, vae.guide)
-    fitting.place(vae.model, vae.guide, device)
+    fitting.load(folder, vae)
+    vae.place(device)
     return config, vae, splits

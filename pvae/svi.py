@@ -13,10 +13,10 @@ import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
-from pvae import terms as t
 from pvae.engine import Engine, Stepper, make_optimizer
 from pvae.errors import ArgumentError, PvaeWarning, oxford
 from pvae.objectives import Objective, as_objective
+from pvae.pair import Pair
 
 __all__ = ["SVI"]
 
@@ -100,12 +100,12 @@ class SVI:
         stepper = self._stepper or self._start(batch)
         assert stepper.state is not None  # noqa: S101
         with torch.no_grad():
-            terms = self.objective.compute_terms(self.model, self.guide, batch, stepper.structure)
+            terms = self.objective.compute_terms(stepper.structure, batch)
             return float(self.objective.surrogate(terms, stepper.state))
 
     def _start(self, batch: tuple[Tensor, ...]) -> Stepper:
         """What is to be known of the pair and its parameters."""
-        structure = t.inspect_pair(self.model, self.guide, batch, self.plate)
+        structure = Pair(self.model, self.guide, plate=self.plate).inspect(batch)
         state = None
         if isinstance(self.objective, Objective):
             self.objective.check(structure)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -18,12 +17,15 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pvae import bounds, randomness
+from pvae import randomness
 from pvae import terms as t
 from pvae.conditional import Conditional
+from pvae.data import first_batch
 from pvae.errors import ContractError, PvaeError, PvaeWarning, UndefinedError
 from pvae.modes import evaluating
 from pvae.objectives import ELBO
+from pvae.options import tool
+from pvae.pair import PairLike, as_pair
 
 __all__ = ["check_conditional", "check_pair"]
 
@@ -181,13 +183,8 @@ def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None
     )
 
 
-def check_pair(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *batch: Any,
-    plate: str | None = None,
-    tolerance: float = 1e-4,
-) -> None:
+@tool
+def check_pair(pair: PairLike, batch: Any, *, tolerance: float = 1e-4) -> None:
     """Tests the contract of a pair.
 
     The rules: its sites match and its data plate can be found; the ELBO over its terms is that of
@@ -196,10 +193,8 @@ def check_pair(
     finite gradient. Modules that put parameters into Pyro's global store are warned about.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
-        batch: What they are called with, at least two data; arrays, too.
-        plate: Name of the data plate, where the batch's length doesn't tell.
+        pair: A model and its guide.
+        batch: What they are called with, at least two data: an array or a tuple of arrays.
         tolerance: Largest difference of log densities, relative to their size.
 
     Raises:
@@ -208,18 +203,19 @@ def check_pair(
     """
     store = pyro.get_param_store()
     before = dict(store.named_parameters())
-    source, structure = bounds.prepare(model, guide, batch, plate=plate)
-    batch = t.first_batch(source, source.num_rows)
-    structure = t.inspect_pair(model, guide, batch, plate)
+    pair = as_pair(pair, "check_pair")
+    with t.prepared(pair, batch, {}) as evaluation:
+        batch = first_batch(evaluation.source, evaluation.num_rows)
+    structure = pair.inspect(batch)
     with evaluating(structure.modules), randomness.forked(seed=0):
         if not structure.enumerated:
-            _check_elbo(model, guide, batch, structure, tolerance)
-        t.compute(model, guide, batch, structure=structure, num_particles=2)
+            _check_elbo(batch, structure, tolerance)
+        t.compute(structure, batch, num_particles=2)
         if structure.tied_to is None and structure.subsample_size is None:
-            _check_independence(model, guide, batch, structure, tolerance)
+            _check_independence(batch, structure, tolerance)
     with randomness.forked(seed=0):
-        _check_pair_gradients(model, guide, batch, structure)
-    are_modules = isinstance(model, torch.nn.Module) and isinstance(guide, torch.nn.Module)
+        _check_pair_gradients(batch, structure)
+    are_modules = all(isinstance(p, torch.nn.Module) for p in (pair.model, pair.guide))
     if are_modules and dict(store.named_parameters()) != before:
         warnings.warn(
             "The pair's modules have parameters in Pyro's global store, where two pairs of the "
@@ -230,13 +226,11 @@ def check_pair(
         )
 
 
-def _check_elbo(
-    model: Any, guide: Any, batch: tuple[Tensor, ...], structure: t.Structure, tolerance: float
-) -> None:
+def _check_elbo(batch: tuple[Tensor, ...], structure: t.Structure, tolerance: float) -> None:
     with randomness.forked(seed=1):
-        theirs = Trace_ELBO().loss(model, guide, *batch)
+        theirs = Trace_ELBO().loss(structure.model, structure.guide, *batch)
     with randomness.forked(seed=1):
-        terms = t.compute(model, guide, batch, structure=structure)
+        terms = t.compute(structure, batch)
         objective = ELBO()
         ours = float(objective.surrogate(terms, objective.make_state(terms.structure)))
     _require(
@@ -247,9 +241,9 @@ def _check_elbo(
 
 
 def _check_independence(
-    model: Any, guide: Any, batch: tuple[Tensor, ...], structure: t.Structure, tolerance: float
+    batch: tuple[Tensor, ...], structure: t.Structure, tolerance: float
 ) -> None:
-    whole = t.compute(model, guide, batch, structure=structure)
+    whole = t.compute(structure, batch)
     rows = len(batch[0])
     half = rows // 2
     given = {}
@@ -258,9 +252,7 @@ def _check_independence(
             value = site.draws[0]
             given[name] = value.narrow(site.data_axis - 1, 0, half) if site.is_local else value
     try:
-        part = t.compute(
-            model, guide, tuple(b[:half] for b in batch), structure=structure, given=given
-        )
+        part = t.compute(structure, tuple(b[:half] for b in batch), given=given)
     except PvaeError:  # a plate of fixed size
         return
     both = (whole.log_weight[:, :half], part.log_weight)
@@ -272,12 +264,10 @@ def _check_independence(
     )
 
 
-def _check_pair_gradients(
-    model: Any, guide: Any, batch: tuple[Tensor, ...], structure: t.Structure
-) -> None:
+def _check_pair_gradients(batch: tuple[Tensor, ...], structure: t.Structure) -> None:
     objective = ELBO()
     with evaluating(structure.modules), torch.enable_grad():
-        terms = t.compute(model, guide, batch, structure=structure)
+        terms = t.compute(structure, batch)
         loss = objective.surrogate(terms, objective.make_state(terms.structure))
     names, parameters = list(structure.parameters), list(structure.parameters.values())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

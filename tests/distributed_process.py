@@ -69,7 +69,7 @@ def fit_autoencoder(folder: Path | None = None, **options: Any) -> tuple[VAE, pv
         "progress": False,
         "folder": folder,
     }
-    run = pvae.fit(ae.model, ae.guide, rows(), **(settings | options))
+    run = pvae.fit(ae, rows(), **(settings | options))
     return ae, run
 
 
@@ -110,8 +110,7 @@ def fit_stochastic(folder: Path, epochs: int = EPOCHS) -> tuple[VAE, pvae.Fit]:
     """Draws everywhere: dropout, latents, dynamic binarisation."""
     vae = stochastic_pair()
     run = pvae.fit(
-        vae.model,
-        vae.guide,
+        vae,
         Data((rows().numpy(),), binarize="dynamic"),
         objectives.ELBO(beta=schedules.Warmup(2, "epochs")),
         epochs=epochs,
@@ -158,7 +157,7 @@ class Noting(ArraySource):
 def seen(_: Path) -> Record:
     source = Noting(rows())
     ae = autoencoder()
-    pvae.fit(ae.model, ae.guide, source, epochs=2, batch_size=9, progress=False)
+    pvae.fit(ae, source, epochs=2, batch_size=9, progress=False)
     return {"batches": source.epochs}
 
 
@@ -182,7 +181,7 @@ def draws(_: Path) -> Record:
     vae = recipes.vae(D, Q, hidden=(8,)).double()
     guide = Recording(vae.guide.posterior).double()
     x = rows(1).round().expand(32, D)
-    run = pvae.fit(vae.model, guide, x, epochs=20, batch_size=8, lr=1e-2, progress=False)
+    run = pvae.fit((vae.model, guide), x, epochs=20, batch_size=8, lr=1e-2, progress=False)
     dynamic = pvae.data.Batches(
         as_source(Data((rows(),), binarize="dynamic")), 9, world=distributed.current()
     )
@@ -244,7 +243,7 @@ def refusals(_: Path) -> Record:
         model, guide = pair if isinstance(pair, tuple) else (pair.model, pair.guide)
         settings: Record = {"epochs": 1, "batch_size": 9, "progress": False, **options}
         with _noting(found, name):
-            pvae.fit(model, guide, x, objective, **settings)
+            pvae.fit((model, guide), x, objective, **settings)
 
     def vae() -> VAE:
         return recipes.vae(D, Q, hidden=(8,)).double()
@@ -297,10 +296,10 @@ def disagreements(folder: Path) -> Record:
         fit_autoencoder(batch_size=9 + rank)
     ae = autoencoder()
     with _noting(found, "data"):
-        pvae.fit(ae.model, ae.guide, rows() + rank, epochs=1, progress=False)
+        pvae.fit(ae, rows() + rank, epochs=1, progress=False)
     ae = recipes.ae(D, Q, hidden=(8 + rank,)).double()
     with _noting(found, "widths"):
-        pvae.fit(ae.model, ae.guide, rows(), epochs=1, progress=False)
+        pvae.fit(ae, rows(), epochs=1, progress=False)
     return found
 
 
@@ -320,7 +319,7 @@ def infinite(_: Path) -> Record:
     ae = autoencoder()
     pair = VAE(ae.model.prior, ae.model.likelihood, guides.Point(encoder, Q)).double()
     with _noting(found, "error"):
-        pvae.fit(pair.model, pair.guide, rows(), epochs=1, batch_size=9, progress=False)
+        pvae.fit(pair, rows(), epochs=1, batch_size=9, progress=False)
     found["weights"] = [p.tolist() for p in pair.parameters()]
     return found
 
@@ -329,7 +328,7 @@ def plain(**options: Any) -> pvae.Fit:
     torch.manual_seed(0)
     ae = recipes.ae(D, Q, hidden=(8,)).double()
     settings: Record = {"epochs": 2, "batch_size": 9, "lr": 1e-2, "progress": False, **options}
-    return pvae.fit(ae.model, ae.guide, rows(36), **settings)
+    return pvae.fit(ae, rows(36), **settings)
 
 
 def others(folder: Path) -> Record:

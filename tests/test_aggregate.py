@@ -21,13 +21,14 @@ import pvae
 from pvae import diagnostics, plots
 from pvae.data import LinearGaussian
 from pvae.errors import ArgumentError, UndefinedError
+from pvae.pair import Pair
 from tests import linear, pairs
 
 
 def run(make: linear.Make, device: torch.device, n: int = 400, **options: Any) -> Any:
     toy = linear.correlated()
     model, guide = linear.pair(toy, make)
-    return diagnostics.aggregated_posterior(model, guide, toy.sample(n).to(device), **options)
+    return diagnostics.aggregated_posterior((model, guide), toy.sample(n).to(device), **options)
 
 
 def test_of_the_exact_guide_it_is_the_prior(device: torch.device) -> None:
@@ -102,7 +103,7 @@ def test_labelled_priors_are_drawn_with_the_datas_labels(device: torch.device) -
 
     y = (torch.arange(600, device=device) % 4 == 0).double()
     x = 3 * y + math.sqrt(2) * torch.randn(600, device=device)
-    found = diagnostics.aggregated_posterior(model, guide, (x, y))
+    found = diagnostics.aggregated_posterior((model, guide), (x, y))
     assert found.joint.p_value > 1e-3
     assert float(found.ks_p.min()) > 1e-5
     assert float(found.prior.mean()) == pytest.approx(0.75, abs=0.4)
@@ -115,11 +116,11 @@ def test_false_alarms(device: torch.device) -> None:
     """
     toy = LinearGaussian.random(4, 2, 0.5)
     model, guide = linear.pair(toy, linear.exact)
-    structure = pvae.terms.inspect_pair(model, guide, (toy.sample(10).to(device),))
+    structure = Pair(model, guide).inspect((toy.sample(10).to(device),))
     joint, single = [], []
     for seed in range(120):
         found = diagnostics.aggregated_posterior(
-            model, guide, toy.sample(40, seed).to(device), structure=structure, seed=seed
+            (model, guide), toy.sample(40, seed).to(device), structure=structure, seed=seed
         )
         joint.append(found.joint.p_value)
         single.append(float(found.ks_p.min()))
@@ -144,11 +145,11 @@ def test_every_kind_of_pair(kind: str, device: torch.device) -> None:
     options: Any = {"num_permutations": 99}
     if kind in REFUSED:
         with pytest.raises(UndefinedError, match=REFUSED[kind]):
-            diagnostics.aggregated_posterior(model, guide, batch, **options)
+            diagnostics.aggregated_posterior((model, guide), batch, **options)
         return
-    found = diagnostics.aggregated_posterior(model, guide, batch, **options)
+    found = diagnostics.aggregated_posterior((model, guide), batch, **options)
     assert found.draws.shape == found.prior.shape == (12, len(found.names))
-    small = diagnostics.aggregated_posterior(model, guide, batch, max_rows=5, **options)
+    small = diagnostics.aggregated_posterior((model, guide), batch, max_rows=5, **options)
     assert small.prior.shape == found.prior.shape
 
 
@@ -156,15 +157,15 @@ def test_refusals(device: torch.device) -> None:
     ae = pvae.recipes.ae(6, 2).to(device)
     x = torch.rand(10, 6, device=device).round()
     with pytest.raises(UndefinedError, match="improper prior"):
-        diagnostics.aggregated_posterior(ae.model, ae.guide, x)
+        diagnostics.aggregated_posterior(ae, x)
     vae = pvae.recipes.vae(6, 2).to(device)
     with pytest.raises(ArgumentError, match="num_draws"):
-        diagnostics.aggregated_posterior(vae.model, vae.guide, x, num_draws=1)
+        diagnostics.aggregated_posterior(vae, x, num_draws=1)
     with pytest.raises(ArgumentError, match="rows of data"):
-        diagnostics.aggregated_posterior(vae.model, vae.guide, x[:1])
+        diagnostics.aggregated_posterior(vae, x[:1])
     before = torch.get_rng_state()
-    first = diagnostics.aggregated_posterior(vae.model, vae.guide, x)
-    again = diagnostics.aggregated_posterior(vae.model, vae.guide, x)
+    first = diagnostics.aggregated_posterior(vae, x)
+    again = diagnostics.aggregated_posterior(vae, x)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.draws, again.draws)
 

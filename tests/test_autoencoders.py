@@ -86,7 +86,7 @@ def test_fit_resumes_each_exactly(name: str, tmp_path: Any, device: torch.device
         torch.manual_seed(0)
         vae = RECIPES[name]()
         pvae.fit(
-            vae.model, vae.guide, data(), epochs=epochs, batch_size=8, device=device,
+            vae, data(), epochs=epochs, batch_size=8, device=device,
             folder=tmp_path / folder, resume=resume, progress=False,
         )  # fmt: skip
         return vae
@@ -182,7 +182,7 @@ def test_a_code_that_can_be_exactly_zero(device: torch.device) -> None:
     for activation in (nn.ReLU, None):
         torch.manual_seed(0)
         vae = recipes.sparse_ae(D, 12, hidden=(8,), l1=0.5, code_activation=activation).to(device)
-        pvae.fit(vae.model, vae.guide, x, epochs=30, lr=1e-2, device=device, progress=False)
+        pvae.fit(vae, x, epochs=30, lr=1e-2, device=device, progress=False)
         shares.append(float((vae.encode(x) == 0).double().mean()))
     assert shares[0] > 0.5
     assert shares[1] == 0
@@ -217,7 +217,7 @@ def test_a_code_that_is_an_activation_counts_once(device: torch.device) -> None:
         D, Q, hidden=(8,), code_activation=nn.ReLU, l1_activations=1.0, decoder_hidden=()
     ).to(device)
     x = data().to(device)
-    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    terms = pvae.terms.compute(vae.inspect((x,)), (x,))
     first = next(m for m in vae.guide.modules() if isinstance(m, nn.Linear))
     expected = first(x).relu().sum(1) + vae.encode(x).sum(1)
     found = torch.cat([*terms.penalties.values()]).sum(0)
@@ -228,7 +228,7 @@ def test_a_code_that_is_an_activation_counts_once(device: torch.device) -> None:
 
 
 def fit(vae: VAE, **options: Any) -> Any:
-    return pvae.fit(vae.model, vae.guide, data(), epochs=1, batch_size=8, progress=False, **options)
+    return pvae.fit(vae, data(), epochs=1, batch_size=8, progress=False, **options)
 
 
 def test_an_overcomplete_plain_autoencoder_is_warned_about(device: torch.device) -> None:
@@ -281,8 +281,7 @@ def test_a_users_own_overcomplete_pair_is_warned_about(device: torch.device) -> 
 
     with pytest.warns(PvaeWarning, match="can learn the identity"):
         pvae.fit(
-            Program(decoder, is_guide=False),
-            Program(encoder, is_guide=True),
+            (Program(decoder, is_guide=False), Program(encoder, is_guide=True)),
             data(),
             epochs=1,
             progress=False,
@@ -304,8 +303,7 @@ def test_compression_on_one_side_and_the_identity_on_the_other(device: torch.dev
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PvaeWarning)
             pvae.fit(
-                ae.model,
-                ae.guide,
+                ae,
                 x,
                 epochs=400,
                 batch_size=None,
@@ -325,7 +323,7 @@ def test_compression_on_one_side_and_the_identity_on_the_other(device: torch.dev
 def test_the_limit_of_a_vae_without_noise_is_the_autoencoder(device: torch.device) -> None:
     """Flat prior, sigma to 0: the expected error goes to the autoencoder's like sigma squared."""
     ae, x = recipes.ae(D, Q, hidden=(8,), activation=nn.Tanh).to(device), data().to(device)
-    exact = -bounds.elbo(ae.model, ae.guide, x).mean
+    exact = -bounds.elbo(ae, x).mean
     gaps = []
     for sigma in (0.1, 0.01):
 
@@ -338,7 +336,7 @@ def test_the_limit_of_a_vae_without_noise_is_the_autoencoder(device: torch.devic
                 return z, z
 
         noisy = VAE(priors.Flat(Q), ae.model.likelihood, guides.MeanField(Code(), Q, scale))
-        found = bounds.elbo(noisy.model, noisy.guide, x, 4000)
+        found = bounds.elbo(noisy, x, 4000)
         assert found.distortion is not None
         gaps.append(found.distortion.mean - exact)
     assert gaps[0] > 0
@@ -406,7 +404,7 @@ def test_dead_codes_come_back(device: torch.device) -> None:
 def test_commitment_is_the_distance_to_the_codes(device: torch.device) -> None:
     vae = recipes.vq_vae(D, 2, num_latents=3, num_codes=8, hidden=(8,), commitment=0.3).to(device)
     x = data().to(device)
-    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    terms = pvae.terms.compute(vae.inspect((x,)), (x,))
     encoded = network(vae.guide.posterior)(x).reshape(N, 3, 2)
     part = vae.guide.posterior
     assert isinstance(part, guides.NearestCode)
@@ -450,7 +448,7 @@ def test_other_parts_arent_resumed(tmp_path: Any, device: torch.device) -> None:
     def run(**options: Any) -> None:
         vae = recipes.ae(D, Q, hidden=(8,), **options)
         pvae.fit(
-            vae.model, vae.guide, data(), epochs=2, folder=tmp_path, resume=True, progress=False,
+            vae, data(), epochs=2, folder=tmp_path, resume=True, progress=False,
             device=device,
         )  # fmt: skip
 
@@ -465,7 +463,7 @@ def test_other_parts_arent_resumed(tmp_path: Any, device: torch.device) -> None:
 def test_a_last_batch_of_one_row_is_refused_before_training(device: torch.device) -> None:
     vae = recipes.wae(D, Q, hidden=(8,))
     with pytest.raises(ArgumentError, match="batch norm and MMD need"):
-        pvae.fit(vae.model, vae.guide, data(17), batch_size=8, progress=False, device=device)
+        pvae.fit(vae, data(17), batch_size=8, progress=False, device=device)
 
 
 # What a point mass doesn't have
@@ -475,8 +473,8 @@ def test_a_last_batch_of_one_row_is_refused_before_training(device: torch.device
 def test_evidence_is_refused_by_name(name: str, device: torch.device) -> None:
     vae, x = RECIPES[name]().to(device), data().to(device)
     with pytest.raises(UndefinedError, match=r"a point mass \(Delta\) at site 'z'"):
-        bounds.evidence(vae.model, vae.guide, x)
-    found = bounds.elbo(vae.model, vae.guide, x)
+        bounds.evidence(vae, x)
+    found = bounds.elbo(vae, x)
     assert found.name != "ELBO"
     assert found.rate is None
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import VAE, bounds, guides, likelihoods, priors, recipes
-from pvae import terms as t
 from pvae.data import LinearGaussian, principal_components
 from pvae.errors import UndefinedError
 from pvae.networks import MLP
+from pvae.pair import Pair
 from tests import pairs
 
 D, Q = 5, 2
@@ -84,10 +84,10 @@ def test_with_the_exact_posterior_every_draw_is_the_evidence(device: torch.devic
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(50)
     exact = toy.log_evidence(x)
-    lower = bounds.elbo(pair.model, pair.guide, x)
+    lower = bounds.elbo(pair, x)
     assert lower.values is not None
     torch.testing.assert_close(lower.values.cpu(), exact)
-    found = bounds.evidence(pair.model, pair.guide, x, 10)
+    found = bounds.evidence(pair, x, 10)
     assert found.values is not None
     torch.testing.assert_close(found.values.cpu(), exact)
     assert found.se_draws == pytest.approx(0.0, abs=1e-7)
@@ -99,7 +99,7 @@ def test_evidence_is_elbo_plus_the_gap(widen: float, device: torch.device) -> No
     toy = orthogonal()
     pair, x = exact_pair(toy, device, widen), toy.sample(50)
     kl = Q * (0.5 * widen**2 - 0.5 - math.log(widen))
-    lower = bounds.elbo(pair.model, pair.guide, x, 4000)
+    lower = bounds.elbo(pair, x, 4000)
     assert lower.se_draws is not None
     gap = float(toy.log_evidence(x).mean()) - lower.mean
     assert abs(gap - kl) < STEPS * lower.se_draws
@@ -115,14 +115,11 @@ def test_elbo_below_iwae_below_evidence_and_growing(device: torch.device) -> Non
     means, errors = [], []
     for k in (1, 2, 5, 20, 100):
         values = torch.tensor(
-            [
-                bounds.evidence(pair.model, pair.guide, x, k, seed=1000 * k + r).mean
-                for r in range(repeats)
-            ]
+            [bounds.evidence(pair, x, k, seed=1000 * k + r).mean for r in range(repeats)]
         )
         means.append(float(values.mean()))
         errors.append(float(values.std()) / math.sqrt(repeats))
-    lower = bounds.elbo(pair.model, pair.guide, x, 2000)
+    lower = bounds.elbo(pair, x, 2000)
     assert lower.se_draws is not None
     assert abs(lower.mean - means[0]) < STEPS * math.hypot(lower.se_draws, errors[0])
     for i in range(4):
@@ -150,7 +147,7 @@ def test_the_standard_error_over_draws_is_honest(device: torch.device) -> None:
 def test_the_standard_error_over_data_is_the_usual_one(device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(30)
-    found = bounds.evidence(pair.model, pair.guide, x, 10)
+    found = bounds.evidence(pair, x, 10)
     exact = toy.log_evidence(x)
     assert found.se_data == pytest.approx(float(exact.std()) / math.sqrt(30))
 
@@ -158,7 +155,7 @@ def test_the_standard_error_over_data_is_the_usual_one(device: torch.device) -> 
 def test_rate_and_distortion_add_up(device: torch.device) -> None:
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     x = torch.rand(20, D).round()
-    found = bounds.elbo(vae.model, vae.guide, x, 3)
+    found = bounds.elbo(vae, x, 3)
     assert found.distortion is not None
     assert found.rate is not None
     assert found.mean == pytest.approx(-found.distortion.mean - found.rate.mean)
@@ -171,14 +168,14 @@ def test_estimates_are_reproducible_and_leave_the_generators_alone(device: torch
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     x = torch.rand(20, D).round()
     before = torch.get_rng_state()
-    first = bounds.evidence(vae.model, vae.guide, x, 7, seed=5)
+    first = bounds.evidence(vae, x, 7, seed=5)
     torch.manual_seed(99)
     torch.rand(3)
-    second = bounds.evidence(vae.model, vae.guide, x, 7, seed=5)
-    other = bounds.evidence(vae.model, vae.guide, x, 7, seed=6)
+    second = bounds.evidence(vae, x, 7, seed=5)
+    other = bounds.evidence(vae, x, 7, seed=6)
     assert first.total == second.total != other.total
     torch.set_rng_state(before)
-    bounds.elbo(vae.model, vae.guide, x)
+    bounds.elbo(vae, x)
     assert torch.equal(torch.get_rng_state(), before)
     assert vae.training
 
@@ -187,7 +184,7 @@ def test_estimates_are_reproducible_and_leave_the_generators_alone(device: torch
 def test_chunks_dont_change_an_exact_estimate(max_rows: int, device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(9)
-    found = bounds.evidence(pair.model, pair.guide, x, 20, max_rows=max_rows)
+    found = bounds.evidence(pair, x, 20, max_rows=max_rows)
     assert found.values is not None
     torch.testing.assert_close(found.values.cpu(), toy.log_evidence(x))
 
@@ -196,8 +193,8 @@ def test_a_point_mass_has_no_evidence(device: torch.device) -> None:
     ae = recipes.ae(D, Q, hidden=(8,)).to(device)
     x = torch.rand(20, D)
     with pytest.raises(UndefinedError, match=r"point mass \(Delta\) at site 'z'"):
-        bounds.evidence(ae.model, ae.guide, x)
-    found = bounds.elbo(ae.model, ae.guide, x)
+        bounds.evidence(ae, x)
+    found = bounds.elbo(ae, x)
     assert found.name == "log joint"
     assert found.rate is None
     assert found.distortion is not None
@@ -255,8 +252,8 @@ def test_one_global_draw_is_shared_by_all_data(device: torch.device) -> None:
     """In chunks of one row the bound is the same: g isn't drawn anew for each."""
     x = torch.randn(6, 1)
     model, guide = SharedMean().to(device), SharedMeanGuide(x).to(device)
-    whole = bounds.evidence(model, guide, x, 5, num_global=4)
-    parts = bounds.evidence(model, guide, x, 5, num_global=4, max_rows=5)
+    whole = bounds.evidence((model, guide), x, 5, num_global=4)
+    parts = bounds.evidence((model, guide), x, 5, num_global=4, max_rows=5)
     assert whole.total == pytest.approx(parts.total, rel=1e-6)
 
 
@@ -267,8 +264,8 @@ def test_one_global_draw_is_shared_by_all_data(device: torch.device) -> None:
 @pytest.mark.parametrize("name", pairs.PAIRS)
 def test_bounds_take_any_pair(name: str, device: torch.device) -> None:
     model, guide, batch = pairs.PAIRS[name](device)
-    lower = bounds.elbo(model, guide, batch, 3)
-    better = bounds.evidence(model, guide, batch, 50)
+    lower = bounds.elbo((model, guide), batch, 3)
+    better = bounds.evidence((model, guide), batch, 50)
     assert math.isfinite(lower.total)
     assert lower.total < better.total + 3.0
     if name in pairs.GLOBAL:
@@ -283,7 +280,7 @@ def test_terms_of_a_scaled_pair_are_per_datum(device: torch.device) -> None:
     """subsample= scales the loss up, and leaves the evidence of a datum alone."""
     model, guide, (x,) = pairs.subsample_given(device)
     toy = LinearGaussian(model.decoder.weight.detach(), model.decoder.bias.detach(), 1.0)
-    found = bounds.evidence(model, guide, x, 20_000)
+    found = bounds.evidence((model, guide), x, 20_000)
     assert found.se_draws is not None
     with torch.random.fork_rng():
         exact = toy.log_evidence(x.cpu() if device.type == "cpu" else x)
@@ -307,8 +304,7 @@ def test_linear_vae_reaches_the_exact_evidence(device: torch.device) -> None:
 
     for stage in range(4):
         pvae.fit(
-            vae.model,
-            vae.guide,
+            vae,
             x,
             epochs=60,
             batch_size=100,
@@ -325,28 +321,26 @@ def test_linear_vae_reaches_the_exact_evidence(device: torch.device) -> None:
             decoder.bias.detach().cpu(),  # type: ignore[union-attr]
             float(sigma.detach()),
         ).log_evidence(x)
-        lower = bounds.elbo(vae.model, vae.guide, x, 50, seed=stage)
+        lower = bounds.elbo(vae, x, 50, seed=stage)
         assert lower.se_draws is not None
         excesses.append((lower.mean - float(own.mean())) / lower.se_draws)
     assert max(excesses) < 4
     assert lower.mean == pytest.approx(float(best), abs=0.05)
-    assert bounds.evidence(vae.model, vae.guide, x, 100).mean == pytest.approx(
-        float(best), abs=0.05
-    )
+    assert bounds.evidence(vae, x, 100).mean == pytest.approx(float(best), abs=0.05)
 
 
 def test_stopped_structure_is_reused(device: torch.device) -> None:
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     x = torch.rand(20, D).round()
-    structure = t.inspect_pair(vae.model, vae.guide, (x.to(device),))
-    a = bounds.elbo(vae.model, vae.guide, x, structure=structure)
-    assert a.total == bounds.elbo(vae.model, vae.guide, x).total
+    structure = vae.inspect((x.to(device),))
+    a = bounds.elbo(vae, x, structure=structure)
+    assert a.total == bounds.elbo(vae, x).total
 
 
 def test_it_prints_itself(device: torch.device) -> None:
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     x = torch.rand(20, D).round()
-    text = str(bounds.evidence(vae.model, vae.guide, x, 10))
+    text = str(bounds.evidence(vae, x, 10))
     assert text.startswith("evidence, IWAE-10: ")
     assert "nats per datum, N = 20, K = 10" in text
 
@@ -365,8 +359,8 @@ def test_a_joint_autoguide_counts_in_the_total(device: torch.device) -> None:
             pyro.sample("x", dist.Normal(z, x.new_tensor(0.5)), obs=x)
 
     guide = pyro.infer.autoguide.AutoMultivariateNormal(model)
-    lower = bounds.elbo(model, guide, x, 200)
-    better = bounds.evidence(model, guide, x, 3, num_global=200)
+    lower = bounds.elbo((model, guide), x, 200)
+    better = bounds.evidence((model, guide), x, 3, num_global=200)
     exact = float(dist.Normal(0.0, math.sqrt(1.25)).log_prob(x).sum())
     trace_elbo = [-pyro.infer.Trace_ELBO().loss(model, guide, x) for _ in range(200)]
     mean, error = np.mean(trace_elbo), np.std(trace_elbo) / math.sqrt(200)
@@ -385,7 +379,7 @@ def test_a_factor_outside_the_plate_counts_in_the_total(device: torch.device) ->
         pyro.factor("prior_of_weights", x.new_tensor(-1000.0))
         pair.model(x)
 
-    found = bounds.elbo(model, pair.guide, x)
+    found = bounds.elbo((model, pair.guide), x)
     assert found.total == pytest.approx(float(toy.log_evidence(x).sum()) - 1000.0)
     assert "prior_of_weights" in str(found)
 
@@ -395,18 +389,18 @@ def test_rows_that_a_loader_doesnt_yield_dont_count(device: torch.device) -> Non
     pair, x = exact_pair(toy, device), toy.sample(25)
     rows = torch.utils.data.TensorDataset(x)
     loader = torch.utils.data.DataLoader(rows, batch_size=10, drop_last=True)
-    found = bounds.elbo(pair.model, pair.guide, loader)
+    found = bounds.elbo(pair, loader)
     assert found.num_data == 20
     assert found.mean == pytest.approx(float(toy.log_evidence(x[:20]).mean()))
-    assert bounds.evidence(pair.model, pair.guide, loader, 5).mean == pytest.approx(found.mean)
+    assert bounds.evidence(pair, loader, 5).mean == pytest.approx(found.mean)
 
 
 def test_an_improper_prior_has_no_evidence(device: torch.device) -> None:
     vae = recipes.vae(D, Q, prior=priors.Flat, hidden=(8,)).to(device)
     x = torch.rand(20, D).round()
     with pytest.raises(UndefinedError, match="an improper prior at site 'z'"):
-        bounds.evidence(vae.model, vae.guide, x)
-    found = bounds.elbo(vae.model, vae.guide, x)
+        bounds.evidence(vae, x)
+    found = bounds.elbo(vae, x)
     assert found.name == "unnormalised ELBO"
     assert found.rate is None
 
@@ -421,14 +415,14 @@ def test_a_global_point_mass_makes_no_bound(device: torch.device) -> None:
             pyro.sample("x", dist.Normal(m, x.new_tensor(1.0)), obs=x)
 
     guide = pyro.infer.autoguide.AutoDelta(model)
-    assert bounds.elbo(model, guide, x).name == "log joint"
-    assert bounds.evidence(model, guide, x, 2).name.startswith("log joint")
+    assert bounds.elbo((model, guide), x).name == "log joint"
+    assert bounds.evidence((model, guide), x, 2).name.startswith("log joint")
 
 
 def test_out_of_support_data_are_named(device: torch.device) -> None:
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     with pytest.raises(pvae.errors.DataError, match=r"row 0: expected values in the support"):
-        bounds.elbo(vae.model, vae.guide, torch.full((20, D), 0.5))
+        bounds.elbo(vae, torch.full((20, D), 0.5))
 
 
 @pytest.mark.usefixtures("store")
@@ -446,5 +440,5 @@ def test_a_pair_of_one_length_is_evaluated_at_that_length(device: torch.device) 
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, x.new_tensor(math.sqrt(0.5))))
 
-    found = bounds.evidence(model, guide, x, 3, structure=t.inspect_pair(model, guide, (x,)))
+    found = bounds.evidence((model, guide), x, 3, structure=Pair(model, guide).inspect((x,)))
     torch.testing.assert_close(found.per_datum, dist.Normal(0.0, math.sqrt(2.0)).log_prob(x))

@@ -37,12 +37,12 @@ def data(device: torch.device, features: int = 3) -> Tensor:
 
 def run_sbc(make: linear.Make, device: torch.device, **options: Any) -> diagnostics.SBC:
     model, guide = linear.pair(linear.correlated(), make)
-    return diagnostics.sbc(model, guide, data(device), **QUICK | options)
+    return diagnostics.sbc((model, guide), data(device), **QUICK | options)
 
 
 def run_tarp(make: linear.Make, device: torch.device, **options: Any) -> diagnostics.TARP:
     model, guide = linear.pair(linear.correlated(), make)
-    return diagnostics.tarp(model, guide, data(device), **QUICK | options)
+    return diagnostics.tarp((model, guide), data(device), **QUICK | options)
 
 
 # --- the tests themselves -----------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_tarps_coverage_in_one_dimension_is_known(device: torch.device) -> None:
     """Ranks of distances, by hand from the same draws: a guide that ignores x and its reference."""
     toy = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 0.5)
     model, guide = linear.pair(toy, linear.exact)
-    found = diagnostics.tarp(model, guide, data(device, 1), num_simulations=60, num_draws=7)
+    found = diagnostics.tarp((model, guide), data(device, 1), num_simulations=60, num_draws=7)
     with randomness.forked(0):
         options: Any = {"site": None, "arguments": None, "structure": None, "max_rows": 8192}
         first = simulate("tarp", model, guide, data(device, 1), 60, **options)
@@ -276,11 +276,11 @@ def test_context_comes_from_the_data(device: torch.device) -> None:
     """Exact given the label. The same guide with another's labels isn't."""
     y = torch.tensor([0, 0, 1, 2], device=device)
     batch = (torch.zeros(4, device=device), y)
-    found = diagnostics.sbc(Context(), ContextGuide(), batch, **QUICK)
+    found = diagnostics.sbc((Context(), ContextGuide()), batch, **QUICK)
     assert found.tests.p_value > FALSE_ALARM
     guide = ContextGuide()
     guide.means = (0.0, 0.0, 0.0)
-    assert diagnostics.sbc(Context(), guide, batch, **QUICK).tests.p_value < 1e-6
+    assert diagnostics.sbc((Context(), guide), batch, **QUICK).tests.p_value < 1e-6
 
 
 def test_discrete_latents_are_ranked_by_chance(device: torch.device) -> None:
@@ -300,9 +300,9 @@ def test_discrete_latents_are_ranked_by_chance(device: torch.device) -> None:
         return guide
 
     x = torch.zeros(4, device=device)
-    assert diagnostics.sbc(model, guide_of(0.0), x, **QUICK).tests.p_value > FALSE_ALARM
-    assert diagnostics.sbc(model, guide_of(2.0), x, **QUICK).tests.p_value < 1e-6
-    assert diagnostics.tarp(model, guide_of(0.0), x, **QUICK).tests.p_value > FALSE_ALARM
+    assert diagnostics.sbc((model, guide_of(0.0)), x, **QUICK).tests.p_value > FALSE_ALARM
+    assert diagnostics.sbc((model, guide_of(2.0)), x, **QUICK).tests.p_value < 1e-6
+    assert diagnostics.tarp((model, guide_of(0.0)), x, **QUICK).tests.p_value > FALSE_ALARM
 
 
 def test_missing_entries_stay_missing(device: torch.device) -> None:
@@ -327,7 +327,7 @@ def test_missing_entries_stay_missing(device: torch.device) -> None:
     x, seen = found.source.rows(torch.arange(100, device=device))
     assert bool((x[~seen] == -99).all())
     assert bool((x[seen] != -99).all())
-    assert diagnostics.sbc(model, guide, batch, **QUICK).tests.p_value > FALSE_ALARM
+    assert diagnostics.sbc((model, guide), batch, **QUICK).tests.p_value > FALSE_ALARM
 
 
 def test_an_argument_that_is_reshaped_or_changed(device: torch.device) -> None:
@@ -341,19 +341,19 @@ def test_an_argument_that_is_reshaped_or_changed(device: torch.device) -> None:
     def flatten(x: Tensor) -> Tensor:
         return x.flatten(1)
 
-    found = diagnostics.sbc(changed(model, flatten), changed(guide, flatten), images, **QUICK)
+    found = diagnostics.sbc((changed(model, flatten), changed(guide, flatten)), images, **QUICK)
     assert found.tests.p_value > FALSE_ALARM
-    torch.testing.assert_close(found.ranks, diagnostics.sbc(model, guide, flat, **QUICK).ranks)
+    torch.testing.assert_close(found.ranks, diagnostics.sbc((model, guide), flat, **QUICK).ranks)
 
     def doubled(x: Tensor) -> Tensor:
         return 2 * x
 
     pair = (changed(model, doubled), changed(guide, doubled), flat)
     with pytest.raises(PairError, match=r"arguments=\{'x': 0\}"):
-        diagnostics.sbc(*pair)
+        diagnostics.sbc(pair)
     with pytest.raises(PairError, match="or changes it first"):
-        diagnostics.sbc(*pair, arguments={"x": 0})
-    named = diagnostics.sbc(model, guide, flat, arguments={"x": 0}, **QUICK)
+        diagnostics.sbc(pair, arguments={"x": 0})
+    named = diagnostics.sbc((model, guide), flat, arguments={"x": 0}, **QUICK)
     torch.testing.assert_close(named.ranks, found.ranks)
 
 
@@ -371,7 +371,7 @@ def test_a_model_that_reads_its_data_is_refused(device: torch.device) -> None:
             pyro.sample("z", dist.Normal(x[:, 0], x.new_tensor(1.0)))
 
     with pytest.raises(PairError, match="reads x besides observing it"):
-        diagnostics.sbc(model, guide, torch.ones(4, 2, device=device))
+        diagnostics.sbc((model, guide), torch.ones(4, 2, device=device))
 
 
 def test_a_plate_within_the_data_plate(device: torch.device) -> None:
@@ -392,10 +392,10 @@ def test_a_plate_within_the_data_plate(device: torch.device) -> None:
         return guide
 
     x = torch.randn(5, 3, device=device)
-    found = diagnostics.sbc(model, guide_of([0, 1, 2]), x, **QUICK)
+    found = diagnostics.sbc((model, guide_of([0, 1, 2])), x, **QUICK)
     assert found.names == ("z[0]", "z[1]", "z[2]")
     assert found.tests.p_value > FALSE_ALARM
-    wrong = diagnostics.sbc(model, guide_of([0, 1, 0]), x, **QUICK)
+    wrong = diagnostics.sbc((model, guide_of([0, 1, 0])), x, **QUICK)
     assert (wrong.tests.p_values < 1e-3).tolist() == [False, False, True]
 
 
@@ -430,7 +430,7 @@ def test_every_kind_of_pair(kind: str, device: torch.device) -> None:
         assert found.ranks.min() >= 0
         assert found.ranks.max() <= 19
     if kind == "two_sites":
-        found = diagnostics.sbc(model, guide, batch, site="z2", **options)
+        found = diagnostics.sbc((model, guide), batch, site="z2", **options)
         assert found.names == ("z2[0]",)
 
 
@@ -451,9 +451,9 @@ def test_refusals(device: torch.device) -> None:
         with pytest.raises(UndefinedError, match="there are: 'z'"):
             tool(model, guide, x, site="w")
     with pytest.raises(ArgumentError, match="levels"):
-        diagnostics.sbc(model, guide, x, levels=(1.5,))
+        diagnostics.sbc((model, guide), x, levels=(1.5,))
     with pytest.raises(ArgumentError, match="reference"):
-        diagnostics.tarp(model, guide, x, reference="somewhere")  # type: ignore[arg-type]
+        diagnostics.tarp((model, guide), x, reference="somewhere")  # type: ignore[arg-type]
 
 
 def test_the_callers_generators_stay(device: torch.device) -> None:

@@ -114,12 +114,11 @@ def test_a_graph_with_other_numbers_is_not_used(
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without CUDA, and before anything is overwritten."""
     vae, x = recipes.vae(6, 2, hidden=(4,)), torch.rand(20, 6).round()
-    fit(vae.model, vae.guide, x, epochs=1, folder=tmp_path, device="cpu")
+    fit(vae, x, epochs=1, folder=tmp_path, device="cpu")
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     with pytest.raises(ArgumentError, match="a pair on one CUDA device, for 'cudagraph'; got cpu"):
         fit(
-            vae.model,
-            vae.guide,
+            vae,
             x,
             epochs=1,
             folder=tmp_path,

@@ -79,7 +79,7 @@ def test_a_run_folder_has_everything(run: Path) -> None:
 
 def test_the_summary_says_what_the_saved_pair_is_worth(run: Path) -> None:
     config, vae, splits = open_run(run, "cpu")
-    found = bounds.elbo(vae.model, vae.guide, splits.test.arrays[0], 10, seed=config.seed)
+    found = bounds.elbo(vae, splits.test.arrays[0], 10, seed=config.seed)
     assert f"{found.mean:.2f} +- {found.se_data:.2g}" in (run / "summary.txt").read_text()
     assert f"{found.mean:.2f} +- " in call("evaluate", str(run), "-K", "20")
 
@@ -87,9 +87,9 @@ def test_the_summary_says_what_the_saved_pair_is_worth(run: Path) -> None:
 def test_the_evidence_by_other_methods(run: Path) -> None:
     _, vae, splits = open_run(run, "cpu")
     x = splits.test.arrays[0]
-    upper = bounds.evidence(vae.model, vae.guide, x[:3], 20, method="cubo")
+    upper = bounds.evidence(vae, x[:3], 20, method="cubo")
     assert str(upper) in call("evaluate", str(run), "-K", "20", "-n", "3", "--method", "cubo")
-    loose = bounds.evidence(vae.model, vae.guide, x[:2], 20)
+    loose = bounds.evidence(vae, x[:2], 20)
     output = call("evaluate", str(run), "-K", "2", "-n", "2", "--method", "ais")
     found = re.search(r"evidence, AIS-100: (-[\d.]+) \+-.* N = 2, K = 2", output)
     assert found is not None
@@ -260,7 +260,10 @@ MISTAKES = {
     "sigma": (["train", "--likelihood", "gaussian", "--sigma", "big"], "Gaussian.sigma"),
     "both": (["train", "--resume", "--overwrite"], "either --resume or --overwrite"),
     "sigma of a binomial": (["train", "--sigma", "0.5"], "a gaussian likelihood beside it"),
-    "method": (["evaluate", "nowhere", "-n", "3"], "--rows: expected --method ais or --method cubo"),
+    "method": (
+        ["evaluate", "nowhere", "-n", "3"],
+        "--rows: expected --method ais or --method cubo",
+    ),
     "no run": (["evaluate", "nowhere"], "expected the config.json of a run"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], "a run to resume"),
     "codes of a vae": (["train", "--num-codes", "8"], "--recipe vq_vae"),
@@ -418,7 +421,9 @@ def test_a_damaged_run_is_named(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "config.json").write_text('{"data": "digits", "colour": "red"}')
-    with pytest.raises(pvae.PvaeError, match="config.json, colour: expected an option of pvae train"):
+    with pytest.raises(
+        pvae.PvaeError, match=r"config\.json, colour: expected an option of pvae train"
+    ):
         open_run(copy)
     shutil.copy(run / "config.json", copy / "config.json")
     content = (copy / "checkpoint.safetensors").read_bytes()

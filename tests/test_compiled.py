@@ -15,19 +15,18 @@ from torch import Tensor, nn
 
 from pvae import VAE, guides, likelihoods, priors, recipes, schedules
 from pvae import objectives as o
-from pvae import terms as t
 from pvae.engine import Stepper, choose, make_optimizer
 from pvae.errors import ArgumentError, CheckpointError, PvaeWarning
+from pvae.pair import Pair
 from tests import fits, pairs
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.slow]
 D, Q, N = 6, 2, 12
-Pair = tuple[Any, Any, tuple[Tensor, ...]]
 
 
-def stepper(pair: Pair, objective: Any, engine: Any, **options: Any) -> Stepper:
+def stepper(pair: pairs.Pair, objective: Any, engine: Any, **options: Any) -> Stepper:
     model, guide, batch = pair
-    structure = t.inspect_pair(model, guide, batch)
+    structure = Pair(model, guide).inspect(batch)
     parameters = list(structure.parameters.values())
     state = objective.make_state(structure, 100) if isinstance(objective, o.Objective) else None
     optimizer = make_optimizer(torch.optim.Adam, parameters, 1e-2)

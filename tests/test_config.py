@@ -20,6 +20,7 @@ from pvae.corruptions import Corruption
 from pvae.errors import ArgumentError, CheckpointError, PvaeError
 from pvae.objectives import DReG
 from pvae.penalties import Penalty
+from pvae.runs import open_run
 from pvae.shelf import Shelf
 from tests.test_cli import FAST, call
 
@@ -158,7 +159,7 @@ def test_what_has_a_name_is_an_option(
     call("train", "--out", str(folder), *FAST, *arguments)
     name, value = arguments[-2].removeprefix("--"), arguments[-1]
     assert str(json.loads((folder / "config.json").read_text())[name]) == value
-    _, vae, _ = pvae.runs.open_run(folder, "cpu")
+    _, vae, _ = open_run(folder, "cpu")
     if inspect.isclass(part) and issubclass(part, nn.Module):
         assert any(isinstance(module, part) for module in vae.modules())
     if kind == "recipe":
@@ -232,7 +233,7 @@ def test_fit_takes_the_name_of_an_objective() -> None:
         torch.manual_seed(0)
         vae = recipes.vae(D, 2, hidden=(4,), likelihood="gaussian")
         x = torch.randn(16, D, generator=torch.Generator().manual_seed(1))
-        pvae.fit(vae.model, vae.guide, x, objective, epochs=2, device="cpu", progress=False)
+        pvae.fit(vae, x, objective, epochs=2, device="cpu", progress=False)
         return [*vae.parameters()]
 
     for a, b in zip(fitted("dreg"), fitted(DReG()), strict=True):
@@ -251,7 +252,7 @@ def test_an_unknown_name_lists_those_there_are() -> None:
             make()
     vae = recipes.vae(D, 2)
     with pytest.raises(ArgumentError, match="objective: expected one of elbo"):
-        pvae.fit(vae.model, vae.guide, torch.zeros(4, D), "evidence")
+        pvae.fit(vae, torch.zeros(4, D), "evidence")
 
 
 # Files

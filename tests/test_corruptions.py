@@ -118,7 +118,7 @@ def test_there_is_no_corruption_outside_training(device: torch.device) -> None:
     noisy = recipes.vae(6, 2, hidden=(8,), corruption=Adds()).to(device)
     x = torch.rand(5, 6, device=device).round()
     torch.testing.assert_close(noisy.encode(x), clean.encode(x))
-    first, second = (bounds.elbo(v.model, v.guide, x).mean for v in (clean, noisy))
+    first, second = (bounds.elbo(v, x).mean for v in (clean, noisy))
     assert first == second
 
 
@@ -136,7 +136,7 @@ def test_corruption_is_fresh_and_a_function_of_the_seed(device: torch.device) ->
         torch.manual_seed(0)
         vae = recipes.ae(6, 2, hidden=(8,), corruption=Watching(0.5))
         pvae.fit(
-            vae.model, vae.guide, x, epochs=3, batch_size=None, seed=seed, progress=False,
+            vae, x, epochs=3, batch_size=None, seed=seed, progress=False,
             device=device,
         )  # fmt: skip
     first, second, third = seen[:3], seen[3:6], seen[6:]
@@ -149,9 +149,7 @@ def test_several_in_a_row(device: torch.device) -> None:
     both = nn.Sequential(corruptions.Masking(1.0), corruptions.Noise(1.0))
     vae = recipes.vae(6, 2, hidden=(8,), corruption=both).to(device)
     x = torch.rand(50, 6).round()
-    run = pvae.fit(
-        vae.model, vae.guide, x, epochs=2, progress=False, valid=x, device=device, batch_size=25
-    )
+    run = pvae.fit(vae, x, epochs=2, progress=False, valid=x, device=device, batch_size=25)
     assert np.isfinite(run.history["valid_elbo"]).all()
 
 

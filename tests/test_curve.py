@@ -36,7 +36,7 @@ def test_the_first_points_by_quadrature(device: torch.device) -> None:
     """ELBO and IWAE-2 of each datum, to 4.5 standard errors over draws."""
     model, guide = gaussian.pair(device)
     x = torch.tensor([-1.0, 0.4, 2.5], device=device)
-    found = bounds.iwae_curve(model, guide, x, 8192)
+    found = bounds.iwae_curve((model, guide), x, 8192)
     assert found.num_particles == tuple(2**i for i in range(14))
 
     def elbo(w: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def test_chunks_of_any_size_give_every_draw_once(device: torch.device) -> None:
     x = torch.linspace(-2, 2, 5, device=device)
     exact = gaussian.log_evidence(model, x).detach()
     for max_rows in (8192, 40, 3):  # all data at once, two at once, one in parts
-        found = bounds.iwae_curve(model, guide, x, 16, max_rows=max_rows)
+        found = bounds.iwae_curve((model, guide), x, 16, max_rows=max_rows)
         torch.testing.assert_close(found.values, exact.expand(5, 5))
         torch.testing.assert_close(found.ess, torch.full_like(exact, 16.0))
         assert found.doubts == ()
@@ -77,7 +77,7 @@ def test_extrapolation_takes_the_bias_off(device: torch.device) -> None:
     guide = gaussian.GaussianGuide(0.25, 0.3, 0.9).to(device)
     x = gaussian.SIGMA * torch.randn(20_000, device=device)
     exact = gaussian.log_evidence(model, x).detach()
-    found = bounds.iwae_curve(model, guide, x, 32)
+    found = bounds.iwae_curve((model, guide), x, 32)
     off = found.values[-1] - exact
     error = float(off.std()) / math.sqrt(len(x))
     assert float(off.mean()) < -STEPS * error
@@ -91,21 +91,21 @@ def test_a_guide_that_misses_gets_a_guess(device: torch.device) -> None:
     model = gaussian.GaussianModel().to(device)
     x = torch.linspace(-2, 2, 40, device=device)
     bad = gaussian.GaussianGuide(0.5, 1.2, 0.08).to(device)
-    found = bounds.iwae_curve(model, bad, x, 256)
+    found = bounds.iwae_curve((model, bad), x, 256)
     assert "four times the draws add" in found.doubts[0]
     assert "data rest on fewer than 20 draws" in found.doubts[1]
     text = str(found)
     assert "a guess:" in text
     assert "next: bounds.evidence(..., method='ais')" in text
     good = gaussian.GaussianGuide(0.57, 0.0, 0.6).to(device)
-    sound = bounds.iwae_curve(model, good, x, 256)
+    sound = bounds.iwae_curve((model, good), x, 256)
     assert sound.doubts == ()
     assert "if weights have a finite variance; no bound" in str(sound)
 
 
 def test_one_datum_has_no_error_over_data(device: torch.device) -> None:
     model, guide = gaussian.pair(device)
-    found = bounds.iwae_curve(model, guide, torch.tensor([0.3], device=device), 16)
+    found = bounds.iwae_curve((model, guide), torch.tensor([0.3], device=device), 16)
     assert math.isnan(found.se_extrapolated)
     assert "nan" not in str(found)
 
@@ -115,12 +115,12 @@ def test_the_curve_of_any_pair(name: str, device: torch.device, store: None) -> 
     model, guide, batch = pairs.PAIRS[name](device)
     if name in pairs.GLOBAL:
         with pytest.raises(UndefinedError, match="global site"):
-            bounds.iwae_curve(model, guide, batch, 16)
+            bounds.iwae_curve((model, guide), batch, 16)
         return
-    found = bounds.iwae_curve(model, guide, batch, 512)
+    found = bounds.iwae_curve((model, guide), batch, 512)
     assert found.values.shape == (10, len(batch[0]))
-    lower = bounds.elbo(model, guide, batch, 512, seed=1)
-    better = bounds.evidence(model, guide, batch, 512, seed=1)
+    lower = bounds.elbo((model, guide), batch, 512, seed=1)
+    better = bounds.evidence((model, guide), batch, 512, seed=1)
     assert lower.se_draws is not None
     assert better.se_draws is not None
     first = STEPS * math.hypot(lower.se_draws, float(found.se_draws[0]))
@@ -132,11 +132,11 @@ def test_the_curve_of_any_pair(name: str, device: torch.device, store: None) -> 
 def test_refusals() -> None:
     ae = recipes.ae(6, 2)
     with pytest.raises(UndefinedError, match="point mass"):
-        bounds.iwae_curve(ae.model, ae.guide, torch.zeros(3, 6))
+        bounds.iwae_curve(ae, torch.zeros(3, 6))
     vae = recipes.vae(6, 2)
     for number, message in ((100, "a power of 2"), (8, "at least 16")):
         with pytest.raises(ArgumentError, match=message):
-            bounds.iwae_curve(vae.model, vae.guide, torch.zeros(3, 6), number)
+            bounds.iwae_curve(vae, torch.zeros(3, 6), number)
 
 
 # --- comparison
@@ -173,7 +173,7 @@ def test_the_paired_error_is_smaller_than_that_of_two_models(device: torch.devic
     for name, w in (("one", 1.3), ("other", 1.6)):
         model = gaussian.GaussianModel(w).to(device)
         guide = gaussian.exact_guide(model).to(device)
-        found[name] = bounds.evidence(model, guide, x, 4)
+        found[name] = bounds.evidence((model, guide), x, 4)
         exact[name] = gaussian.log_evidence(model, x).detach()
     table = bounds.compare(found)
     first, second = table.rows

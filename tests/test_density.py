@@ -17,14 +17,15 @@ from pvae import guides, likelihoods, priors, recipes
 from pvae import terms as t
 from pvae.data import LinearGaussian, as_source
 from pvae.errors import PairError, PvaeWarning, UndefinedError
-from pvae.pair import VAE
+from pvae.pair import Pair
+from pvae.vae import VAE
 from tests import pairs
 
 N, K = 7, 4
 
 
 def density_of(model: Any, guide: Any, *batch: Tensor) -> t.LatentDensity:
-    return t.LatentDensity(model, guide, batch, t.inspect_pair(model, guide, batch))
+    return t.LatentDensity(Pair(model, guide).inspect(batch), batch)
 
 
 def normal(value: Tensor, loc: Any, scale: Any) -> Tensor:
@@ -144,14 +145,14 @@ def test_weights_are_those_of_terms_for_any_pair(
 ) -> None:
     """log p(x, u) - log q(u): the determinants cancel, and the programs are run at the draws."""
     model, guide, batch = pairs.PAIRS[name](device)
-    structure = t.inspect_pair(model, guide, batch)
+    structure = Pair(model, guide).inspect(batch)
     if name in REFUSED:
         with pytest.raises(UndefinedError, match=REFUSED[name]):
-            t.LatentDensity(model, guide, batch, structure)
+            t.LatentDensity(structure, batch)
         return
     source = as_source(batch, device, torch.float64)
     count = 0
-    for rows, density in t.stream_densities(model, guide, source, structure):
+    for rows, density in t.stream_densities(t.Evaluation(Pair(model, guide), structure, source)):
         u = density.from_guide(k)
         assert u.shape == (k, density.num_rows, density.num_dims)
         values = density.values(u)

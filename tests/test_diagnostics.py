@@ -44,9 +44,9 @@ def test_sensitivity_is_the_norm_of_the_jacobian(device: torch.device) -> None:
         encoder = vae.guide.posterior.get_submodule("network")
         jacobians = torch.func.vmap(torch.func.jacrev(lambda v: encoder(v)[:Q]))(x)  # noqa: B023
         expected = jacobians.flatten(1).norm(dim=1)
-        found = diagnostics.sensitivity(vae.model, vae.guide, x, max_rows=4)
+        found = diagnostics.sensitivity(vae, x, max_rows=4)
         torch.testing.assert_close(found, expected)
-        many = diagnostics.sensitivity(vae.model, vae.guide, x, num_probes=4000)
+        many = diagnostics.sensitivity(vae, x, num_probes=4000)
         torch.testing.assert_close(many, expected, rtol=0.15, atol=0)
     assert all(p.grad is None for p in vae.parameters())
 
@@ -54,32 +54,32 @@ def test_sensitivity_is_the_norm_of_the_jacobian(device: torch.device) -> None:
 @pytest.mark.usefixtures("store")
 def test_sensitivity_of_any_pair(device: torch.device) -> None:
     model, guide, batch = pairs.labels(device)
-    found = diagnostics.sensitivity(model, guide, batch)
+    found = diagnostics.sensitivity((model, guide), batch)
     weight = guide.encoder.weight[:2, : batch[0].shape[1]]
     torch.testing.assert_close(found, weight.norm().detach().expand(12))
     model, guide, batch = pairs.two_sites(device)
     with pytest.raises(UndefinedError, match="site=NAME"):
-        diagnostics.sensitivity(model, guide, batch)
+        diagnostics.sensitivity((model, guide), batch)
 
 
 @pytest.mark.usefixtures("store")
 def test_sensitivity_where_there_is_none(device: torch.device) -> None:
     model, guide, batch = pairs.subsample_drawn(device)
     with pytest.raises(UndefinedError, match="one that subsamples its data"):
-        diagnostics.sensitivity(model, guide, batch)
+        diagnostics.sensitivity((model, guide), batch)
     vae = recipes.vae(D, 2, hidden=(8,)).to(device)
     x = torch.rand(12, D, device=device).round()
     point = AutoDelta(vae.model)
     point(x)
-    summary = report.summarize(vae.model, point, x)
+    summary = report.summarize((vae.model, point), x)
     assert ("sensitivity", "not defined") in [line[:2] for line in summary.lines]
     step = recipes.ae(D, Q).to(device)
     step.guide.posterior.network = nn.Sequential(Step(), nn.Linear(D, Q)).to(device)
-    assert diagnostics.sensitivity(step.model, step.guide, x).tolist() == [0.0] * 12
+    assert diagnostics.sensitivity(step, x).tolist() == [0.0] * 12
     counts = torch.randint(0, 5, (12, D), device=device)
     ae = recipes.ae(D, Q).to(device)
-    found = diagnostics.sensitivity(ae.model, ae.guide, counts)
-    torch.testing.assert_close(found, diagnostics.sensitivity(ae.model, ae.guide, counts.double()))
+    found = diagnostics.sensitivity(ae, counts)
+    torch.testing.assert_close(found, diagnostics.sensitivity(ae, counts.double()))
 
 
 class Step(nn.Module):
@@ -91,14 +91,14 @@ def test_the_report_of_an_autoencoder_has_no_scale(device: torch.device) -> None
     """A code that shrinks and a decoder that grows change neither line."""
     ae = recipes.ae(D, Q, hidden=()).to(device)
     x = torch.rand(50, D, device=device)
-    before = report.summarize(ae.model, ae.guide, x)
+    before = report.summarize(ae, x)
     with torch.no_grad():
         for parameter in ae.guide.parameters():
             parameter.mul_(1e-3)
         for name, parameter in ae.model.named_parameters():
             if "weight" in name:
                 parameter.mul_(1e3)
-    after = report.summarize(ae.model, ae.guide, x)
+    after = report.summarize(ae, x)
     for name in ("sparsity", "sensitivity"):
         first, second = ({k: v for k, v, _ in s.lines}[name] for s in (before, after))
         assert first == second

@@ -343,7 +343,7 @@ def test_codes_of_pairs(device: torch.device) -> None:
     with torch.no_grad():
         for parameter in vae.guide.parameters():
             parameter.copy_(torch.eye(2, 4) if parameter.dim() == 2 else torch.zeros(2))
-    codes = latent.codes(vae.model, vae.guide, x)
+    codes = latent.codes(vae, x)
     assert mig(codes, v).value == pytest.approx(1)
     assert factor_vae_score(codes, v).value == 1
 
@@ -355,9 +355,9 @@ def test_kinds_of_pairs(make: Callable[..., Any], device: torch.device) -> None:
     v = torch.arange(len(batch[0])) % 2
     if make is pairs.two_sites:
         with pytest.raises(PvaeError, match="site="):
-            latent.codes(model, guide, batch)
+            latent.codes((model, guide), batch)
         return
-    codes = latent.codes(model, guide, batch)
+    codes = latent.codes((model, guide), batch)
     assert 0 <= mig(codes, v).value <= 1
 
 

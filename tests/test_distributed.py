@@ -151,7 +151,7 @@ def test_the_validation_number_is_that_of_one_process(together: Path) -> None:
     one, two = weights(together, "whole")
     assert same(one, two)
     pair.load_state_dict(one)
-    bound = bounds.elbo(pair.model, pair.guide, process.rows(11).round(), seed=0)
+    bound = bounds.elbo(pair, process.rows(11).round(), seed=0)
     assert bound.rate is not None
     for of_two in found(together, "stochastic"):
         last = of_two["history"][-1]
@@ -367,7 +367,7 @@ def test_processes_that_train_apart_are_warned(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, value)
     ae = process.autoencoder()
     with pytest.warns(PvaeWarning, match=r"each trains by itself.*distributed\.joined"):
-        pvae.fit(ae.model, ae.guide, process.rows(), epochs=1, progress=False)
+        pvae.fit(ae, process.rows(), epochs=1, progress=False)
 
 
 def made(kind: Callable[..., objectives.Objective]) -> objectives.Objective:
@@ -383,19 +383,17 @@ def test_objectives_say_whether_they_couple_data(kind: type[objectives.Objective
     """Loss and gradients of the whole, and the mean of its parts', at the same draws."""
     torch.manual_seed(0)
     pair, x = recipes.vae(process.D, process.Q, hidden=(8,)), process.rows(9).round()
-    structure, objective = t.inspect_pair(pair.model, pair.guide, (x,)), made(kind)
+    structure, objective = pair.inspect((x,)), made(kind)
     parameters = list(structure.parameters.values())
     state = objective.make_state(structure, len(x), 1, 1)
     learns, k = bool(state.tensors()), objective.num_particles
-    z = t.compute(pair.model, pair.guide, x, num_particles=k).sites["z"].value
+    z = t.compute(pair.inspect(x), x, num_particles=k).sites["z"].value
     assert z is not None
 
     def numbers(part: slice) -> Tensor:
         terms = t.compute(
-            pair.model,
-            pair.guide,
+            structure,
             x[part],
-            structure=structure,
             num_particles=k,
             given={"z": z[:, part].detach() if k > 1 else z[0, part].detach()},
             **objective.pass_options,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pvae import recipes
-from pvae import terms as t
 from pvae.engine import PARTS, Stepper, make_optimizer
 from pvae.engine.optimizers import Backup, is_fused, update
 from pvae.errors import ArgumentError
@@ -22,7 +21,7 @@ D, Q, N = 6, 2, 16
 def make(device: torch.device, optimizer: Any = torch.optim.Adam) -> tuple[Stepper, Tensor]:
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     x = torch.rand(N, D, device=device).round()
-    structure = t.inspect_pair(vae.model, vae.guide, (x,))
+    structure = vae.inspect((x,))
     parameters = list(structure.parameters.values())
     objective = ELBO()
     stepper = Stepper(

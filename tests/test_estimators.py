@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import pvae
 from pvae import VAE, likelihoods, priors
 from pvae import objectives as o
-from pvae import terms as t
 from pvae.errors import PairError
 from pvae.networks import MLP
+from pvae.pair import Pair
 from tests import gaussian, pairs
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -320,7 +320,7 @@ def test_the_analytic_rate_is_mean_field_elbos(device: torch.device) -> None:
         TraceMeanField_ELBO(3, vectorize_particles=True, max_plate_nesting=1),
         o.ELBO(3, analytic_kl=True, vectorize_particles=True),
     ):
-        t.inspect_pair(vae.model, vae.guide, (x,))
+        vae.inspect((x,))
         torch.manual_seed(2)
         results.append(gradients(objective, vae.model, vae.guide, x))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
@@ -401,7 +401,7 @@ def test_with_a_global_latent_one_draw_is_shared(device: torch.device) -> None:
     model, guide, (x,) = pairs.global_latent(device)
     k = 4
     torch.manual_seed(3)
-    structure = t.inspect_pair(model, guide, (x,))
+    structure = Pair(model, guide).inspect((x,))
     objective = o.IWAE(k, vectorize_particles=True)
     terms = objective.compute_terms(model, guide, (x,), structure)
     shift = terms.sites["shift"].draws

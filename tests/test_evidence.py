@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pvae import VAE, bounds, guides, likelihoods, priors
-from pvae import terms as t
 from pvae.bounds.hmc import Path, adapt, pilot_length, transition
 from pvae.bounds.sums import WeightSums
 from pvae.data import LinearGaussian
 from pvae.errors import ArgumentError, UndefinedError
+from pvae.pair import Pair
 from tests import gaussian, pairs
 
 STEPS = 4.5  # standard errors; two-sided, a false alarm in 1.5e5
@@ -128,7 +128,7 @@ def test_mean_weight_is_the_evidence(start: Any, device: torch.device) -> None:
     guide = gaussian.GaussianGuide(0.1, 0.5, 0.9).to(device)
     x = torch.tensor([-1.0, 0.3, 2.0], device=device)
     ais = bounds.AIS(start, num_temperatures=3, num_leapfrog=2, acceptance=0.5)
-    found = bounds.evidence(model, guide, x, 4000, method="ais", ais=ais, progress=False)
+    found = bounds.evidence((model, guide), x, 4000, method="ais", ais=ais, progress=False)
     assert found.values is not None
     assert found.ess is not None
     ratio = (found.values - gaussian.log_evidence(model, x)).detach().exp()
@@ -150,7 +150,7 @@ def test_mean_weights_there_and_back(
     guide = gaussian.GaussianGuide().to(device)
     ais = bounds.AIS("prior", num_temperatures=3, num_leapfrog=1, acceptance=0.98)
     x = torch.zeros(3000, device=device)
-    found = bounds.bdmc(model, guide, x, 1, ais=ais, progress=False)
+    found = bounds.bdmc((model, guide), x, 1, ais=ais, progress=False)
     exact = gaussian.log_evidence(model, found.batch[0]).detach()
     for off in (found.lower.per_datum - exact, exact - found.upper.per_datum):
         ratio = off.exp()
@@ -168,14 +168,14 @@ def test_with_the_exact_posterior_every_chain_has_the_evidence(device: torch.dev
     ais = bounds.AIS(num_temperatures=4, num_leapfrog=2)
     for max_rows in (8192, 10, 2):
         found = bounds.evidence(
-            model, guide, x, 5, method="ais", ais=ais, max_rows=max_rows, progress=False
+            (model, guide), x, 5, method="ais", ais=ais, max_rows=max_rows, progress=False
         )
         assert found.values is not None
         assert found.ess is not None
         torch.testing.assert_close(found.values, exact)
         torch.testing.assert_close(found.ess, torch.full_like(exact, 5.0))
         assert found.se_draws == pytest.approx(0.0, abs=1e-6)
-    both = bounds.bdmc(model, guide, x, 5, ais=ais, max_rows=10, progress=False)
+    both = bounds.bdmc((model, guide), x, 5, ais=ais, max_rows=10, progress=False)
     exact = gaussian.log_evidence(model, both.batch[0]).detach()
     torch.testing.assert_close(both.lower.per_datum, exact)
     torch.testing.assert_close(both.upper.per_datum, exact)
@@ -187,12 +187,12 @@ def test_annealing_where_importance_sampling_is_loose(device: torch.device) -> N
     """A guide that is shifted by more than two of its own standard deviations, and too narrow."""
     toy, pair, x = poor(device)
     exact = float(toy.log_evidence(x).mean())
-    loose = bounds.evidence(pair.model, pair.guide, x, 1000)
+    loose = bounds.evidence(pair, x, 1000)
     assert loose.mean < exact - 1.0
     assert "rest on a few draws" in str(loose)
     for start in ("guide", "prior"):
         ais = bounds.AIS(start, num_temperatures=150, num_leapfrog=6)
-        found = bounds.evidence(pair.model, pair.guide, x, 24, method="ais", ais=ais, seed=1)
+        found = bounds.evidence(pair, x, 24, method="ais", ais=ais, seed=1)
         assert found.se_draws is not None
         assert found.se_draws < 0.05
         assert abs(found.mean - exact) < 0.1
@@ -206,7 +206,7 @@ def test_both_bounds_bracket_the_evidence(device: torch.device) -> None:
     toy, pair, x = poor(device)
     x = x.repeat(3, 1)
     ais = bounds.AIS("prior", num_temperatures=150, num_leapfrog=6)
-    found = bounds.bdmc(pair.model, pair.guide, x, 12, ais=ais, progress=False)
+    found = bounds.bdmc(pair, x, 12, ais=ais, progress=False)
     assert found.batch[0].shape == x.shape
     assert not torch.equal(found.batch[0].cpu(), x)
     exact = toy.log_evidence(found.batch[0].cpu())
@@ -218,7 +218,7 @@ def test_both_bounds_bracket_the_evidence(device: torch.device) -> None:
         assert abs(float(off.mean())) < 0.1
     assert found.gap == pytest.approx(float((upper - lower).mean()))
     rough = bounds.AIS("prior", num_temperatures=4, num_leapfrog=6)
-    coarse = bounds.bdmc(pair.model, pair.guide, x, 2, ais=rough, progress=False)
+    coarse = bounds.bdmc(pair, x, 2, ais=rough, progress=False)
     assert coarse.gap > found.gap + 0.5
     off = coarse.lower.per_datum.cpu() - toy.log_evidence(coarse.batch[0].cpu())
     assert coarse.gap > -float(off.mean())  # it bounds what the lower bound misses
@@ -242,8 +242,7 @@ def test_a_positive_latent_against_quadrature(device: torch.device) -> None:
     exact = (joint + u.unsqueeze(-1)).logsumexp(0) + math.log(float(u[1] - u[0]))
     ais = bounds.AIS(num_temperatures=40, num_leapfrog=5)
     found = bounds.evidence(
-        lambda x: positive(x, model=True),
-        lambda x: positive(x, model=False),
+        (lambda x: positive(x, model=True), lambda x: positive(x, model=False)),
         x,
         2000,
         method="ais",
@@ -266,7 +265,7 @@ def test_two_sites_against_the_closed_form(device: torch.device) -> None:
     mean = first(second.bias)
     exact = dist.MultivariateNormal(mean, covariance).log_prob(x).detach()
     found = bounds.evidence(
-        model, guide, x, 100, method="ais", ais=bounds.AIS(num_temperatures=50), progress=False
+        (model, guide), x, 100, method="ais", ais=bounds.AIS(num_temperatures=50), progress=False
     )
     assert found.values is not None
     assert found.se_draws is not None
@@ -290,10 +289,10 @@ def test_any_pair_is_annealed_or_refused(name: str, device: torch.device, store:
     options: dict[str, Any] = {"ais": ais, "progress": False}
     if name in REFUSED:
         with pytest.raises(UndefinedError, match=REFUSED[name]):
-            bounds.evidence(model, guide, batch, 4, method="ais", **options)
+            bounds.evidence((model, guide), batch, 4, method="ais", **options)
         return
-    found = bounds.evidence(model, guide, batch, 48, method="ais", **options)
-    other = bounds.evidence(model, guide, batch, 20_000)
+    found = bounds.evidence((model, guide), batch, 48, method="ais", **options)
+    other = bounds.evidence((model, guide), batch, 20_000)
     assert found.num_data == len(batch[0])
     assert found.se_draws is not None
     assert other.se_draws is not None
@@ -301,9 +300,9 @@ def test_any_pair_is_annealed_or_refused(name: str, device: torch.device, store:
     assert abs(found.mean - other.mean) < tolerance
     if name in NOT_SIMULATED:
         with pytest.raises(UndefinedError, match=NOT_SIMULATED[name]):
-            bounds.bdmc(model, guide, batch, 4, **options)
+            bounds.bdmc((model, guide), batch, 4, **options)
         return
-    both = bounds.bdmc(model, guide, batch, 16, **options)
+    both = bounds.bdmc((model, guide), batch, 16, **options)
     assert both.gap > -STEPS * both.se_gap
 
 
@@ -314,9 +313,9 @@ def test_annealing_from_the_prior_needs_no_density_of_the_guide(device: torch.de
     points = VAE(pair.model.prior, pair.model.likelihood, guides.Point(nn.Linear(5, 1), 1))
     x = toy.sample(5)
     with pytest.raises(UndefinedError, match="point mass"):
-        bounds.evidence(points.model, points.guide, x, method="ais")
+        bounds.evidence(points, x, method="ais")
     ais = bounds.AIS("prior", num_temperatures=60, num_leapfrog=5)
-    found = bounds.evidence(points.model, points.guide, x, 64, method="ais", ais=ais)
+    found = bounds.evidence(points, x, 64, method="ais", ais=ais)
     assert found.kind == "lower"
     assert found.se_draws is not None
     exact = float(toy.log_evidence(x).mean())
@@ -330,9 +329,7 @@ def test_the_callers_state_stays_as_it_was(device: torch.device) -> None:
     before = torch.get_rng_state()
 
     def run(seed: int) -> Tensor:
-        return bounds.bdmc(
-            pair.model, pair.guide, x, 3, ais=ais, seed=seed, progress=False
-        ).upper.per_datum
+        return bounds.bdmc(pair, x, 3, ais=ais, seed=seed, progress=False).upper.per_datum
 
     assert torch.equal(run(3), run(3))
     assert not torch.equal(run(3), run(4))
@@ -357,7 +354,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
 
     monkeypatch.setattr("pvae.bounds.annealing.transition", stop)
     with pytest.raises(KeyboardInterrupt):
-        bounds.evidence(pair.model, pair.guide, x, 2, method="ais", progress=False)
+        bounds.evidence(pair, x, 2, method="ais", progress=False)
     assert len(calls) == 4
     assert pair.model.training
     assert torch.is_grad_enabled()
@@ -369,7 +366,7 @@ def test_the_bar_is_on_stderr_and_arrives(
 ) -> None:
     _, pair, x = poor(device)
     ais = bounds.AIS(num_temperatures=3, num_leapfrog=1)
-    bounds.bdmc(pair.model, pair.guide, x, 3, ais=ais, max_rows=18)
+    bounds.bdmc(pair, x, 3, ais=ais, max_rows=18)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "annealing: 100%" in captured.err
@@ -406,32 +403,32 @@ def test_chi_upper_bound_by_quadrature(device: torch.device) -> None:
     ).detach()
     upper = 0.5 * exact.log()
     assert bool((upper > gaussian.log_evidence(model, x)).all())
-    found = bounds.evidence(model, guide, x, 50_000, method="cubo")
+    found = bounds.evidence((model, guide), x, 50_000, method="cubo")
     assert found.kind == "estimate"
     assert "no bound" in str(found)
     assert found.values is not None
     assert found.ess is not None
     error = 0.5 * (1 / found.ess - 1 / 50_000).sqrt()
     assert bool(((found.values - upper).abs() < STEPS * error).all())
-    few = bounds.evidence(model, guide, x.repeat(2000), 3, method="cubo")
+    few = bounds.evidence((model, guide), x.repeat(2000), 3, method="cubo")
     assert few.mean < float(upper.mean()) - STEPS * few.se_data
 
 
 def test_what_a_result_says() -> None:
     _, pair, x = poor(torch.device("cpu"))
     ais = bounds.AIS(num_temperatures=3, num_leapfrog=1)
-    found = bounds.evidence(pair.model, pair.guide, x, 8, method="ais", ais=ais, progress=False)
+    found = bounds.evidence(pair, x, 8, method="ais", ais=ais, progress=False)
     lines = str(found).splitlines()
     assert lines[0].startswith("evidence, AIS-3: ")
     assert lines[1] == "  a lower bound of log p(x) on average"
     assert lines[2].startswith("  ESS: median ")
     assert lines[-1].startswith("  acceptance: mean 0.")
-    both = bounds.bdmc(pair.model, pair.guide, x, 3, ais=ais, progress=False)
+    both = bounds.bdmc(pair, x, 3, ais=ais, progress=False)
     assert "AIS-3, on 12 simulated data, K = 3" in str(both)
     assert both.upper.kind == "upper"
     assert both.upper.se_draws is None
     alone = bounds.AIS(num_temperatures=1)  # importance sampling
-    found = bounds.evidence(pair.model, pair.guide, x, 8, method="ais", ais=alone, progress=False)
+    found = bounds.evidence(pair, x, 8, method="ais", ais=alone, progress=False)
     assert "acceptance" not in str(found)
 
 
@@ -477,15 +474,15 @@ def test_bad_arguments_are_refused_before_work() -> None:
         ({"max_rows": 0}, "max_rows"),
     ):
         with pytest.raises(ArgumentError, match=message):
-            bounds.evidence(never, never, x, **options)
+            bounds.evidence((never, never), x, **options)
     with pytest.raises(ArgumentError, match="num_particles"):
-        bounds.bdmc(never, never, x, 0)
+        bounds.bdmc((never, never), x, 0)
 
 
 def test_the_upper_bound_of_a_data_set_is_refused(device: torch.device) -> None:
     model, guide, batch = pairs.global_latent(device)
     with pytest.raises(UndefinedError, match="global site"):
-        bounds.evidence(model, guide, batch, method="cubo")
-    structure = t.inspect_pair(model, guide, batch)
+        bounds.evidence((model, guide), batch, method="cubo")
+    structure = Pair(model, guide).inspect(batch)
     with pytest.raises(UndefinedError, match="global site"):
-        bounds.iwae_curve(model, guide, batch, 16, structure=structure)
+        bounds.iwae_curve((model, guide), batch, 16, structure=structure)

@@ -30,7 +30,7 @@ def test_loss_and_gradients_are_svis(device: torch.device) -> None:
     """One step on one batch, same seed: SVI's loss and gradients, divided by the number of data."""
     x = binary(16).to(device)
     ours, theirs = vae().to(device), vae().to(device)
-    run = fit(ours.model, ours.guide, x, epochs=1, lr=1e-12, seed=7, device=device)
+    run = fit(ours, x, epochs=1, lr=1e-12, seed=7, device=device)
     svi = SVI(theirs.model, theirs.guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
     torch.manual_seed(7)
     loss = Trace_ELBO().differentiable_loss(theirs.model, theirs.guide, x)
@@ -50,7 +50,7 @@ def test_whole_trainings_are_svis(device: torch.device) -> None:
     """The same batches, and Adam on a loss divided by N, which it sees in its epsilon alone."""
     x = binary(48).to(device)
     ours, theirs = vae().to(device), vae().to(device)
-    fit(ours.model, ours.guide, x, epochs=10, lr=1e-3, seed=7, device=device)
+    fit(ours, x, epochs=10, lr=1e-3, seed=7, device=device)
     svi = SVI(theirs.model, theirs.guide, pyro.optim.Adam({"lr": 1e-3, "eps": 16e-8}), Trace_ELBO())
     batches = data.Batches(data.as_source(x, device, torch.float64), 16, seed=7)
     torch.manual_seed(7)
@@ -63,7 +63,7 @@ def test_whole_trainings_are_svis(device: torch.device) -> None:
 
 def test_a_scaled_plates_loss_is_divided_by_its_full_size(device: torch.device) -> None:
     model, guide, (x,) = pairs.subsample_given(device, n=16, full=100)
-    run = fit(model, guide, x, epochs=1, lr=1e-12, seed=3, device=device)
+    run = fit((model, guide), x, epochs=1, lr=1e-12, seed=3, device=device)
     torch.manual_seed(3)
     total = Trace_ELBO().loss(model, guide, x)
     assert run.history[0]["loss"] == pytest.approx(total / 100)
@@ -74,7 +74,7 @@ def test_a_scaled_plates_loss_is_divided_by_its_full_size(device: torch.device) 
 @pytest.mark.parametrize("name", pairs.PAIRS)
 def test_fit_takes_pairs_that_pvae_did_not_build(name: str, device: torch.device) -> None:
     model, guide, batch = pairs.PAIRS[name](device, n=N)
-    run = fit(model, guide, batch, epochs=40, lr=2e-2, valid=batch, device=device)
+    run = fit((model, guide), batch, epochs=40, lr=2e-2, valid=batch, device=device)
     moved = [p for p in run.structure.parameters.values() if p.grad is not None]
     assert len(moved) == len(run.structure.parameters)
     losses = run.history["loss"]
@@ -85,14 +85,14 @@ def test_fit_takes_pairs_that_pvae_did_not_build(name: str, device: torch.device
 @pytest.mark.usefixtures("store")
 def test_a_function_pairs_parameters_stay_in_the_store(device: torch.device) -> None:
     model, guide, batch = pairs.functions(device)
-    fit(model, guide, batch, epochs=1, device=device)
+    fit((model, guide), batch, epochs=1, device=device)
     names = set(pyro.get_param_store().keys())
     assert {n.split("$")[0] for n in names} == {"decoder", "encoder"}
 
 
 def test_a_module_pair_leaves_the_store_alone(device: torch.device) -> None:
     pair = vae()
-    fit(pair.model, pair.guide, binary(), epochs=1, device=device)
+    fit(pair, binary(), epochs=1, device=device)
     assert len(pyro.get_param_store()) == 0
 
 
@@ -108,7 +108,7 @@ def test_a_function_that_announces_nothing_is_warned_about(device: torch.device)
             pyro.sample("x", likelihood, obs=x)
 
     with pytest.warns(PvaeWarning, match=r"'Linear.weight' and 'Linear.bias' are used"):
-        fit(model, guide, x, epochs=1, device=device)
+        fit((model, guide), x, epochs=1, device=device)
 
 
 # Global state
@@ -117,7 +117,7 @@ def test_a_function_that_announces_nothing_is_warned_about(device: torch.device)
 def test_fit_leaves_generators_and_modes_as_found(device: torch.device) -> None:
     pair = vae().eval()
     before = randomness.get_state()
-    fit(pair.model, pair.guide, binary(), epochs=2, valid=binary(), device=device)
+    fit(pair, binary(), epochs=2, valid=binary(), device=device)
     assert same(randomness.get_state(), before)
     assert not any(m.training for m in pair.modules())
 
@@ -127,7 +127,7 @@ def test_the_result_is_a_function_of_the_seed(device: torch.device) -> None:
     for seed in (1, 1, 2):
         pair = vae()
         torch.rand(seed)  # the caller's generator doesn't matter
-        fit(pair.model, pair.guide, binary(), epochs=3, seed=seed, device=device)
+        fit(pair, binary(), epochs=3, seed=seed, device=device)
         results.append(state(pair))
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
@@ -143,7 +143,7 @@ def test_validation_is_on_for_the_first_step_alone(device: torch.device) -> None
 
     pair = vae()
     pair.model.__class__ = Model
-    fit(pair.model, pair.guide, binary(), epochs=2, device=device)
+    fit(pair, binary(), epochs=2, device=device)
     training = seen[-6:]  # three batches an epoch, after the probes
     assert training == [True, False, False, False, False, False]
 
@@ -153,7 +153,7 @@ def test_validation_is_on_for_the_first_step_alone(device: torch.device) -> None
 
 def test_history_adds_up(device: torch.device) -> None:
     pair = vae()
-    run = fit(pair.model, pair.guide, binary(), epochs=3, valid=binary(8), device=device)
+    run = fit(pair, binary(), epochs=3, valid=binary(8), device=device)
     assert [r["epoch"] for r in run.history] == [0, 1, 2]
     assert [r["step"] for r in run.history] == [3, 6, 9]
     for record in run.history:
@@ -162,7 +162,7 @@ def test_history_adds_up(device: torch.device) -> None:
         assert record["valid_elbo"] == pytest.approx(
             record["valid_log_likelihood"] - record["valid_rate"]
         )
-    check = bounds.elbo(pair.model, pair.guide, binary(8), seed=0)
+    check = bounds.elbo(pair, binary(8), seed=0)
     assert run.history[-1]["valid_elbo"] == pytest.approx(check.mean)
     assert "valid_elbo" in repr(run.history)
     assert "Fit of 8 parameter tensors" in repr(run)
@@ -171,7 +171,7 @@ def test_history_adds_up(device: torch.device) -> None:
 def test_what_is_optimised_with_a_point_is_called_log_joint(device: torch.device) -> None:
     torch.manual_seed(0)
     pair = recipes.ae(D, Q, hidden=(8,))
-    run = fit(pair.model, pair.guide, binary(), epochs=2, valid=binary(8), device=device)
+    run = fit(pair, binary(), epochs=2, valid=binary(8), device=device)
     assert "elbo" not in run.history[0]
     assert run.history[0]["rate"] is None
     assert run.history[0]["valid_log_joint"] < 0
@@ -181,7 +181,7 @@ def test_what_is_optimised_with_a_point_is_called_log_joint(device: torch.device
 def test_warm_up_logs_the_true_elbo_beside_the_loss(device: torch.device) -> None:
     pair = vae()
     objective = ELBO(beta=schedules.Warmup(2, "epochs"))
-    run = fit(pair.model, pair.guide, binary(), objective, epochs=3, device=device)
+    run = fit(pair, binary(), objective, epochs=3, device=device)
     betas = run.history["beta"]
     assert betas == pytest.approx([0.5, 1.0, 1.0])
     first = run.history[0]
@@ -193,8 +193,7 @@ def test_a_warm_up_that_outlasts_the_training_is_warned_about(device: torch.devi
     pair = vae()
     with pytest.warns(PvaeWarning, match=r"beta reaches its end at step 30.*it ends at 0\.2"):
         fit(
-            pair.model,
-            pair.guide,
+            pair,
             binary(),
             ELBO(beta=schedules.Warmup(10, "epochs")),
             epochs=2,
@@ -205,8 +204,7 @@ def test_a_warm_up_that_outlasts_the_training_is_warned_about(device: torch.devi
 def test_learning_rate_schedule(device: torch.device) -> None:
     pair = vae()
     run = fit(
-        pair.model,
-        pair.guide,
+        pair,
         binary(),
         epochs=4,
         lr=0.1,
@@ -222,8 +220,7 @@ def test_gradients_are_clipped_by_their_global_norm(device: torch.device) -> Non
     before = state(pair)
     sgd = functools.partial(torch.optim.SGD)
     run = fit(
-        pair.model,
-        pair.guide,
+        pair,
         binary(16),
         epochs=1,
         optimizer=sgd,
@@ -250,9 +247,7 @@ def test_gradients_are_clipped_by_their_global_norm(device: torch.device) -> Non
 )
 def test_one_optimiser_of_any_kind(optimizer: Any, device: torch.device) -> None:
     pair = vae()
-    run = fit(
-        pair.model, pair.guide, binary(), epochs=60, optimizer=optimizer, lr=1e-2, device=device
-    )
+    run = fit(pair, binary(), epochs=60, optimizer=optimizer, lr=1e-2, device=device)
     assert run.history[-1]["loss"] < run.history[0]["loss"]
     assert len(run.stepper.optimizer.param_groups) == 1
     fused = "fused" in run.stepper.optimizer.param_groups[0]
@@ -264,7 +259,7 @@ def test_one_optimiser_of_any_kind(optimizer: Any, device: torch.device) -> None
 )
 def test_other_objectives_of_pyro_run(objective: Any, device: torch.device) -> None:
     pair = vae()
-    run = fit(pair.model, pair.guide, binary(), objective, epochs=60, lr=1e-2, device=device)
+    run = fit(pair, binary(), objective, epochs=60, lr=1e-2, device=device)
     assert run.history[-1]["loss"] < run.history[0]["loss"]
     if not isinstance(objective, Trace_ELBO):
         assert run.history[0]["elbo"] is None
@@ -272,7 +267,7 @@ def test_other_objectives_of_pyro_run(objective: Any, device: torch.device) -> N
 
 def test_several_particles(device: torch.device) -> None:
     pair = vae()
-    run = fit(pair.model, pair.guide, binary(), ELBO(num_particles=5), epochs=2, device=device)
+    run = fit(pair, binary(), ELBO(num_particles=5), epochs=2, device=device)
     assert run.history[-1]["elbo"] < 0
 
 
@@ -283,8 +278,7 @@ def test_early_stopping_ends_with_the_best_epoch(device: torch.device) -> None:
     pair = vae()
     few, other = binary(16), binary(17)[:8]
     run = fit(
-        pair.model,
-        pair.guide,
+        pair,
         few,
         epochs=400,
         lr=3e-2,
@@ -297,13 +291,13 @@ def test_early_stopping_ends_with_the_best_epoch(device: torch.device) -> None:
     best = max(values)
     assert run.progress.best == best
     assert run.progress.best_epoch == values.index(best) == len(values) - 6
-    again = bounds.elbo(pair.model, pair.guide, other, seed=0)
+    again = bounds.elbo(pair, other, seed=0)
     assert again.mean == pytest.approx(best)
 
 
 def test_patience_needs_validation_data() -> None:
     with pytest.raises(ArgumentError, match="valid=x_valid"):
-        fit(vae().model, vae().guide, binary(), patience=3)
+        fit(vae(), binary(), patience=3)
 
 
 # More training
@@ -311,8 +305,8 @@ def test_patience_needs_validation_data() -> None:
 
 def test_refine_goes_on_where_fit_ended(device: torch.device) -> None:
     once, twice = vae(), vae()
-    fit(once.model, once.guide, binary(), epochs=6, device=device)
-    run = fit(twice.model, twice.guide, binary(), epochs=2, device=device)
+    fit(once, binary(), epochs=6, device=device)
+    run = fit(twice, binary(), epochs=2, device=device)
     run.refine(4)
     assert same(state(once), state(twice))
     assert len(run.history) == 6
@@ -359,8 +353,8 @@ def test_the_same_data_in_any_form_give_the_same_fit(
     kind: str, tmp_path: Path, device: torch.device
 ) -> None:
     pair, expected = vae(), vae()
-    fit(expected.model, expected.guide, binary(), epochs=2, device=device)
-    run = fit(pair.model, pair.guide, KINDS[kind](binary(), tmp_path), epochs=2, device=device)
+    fit(expected, binary(), epochs=2, device=device)
+    run = fit(pair, KINDS[kind](binary(), tmp_path), epochs=2, device=device)
     assert same(state(pair), state(expected))
     assert run.source.exact
 
@@ -368,7 +362,7 @@ def test_the_same_data_in_any_form_give_the_same_fit(
 def test_a_data_loader_of_the_users_own(device: torch.device) -> None:
     pair = vae()
     loader = DataLoader(TensorDataset(binary()), batch_size=8, shuffle=True)
-    run = fit(pair.model, pair.guide, loader, epochs=3, valid=loader, device=device)
+    run = fit(pair, loader, epochs=3, valid=loader, device=device)
     assert run.history["step"] == [5, 10, 15]
     assert not run.source.exact
 
@@ -376,19 +370,19 @@ def test_a_data_loader_of_the_users_own(device: torch.device) -> None:
 def test_labels_go_along(device: torch.device) -> None:
     pair = vae(num_classes=3)
     y = torch.arange(N) % 3
-    run = fit(pair.model, pair.guide, (binary(), y), valid=(binary(), y), device=device)
+    run = fit(pair, (binary(), y), valid=(binary(), y), device=device)
     assert math.isfinite(run.history[-1]["valid_elbo"])
 
 
 def test_dynamic_binarisation(device: torch.device) -> None:
     pair = vae()
     grey = data.Data((torch.rand(N, D),), binarize="dynamic")
-    run = fit(pair.model, pair.guide, grey, epochs=3, valid=grey, device=device)
+    run = fit(pair, grey, epochs=3, valid=grey, device=device)
     assert math.isfinite(run.history[-1]["valid_elbo"])
 
 
 def test_a_pair_that_subsamples_itself_gets_all_data(device: torch.device) -> None:
     model, guide, (x,) = pairs.subsample_drawn(device, n=N, size=10)
-    run = fit(model, guide, x, epochs=3, device=device)
+    run = fit((model, guide), x, epochs=3, device=device)
     assert run.history["step"] == [4, 8, 12]
     assert run.batches.batch_size == N

@@ -82,12 +82,12 @@ def test_a_nan_stops_training_in_the_state_before_it(optimizer: Any, device: tor
     pair.guide.__class__ = does_at(7, poison)
     options = {"optimizer": optimizer, "batch_size": 8, "device": device}
     with pytest.raises(TrainingError) as error, pyro.validation_enabled(is_validate=False):
-        fit(pair.model, pair.guide, binary(), epochs=5, **options)
+        fit(pair, binary(), epochs=5, **options)
     message = str(error.value)
     assert message.startswith("epoch 1, batch 2: expected a finite loss")
     assert "site 'z' and 'x'" in message
     good.guide.__class__ = does_at(6, press_ctrl_c)
-    run = fit(good.model, good.guide, binary(), epochs=5, **options)
+    run = fit(good, binary(), epochs=5, **options)
     assert run.interrupted
     assert run.progress.global_step == 7
     assert same(state(pair), state(good))
@@ -103,18 +103,18 @@ def test_training_goes_on_after_a_failure(
     pair, whole = normed(), normed()
     pair.guide.__class__ = does_at(7, poison)
     options = {"optimizer": optimizer, "batch_size": 8, "device": device, "save_steps": 3}
-    fit(whole.model, whole.guide, binary(), epochs=3, **options)
+    fit(whole, binary(), epochs=3, **options)
     with pytest.raises(TrainingError), pyro.validation_enabled(is_validate=False):
-        fit(pair.model, pair.guide, binary(), epochs=3, folder=tmp_path, **options)
+        fit(pair, binary(), epochs=3, folder=tmp_path, **options)
     again = normed()
     again.guide.__class__ = does_at(10**9, poison)  # never: the cause is gone
-    run = fit(again.model, again.guide, binary(), epochs=3, folder=tmp_path, resume=True, **options)
+    run = fit(again, binary(), epochs=3, folder=tmp_path, resume=True, **options)
     assert run.history["step"] == [5, 10, 15]
     assert same(state(again), state(whole))
 
 
 def test_averages_count_no_failed_step(device: torch.device) -> None:
-    run = fit(vae().model, vae().guide, binary(), epochs=1, device=device)
+    run = fit(vae(), binary(), epochs=1, device=device)
     stepper = run.stepper
     batch = next(run.batches.epoch(0))
     stepper(batch, 3)
@@ -159,7 +159,7 @@ def test_a_bad_gradient_names_parameters(device: torch.device) -> None:
     )
     before = state(pair)
     with pytest.raises(TrainingError, match=r"gradient that isn't finite, of 'model\.likelihood"):
-        fit(pair.model, pair.guide, binary(), epochs=2, device=device)
+        fit(pair, binary(), epochs=2, device=device)
     assert same({k: v.cpu() for k, v in state(pair).items()}, before)
 
 
@@ -168,10 +168,10 @@ def test_a_bad_gradient_names_parameters(device: torch.device) -> None:
 
 def test_ctrl_c_stops_at_a_steps_end_and_fit_goes_on(device: torch.device) -> None:
     pair, whole = vae(), vae()
-    fit(whole.model, whole.guide, binary(), epochs=4, device=device)
+    fit(whole, binary(), epochs=4, device=device)
     pair.guide.__class__ = does_at(4, press_ctrl_c)
     before = signal.getsignal(signal.SIGINT)
-    run = fit(pair.model, pair.guide, binary(), epochs=4, device=device)
+    run = fit(pair, binary(), epochs=4, device=device)
     assert run.interrupted
     assert run.progress.global_step == 5
     assert signal.getsignal(signal.SIGINT) is before
@@ -184,7 +184,7 @@ def test_a_loaders_epoch_is_finished_after_ctrl_c(device: torch.device) -> None:
     pair = vae()
     pair.guide.__class__ = does_at(4, press_ctrl_c)
     loader = DataLoader(TensorDataset(binary()), batch_size=16, shuffle=True)
-    run = fit(pair.model, pair.guide, loader, epochs=4, device=device)
+    run = fit(pair, loader, epochs=4, device=device)
     assert run.interrupted
     run.refine(3)
     assert run.history["epoch"] == [0, 1, 2, 3]
@@ -197,7 +197,7 @@ def test_the_best_epoch_comes_back_when_training_ends_not_when_it_is_interrupted
     few, other = binary(16), binary(17)[:8]
     pair.guide.__class__ = does_at(150, press_ctrl_c)
     options: dict[str, Any] = {"lr": 3e-2, "valid": other, "device": device}
-    run = fit(pair.model, pair.guide, few, epochs=200, patience=200, **options)
+    run = fit(pair, few, epochs=200, patience=200, **options)
     assert run.interrupted
     assert run.progress.best_epoch is not None
     assert run.progress.best_epoch < 140
@@ -205,7 +205,7 @@ def test_the_best_epoch_comes_back_when_training_ends_not_when_it_is_interrupted
     assert run.progress.best is not None
 
     def value() -> float:
-        return pvae.bounds.elbo(pair.model, pair.guide, other, seed=0).mean
+        return pvae.bounds.elbo(pair, other, seed=0).mean
 
     assert value() == pytest.approx(last)
     run.refine(1)
@@ -218,9 +218,7 @@ def test_threads_can_fit(device: torch.device) -> None:
     pair = vae()
     results: list[Any] = []
     thread = threading.Thread(
-        target=lambda: results.append(
-            fit(pair.model, pair.guide, binary(), epochs=1, device=device)
-        )
+        target=lambda: results.append(fit(pair, binary(), epochs=1, device=device))
     )
     thread.start()
     thread.join()
@@ -233,9 +231,9 @@ def test_bad_rows_are_named_before_training(device: torch.device) -> None:
     x = binary()
     x[17, 3] = float("nan")
     with pytest.raises(DataError, match=r"data, row 17: expected finite values"):
-        fit(pair.model, pair.guide, x, device=device)
+        fit(pair, x, device=device)
     with pytest.raises(DataError, match=r"valid, row 17"):
-        fit(pair.model, pair.guide, binary(), valid=x, device=device)
+        fit(pair, binary(), valid=x, device=device)
     assert same({k: v.cpu() for k, v in state(pair).items()}, before)
 
 
@@ -247,13 +245,13 @@ def test_batch_norm_needs_two_rows(device: torch.device) -> None:
         guides.MeanField(encoder, Q),
     )
     with pytest.raises(ArgumentError, match="a single row"):
-        fit(pair.model, pair.guide, binary(33), device=device)
+        fit(pair, binary(33), device=device)
 
 
 def test_no_epoch_changes_nothing(device: torch.device) -> None:
     pair = vae()
     before = state(pair)
-    run = fit(pair.model, pair.guide, binary(), epochs=0, device=device)
+    run = fit(pair, binary(), epochs=0, device=device)
     assert same({k: v.cpu() for k, v in state(pair).items()}, before)
     assert len(run.history) == 0
 
@@ -262,7 +260,7 @@ def test_a_loaders_last_batch_isnt_tried(device: torch.device) -> None:
     """Its batches are its own, and trying them would take them."""
     pair = normed()
     loader = DataLoader(TensorDataset(binary(33)), batch_size=16, drop_last=True)
-    run = fit(pair.model, pair.guide, loader, epochs=2, device=device)
+    run = fit(pair, loader, epochs=2, device=device)
     assert run.history["step"] == [2, 4]
 
 
@@ -288,8 +286,7 @@ def test_parameters_of_single_rows_stay_with_their_rows(device: torch.device) ->
     """The posterior is N(y/2, 1/2), row by row: in one batch, rows aren't shuffled."""
     model, guide, y = rows_of_their_own(device)
     pvae.fit(
-        model,
-        guide,
+        (model, guide),
         y,
         pvae.objectives.ELBO(num_particles=20),
         epochs=300,
@@ -306,7 +303,7 @@ def test_parameters_of_single_rows_stay_with_their_rows(device: torch.device) ->
         if rows is not None:
             guide(y[:rows])
         with pytest.raises(PairError, match=r"all 40 rows in one batch(.|\n)*batch_size=None"):
-            fit(model, guide, y, device=device)
+            fit((model, guide), y, device=device)
 
 
 @pytest.mark.usefixtures("store")
@@ -328,9 +325,9 @@ def test_a_pair_of_one_batch_size_is_warned_about_or_refused(device: torch.devic
 
     x = pairs.data(48, device)
     with pytest.warns(PvaeWarning, match="runs on batches of 16 rows and on no others"):
-        fit(model, guide, x, epochs=1, device=device)
+        fit((model, guide), x, epochs=1, device=device)
     with pytest.raises(PairError, match="all 40 rows in one batch"):
-        fit(model, guide, x[:40], epochs=1, device=device)
+        fit((model, guide), x[:40], epochs=1, device=device)
 
 
 def with_a_global_site(device: torch.device, *, latent: bool) -> tuple[Any, Any]:
@@ -372,15 +369,15 @@ def test_what_is_outside_a_plate_of_unknown_size(device: torch.device) -> None:
     x = pairs.data(N, device)
     model, guide = with_a_global_site(device, latent=True)
     with pytest.raises(PairError) as error:
-        fit(model, guide, x, epochs=1, device=device)
+        fit((model, guide), x, epochs=1, device=device)
     assert "global site(s) 'shift': expected a data plate that knows the full size" in str(
         error.value
     )
     assert "pyro.plate('data', 40, subsample_size=len(x))" in str(error.value)
-    fit(model, guide, x, epochs=1, batch_size=None, device=device)
+    fit((model, guide), x, epochs=1, batch_size=None, device=device)
     model, guide = with_a_global_site(device, latent=False)
     with pytest.warns(PvaeWarning, match=r"'ridge' are outside the data plate"):
-        fit(model, guide, x, epochs=1, device=device)
+        fit((model, guide), x, epochs=1, device=device)
 
 
 @pytest.mark.usefixtures("store")
@@ -395,7 +392,7 @@ def test_a_parameter_that_comes_up_late_is_warned_about(device: torch.device) ->
         encode(x)
 
     with pytest.warns(PvaeWarning) as found:
-        fit(model, guide, x, epochs=12, device=device)
+        fit((model, guide), x, epochs=12, device=device)
     assert any("'late' came up during training" in str(w.message) for w in found)
 
 
@@ -413,10 +410,10 @@ def test_an_optimisers_own_learning_rates_are_kept(device: torch.device) -> None
         ]
         return torch.optim.Adam(groups, lr=lr)
 
-    run = fit(pair.model, pair.guide, binary(), epochs=2, optimizer=two_groups, device=device)
+    run = fit(pair, binary(), epochs=2, optimizer=two_groups, device=device)
     assert [g["lr"] for g in run.stepper.optimizer.param_groups] == [1e-2, 1e-3]
     options: dict[str, Any] = {"optimizer": two_groups, "lr_schedule": schedules.Cosine()}
-    run = fit(pair.model, pair.guide, binary(), epochs=2, device=device, **options)
+    run = fit(pair, binary(), epochs=2, device=device, **options)
     first, second = (g["lr"] for g in run.stepper.optimizer.param_groups)
     assert 0 < first == pytest.approx(10 * second)
     assert second < 1e-3
@@ -425,7 +422,7 @@ def test_an_optimisers_own_learning_rates_are_kept(device: torch.device) -> None
 def test_an_optimiser_that_changes_its_rate_is_left_to_it(device: torch.device) -> None:
     clipped = functools.partial(pyro.optim.clipped_adam.ClippedAdam, lrd=0.5)
     pair = vae()
-    run = fit(pair.model, pair.guide, binary(), epochs=2, optimizer=clipped, device=device)
+    run = fit(pair, binary(), epochs=2, optimizer=clipped, device=device)
     assert run.stepper.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**6)
 
 
@@ -445,7 +442,7 @@ def test_what_cant_train_is_refused(
     pair = vae()
     before = state(pair)
     with pytest.raises(ArgumentError, match=words):
-        fit(pair.model, pair.guide, binary(), device=device, **options)
+        fit(pair, binary(), device=device, **options)
     assert same({k: v.cpu() for k, v in state(pair).items()}, before)
 
 
@@ -467,7 +464,7 @@ def test_sparse_gradients_are_refused(device: torch.device) -> None:
     )
     y = torch.arange(N) % 3
     with pytest.raises(ArgumentError, match=r"dense gradients; got sparse ones, of guide"):
-        fit(pair.model, pair.guide, (binary(), y), device=device)
+        fit(pair, (binary(), y), device=device)
 
 
 # More epochs, other settings
@@ -478,14 +475,13 @@ def test_a_schedule_over_the_whole_training_cant_be_stretched_unseen(
 ) -> None:
     options: dict[str, Any] = {"lr_schedule": schedules.Cosine(), "device": device}
     pair = vae()
-    run = fit(pair.model, pair.guide, binary(), epochs=2, folder=tmp_path, **options)
+    run = fit(pair, binary(), epochs=2, folder=tmp_path, **options)
     with pytest.warns(PvaeWarning, match=r"'lr_schedule' spans the whole training.* 2 epoch"):
         run.refine(2)
     other = vae()
     with pytest.warns(PvaeWarning, match=r"which was 4 epoch\(s\) and now is 6"):
         fit(
-            other.model,
-            other.guide,
+            other,
             binary(),
             epochs=6,
             folder=tmp_path,
@@ -510,7 +506,7 @@ def test_other_settings_arent_resumed(
     options: dict[str, Any], words: str, tmp_path: Path, device: torch.device
 ) -> None:
     pair = vae()
-    fit(pair.model, pair.guide, binary(), epochs=1, folder=tmp_path, device=device)
+    fit(pair, binary(), epochs=1, folder=tmp_path, device=device)
     call = {"data": binary(), "folder": tmp_path, "resume": True, "device": device, **options}
     with pytest.raises(CheckpointError, match=words):
         fit(pair.model, pair.guide, epochs=2, **call)
@@ -520,11 +516,11 @@ def test_a_shuffling_loader_takes_nothing_from_the_global_generator(device: torc
     loader = DataLoader(TensorDataset(binary()), batch_size=16, shuffle=True)
     pair = vae()
     before = randomness.get_state()
-    fit(pair.model, pair.guide, loader, valid=loader, epochs=2, device=device)
+    fit(pair, loader, valid=loader, epochs=2, device=device)
     assert same(randomness.get_state(), before)
 
 
 def test_splits_arent_data(device: torch.device) -> None:
     pair = vae()
     with pytest.raises(DataError, match=r"one part of a data set; got Splits.*\n.*data\.train"):
-        fit(pair.model, pair.guide, data.load("digits"), device=device)
+        fit(pair, data.load("digits"), device=device)

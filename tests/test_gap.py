@@ -95,7 +95,7 @@ def test_the_best_mean_field_q_of_a_correlated_posterior(device: torch.device) -
     best = 0.5 * float(precision.diagonal().log().sum() - precision.logdet())
     assert best > 0.5
     guide = Gaussian(lambda x: posterior(CORRELATED, x)[0], precision.diagonal().rsqrt())
-    found = diagnostics.gap(Toy(CORRELATED), guide, x, progress=False)
+    found = diagnostics.gap((Toy(CORRELATED), guide), x, progress=False)
     near(found.amortisation, 0.0)
     near(found.approximation, best)
     near(found.total, best)
@@ -122,7 +122,7 @@ def test_a_bad_encoder_of_the_right_family(
     _, precision = posterior(ORTHOGONAL, x)
     best = precision.diagonal().rsqrt()
     guide = Gaussian(lambda x: posterior(ORTHOGONAL, x)[0] + shift * x[:, :1], factor * best)
-    found = diagnostics.gap(Toy(ORTHOGONAL), guide, x, flow=False, progress=False)
+    found = diagnostics.gap((Toy(ORTHOGONAL), guide), x, flow=False, progress=False)
     moved = (shift * x[:, :1] / best).square().sum(1)
     kl = 0.5 * moved + factor**2 - 1 - 2 * math.log(factor)
     near(found.amortisation, float(kl.mean()))
@@ -141,7 +141,7 @@ def test_a_full_rank_family_is_its_own(device: torch.device) -> None:
     x = data(CORRELATED, 4, device)
     _, precision = posterior(CORRELATED, x)
     guide = Gaussian(lambda x: posterior(CORRELATED, x)[0], torch.eye(2).double())
-    found = diagnostics.gap(Toy(CORRELATED), guide, x, flow=False, progress=False)
+    found = diagnostics.gap((Toy(CORRELATED), guide), x, flow=False, progress=False)
     kl = 0.5 * float(precision.diagonal().sum() - 2 - precision.logdet())
     near(found.amortisation, kl)
     near(found.approximation, 0.0)
@@ -176,7 +176,7 @@ def test_a_family_with_another_support(device: torch.device) -> None:
     """
     x = torch.tensor([0.0, 3.0, 9.0], dtype=torch.float64, device=device)
     model, guide = Coins().to(device), CoinsGuide().to(device)
-    found = diagnostics.gap(model, guide, x, flow=False, progress=False)
+    found = diagnostics.gap((model, guide), x, flow=False, progress=False)
     with torch.no_grad():
         q = dist.Beta(1 + 0.4 * x, 3 + 0.4 * (10 - x))
         kl = torch.distributions.kl_divergence(q, dist.Beta(1 + x, 11 - x))
@@ -221,7 +221,7 @@ def test_a_flow_is_better_than_a_gaussian(device: torch.device) -> None:
 
         gaussian.append(-minimize(loss, [0.0, -0.3], method="Nelder-Mead").fun)
     found = diagnostics.gap(
-        _square(observed=True), _square(observed=False), x, num_particles=4000, progress=False
+        (_square(observed=True), _square(observed=False)), x, num_particles=4000, progress=False
     )
     torch.testing.assert_close(
         found.evidence.per_datum.cpu(), torch.as_tensor(evidence), atol=0.02, rtol=0.0
@@ -240,7 +240,7 @@ def test_a_guide_that_cant_be_read_is_replaced_and_it_says_so(device: torch.devi
     model, guide, batch = pairs.two_sites(device, 4)
     quick = bounds.Refinement(max_steps=60)
     found = diagnostics.gap(
-        model, guide, batch, num_particles=100, refinement=quick, flow=False, progress=False
+        (model, guide), batch, num_particles=100, refinement=quick, flow=False, progress=False
     )
     assert "depends on what the guide has drawn before" in found.instead
     assert "a full-rank Gaussian instead" in str(found)
@@ -255,7 +255,7 @@ def test_a_guide_that_cant_be_read_is_replaced_and_it_says_so(device: torch.devi
 
     x = data(CORRELATED, 4, device)
     found = diagnostics.gap(
-        Toy(CORRELATED).to(device), transformed, x, num_particles=100, refinement=quick,
+        (Toy(CORRELATED).to(device), transformed), x, num_particles=100, refinement=quick,
         flow=False, progress=False,
     )  # fmt: skip
     assert found.instead == "TransformedDistribution at site 'z' has no parameters to read"
@@ -268,7 +268,7 @@ def test_no_fit_ends_below_its_start(device: torch.device) -> None:
     _, precision = posterior(ORTHOGONAL, x)
     guide = Gaussian(lambda x: posterior(ORTHOGONAL, x)[0], precision.diagonal().rsqrt())
     wild = bounds.Refinement(learning_rate=2.0, max_steps=3)
-    found = diagnostics.gap(Toy(ORTHOGONAL), guide, x, refinement=wild, progress=False)
+    found = diagnostics.gap((Toy(ORTHOGONAL), guide), x, refinement=wild, progress=False)
     near(found.amortisation, 0.0, short=1e-4)
     near(found.approximation, 0.0, short=1e-4)
     near(found.gain("flow", "full rank"), 0.0, short=1e-4)
@@ -305,14 +305,14 @@ def test_evidence_by_other_means(device: torch.device) -> None:
     quick = bounds.Refinement(max_steps=20)
     options: dict[str, Any] = {"refinement": quick, "flow": False, "progress": False}
     model = Toy(CORRELATED)
-    found = diagnostics.gap(model, guide, x, evidence=known, **options)
+    found = diagnostics.gap((model, guide), x, evidence=known, **options)
     best = 0.5 * float(precision.diagonal().log().sum() - precision.logdet())
     near(found.approximation, best)
     near(found.total, best)
     assert found.approximation.se_draws == pytest.approx(found.elbo("own").se_draws)
     other = bounds.Bound("other", exact[:3], float(exact[:3].sum()), None, 3, 1)
     with pytest.raises(ArgumentError, match="the same 4 data"):
-        diagnostics.gap(model, guide, x, evidence=other, **options)
+        diagnostics.gap((model, guide), x, evidence=other, **options)
 
 
 # refined
@@ -325,16 +325,16 @@ def test_refined_evidence_of_a_hopeless_guide(device: torch.device) -> None:
     model, exact = Toy(CORRELATED), log_evidence(CORRELATED, x)
     before, state = torch.get_rng_state(), [p.clone() for p in model.parameters()]
     options: dict[str, Any] = {"progress": False, "max_rows": 48}
-    found = bounds.refined(model, guide, x, 500, **options)
+    found = bounds.refined((model, guide), x, 500, **options)
     torch.testing.assert_close(found.per_datum, exact, atol=1e-3, rtol=0.0)
     assert found.ess is not None
     assert float(found.ess.min()) > 490
     assert found.kind == "lower"
-    assert bounds.evidence(model, guide, x, 500).mean < float(exact.mean()) - 1
+    assert bounds.evidence((model, guide), x, 500).mean < float(exact.mean()) - 1
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in (*model.parameters(), *guide.parameters()))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), state, strict=True))
-    again = bounds.refined(model, guide, x, 500, **options)
+    again = bounds.refined((model, guide), x, 500, **options)
     assert torch.equal(again.per_datum, found.per_datum)
 
 
@@ -354,12 +354,12 @@ def test_gap_of_any_pair(name: str, device: torch.device) -> None:
     options: dict[str, Any] = {"refinement": quick, "progress": False}
     if name in REFUSED:
         with pytest.raises(UndefinedError, match=REFUSED[name]):
-            diagnostics.gap(model, guide, batch, num_particles=20, **options)
+            diagnostics.gap((model, guide), batch, num_particles=20, **options)
         with pytest.raises(UndefinedError, match=REFUSED[name]):
-            bounds.refined(model, guide, batch, 20, **options)
+            bounds.refined((model, guide), batch, 20, **options)
         return
-    found = diagnostics.gap(model, guide, batch, num_particles=20, seed=4, **options)
-    expected = bounds.elbo(model, guide, batch, 20, seed=4)
+    found = diagnostics.gap((model, guide), batch, num_particles=20, seed=4, **options)
+    expected = bounds.elbo((model, guide), batch, 20, seed=4)
     torch.testing.assert_close(found.elbo("guide").per_datum, expected.per_datum)
     for bound in (found.amortisation, found.approximation, found.total, found.evidence):
         assert bound.per_datum.shape == (6,)
@@ -381,9 +381,9 @@ def test_gap_refuses(device: torch.device) -> None:
         with pytest.raises(UndefinedError, match="improper prior"):
             run(flat.model, flat.guide, x, progress=False)
     with pytest.raises(ArgumentError, match="num_particles"):
-        diagnostics.gap(ae.model, ae.guide, x, num_particles=1)
+        diagnostics.gap(ae, x, num_particles=1)
     with pytest.raises(ArgumentError, match="family"):
-        bounds.refined(ae.model, ae.guide, x, family="planar")  # type: ignore[arg-type]
+        bounds.refined(ae, x, family="planar")  # type: ignore[arg-type]
     for wrong in ({"num_particles": 0}, {"max_steps": 0}, {"learning_rate": 0.0}):
         with pytest.raises(ArgumentError, match="Refinement"):
             bounds.Refinement(**wrong)

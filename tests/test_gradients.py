@@ -32,7 +32,7 @@ def by_quadrature(
     rows = []
     for noise in points:
         z = guide.a * x + guide.c + guide.log_t.exp() * float(noise)
-        loss = -gaussian.log_weights(model, guide, x, z[None]).mean()
+        loss = -gaussian.log_weights((model, guide), x, z[None]).mean()
         rows.append(torch.stack(torch.autograd.grad(loss, parameters)))
     each, mass = torch.stack(rows).double(), torch.as_tensor(weights / weights.sum())[:, None]
     mean = (mass * each).sum(0)
@@ -43,7 +43,7 @@ def test_moments_are_those_of_quadrature(device: torch.device) -> None:
     """Within 5 standard errors of 2,000 draws: eight false alarms in 1.7e6 (two-sided) at most."""
     model, guide = gaussian.pair(device)
     x = torch.tensor([0.8], device=device)
-    found = gradient_noise(model, guide, x, num_repeats=REPEATS)
+    found = gradient_noise((model, guide), x, num_repeats=REPEATS)
     mean, variance = by_quadrature(model, guide, x)
     names = {"a": 0, "c": 1, "log_t": 2, "w": 3}
     assert len(found.parameters) == 4
@@ -66,7 +66,7 @@ def test_sticking_the_landing_has_no_noise_at_the_posterior(device: torch.device
     guide = gaussian.exact_guide(model).to(device)
     x = torch.linspace(-1, 1, 5, device=device)
     found = compare_objectives(
-        model, guide, x, {"ELBO": o.ELBO(), "STL": o.STL(), "IWAE-5": o.IWAE(5)}, num_repeats=50
+        (model, guide), x, {"ELBO": o.ELBO(), "STL": o.STL(), "IWAE-5": o.IWAE(5)}, num_repeats=50
     )
     assert list(found) == ["ELBO", "STL", "IWAE-5"]
     assert found["STL"].sides["guide"].total_variance < 1e-20
@@ -85,7 +85,7 @@ def test_without_signal_the_ratio_is_its_floor(device: torch.device) -> None:
     model = gaussian.GaussianModel().to(device)
     guide = gaussian.exact_guide(model).to(device)
     found = [
-        gradient_noise(model, guide, torch.ones(3, device=device), num_repeats=100, seed=seed)
+        gradient_noise((model, guide), torch.ones(3, device=device), num_repeats=100, seed=seed)
         for seed in range(30)
     ]
     ratios = torch.tensor([f.sides["guide"].snr for f in found])
@@ -96,7 +96,7 @@ def test_without_signal_the_ratio_is_its_floor(device: torch.device) -> None:
 
 def test_sites_of_a_hierarchy_have_their_own_parameters(device: torch.device) -> None:
     model, guide, batch = pairs.two_sites(device)
-    found = gradient_noise(model, guide, batch, num_repeats=5)
+    found = gradient_noise((model, guide), batch, num_repeats=5)
     assert set(found.sites) == {"z1 (guide)", "z2 (guide)", "z1 (model)", "x (model)"}
     sizes = {name: len(m.mean) for name, m in found.sites.items()}
     assert sizes["z1 (guide)"] == sum(p.numel() for p in guide.first.parameters())
@@ -110,9 +110,7 @@ def test_the_error_of_the_variance_is_the_spread_of_repeated_estimates(
     which they aren't, as they share z, the error was less than half of it."""
     vae = recipes.vae(6, 2, hidden=(8,)).to(device)
     x = torch.rand(5, 6, device=device).round()
-    found = [
-        gradient_noise(vae.model, vae.guide, x, num_repeats=50, seed=seed) for seed in range(40)
-    ]
+    found = [gradient_noise(vae, x, num_repeats=50, seed=seed) for seed in range(40)]
     for where in ("guide", "model"):
         moments = [f.sides[where] for f in found]
         spread = float(torch.tensor([m.total_variance for m in moments]).std())
@@ -135,14 +133,14 @@ def test_score_functions_are_noisier_than_paths_and_unbiased(device: torch.devic
         with pyro.plate("data", len(x)):
             pyro.sample("z", Pathless(guide.a * x + guide.c, guide.log_t.exp()))
 
-    path = gradient_noise(model, guide, x, num_repeats=REPEATS)
-    score = gradient_noise(model, pathless, x, num_repeats=REPEATS)
+    path = gradient_noise((model, guide), x, num_repeats=REPEATS)
+    score = gradient_noise((model, pathless), x, num_repeats=REPEATS)
     (of_path,) = (m for name, m in path.parameters.items() if name.endswith("c"))
     (of_score,) = (m for name, m in score.parameters.items() if name.endswith("c"))
     points, weights = np.polynomial.hermite_e.hermegauss(60)
     with torch.no_grad():
         z = guide.a * x + guide.c + guide.log_t.exp() * torch.as_tensor(points, device=device)
-        loss = -gaussian.log_weights(model, guide, x, z[:, None]).double().flatten()
+        loss = -gaussian.log_weights((model, guide), x, z[:, None]).double().flatten()
         each = loss * torch.as_tensor(points, device=device) / guide.log_t.exp()
     mass = torch.as_tensor(weights / weights.sum(), device=device)
     mean = float((mass * each).sum())
@@ -157,7 +155,7 @@ def test_score_functions_are_noisier_than_paths_and_unbiased(device: torch.devic
 def test_any_pair_has_its_gradients(kind: str, device: torch.device) -> None:
     """Each parameter with a gradient is in one side, sites have some, and all is finite."""
     model, guide, batch = pairs.PAIRS[kind](device, n=12)
-    found = gradient_noise(model, guide, batch, num_repeats=4)
+    found = gradient_noise((model, guide), batch, num_repeats=4)
     assert set(found.sides) <= {"guide", "model"}
     assert "guide" in found.sides
     sizes = {name: len(m.mean) for name, m in found.parameters.items()}
@@ -173,10 +171,10 @@ def test_a_gradient_without_noise_is_called_so(device: torch.device) -> None:
     """A point mass has no draws; what only a constant enters has gradient 0."""
     autoencoder = recipes.ae(6, 2, hidden=(4,)).to(device)
     x = torch.rand(8, 6, device=device).round()
-    found = gradient_noise(autoencoder.model, autoencoder.guide, x, num_repeats=4)
+    found = gradient_noise(autoencoder, x, num_repeats=4)
     assert found.sides["guide"].snr == math.inf
     assert "no noise" in str(found)
-    zeros = gradient_noise(autoencoder.model, autoencoder.guide, x, Nothing(), num_repeats=4)
+    zeros = gradient_noise(autoencoder, x, Nothing(), num_repeats=4)
     assert math.isnan(zeros.sides["model"].snr)
     assert "the gradient is 0" in str(zeros)
 
@@ -194,12 +192,12 @@ def test_nothing_is_left_changed(device: torch.device) -> None:
     x = torch.rand(12, 6, device=device).round()
     before = {k: v.clone() for k, v in vae.state_dict().items()}
     state = torch.get_rng_state()
-    found = pvae.diagnostics.gradient_noise(vae.model, vae.guide, x, num_repeats=3)
+    found = pvae.diagnostics.gradient_noise(vae, x, num_repeats=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert not vae.training
     assert all(p.grad is None for p in vae.parameters())
     assert all(torch.equal(v, before[k]) for k, v in vae.state_dict().items())
-    assert str(found) == str(gradient_noise(vae.model, vae.guide, x, num_repeats=3))
+    assert str(found) == str(gradient_noise(vae, x, num_repeats=3))
     assert [line.name for line in found.findings()][:2] == [
         "gradient SNR, guide",
         "gradient SNR, model",
@@ -210,11 +208,11 @@ def test_refusals(device: torch.device) -> None:
     model, guide = gaussian.pair(device)
     x = torch.ones(3, device=device)
     with pytest.raises(ArgumentError, match="num_repeats"):
-        gradient_noise(model, guide, x, num_repeats=1)
+        gradient_noise((model, guide), x, num_repeats=1)
     with pytest.raises(ArgumentError, match=r"one of pvae\.objectives; got RenyiELBO"):
-        gradient_noise(model, guide, x, pyro.infer.RenyiELBO())
+        gradient_noise((model, guide), x, pyro.infer.RenyiELBO())
     with pytest.raises(ArgumentError, match="at least one, by name; got none"):
-        compare_objectives(model, guide, x, {})
+        compare_objectives((model, guide), x, {})
     several: Any = [o.ELBO()]
     with pytest.raises(ArgumentError, match="by name; got list"):
-        compare_objectives(model, guide, x, several)
+        compare_objectives((model, guide), x, several)

@@ -33,7 +33,7 @@ def test_a_gap_of_a_shuffling_loader_compares_the_same_rows() -> None:
     toy = LinearGaussian.random(6, 2)
     x = toy.sample(64)
     found = diagnostics.gap(
-        *linear.pair(toy, linear.exact),
+        linear.pair(toy, linear.exact),
         shuffled(x),
         num_particles=50,
         flow=False,
@@ -48,7 +48,7 @@ def test_a_gap_of_a_shuffling_loader_compares_the_same_rows() -> None:
 def test_a_shuffling_loader_gives_what_its_data_give() -> None:
     """All of the screen; before, it ended with an error after its first checks."""
     toy = LinearGaussian.random(6, 2)
-    found = pvae.diagnose(*linear.pair(toy, linear.exact), shuffled(toy.sample(64)))
+    found = pvae.diagnose(linear.pair(toy, linear.exact), shuffled(toy.sample(64)))
     assert not found.undefined
     assert {*found.results} == {*diagnostics.DEFAULT}
 
@@ -57,7 +57,7 @@ def test_the_screen_anneals_when_it_is_asked_to() -> None:
     """Near the evidence in closed form; 4.5 standard errors, a false alarm in 1.5e5."""
     toy = LinearGaussian.random(3, 1)
     x = toy.sample(4)
-    found = pvae.diagnose(*linear.pair(toy, linear.scaled(1.2)), x, checks=["ais"])
+    found = pvae.diagnose(linear.pair(toy, linear.scaled(1.2)), x, checks=["ais"])
     bound = found.results["ais"].result
     assert bound.name == "evidence, AIS-100"
     error = bound.se_draws
@@ -66,20 +66,20 @@ def test_the_screen_anneals_when_it_is_asked_to() -> None:
 
 def test_one_datum_has_a_screen_of_what_needs_no_second() -> None:
     vae, x = recipes.vae(4, 2, hidden=(8,)), torch.ones(1, 4)
-    found = pvae.diagnose(vae.model, vae.guide, x)
+    found = pvae.diagnose(vae, x)
     assert set(found.undefined) == {"surgery", "aggregated"}
     assert all("rows of data: expected" in why for why in found.undefined.values())
     with pytest.raises(ArgumentError, match="active_units, rows of data"):
-        diagnostics.active_units(vae.model, vae.guide, x)
+        diagnostics.active_units(vae, x)
 
 
 def test_errors_over_one_datum_are_not_zero() -> None:
     vae, x = recipes.vae(4, 2, hidden=(8,)), torch.ones(1, 4)
-    found = diagnostics.pit(vae.model, vae.guide, x, num_particles=10)
+    found = diagnostics.pit(vae, x, num_particles=10)
     assert math.isnan(found.mean[1])
     assert math.isnan(found.spread[1])
     ais = bounds.AIS(num_temperatures=2, num_leapfrog=1)
-    both = bounds.bdmc(vae.model, vae.guide, x, 2, ais=ais, progress=False)
+    both = bounds.bdmc(vae, x, 2, ais=ais, progress=False)
     assert "nan" not in str(both)
 
 
@@ -94,7 +94,7 @@ def test_few_replicates_alone_are_no_bad_sign() -> None:
     for num_particles in (1, 2, 5):
         for seed in range(20):
             found = diagnostics.predictive(
-                *pair, toy.sample(20, seed=seed), num_particles=num_particles
+                pair, toy.sample(20, seed=seed), num_particles=num_particles
             )
             assert all(line.verdict != "bad" for line in found.findings())
 
@@ -117,7 +117,7 @@ def bounded() -> tuple[Any, Any]:
 def test_impossible_draws_are_vectorised_and_counted() -> None:
     """log p is -inf either way of scoring, which was warned of as a difference of nan nats."""
     x = torch.tensor([0.0, 1.0])
-    found = bounds.evidence(*bounded(), x, 4000)
+    found = bounds.evidence(bounded(), x, 4000)
     normal = dist.Normal(torch.tensor(0.0), torch.tensor(1.0))
     exact = ((normal.cdf(x + 1) - normal.cdf(x - 1)) / 2).log()
     assert found.values is not None
@@ -128,23 +128,23 @@ def test_impossible_draws_are_vectorised_and_counted() -> None:
 
 def test_a_datum_without_any_weight_has_no_effective_draw() -> None:
     x = torch.tensor([0.0, 50.0])
-    found = bounds.evidence(*bounded(), x, 100)
+    found = bounds.evidence(bounded(), x, 100)
     assert found.ess is not None
     assert float(found.ess[1]) == 0
     assert "1 of 2 data rest on a few draws" in str(found)
-    weights = diagnostics.importance(*bounded(), x, num_particles=100)
+    weights = diagnostics.importance(bounded(), x, num_particles=100)
     assert float(weights.ess[1]) == 0
     assert float(weights.ess[0]) > 1
 
 
 def test_a_gap_without_a_value_is_refused_before_fits() -> None:
     with pytest.raises(UndefinedError, match=r"gap: .* at datum 0"):
-        diagnostics.gap(*bounded(), torch.zeros(3), num_particles=100, progress=True)
+        diagnostics.gap(bounded(), torch.zeros(3), num_particles=100, progress=True)
     toy = LinearGaussian.random(3, 1)
     pair = linear.pair(toy, linear.exact)
-    other = bounds.elbo(*pair, toy.sample(2), 4)
+    other = bounds.elbo(pair, toy.sample(2), 4)
     with pytest.raises(ArgumentError, match="the same 3 data"):
-        diagnostics.gap(*pair, toy.sample(3), num_particles=4, evidence=other)
+        diagnostics.gap(pair, toy.sample(3), num_particles=4, evidence=other)
 
 
 def test_the_rate_where_some_latents_make_the_data_impossible() -> None:
@@ -155,7 +155,7 @@ def test_the_rate_where_some_latents_make_the_data_impossible() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x.new_full((len(x),), 0.5), 1.0))
 
-    found = bounds.elbo(model, guide, torch.ones(50), 400)
+    found = bounds.elbo((model, guide), torch.ones(50), 400)
     assert found.mean == -math.inf
     assert found.rate is not None
     error = 0.5 / math.sqrt(50 * 400)  # it is z / 2 - 1 / 8, and z has variance 1
@@ -170,7 +170,7 @@ def test_what_depends_on_the_number_of_data_is_not_judged() -> None:
     """With a sharp posterior each of 20 data is told from the others: information is log 20."""
     sharp = LinearGaussian(torch.eye(2), torch.zeros(2), 1e-3)
     x = sharp.sample(20)
-    found = diagnostics.surgery(*linear.pair(sharp, linear.marginals), x)
+    found = diagnostics.surgery(linear.pair(sharp, linear.marginals), x)
     lines = {line.name: line for line in found.findings()}
     assert lines["information"].value == pytest.approx(math.log(20), abs=1e-3)
     assert lines["marginal KL"].value > 1
@@ -181,7 +181,7 @@ def test_what_depends_on_the_number_of_data_is_not_judged() -> None:
 
 def test_bounds_are_compared_by_name() -> None:
     toy = LinearGaussian.random(3, 1)
-    bound = bounds.elbo(*linear.pair(toy, linear.exact), toy.sample(5), 2)
+    bound = bounds.elbo(linear.pair(toy, linear.exact), toy.sample(5), 2)
     several: Any = [bound, bound]
     with pytest.raises(ArgumentError, match="a dictionary of bounds by name; got list"):
         bounds.compare(several)

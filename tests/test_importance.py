@@ -15,6 +15,7 @@ from torch import Tensor
 from pvae import bounds, diagnostics, priors, recipes
 from pvae import terms as t
 from pvae.errors import ArgumentError, DataError, UndefinedError
+from pvae.pair import Pair
 from tests import gaussian, pairs
 
 # log weights
@@ -24,14 +25,14 @@ def test_log_weights_are_those_written_out(device: torch.device) -> None:
     """At the draws of a pass with the same generators."""
     model, guide = gaussian.pair(device)
     x = torch.randn(6, device=device)
-    structure = t.inspect_pair(model, guide, x)
-    found = bounds.log_weights(model, guide, x, 4, seed=3, structure=structure)
+    structure = Pair(model, guide).inspect(x)
+    found = bounds.log_weights((model, guide), x, 4, seed=3, structure=structure)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
-        terms = t.compute(model, guide, x, structure=structure, num_particles=4)
+        terms = t.compute(structure, x, num_particles=4)
         z = terms.sites["z"].value
         assert z is not None
-        expected = gaussian.log_weights(model, guide, x, z)
+        expected = gaussian.log_weights((model, guide), x, z)
     torch.testing.assert_close(found, expected)
 
 
@@ -40,7 +41,7 @@ def test_log_weights_in_chunks(max_rows: int, device: torch.device) -> None:
     """With the exact guide every weight is the evidence, whatever the chunks."""
     model = gaussian.GaussianModel().to(device)
     guide, x = gaussian.exact_guide(model).to(device), torch.randn(9, device=device)
-    found = bounds.log_weights(model, guide, x, 20, max_rows=max_rows)
+    found = bounds.log_weights((model, guide), x, 20, max_rows=max_rows)
     expected = gaussian.log_evidence(model, x).detach().expand(20, 9)
     torch.testing.assert_close(found, expected)
 
@@ -52,10 +53,10 @@ def test_log_weights_of_any_pair(name: str, device: torch.device) -> None:
     model, guide, batch = pairs.PAIRS[name](device)
     if name in pairs.GLOBAL:
         with pytest.raises(UndefinedError, match="global site"):
-            bounds.log_weights(model, guide, batch, 5)
+            bounds.log_weights((model, guide), batch, 5)
         return
-    found = bounds.log_weights(model, guide, batch, 5, seed=1)
-    evidence = bounds.evidence(model, guide, batch, 5, seed=1)
+    found = bounds.log_weights((model, guide), batch, 5, seed=1)
+    evidence = bounds.evidence((model, guide), batch, 5, seed=1)
     torch.testing.assert_close(found.logsumexp(0) - torch.tensor(5.0).log(), evidence.per_datum)
 
 
@@ -63,12 +64,12 @@ def test_log_weights_need_densities(device: torch.device) -> None:
     x = torch.rand(20, 5).round()
     ae = recipes.ae(5, 2, hidden=(8,)).to(device)
     with pytest.raises(UndefinedError, match=r"point mass \(Delta\) at site 'z'"):
-        bounds.log_weights(ae.model, ae.guide, x)
+        bounds.log_weights(ae, x)
     vae = recipes.vae(5, 2, prior=priors.Flat, hidden=(8,)).to(device)
     with pytest.raises(UndefinedError, match="improper prior"):
-        bounds.log_weights(vae.model, vae.guide, x)
+        bounds.log_weights(vae, x)
     with pytest.raises(ArgumentError, match="num_particles"):
-        bounds.log_weights(vae.model, vae.guide, x, 0)
+        bounds.log_weights(vae, x, 0)
 
 
 # k-hat
@@ -164,18 +165,18 @@ def test_a_narrow_guide_is_caught_and_the_exact_one_passes(device: torch.device)
     """
     model, x = gaussian.GaussianModel().to(device), torch.randn(40, device=device)
     narrow = scaled_guide(model, 0.4).to(device)
-    bad = diagnostics.importance(model, narrow, x, num_particles=4000)
+    bad = diagnostics.importance((model, narrow), x, num_particles=4000)
     assert bad.unreliable > 0.5
     assert bad.findings()[0].verdict == "bad"
     assert "gap" in bad.findings()[0].advice
-    good = diagnostics.importance(model, gaussian.exact_guide(model).to(device), x)
+    good = diagnostics.importance((model, gaussian.exact_guide(model).to(device)), x)
     assert bool(good.is_exact.all())
     assert bool(good.khat.isnan().all())
     assert good.unreliable == 0.0
     assert good.findings()[0].verdict == "good"
     assert good.gap.mean == pytest.approx(0.0, abs=1e-9)
     torch.testing.assert_close(good.ess, torch.full_like(good.ess, 1000.0))
-    wide = diagnostics.importance(model, scaled_guide(model, 2.0).to(device), x)
+    wide = diagnostics.importance((model, scaled_guide(model, 2.0).to(device)), x)
     assert wide.findings()[0].verdict == "good"
     assert not bool(wide.is_exact.any())
 
@@ -185,7 +186,7 @@ def test_elbo_evidence_and_gap_in_closed_form(factor: float, device: torch.devic
     """To 4.5 standard errors over draws, a false alarm in 1.5e5 each."""
     model, x = gaussian.GaussianModel().to(device), torch.randn(30, device=device)
     found = diagnostics.importance(
-        model, scaled_guide(model, factor).to(device), x, num_particles=4000
+        (model, scaled_guide(model, factor).to(device)), x, num_particles=4000
     )
     exact = float(gaussian.log_evidence(model, x).detach().mean())
     kl = 0.5 * factor**2 - 0.5 - math.log(factor)
@@ -205,7 +206,7 @@ def test_the_error_of_the_gap_is_honest(device: torch.device) -> None:
     model, x = gaussian.GaussianModel().to(device), torch.randn(20, device=device)
     guide = scaled_guide(model, 1.4).to(device)
     found = [
-        diagnostics.importance(model, guide, x, num_particles=100, seed=s).gap for s in range(80)
+        diagnostics.importance((model, guide), x, num_particles=100, seed=s).gap for s in range(80)
     ]
     scatter = float(torch.tensor([f.mean for f in found]).std())
     stated = sum(f.se_draws or 0.0 for f in found) / 80
@@ -224,7 +225,7 @@ def test_the_worst_rows_are_those_with_a_bad_guide(device: torch.device) -> None
 
     x = torch.randn(30, device=device)
     x[4], x[17] = 11.0, 12.0
-    found = diagnostics.importance(model, guide, x)
+    found = diagnostics.importance((model, guide), x)
     assert {int(row) for row in found.worst(2)} == {4, 17}
     assert found.unreliable == pytest.approx(2 / 30)
     assert found.se_unreliable == pytest.approx(math.sqrt(2 / 30 * 28 / 30 / 30))
@@ -237,7 +238,7 @@ def test_rounding_is_no_tail(device: torch.device) -> None:
     """In single precision an exact guide's weights differ by rounding, and k-hat is still NaN."""
     model = gaussian.GaussianModel().to(device)
     x = 30 * torch.randn(20, device=device)
-    found = diagnostics.importance(model, gaussian.exact_guide(model).to(device), x)
+    found = diagnostics.importance((model, gaussian.exact_guide(model).to(device)), x)
     assert float(found.log_weights.std(0).max()) > 0
     assert bool(found.is_exact.all())
     assert bool(found.khat.isnan().all())
@@ -250,14 +251,14 @@ def test_importance_of_any_pair(name: str, device: torch.device) -> None:
     before = torch.get_rng_state()
     if name in pairs.GLOBAL:
         with pytest.raises(UndefinedError, match="global site"):
-            diagnostics.importance(model, guide, batch)
+            diagnostics.importance((model, guide), batch)
         return
-    found = diagnostics.importance(model, guide, batch, num_particles=200, seed=2)
-    again = bounds.evidence(model, guide, batch, 200, seed=2)
+    found = diagnostics.importance((model, guide), batch, num_particles=200, seed=2)
+    again = bounds.evidence((model, guide), batch, 200, seed=2)
     torch.testing.assert_close(found.evidence.per_datum, again.per_datum)
     assert found.evidence.se_draws == pytest.approx(again.se_draws, rel=0.01)
     torch.testing.assert_close(
-        found.elbo.per_datum, bounds.elbo(model, guide, batch, 200, seed=2).per_datum
+        found.elbo.per_datum, bounds.elbo((model, guide), batch, 200, seed=2).per_datum
     )
     assert found.khat.shape == found.ess.shape == (len(batch[0]),)
     assert bool(found.khat.isnan().all()) == (name == "discrete")
@@ -268,6 +269,6 @@ def test_importance_of_any_pair(name: str, device: torch.device) -> None:
 def test_importance_refuses(device: torch.device) -> None:
     ae = recipes.ae(5, 2, hidden=(8,)).to(device)
     with pytest.raises(UndefinedError, match="point mass"):
-        diagnostics.importance(ae.model, ae.guide, torch.rand(20, 5))
+        diagnostics.importance(ae, torch.rand(20, 5))
     with pytest.raises(ArgumentError, match="num_particles"):
-        diagnostics.importance(ae.model, ae.guide, torch.rand(20, 5), num_particles=24)
+        diagnostics.importance(ae, torch.rand(20, 5), num_particles=24)

@@ -34,6 +34,7 @@ from pvae.errors import (
     UndefinedError,
 )
 from pvae.networks import MLP
+from pvae.pair import Pair
 from pvae.sites import penalty
 from tests import pairs
 
@@ -61,7 +62,7 @@ def test_codes_are_the_encoders_means(name: str, device: torch.device) -> None:
     if name == "labels":
         x = torch.cat([x, nn.functional.one_hot(batch[1], 3).to(x)], 1)
     expected = guide.encoder(x)[:, :Q]
-    found = latent.codes(model, guide, batch, max_rows=7)
+    found = latent.codes((model, guide), batch, max_rows=7)
     torch.testing.assert_close(found, expected)
     assert found.device.type == device.type
     assert not found.requires_grad
@@ -73,13 +74,13 @@ def test_codes_of_functions_and_beside_a_global_latent(device: torch.device) -> 
         model, guide, batch = build(device)
         trace = poutine.trace(guide).get_trace(*batch)
         expected = trace.nodes["z"]["fn"].base_dist.loc
-        torch.testing.assert_close(latent.codes(model, guide, batch), expected)
+        torch.testing.assert_close(latent.codes((model, guide), batch), expected)
 
 
 def test_a_points_code_is_the_point(device: torch.device) -> None:
     ae, x = recipes.ae(D, Q, hidden=(8,)).to(device), torch.randn(30, D)
-    torch.testing.assert_close(latent.codes(ae.model, ae.guide, x), ae.encode(x))
-    draws = latent.codes(ae.model, ae.guide, x, num_samples=3)
+    torch.testing.assert_close(latent.codes(ae, x), ae.encode(x))
+    draws = latent.codes(ae, x, num_samples=3)
     torch.testing.assert_close(draws, ae.encode(x).expand(3, 30, Q))
 
 
@@ -88,9 +89,9 @@ def test_a_mean_that_depends_on_draws_is_averaged(device: torch.device) -> None:
     model, guide, batch = pairs.two_sites(device)
     loc, log_scale = guide.first(batch[0]).chunk(2, -1)
     weight, bias = guide.second.weight[:1], guide.second.bias[:1]
-    torch.testing.assert_close(latent.codes(model, guide, batch, site="z1"), loc)
+    torch.testing.assert_close(latent.codes((model, guide), batch, site="z1"), loc)
     k = 4000
-    found = latent.codes(model, guide, batch, site="z2", num_particles=k, max_rows=1000)
+    found = latent.codes((model, guide), batch, site="z2", num_particles=k, max_rows=1000)
     error = ((log_scale.exp() * weight).square().sum(1, keepdim=True) / k).sqrt()
     assert bool(((found - (loc @ weight.T + bias)).abs() < STEPS * error).all())
     assert bool((found != loc @ weight.T + bias).all())  # an estimate
@@ -112,7 +113,7 @@ def test_an_unknown_mean_is_averaged(device: torch.device) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", Opaque(x[:, :Q], x.new_tensor(0.5)).to_event(1))
 
-    found = latent.codes(model, guide, batch, num_particles=1000, max_rows=300)
+    found = latent.codes((model, guide), batch, num_particles=1000, max_rows=300)
     error = 0.5 / math.sqrt(1000)
     assert bool(((found - batch[0][:, :Q]).abs() < STEPS * error).all())
 
@@ -121,14 +122,14 @@ def test_an_unknown_mean_is_averaged(device: torch.device) -> None:
 def test_draws_have_the_guides_moments(device: torch.device) -> None:
     model, guide, batch = pairs.pyro_modules(device)
     s = 3000
-    draws = latent.codes(model, guide, batch, num_samples=s, max_rows=500)
+    draws = latent.codes((model, guide), batch, num_samples=s, max_rows=500)
     assert draws.shape == (s, 12, Q)
     loc, log_scale = guide.encoder(batch[0]).detach().chunk(2, -1)
     w = (draws - loc) / log_scale.exp()
     assert float(w.mean(0).abs().max()) < STEPS / math.sqrt(s)
     assert float((w.var(0) - 1).abs().max()) < STEPS * math.sqrt(2 / s)
-    again = latent.codes(model, guide, batch, num_samples=s, max_rows=500)
-    other = latent.codes(model, guide, batch, num_samples=s, max_rows=500, seed=1)
+    again = latent.codes((model, guide), batch, num_samples=s, max_rows=500)
+    other = latent.codes((model, guide), batch, num_samples=s, max_rows=500, seed=1)
     assert torch.equal(draws, again)
     assert not torch.equal(draws, other)
 
@@ -138,14 +139,14 @@ def test_codes_are_computed_in_bounded_memory(device: torch.device) -> None:
     seen = []
     network = vae.guide.posterior.get_submodule("network")
     network.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel() // D))
-    latent.codes(vae.model, vae.guide, torch.rand(500, D).round(), max_rows=60)
+    latent.codes(vae, torch.rand(500, D).round(), max_rows=60)
     assert max(seen[-9:]) == 60  # the first passes are the probes
 
 
 def test_codes_of_a_loaders_batches(device: torch.device) -> None:
     vae, x = recipes.vae(D, Q, hidden=(4,)).to(device), torch.rand(25, D).round()
     loader = DataLoader(TensorDataset(x), batch_size=10)
-    found = latent.codes(vae.model, vae.guide, loader)
+    found = latent.codes(vae, loader)
     torch.testing.assert_close(found, vae.encode(x))
 
 
@@ -173,8 +174,8 @@ def test_codes_come_datum_by_datum_wherever_the_data_plate_is(
 
     x = torch.randn(7, D, device=device)
     expected = torch.stack([x[:, :Q], 2 * x[:, :Q], x[:, Q : 2 * Q]], 1)
-    torch.testing.assert_close(latent.codes(model, guide, x, max_rows=2), expected)
-    draws = latent.codes(model, guide, x, num_samples=5, max_rows=10)
+    torch.testing.assert_close(latent.codes((model, guide), x, max_rows=2), expected)
+    draws = latent.codes((model, guide), x, num_samples=5, max_rows=10)
     assert draws.shape == (5, 7, 3, Q)
     assert float((draws - expected).abs().max()) < 0.1 * 6  # 210 draws: a false alarm in 2.4e6
 
@@ -182,9 +183,9 @@ def test_codes_come_datum_by_datum_wherever_the_data_plate_is(
 def test_which_site_has_codes(device: torch.device) -> None:
     model, guide, batch = pairs.two_sites(device)
     with pytest.raises(UndefinedError, match=r"'z2' and 'z1'(.|\n)*site='z2'"):
-        latent.codes(model, guide, batch)
+        latent.codes((model, guide), batch)
     with pytest.raises(UndefinedError, match="'x'; there are: 'z2' and 'z1'"):
-        latent.codes(model, guide, batch, site="x")
+        latent.codes((model, guide), batch, site="x")
 
 
 def test_a_latent_without_a_mean_has_draws_alone(device: torch.device) -> None:
@@ -199,8 +200,8 @@ def test_a_latent_without_a_mean_has_draws_alone(device: torch.device) -> None:
 
     x = torch.randn(9, device=device)
     with pytest.raises(UndefinedError, match=r"mean of q at site 'z'(.|\n)*num_samples=1"):
-        latent.codes(model, guide, x)
-    assert set(latent.codes(model, guide, x, num_samples=50).flatten().tolist()) == {0, 1, 2}
+        latent.codes((model, guide), x)
+    assert set(latent.codes((model, guide), x, num_samples=50).flatten().tolist()) == {0, 1, 2}
 
 
 # Densities of codes
@@ -360,7 +361,7 @@ def test_what_has_no_density_is_refused(
 def test_an_autoencoder_with_a_density_is_a_generative_model(device: torch.device) -> None:
     """The module's example; its samples are those of the density, decoded."""
     ae, x = recipes.ae(D, Q, hidden=(8,)).to(device), torch.randn(300, D)
-    z = latent.codes(ae.model, ae.guide, x)
+    z = latent.codes(ae, x)
     for kind in ("gmm", zuko.flows.MAF(Q, transforms=1, hidden_features=(4,))):
         density = latent.fit_density(z, kind, num_components=3, num_steps=2, progress=False)
         vae = VAE(density, ae.model.likelihood, ae.guide.posterior)
@@ -368,7 +369,7 @@ def test_an_autoencoder_with_a_density_is_a_generative_model(device: torch.devic
         moved = ae.decode(density().expand([4000])())
         error = (samples.std(0) + moved.std(0)) / math.sqrt(4000)
         assert bool(((samples.mean(0) - moved.mean(0)).abs() < STEPS * error).all())
-        lower = bounds.elbo(vae.model, vae.guide, x)
+        lower = bounds.elbo(vae, x)
         assert lower.name == "log joint"
 
 
@@ -414,9 +415,9 @@ def test_the_evidence_under_another_prior_is_the_closed_form(device: torch.devic
     toy = LinearGaussian.random(5, 2)
     model, guide, marginal, _ = shifted(toy, device)
     x = toy.sample(30)
-    found = bounds.evidence(model, guide, x, 7)
+    found = bounds.evidence((model, guide), x, 7)
     torch.testing.assert_close(found.per_datum.cpu(), marginal.log_prob(x))
-    assert bounds.elbo(model, guide, x).mean == pytest.approx(float(marginal.log_prob(x).mean()))
+    assert bounds.elbo((model, guide), x).mean == pytest.approx(float(marginal.log_prob(x).mean()))
 
 
 def test_samples_under_another_prior_have_the_marginals_moments(device: torch.device) -> None:
@@ -472,7 +473,7 @@ def test_the_density_is_scored_site_by_site(device: torch.device) -> None:
     model, guide, batch = pairs.two_sites(device)
     density = latent.fit_density(blobs().to(device), "gmm", num_components=3)
     wrapped = latent.with_prior(model, density, "z1")
-    after = t.compute(wrapped, guide, batch, num_particles=4).sites
+    after = t.compute(Pair(wrapped, guide).inspect(batch), batch, num_particles=4).sites
     assert after["z1"].value is not None
     torch.testing.assert_close(after["z1"].log_p, density().log_prob(after["z1"].value))
     assert after["z1"].model.batch_shape == (4, 12)
@@ -511,11 +512,11 @@ def test_an_enumerated_latent_before_the_site(device: torch.device) -> None:
 
     x = torch.randn(6, 2, device=device)
     wrapped = latent.with_prior(config_enumerate(model), density)
-    found = bounds.elbo(wrapped, guide, x, 4)
-    expected = bounds.elbo(config_enumerate(partial(model, prior=density)), guide, x, 4)
+    found = bounds.elbo((wrapped, guide), x, 4)
+    expected = bounds.elbo((config_enumerate(partial(model, prior=density)), guide), x, 4)
     torch.testing.assert_close(found.per_datum, expected.per_datum)
     assert found.distortion is not None  # log p(x | z) and log r(z) stay apart
-    assert bounds.elbo(config_enumerate(model), guide, x, 4).distortion is None
+    assert bounds.elbo((config_enumerate(model), guide), x, 4).distortion is None
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "gmm", "flow"])
@@ -550,7 +551,7 @@ def test_parameters_of_a_density_are_found_and_trained(device: torch.device) -> 
     SVI(both, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO()).step(*batch)
     assert all(bool((both.get_parameter(n) != p).any()) for n, p in old.items())
     assert len(pyro.get_param_store()) == 0
-    structure = t.inspect_pair(both, guide, batch)
+    structure = Pair(both, guide).inspect(batch)
     assert len(structure.parameters) == len([*guide.parameters(), *both.parameters()])
 
 

@@ -134,11 +134,11 @@ def test_validation_comes_first() -> None:
 def test_in_the_screen(device: torch.device) -> None:
     vae = recipes.vae(6, 2, hidden=(4,)).to(device)
     x = torch.rand(40, 6, device=device).round()
-    fit = pvae.fit(vae.model, vae.guide, x, epochs=12, lr=1e-2, progress=False)
+    fit = pvae.fit(vae, x, epochs=12, lr=1e-2, progress=False)
     found = fit.diagnose(checks=["elbo"])
     assert [line.name for line in found.findings()] == ["ELBO", "learning curve"]
     assert "-- the training" in str(found)
-    short = pvae.diagnose(vae.model, vae.guide, x, checks=["elbo"], history=fit.history[:3])
+    short = pvae.diagnose(vae, x, checks=["elbo"], history=fit.history[:3])
     assert "at least 12 epochs" in short.undefined["learning"]
 
 

@@ -44,7 +44,7 @@ def test_a_weighting_is_a_sigma(row: str, device: torch.device) -> None:
         guides.MeanField(MLP(D, 2 * Q, (8,)), Q),
     ).to(device)
     x = torch.randn(N, D, device=device)
-    terms = t.compute(vae.model, vae.guide, (x,))
+    terms = t.compute(vae.inspect((x,)), (x,))
     z = terms.guide_trace.nodes["z"]["value"]
     squared = (x - vae.model.likelihood.get_submodule("network")(z)).square().sum(1)
     sampled_kl = (terms.log_q - terms.log_prior)[0]
@@ -68,7 +68,7 @@ def test_an_l1_weight_is_a_laplace_rate(divisor: int, factor: float, device: tor
     code = vae.guide.posterior.get_submodule("network")(x)
     squared = (x - vae.model.likelihood.get_submodule("network")(code)).square().sum(1)
     loss = (squared / divisor + LAMBDA * code.abs().sum(1)).sum()
-    terms = t.compute(vae.model, vae.guide, (x,))
+    terms = t.compute(vae.inspect((x,)), (x,))
     ours = gradients(loss, vae)
     theirs = gradients(-factor * terms.log_joint.sum(), vae)
     for a, b in zip(ours, theirs, strict=True):

@@ -36,7 +36,7 @@ def binary(*shape: int) -> Tensor:
 
 
 def fit(pair: Any, x: Any, **options: Any) -> Any:
-    return pvae.fit(pair.model, pair.guide, x, progress=False, epochs=1, **options)
+    return pvae.fit(pair, x, progress=False, epochs=1, **options)
 
 
 def with_nan() -> Tensor:
@@ -68,7 +68,7 @@ def missing_site() -> Any:
         with pyro.plate("data", len(x)):
             pyro.sample("latent", dist.Normal(torch.zeros(Q), 1.0).to_event(1))
 
-    return pvae.fit(model, vae().guide, binary(), progress=False)
+    return pvae.fit((model, vae().guide), binary(), progress=False)
 
 
 def missing_to_event() -> Any:
@@ -269,7 +269,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
         None,
     ),
     "objective's class": (
-        lambda: pvae.fit(vae().model, vae().guide, binary(), ELBO, progress=False),
+        lambda: pvae.fit(vae(), binary(), ELBO, progress=False),
         "objective",
         "an instance of one of pyro.infer's ELBOs",
         "objectives.ELBO(beta=0.5)",
@@ -293,7 +293,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
         "fit an ex-post density",
     ),
     "evidence of an autoencoder": (
-        lambda: bounds.evidence(recipes.ae(D, Q).model, recipes.ae(D, Q).guide, binary()),
+        lambda: bounds.evidence(recipes.ae(D, Q), binary()),
         "evidence by importance sampling",
         "a guide with a density; got a point mass (Delta) at site 'z'",
         "a stochastic guide",
@@ -317,7 +317,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
         "an instance",
     ),
     "num_particles 0": (
-        lambda: bounds.elbo(vae().model, vae().guide, binary(), 0),
+        lambda: bounds.elbo(vae(), binary(), 0),
         "num_particles",
         "an integer of at least 1; got 0",
         None,
@@ -347,7 +347,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
         None,
     ),
     "which latent": (
-        lambda: diagnostics.active_units(*two_latents(), torch.zeros(N, D)),
+        lambda: diagnostics.active_units(two_latents(), torch.zeros(N, D)),
         "active_units",
         "site=NAME, as there isn't exactly one latent of the data; got 'a' and 'b'",
         "site='a'",

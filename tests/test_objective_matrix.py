@@ -14,9 +14,9 @@ import torch
 import pvae
 from pvae import objectives as o
 from pvae import recipes
-from pvae import terms as t
 from pvae.errors import PvaeError, PvaeWarning
 from pvae.objectives.table import ALL
+from pvae.pair import Pair
 from tests import pairs
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.slow]
@@ -85,11 +85,11 @@ def test_it_trains_or_refuses(
         options = {**options, "vectorize_particles": True}
     objective = kind(**options)
     reason = expected_refusal(kind, pair)
-    parameters = t.inspect_pair(model, guide, batch).parameters
+    parameters = Pair(model, guide).inspect(batch).parameters
     before = {name: p.detach().clone() for name, p in parameters.items()}
     if reason is not None:
         with pytest.raises(PvaeError, match=reason):
-            pvae.fit(model, guide, batch, objective, epochs=2, progress=False, device=device)
+            pvae.fit((model, guide), batch, objective, epochs=2, progress=False, device=device)
         for name, p in parameters.items():
             assert torch.equal(p, before[name])
         with pytest.raises(PvaeError, match=reason):
@@ -104,8 +104,7 @@ def test_it_trains_or_refuses(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PvaeWarning)
         run = pvae.fit(
-            model,
-            guide,
+            (model, guide),
             batch,
             kind(**options),
             epochs=60,

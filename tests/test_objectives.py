@@ -17,6 +17,7 @@ from pvae import terms as t
 from pvae.errors import ArgumentError, PairError, UndefinedError
 from pvae.networks import MLP
 from pvae.objectives import ELBO
+from pvae.pair import Pair
 from pvae.schedules import Warmup
 from tests import pairs
 
@@ -26,7 +27,7 @@ ALL = pytest.mark.parametrize("name", pairs.PAIRS)
 
 def gradients(objective: Any, pair: pairs.Pair, seed: int = 1) -> tuple[float, dict[str, Any]]:
     model, guide, batch = pair
-    parameters = t.inspect_pair(model, guide, batch).parameters
+    parameters = Pair(model, guide).inspect(batch).parameters
     torch.manual_seed(seed)
     loss = objective.differentiable_loss(model, guide, *batch)
     found = torch.autograd.grad(loss, list(parameters.values()))
@@ -87,7 +88,7 @@ def test_analytic_kl_equals_the_sampled_one(device: torch.device) -> None:
     analytic = -TraceMeanField_ELBO(5000, vectorize_particles=True, max_plate_nesting=1).loss(
         vae.model, vae.guide, x
     )
-    terms = t.compute(vae.model, vae.guide, (x,), num_particles=5000)
+    terms = t.compute(vae.inspect((x,)), (x,), num_particles=5000)
     each = terms.log_weight.sum(1).detach()
     assert abs(analytic - float(each.mean())) < 2 * 4.5 * float(each.std()) / math.sqrt(5000)
     q = vae.guide.posterior(x)
@@ -128,7 +129,7 @@ def test_beta_weighs_the_rate(beta: float, device: torch.device) -> None:
     torch.manual_seed(2)
     loss = ELBO(beta=beta).loss(model, guide, *batch)
     torch.manual_seed(2)
-    terms = t.compute(model, guide, batch)
+    terms = t.compute(Pair(model, guide).inspect(batch), batch)
     expected = -(terms.log_likelihood - beta * (terms.log_q - terms.log_prior)).sum()
     assert loss == pytest.approx(float(expected.detach()))
 

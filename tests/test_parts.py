@@ -18,6 +18,7 @@ from pvae import guides, likelihoods, priors, terms
 from pvae.conditional import Conditional, as_conditional, positive
 from pvae.errors import PvaeError, UndefinedError
 from pvae.networks import MLP, ConvDecoder
+from pvae.pair import Pair
 from pvae.testing import check_conditional
 
 D, Q, N = 6, 3, 4
@@ -285,7 +286,7 @@ def test_optimal_sigma_is_each_particles_own() -> None:
 def test_optimal_sigma_is_noted_once_a_step(device: torch.device) -> None:
     """Also where the objective scores twice, as score-function gradients do."""
     model, guide, (x,) = discrete_pair_with_optimal_sigma(device)
-    run = pvae.fit(model, guide, x, epochs=3, batch_size=10, progress=False, device=device)
+    run = pvae.fit((model, guide), x, epochs=3, batch_size=10, progress=False, device=device)
     assert float(model.likelihood.batches_seen) == run.progress.global_step == 6
 
 
@@ -302,7 +303,10 @@ def test_optimal_sigma_refuses_masks(device: torch.device) -> None:
             pair.guide(x)
 
     with pytest.raises(PvaeError, match="mask"):
-        terms.compute(model, guide, torch.randn(20, D, device=device))
+        terms.compute(
+            Pair(model, guide).inspect(torch.randn(20, D, device=device)),
+            torch.randn(20, D, device=device),
+        )
 
 
 def discrete_pair_with_optimal_sigma(device: torch.device) -> tuple[Any, Any, tuple[Tensor]]:

@@ -150,7 +150,7 @@ def test_the_same_through_our_objective_and_fit(name: str, device: torch.device)
     ours = ELBO().differentiable_loss(vae.model, vae.guide, x)
     theirs = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x)
     torch.testing.assert_close(ours, theirs)
-    run = pvae.fit(vae.model, vae.guide, x, epochs=2, progress=False, valid=x, device=device)
+    run = pvae.fit(vae, x, epochs=2, progress=False, valid=x, device=device)
     for record in run.history:
         assert record["loss"] == pytest.approx(-record["log_joint"] + record["penalty"])
         assert record["penalty"] > 0
@@ -159,7 +159,7 @@ def test_the_same_through_our_objective_and_fit(name: str, device: torch.device)
 
 def test_there_is_no_penalty_outside_training(device: torch.device) -> None:
     vae, x = pair(penalties.Custom(lambda x, z: 0 * z.sum(-1) + 1e3, 1.0)).to(device), data()
-    bound = bounds.elbo(vae.model, vae.guide, x.to(device))
+    bound = bounds.elbo(vae, x.to(device))
     assert bound.mean > -100
     vae.eval()
     assert Trace_ELBO().loss(vae.model, vae.guide, x.to(device)) < 1000
@@ -169,7 +169,7 @@ def test_a_schedule_on_penalties(device: torch.device) -> None:
     vae, x = pair(penalties.Custom(lambda x, z: 0 * z.sum(-1) + 2.0, 3.0)), torch.rand(40, D)
     objective = ELBO(penalty_weight=schedules.Warmup(4, "steps"))
     run = pvae.fit(
-        vae.model, vae.guide, x, objective, epochs=6, batch_size=None, progress=False,
+        vae, x, objective, epochs=6, batch_size=None, progress=False,
         device=device, lr=1e-12,
     )  # fmt: skip
     extra = np.array(run.history["loss"]) + np.array(run.history["log_joint"])
@@ -191,10 +191,10 @@ def test_with_a_stochastic_guide(name: str, device: torch.device) -> None:
     ).to(device)
     x = data().to(device)
     together, apart = (
-        pvae.terms.compute(vae.model, vae.guide, (x,), num_particles=3, vectorize=v)
+        pvae.terms.compute(vae.inspect((x,)), (x,), num_particles=3, vectorize=v)
         for v in (True, False)
     )
-    one = pvae.terms.compute(vae.model, vae.guide, (x,))
+    one = pvae.terms.compute(vae.inspect((x,)), (x,))
     assert len(together.penalties) >= 2
     for site, values in together.penalties.items():
         torch.testing.assert_close(values, apart.penalties[site], rtol=1e-6, atol=1e-7)
@@ -273,7 +273,7 @@ def test_the_code_of_a_stochastic_guide_is_its_mean(device: torch.device) -> Non
         D, Q, hidden=(8,), penalties=penalties.Contractive(1.0, squared=True)
     ).to(device)  # fmt: skip
     x = data().to(device).round()
-    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    terms = pvae.terms.compute(vae.inspect((x,)), (x,))
     (found,) = terms.penalties.values()
     mean = torch.func.vmap(torch.func.jacrev(lambda v: encoder(vae)(v)[:Q]))(x)
     torch.testing.assert_close(-found[0], mean.square().sum((1, 2)))
@@ -297,7 +297,7 @@ def test_weights_count_as_they_act(device: torch.device) -> None:
     decay = penalties.WeightDecay(1.0, ("model",))
     vae = recipes.sparse_ae(D, Q, hidden=(8,), decoder_hidden=None, penalties=decay).to(device)
     x = data().to(device)
-    (found,) = pvae.terms.compute(vae.model, vae.guide, (x,)).penalties.values()
+    (found,) = pvae.terms.compute(vae.inspect((x,)), (x,)).penalties.values()
     torch.testing.assert_close(-found, torch.full_like(found, Q + 8.0))  # one for each column
     net = nn.Sequential(nn.Linear(Q, 4), nn.LayerNorm((5, 4)), nn.Linear(4, 4)).to(device)
     part = likelihoods.Gaussian(net, (5, 4), sigma="feature").to(device)
@@ -333,9 +333,7 @@ def test_contractive_runs_the_encoder_once(device: torch.device) -> None:
     expected = error + N * D / 2 * math.log(math.pi) + norm
     assert value == pytest.approx(float(expected.detach()))
     plain = pair(penalties.Contractive(1.0), corruption=nn.Identity()).to(device)
-    whole = [
-        pvae.terms.compute(plain.model, plain.guide, (v,)) for v in (x.round().long(), x.round())
-    ]
+    whole = [pvae.terms.compute(plain.inspect((v,)), (v,)) for v in (x.round().long(), x.round())]
     first, second = (t.penalties["contractive_guide"] for t in whole)
     torch.testing.assert_close(first, second)  # integers, too
 
@@ -350,7 +348,7 @@ def test_which_activations_count(device: torch.device) -> None:
         torch.manual_seed(0)
         own = penalties.Activations(1.0, code=code, output=output)
         vae = pair(own).to(device)
-        terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+        terms = pvae.terms.compute(vae.inspect((x,)), (x,))
         totals[code, output] = -sum(v.sum() for v in terms.penalties.values())
     z = encoder(vae)(x)
     hidden = activations_by_hand(vae, x) - z.abs().sum()
@@ -370,7 +368,7 @@ def test_activations_of_networks_that_merge_particles_and_data(device: torch.dev
         penalties=penalties.Activations(1.0),
     ).to(device)
     x = torch.rand(4, 1, 5, 5, device=device)
-    together = pvae.terms.compute(vae.model, vae.guide, (x,), num_particles=3, vectorize=True)
+    together = pvae.terms.compute(vae.inspect((x,)), (x,), num_particles=3, vectorize=True)
     name = "activations_model"
     z = together.sites["z"].value
     assert z is not None
@@ -394,7 +392,7 @@ def test_networks_without_activations_are_refused(device: torch.device) -> None:
     ).to(device)
     x = data().to(device)
     z = vae.encode(x)
-    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    terms = pvae.terms.compute(vae.inspect((x,)), (x,))
     penalty = sum(v.sum() for v in terms.penalties.values())
     torch.testing.assert_close(-penalty, z.abs().sum())  # linear both ways: the code alone
 
@@ -436,7 +434,7 @@ def test_activations_of_every_kind(device: torch.device) -> None:
     assert losses[0] == losses[1]
     part = Residual().to(device)
     ours.guide.posterior = guides.Point(part, Q)
-    terms = pvae.terms.compute(ours.model, ours.guide, (x,))
+    terms = pvae.terms.compute(ours.inspect((x,)), (x,))
     found = -terms.penalties["activations_guide"].sum()
     expected = part.act(part.first(x)).abs().sum() + part(x).abs().sum()
     torch.testing.assert_close(found, expected)
@@ -488,7 +486,7 @@ def test_what_is_no_penalty(device: torch.device) -> None:
         penalties.WeightDecay(1.0, ("encoder",))  # type: ignore[arg-type]
     vae = pair(penalties.Custom(lambda x, z: z, 1.0)).to(device)
     with pytest.raises(PairError, match=r"one value for each datum, shape \(5,\).*\(5, 3\)"):
-        pvae.terms.compute(vae.model, vae.guide, (data().to(device),))
+        pvae.terms.compute(vae.inspect((data().to(device),)), (data().to(device),))
     vae = pair(penalties.Commitment(1.0)).to(device)
     with pytest.raises(PairError, match=r"a guide with a codebook(.|\n)*NearestCode"):
         vae.guide(data().to(device))
@@ -514,7 +512,7 @@ def test_contractive_through_fused_attention(device: torch.device) -> None:
         penalties=penalties.Contractive(1.0),
     ).to(device)
     x = data().to(device)
-    terms = pvae.terms.compute(vae.model, vae.guide, (x,))
+    terms = pvae.terms.compute(vae.inspect((x,)), (x,))
     (penalty,) = terms.penalties.values()
     penalty.sum().backward()
     with jacobian.differentiable_twice():

@@ -147,7 +147,7 @@ def test_the_manifold_is_decoded_at_the_priors_quantiles() -> None:
 
 def test_the_training_curve_takes_a_fit() -> None:
     ae = recipes.ae(6, 2, hidden=(4,))
-    run = pvae.fit(ae.model, ae.guide, torch.rand(20, 6).round(), epochs=2, progress=False)
+    run = pvae.fit(ae, torch.rand(20, 6).round(), epochs=2, progress=False)
     figure = plots.training_curve(run)
     assert len(figure.axes) == 1  # a point mass has no rate
     assert [line.get_label() for line in figure.axes[0].lines] == ["log_joint"]

@@ -66,7 +66,7 @@ def test_layers_are_narrow_and_nothing_else_is(device: torch.device) -> None:
     assert torch.bfloat16 in spy.seen
     assert {p.dtype for p in narrow.parameters()} == {torch.float32}
     spy.seen.clear()
-    bounds.elbo(narrow.model, narrow.guide, fits.binary().float().to(device))
+    bounds.elbo(narrow, fits.binary().float().to(device))
     assert set(spy.seen) == {torch.float32}
     full = trained(device)[1]
     ours, theirs = ([r["elbo"] for r in f.history] for f in (run, full))

@@ -18,6 +18,7 @@ from pvae import VAE, diagnostics, guides, latent, likelihoods, priors, recipes
 from pvae import terms as t
 from pvae.data import LinearGaussian, as_source
 from pvae.errors import ArgumentError, UndefinedError
+from pvae.pair import Pair
 from tests import pairs
 from tests.test_bounds import exact_pair, orthogonal
 
@@ -53,10 +54,10 @@ def test_replicates_have_the_evidences_moments(device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(50)
     source = as_source(x, device, torch.float64)
-    structure = t.inspect_source(pair.model, pair.guide, source)
+    structure = pair.inspect_source(source)
     parts = [
         t.replicate(terms, "x")
-        for _, _, terms in t.draws(pair.model, pair.guide, source, structure, 400, 999, "prior")
+        for _, _, terms in t.draws(t.Evaluation(pair, structure, source, 999), 400, "prior")
     ]
     drawn = torch.cat([p.flatten(0, 1) for p in parts]).cpu()
     assert drawn.shape == (400 * 50, D)
@@ -72,8 +73,8 @@ def test_reconstructions_are_the_exact_ones(device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(7)
     source = as_source(x, device, torch.float64)
-    structure = t.inspect_source(pair.model, pair.guide, source)
-    passes = t.draws(pair.model, pair.guide, source, structure, 5000, 7 * 1000)
+    structure = pair.inspect_source(source)
+    passes = t.draws(t.Evaluation(pair, structure, source, 7 * 1000), 5000)
     drawn = torch.cat([t.replicate(terms, "x") for _, _, terms in passes]).cpu()
     mean, covariance = toy.posterior(x)
     exact = mean @ toy.weight.T + toy.bias
@@ -86,8 +87,8 @@ def test_means_in_place_of_draws(device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(7)
     source = as_source(x, device, torch.float64)
-    structure = t.inspect_source(pair.model, pair.guide, source)
-    [(_, _, terms)] = t.draws(pair.model, pair.guide, source, structure, 3)
+    structure = pair.inspect_source(source)
+    [(_, _, terms)] = t.draws(t.Evaluation(pair, structure, source), 3)
     z = terms.sites["z"].value
     assert z is not None
     exact = z.cpu() @ toy.weight.T + toy.bias
@@ -102,9 +103,7 @@ def test_two_sided_p_values_are_valid_under_the_model(device: torch.device) -> N
     toy = orthogonal()
     pair = exact_pair(toy, device)
     p_values = [
-        diagnostics.predictive(
-            pair.model, pair.guide, toy.sample(10, seed=s), STATISTICS, num_particles=99, seed=s
-        )
+        diagnostics.predictive(pair, toy.sample(10, seed=s), STATISTICS, num_particles=99, seed=s)
         .statistics["sd"]
         .two_sided
         for s in range(150)
@@ -120,11 +119,11 @@ def test_far_off_is_bad_with_few_replicates_and_advice_is_said_once(device: torc
     """With 20 of them no two-sided p-value is below 2 / 21."""
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(200)
-    found = diagnostics.predictive(pair.model, pair.guide, 5 * x + 9, num_particles=20)
+    found = diagnostics.predictive(pair, 5 * x + 9, num_particles=20)
     verdicts = [f.verdict for f in found.findings()]
     assert verdicts.count("bad") >= 4
     assert str(found).count("next:") == 1
-    good = diagnostics.predictive(pair.model, pair.guide, x, num_particles=20)
+    good = diagnostics.predictive(pair, x, num_particles=20)
     assert {f.verdict for f in good.findings()} == {"good"}
 
 
@@ -132,7 +131,7 @@ def test_one_draw_is_enough_for_a_uniform_transform(device: torch.device) -> Non
     """The rank among one draw and the datum, randomised, is exactly uniform."""
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(2000)
-    found = diagnostics.pit(pair.model, pair.guide, x, num_particles=1)
+    found = diagnostics.pit(pair, x, num_particles=1)
     assert found.p_value is not None
     assert found.p_value > FALSE_ALARM
     assert float(found.values.min()) < 0.01
@@ -145,15 +144,15 @@ def test_the_right_model_passes_and_wrong_ones_are_caught(kind: Any, device: tor
     toy = orthogonal()
     x = toy.sample(400)
     pair = exact_pair(toy, device)
-    good = diagnostics.predictive(pair.model, pair.guide, x, kind=kind, num_particles=300)
+    good = diagnostics.predictive(pair, x, kind=kind, num_particles=300)
     assert [f.verdict for f in good.findings()] == ["good"] * 5
     narrow = exact_pair(LinearGaussian(toy.weight, toy.bias, toy.sigma / 2), device)
-    found = diagnostics.predictive(narrow.model, narrow.guide, x, kind=kind, num_particles=300)
+    found = diagnostics.predictive(narrow, x, kind=kind, num_particles=300)
     assert "bad" in {f.verdict for f in found.findings()}
     if kind != "aggregated":  # where codes of such data make up for some of it
         assert found.statistics["sd"].p_value < 0.01
     shifted = exact_pair(LinearGaussian(toy.weight, toy.bias + 0.5, toy.sigma), device)
-    found = diagnostics.predictive(shifted.model, shifted.guide, x, kind="prior")
+    found = diagnostics.predictive(shifted, x, kind="prior")
     assert found.statistics["mean"].p_value > 0.99
     assert found.findings()[0].verdict == "bad"
     assert "kind='mixed'" in found.findings()[0].advice
@@ -165,10 +164,10 @@ def test_a_prior_that_misses_the_codes(device: torch.device) -> None:
     pair = exact_pair(toy, device)
     z = 3 * torch.randn(400, Q)
     x = z @ toy.weight.T + toy.bias + toy.sigma * torch.randn(400, D)
-    mixed = diagnostics.predictive(pair.model, pair.guide, x, STATISTICS)
+    mixed = diagnostics.predictive(pair, x, STATISTICS)
     assert mixed.statistics["sd"].two_sided < 0.01
     assert "aggregated" in mixed.findings()[1].advice
-    close = diagnostics.predictive(pair.model, pair.guide, x, STATISTICS, kind="aggregated")
+    close = diagnostics.predictive(pair, x, STATISTICS, kind="aggregated")
     ratio = close.statistics["sd"].replicated.mean() / close.statistics["sd"].observed
     assert 0.9 < float(ratio) < 1.0  # codes are shrunk by the prior
 
@@ -176,7 +175,7 @@ def test_a_prior_that_misses_the_codes(device: torch.device) -> None:
 def test_reconstructions_are_said_to_be_optimistic(device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(50)
-    found = diagnostics.predictive(pair.model, pair.guide, x, kind="posterior", num_particles=100)
+    found = diagnostics.predictive(pair, x, kind="posterior", num_particles=100)
     assert {f.verdict for f in found.findings()} == {"none"}
     assert "passing says little" in str(found)
 
@@ -192,9 +191,7 @@ def test_statistics_get_data_and_replicates_alike(device: torch.device) -> None:
 
     for max_rows in (1, 70, 8192):
         seen.clear()
-        found = diagnostics.predictive(
-            vae.model, vae.guide, x, {"ones": ones}, num_particles=9, max_rows=max_rows
-        )
+        found = diagnostics.predictive(vae, x, {"ones": ones}, num_particles=9, max_rows=max_rows)
         assert found.statistics["ones"].replicated.shape == (9,)
         assert set(map(repr, seen)) == {repr(((20, D), x.dtype, device, [0.0, 1.0]))}
         assert len(seen) == 10
@@ -213,26 +210,26 @@ def test_defaults_for_classes_and_numbers(device: torch.device) -> None:
             pyro.sample("z", dist.Normal(zero, 1.0))
 
     x = torch.tensor([0, 1, 2, 1] * 10, device=device)
-    found = diagnostics.predictive(model, guide, x)
+    found = diagnostics.predictive((model, guide), x)
     assert list(found.statistics) == [f"share of class {c}" for c in (0, 1, 2)]
     assert found.statistics["share of class 1"].observed == 0.5
     with pytest.raises(UndefinedError, match="ordered values at site 'x'; got Categorical"):
-        diagnostics.pit(model, guide, x)
-    assert diagnostics.pit(model, guide, x, statistic=lambda x: x == 1).values.shape == (40,)
+        diagnostics.pit((model, guide), x)
+    assert diagnostics.pit((model, guide), x, statistic=lambda x: x == 1).values.shape == (40,)
 
 
 @pytest.mark.parametrize("statistic", [lambda x: x, lambda x: x.sum() / 0, lambda x: x.sum(1)])
 def test_a_statistic_is_one_finite_number(statistic: Any, device: torch.device) -> None:
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     with pytest.raises(ArgumentError, match="one finite number for a whole data set"):
-        diagnostics.predictive(vae.model, vae.guide, torch.ones(20, D), {"T": statistic})
+        diagnostics.predictive(vae, torch.ones(20, D), {"T": statistic})
 
 
 def test_pit_by_the_normal_distribution_function(device: torch.device) -> None:
     """u against the exact F(x) = Phi((x - b) / sd): within the noise of S draws."""
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(40)
-    found = diagnostics.pit(pair.model, pair.guide, x, num_particles=2000)
+    found = diagnostics.pit(pair, x, num_particles=2000)
     sd = (toy.weight.square().sum(1) + toy.sigma**2).sqrt()
     exact = torch.distributions.Normal(toy.bias, sd).cdf(x)
     error = (exact * (1 - exact) / 2000).sqrt() + 1 / 2000
@@ -245,7 +242,7 @@ def test_pit_is_uniform_under_the_model_and_says_what_is_wrong(device: torch.dev
     """Each p-value is uniform: of five, none is below 1e-5 / 5 but for one time in 1e5."""
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(600)
-    good = diagnostics.pit(pair.model, pair.guide, x, num_particles=50)
+    good = diagnostics.pit(pair, x, num_particles=50)
     assert good.p_value is not None
     assert good.p_value > FALSE_ALARM
     assert abs(good.mean[0] - 0.5) < 4.5 * good.mean[1]
@@ -257,7 +254,7 @@ def test_pit_is_uniform_under_the_model_and_says_what_is_wrong(device: torch.dev
     }
     for word, other in wrong.items():
         off = exact_pair(other, device)
-        found = diagnostics.pit(off.model, off.guide, x, num_particles=50)
+        found = diagnostics.pit(off, x, num_particles=50)
         uniform, mean, spread = found.findings()
         assert uniform.verdict == "bad"
         assert word in uniform.advice
@@ -274,20 +271,20 @@ def test_pit_of_counts_is_uniform(device: torch.device) -> None:
         guides.MeanField(nn.Linear(D, 2 * Q), Q),
     ).to(device)
     x = latent.sample(vae.model, torch.zeros(1, D), 1000, seed=3)
-    found = diagnostics.pit(vae.model, vae.guide, x, num_particles=20)
+    found = diagnostics.pit(vae, x, num_particles=20)
     assert found.p_value is not None
     assert found.p_value > FALSE_ALARM
     decoder = vae.model.likelihood.network
     assert isinstance(decoder, nn.Linear)
     nn.init.constant_(decoder.bias, 1.0)
-    off = diagnostics.pit(vae.model, vae.guide, x, num_particles=20)
+    off = diagnostics.pit(vae, x, num_particles=20)
     assert off.findings()[0].verdict == "bad"
 
 
 def test_pit_standard_errors_are_over_data(device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(50)
-    found = diagnostics.pit(pair.model, pair.guide, x)
+    found = diagnostics.pit(pair, x)
     rows = found.values.mean(1)
     assert found.mean[0] == pytest.approx(float(rows.mean()))
     assert found.mean[1] == pytest.approx(float(rows.std()) / math.sqrt(50))
@@ -296,12 +293,12 @@ def test_pit_standard_errors_are_over_data(device: torch.device) -> None:
 def test_pit_of_reconstructions_is_not_tested(device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(200)
-    found = diagnostics.pit(pair.model, pair.guide, x, kind="posterior")
+    found = diagnostics.pit(pair, x, kind="posterior")
     assert found.p_values is None
     assert found.p_value is None
     assert found.spread[0] < 0.9  # gathered around 1/2, though the model is right
     assert "decoded from its own code" in str(found)
-    others = diagnostics.pit(pair.model, pair.guide, x, kind="aggregated")
+    others = diagnostics.pit(pair, x, kind="aggregated")
     assert abs(others.spread[0] - 1) < 4.5 * others.spread[1]  # codes of other data
     assert others.p_values is not None
 
@@ -316,12 +313,12 @@ def test_a_statistic_of_each_datum(device: torch.device) -> None:
         off = x.cpu() - toy.bias
         return ((off @ precision) * off).sum(1)
 
-    found = diagnostics.pit(pair.model, pair.guide, x, statistic=length, num_particles=1000)
+    found = diagnostics.pit(pair, x, statistic=length, num_particles=1000)
     assert found.values.shape == (300,)
     exact = stats.chi2.cdf(length(x).numpy(), D)
     np.testing.assert_allclose(found.values.numpy(), exact, atol=5.5 * 0.5 / math.sqrt(1000))
     with pytest.raises(ArgumentError, match="finite numbers for each of 300 data"):
-        diagnostics.pit(pair.model, pair.guide, x, statistic=lambda x: x.mean())
+        diagnostics.pit(pair, x, statistic=lambda x: x.mean())
 
 
 def regression(device: torch.device, n: int = 200, slope: float = 2.0) -> Any:
@@ -347,10 +344,12 @@ def test_global_latents_are_shared_by_all_data_of_a_draw(device: torch.device) -
     """Also where data come in several chunks: x_rep's mean, as a function of x, is one line."""
     model, guide, data, _ = regression(device)
     source = as_source(data, device, torch.float64)
-    structure = t.inspect_source(model, guide, source)
+    structure = Pair(model, guide).inspect_source(source)
     for max_rows in (64, 1000, 10_000):
         lines: dict[int, list[Tensor]] = {}
-        for draws, _, terms in t.draws(model, guide, source, structure, 6, max_rows):
+        for draws, _, terms in t.draws(
+            t.Evaluation(Pair(model, guide), structure, source, max_rows), 6
+        ):
             mean = t.replicate(terms, "y", mean=True)
             for s in range(draws.start, draws.stop):
                 lines.setdefault(s, []).append(mean[s - draws.start])
@@ -365,14 +364,14 @@ def test_global_latents_are_shared_by_all_data_of_a_draw(device: torch.device) -
 def test_regression_is_calibrated_and_a_wrong_one_is_not(device: torch.device) -> None:
     model, guide, (x, y), _ = regression(device)
     for kind in ("mixed", "posterior"):
-        found = diagnostics.pit(model, guide, (x, y), kind=kind)
+        found = diagnostics.pit((model, guide), (x, y), kind=kind)
         assert found.p_value is not None
         assert found.p_value > FALSE_ALARM
-        check = diagnostics.predictive(model, guide, (x, y), kind=kind)
+        check = diagnostics.predictive((model, guide), (x, y), kind=kind)
         assert {f.verdict for f in check.findings()} == {"good"}
     curved = y + 2 * x.square()
-    assert diagnostics.pit(model, guide, (x, curved)).findings()[0].verdict == "bad"
-    found = diagnostics.pit(model, guide, (x, y), kind="prior")
+    assert diagnostics.pit((model, guide), (x, curved)).findings()[0].verdict == "bad"
+    found = diagnostics.pit((model, guide), (x, y), kind="prior")
     assert found.p_values is None
     assert "share a global latent" in str(found)
 
@@ -381,13 +380,13 @@ def test_padding_counts_nowhere(device: torch.device) -> None:
     """Masked rows are as observed in every replicate, and have no transform."""
     model, guide, (x, keep) = pairs.PAIRS["masked"](device)
     x = x.where(keep[:, None], 50.0)
-    found = diagnostics.predictive(model, guide, (x, keep), {"max": lambda x: x.max()})
+    found = diagnostics.predictive((model, guide), (x, keep), {"max": lambda x: x.max()})
     assert found.statistics["max"].replicated.unique().tolist() == [50.0]
-    u = diagnostics.pit(model, guide, (x, keep)).values
+    u = diagnostics.pit((model, guide), (x, keep)).values
     assert torch.equal(u.isnan().all(1), ~keep.cpu())
     assert torch.equal(u.isnan().any(1), ~keep.cpu())
     with pytest.raises(UndefinedError, match="without a mask"):
-        diagnostics.pit(model, guide, (x, keep), kind="aggregated")
+        diagnostics.pit((model, guide), (x, keep), kind="aggregated")
 
 
 def test_entries_masked_by_the_distribution(device: torch.device) -> None:
@@ -412,7 +411,7 @@ def test_entries_masked_by_the_distribution(device: torch.device) -> None:
             model(x, seen)
 
     with pytest.warns(UserWarning, match="Particles are looped"):
-        u = diagnostics.pit(Looped(), guide, (x, seen), num_particles=5).values
+        u = diagnostics.pit((Looped(), guide), (x, seen), num_particles=5).values
     assert torch.equal(u.isnan(), ~seen.cpu())
 
 
@@ -438,15 +437,15 @@ def test_refusals(device: torch.device) -> None:
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     x = torch.rand(20, D).round()
     with pytest.raises(ArgumentError, match="kind"):
-        diagnostics.predictive(vae.model, vae.guide, x, kind="nothing")  # type: ignore[arg-type]
+        diagnostics.predictive(vae, x, kind="nothing")  # type: ignore[arg-type]
     with pytest.raises(UndefinedError, match="observed site inside the data plate"):
-        diagnostics.pit(vae.model, vae.guide, x, site="y")
+        diagnostics.pit(vae, x, site="y")
     with pytest.raises(ArgumentError, match="num_particles"):
-        diagnostics.pit(vae.model, vae.guide, x, num_particles=0)
+        diagnostics.pit(vae, x, num_particles=0)
     ae = recipes.ae(D, Q, hidden=(8,)).to(device)
     with pytest.raises(UndefinedError, match="'z' from the model: expected a prior that is"):
-        diagnostics.predictive(ae.model, ae.guide, x)
-    diagnostics.predictive(ae.model, ae.guide, x, kind="aggregated", num_particles=5)
+        diagnostics.predictive(ae, x)
+    diagnostics.predictive(ae, x, kind="aggregated", num_particles=5)
 
     def with_factor(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -457,10 +456,10 @@ def test_refusals(device: torch.device) -> None:
             )
 
     with pytest.raises(UndefinedError, match="factor 'extra'"):
-        diagnostics.predictive(with_factor, vae.guide, x)
+        diagnostics.predictive((with_factor, vae.guide), x)
     model, guide, batch = pairs.PAIRS["enumerated"](device)
     with pytest.raises(UndefinedError, match="'c', which the model sums out"):
-        diagnostics.predictive(model, guide, batch, kind="posterior")
+        diagnostics.predictive((model, guide), batch, kind="posterior")
 
 
 @pytest.mark.parametrize("kind", ["mixed", "prior", "posterior", "aggregated"])
@@ -478,10 +477,10 @@ def test_every_kind_of_pair(name: str, kind: Any, device: torch.device) -> None:
     }
     if kind in refused.get(name, ()):
         with pytest.raises(UndefinedError):
-            diagnostics.predictive(model, guide, batch, **options)
+            diagnostics.predictive((model, guide), batch, **options)
         return
-    found = diagnostics.predictive(model, guide, batch, **options)
-    calibration = diagnostics.pit(model, guide, batch, **options)
+    found = diagnostics.predictive((model, guide), batch, **options)
+    calibration = diagnostics.pit((model, guide), batch, **options)
     assert torch.equal(torch.get_rng_state(), before)
     for statistic in found.statistics.values():
         assert statistic.replicated.isfinite().all()
@@ -495,8 +494,8 @@ def test_an_autoguide_of_a_regression(device: torch.device) -> None:
     model, guide, batch = pairs.PAIRS["autoguide"](device)
     assert isinstance(guide, AutoNormal)
     source = as_source(batch, device, torch.float64)
-    structure = t.inspect_source(model, guide, source)
-    for _, _, terms in t.draws(model, guide, source, structure, 5):
+    structure = Pair(model, guide).inspect_source(source)
+    for _, _, terms in t.draws(t.Evaluation(Pair(model, guide), structure, source), 5):
         weight = terms.sites["weight"].value
         assert weight is not None
         expected = (batch[0] * weight[:, None]).sum(-1)

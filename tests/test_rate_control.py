@@ -24,6 +24,7 @@ from pvae.engine import Stepper, make_optimizer
 from pvae.errors import ArgumentError, PairError, UndefinedError
 from pvae.networks import MLP
 from pvae.objectives import aggregate
+from pvae.pair import Pair
 from pvae.schedules import Warmup
 from tests import gaussian, pairs
 
@@ -42,7 +43,7 @@ def measured(
     objective: o.Objective, vae: VAE, x: Tensor, num_data: int | None = None
 ) -> tuple[Tensor, t.Terms, Any]:
     """The loss per datum, and the terms that it was made from."""
-    structure = t.inspect_pair(vae.model, vae.guide, (x,))
+    structure = vae.inspect((x,))
     objective.check(structure)
     terms = objective.compute_terms(vae.model, vae.guide, (x,), structure)
     state = objective.make_state(structure, num_data)
@@ -104,7 +105,7 @@ def test_capacity(device: torch.device) -> None:
 def test_capacity_follows_its_schedule(device: torch.device) -> None:
     vae, x = make(device), pairs.data(N, device)
     objective = o.Capacity(Warmup(10, end=5.0), gamma=1.0)
-    structure = t.inspect_pair(vae.model, vae.guide, (x,))
+    structure = vae.inspect((x,))
     state = objective.make_state(structure)
     for step, target in ((0, 0.0), (5, 2.5), (20, 5.0)):
         state.set_step(step)
@@ -115,7 +116,7 @@ def test_geco_moves_its_multiplier(device: torch.device) -> None:
     """By hand: the moving average of the constraint, and the multiplier's exponent."""
     vae, x = make(device), pairs.data(N, device)
     objective = o.GECO(5.0, speed=0.01, decay=0.9)
-    structure = t.inspect_pair(vae.model, vae.guide, (x,))
+    structure = vae.inspect((x,))
     state = objective.make_state(structure)
     average, exponent = 0.0, 0.0
     for step in range(4):
@@ -158,8 +159,7 @@ def test_geco_reaches_its_tolerance(device: torch.device) -> None:
     for tolerance in (6.6, 7.6):
         vae = make(device)
         run = pvae.fit(
-            vae.model,
-            vae.guide,
+            vae,
             x,
             o.GECO(tolerance, speed=0.02, decay=0.9),
             epochs=150,
@@ -187,8 +187,8 @@ def test_stratified_weights_are_unbiased_by_enumeration(device: torch.device) ->
     """Over all batches of 3 of 6 data with datum i in it, the mean of q(z) is q(z)."""
     vae, x = make(device), pairs.data(6, device)
     objective = o.TCVAE(num_data=6)
-    structure = t.inspect_pair(vae.model, vae.guide, (x[:3],))
-    terms = t.compute(vae.model, vae.guide, (x[:3],), structure=structure)
+    structure = vae.inspect((x[:3],))
+    terms = t.compute(structure, (x[:3],))
     weight = objective._log_weights(terms, objective.make_state(structure)).exp().to(device)
     loc, scale = (getattr(vae.guide.posterior(x).base_dist, k).detach() for k in ("loc", "scale"))
     z = torch.randn(6, Q, device=device)
@@ -230,7 +230,7 @@ def test_tcvae_wants_the_size_of_the_data_set(device: torch.device) -> None:
         o.TCVAE().loss(vae.model, vae.guide, x)
     with pytest.raises(ArgumentError, match="at least the batch's 12"):
         o.TCVAE(num_data=5).loss(vae.model, vae.guide, x)
-    run = pvae.fit(vae.model, vae.guide, x, o.TCVAE(), epochs=1, progress=False, device=device)
+    run = pvae.fit(vae, x, o.TCVAE(), epochs=1, progress=False, device=device)
     assert run.stepper.state is not None
     assert run.stepper.state.num_data == N
 
@@ -238,12 +238,12 @@ def test_tcvae_wants_the_size_of_the_data_set(device: torch.device) -> None:
 def test_infovae_written_out(device: torch.device) -> None:
     vae, x = make(device), pairs.data(N, device)
     objective = o.InfoVAE(alpha=0.25, scale=4.0)
-    structure = t.inspect_pair(vae.model, vae.guide, (x,))
+    structure = vae.inspect((x,))
     torch.manual_seed(5)
     terms = objective.compute_terms(vae.model, vae.guide, (x,), structure)
     loss = objective.surrogate(terms, objective.make_state(structure)) / N
     torch.manual_seed(5)
-    again = t.compute(vae.model, vae.guide, (x,), structure=structure)
+    again = t.compute(structure, (x,))
     distortion, rate, z = parts(again, x, vae)
     draws = torch.randn(N, Q, device=device)
     expected = distortion + 0.75 * rate.sum(-1).mean() + 3.25 * mmd.mmd(z[0], draws)
@@ -272,7 +272,7 @@ def test_factorvaes_classifier_learns_the_total_correlation(device: torch.device
     """Correlated normals: TC = -log(1 - rho^2) / 2 = 0.83 nats."""
     vae, x = make(device), pairs.data(N, device)
     objective = o.FactorVAE(hidden=(64,), lr=5e-3)
-    state = objective.make_state(t.inspect_pair(vae.model, vae.guide, (x,)))
+    state = objective.make_state(vae.inspect((x,)))
     assert isinstance(state, aggregate._Discriminator)
     generator = torch.Generator().manual_seed(0)
 
@@ -349,12 +349,10 @@ def test_a_resumed_training_is_bit_for_bit_the_same(
     x = pairs.data(60, device)
     options: dict[str, Any] = {"batch_size": 20, "lr": 1e-2, "progress": False, "device": device}
     whole, parted = make(device), make(device)
-    pvae.fit(whole.model, whole.guide, x, objective, epochs=6, **options)
-    pvae.fit(parted.model, parted.guide, x, objective, epochs=3, folder=tmp_path, **options)
+    pvae.fit(whole, x, objective, epochs=6, **options)
+    pvae.fit(parted, x, objective, epochs=3, folder=tmp_path, **options)
     again = make(device)
-    run = pvae.fit(
-        again.model, again.guide, x, objective, epochs=6, folder=tmp_path, resume=True, **options
-    )
+    run = pvae.fit(again, x, objective, epochs=6, folder=tmp_path, resume=True, **options)
     assert len(run.history["loss"]) == 6
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -367,20 +365,18 @@ def test_refusals_come_before_anything_is_lost(device: torch.device, tmp_path: P
     """Also those that only a batch shows: the old checkpoint is still there."""
     vae, x = make(device), pairs.data(9, device)
     options: dict[str, Any] = {"progress": False, "device": device, "folder": tmp_path}
-    pvae.fit(vae.model, vae.guide, x, epochs=1, **options)
+    pvae.fit(vae, x, epochs=1, **options)
     kept = sorted(p.name for p in tmp_path.iterdir())
     before = [p.detach().clone() for p in vae.parameters()]
     with pytest.raises(PairError, match="one row"):  # the last batch
-        pvae.fit(
-            vae.model, vae.guide, x, o.TCVAE(), epochs=1, batch_size=4, overwrite=True, **options
-        )
+        pvae.fit(vae, x, o.TCVAE(), epochs=1, batch_size=4, overwrite=True, **options)
     full = VAE(
         vae.model.prior,
         vae.model.likelihood,
         lambda x: dist.MultivariateNormal(x[..., :Q], torch.eye(Q).to(x)),
     ).to(device)
     with pytest.raises(UndefinedError, match="independent dimensions"):
-        pvae.fit(full.model, full.guide, x, o.FreeBits(), epochs=1, overwrite=True, **options)
+        pvae.fit(full, x, o.FreeBits(), epochs=1, overwrite=True, **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == kept
     assert all(torch.equal(a, b) for a, b in zip(before, vae.parameters(), strict=True))
 
@@ -456,8 +452,7 @@ def test_a_stopped_guide_with_batch_norm(objective: Any, device: torch.device) -
     likelihood = likelihoods.Gaussian(MLP(Q, D, (8,)), D, sigma=0.8)
     vae = VAE(priors.StandardNormal(Q), likelihood, guides.MeanField(network, Q)).to(device)
     run = pvae.fit(
-        vae.model,
-        vae.guide,
+        vae,
         pairs.data(N, device),
         objective,
         epochs=3,
@@ -491,7 +486,7 @@ def test_the_scale_is_that_of_each_batch(device: torch.device) -> None:
         torch.manual_seed(0)
         after = objective.loss(model, guide, x[:3])
         torch.manual_seed(0)
-        t.inspect_pair(model, guide, (x[:3],))
+        Pair(model, guide).inspect((x[:3],))
         expected = o.ELBO().loss(model, guide, x[:3])
         if not isinstance(objective, o.FreeBits):
             assert after == pytest.approx(expected)
@@ -548,7 +543,7 @@ def test_a_failed_step_leaves_the_state_as_it_was(device: torch.device) -> None:
             seen.append(float(state.get_buffer("log_multiplier")))
             return super().surrogate(terms, state)
 
-    structure = t.inspect_pair(vae.model, vae.guide, (x[:5],))
+    structure = vae.inspect((x[:5],))
     objective = Checked(5.0, speed=0.1, decay=0.5)
     state = objective.make_state(structure)
     stepper = Stepper(

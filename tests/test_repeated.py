@@ -71,7 +71,7 @@ def test_the_evidence_is_the_eager_one(device: torch.device) -> None:
     pair = fits.vae().to(device)
     x = fits.binary(7).to(device)
     found = [
-        bounds.evidence(pair.model, pair.guide, x, 50, max_rows=200, engine=engine)
+        bounds.evidence(pair, x, 50, max_rows=200, engine=engine)
         for engine in ("eager", "compiled")
     ]
     torch.testing.assert_close(found[1].per_datum, found[0].per_datum)
@@ -81,6 +81,6 @@ def test_the_evidence_is_the_eager_one(device: torch.device) -> None:
 def test_pairs_that_subsample_themselves_are_eager(device: torch.device) -> None:
     model, guide, (x,) = pairs.subsample_drawn(device)
     found = [
-        bounds.evidence(model, guide, x, 50, engine=engine) for engine in ("eager", "compiled")
+        bounds.evidence((model, guide), x, 50, engine=engine) for engine in ("eager", "compiled")
     ]
     assert torch.equal(found[0].per_datum, found[1].per_datum)

@@ -25,10 +25,10 @@ def lines(summary: report.Summary) -> dict[str, tuple[str, str]]:
 def test_the_numbers_are_those_of_bounds(device: torch.device) -> None:
     vae = recipes.vae(D, Q, hidden=(8,)).to(device)
     x = torch.rand(50, D).round()
-    summary = report.summarize(vae.model, vae.guide, x, levels=2, num_particles=40, seconds=3.2)
+    summary = report.summarize(vae, x, levels=2, num_particles=40, seconds=3.2)
     found = lines(summary)
-    lower = bounds.elbo(vae.model, vae.guide, x, 10)
-    best = bounds.evidence(vae.model, vae.guide, x, 40)
+    lower = bounds.elbo(vae, x, 10)
+    best = bounds.evidence(vae, x, 40)
     assert found["ELBO"][0].startswith(f"{lower.mean:.2f} +- {lower.se_data:.2g}")
     assert found["evidence"][0].startswith(f"{best.mean:.2f} +- ")
     assert lower.rate is not None
@@ -48,10 +48,10 @@ def test_bits_per_dimension_are_left_out_or_have_a_bin(device: torch.device) -> 
         guides.MeanField(MLP(D, 2 * Q, (8,)), Q),
     ).to(device)
     x = torch.rand(20, D)
-    plain = lines(report.summarize(vae.model, vae.guide, x, num_particles=5))
+    plain = lines(report.summarize(vae, x, num_particles=5))
     assert "bits per dimension" not in plain
-    binned = lines(report.summarize(vae.model, vae.guide, x, num_particles=5, bin_width=1 / 255))
-    value = bounds.evidence(vae.model, vae.guide, x, 5).mean
+    binned = lines(report.summarize(vae, x, num_particles=5, bin_width=1 / 255))
+    value = bounds.evidence(vae, x, 5).mean
     expected = -(value / D + math.log(1 / 255)) / math.log(2)
     assert binned["bits per dimension"][0] == f"{expected:.3f}"
     assert "bins of 0.003922" in binned["bits per dimension"][1]
@@ -65,7 +65,7 @@ def test_uniform_noise_costs_its_bits() -> None:
 
 def test_an_autoencoder_gets_what_is_defined_and_why_the_rest_isnt(device: torch.device) -> None:
     ae = recipes.ae(D, Q, hidden=(8,)).to(device)
-    summary = report.summarize(ae.model, ae.guide, torch.rand(20, D), bin_width=0.1)
+    summary = report.summarize(ae, torch.rand(20, D), bin_width=0.1)
     found = lines(summary)
     assert "ELBO" not in found
     assert found["evidence"] == ("not defined", "a point mass (Delta) at site 'z'")
@@ -81,7 +81,7 @@ def test_an_improper_prior_has_no_evidence(device: torch.device) -> None:
         likelihoods.Bernoulli(MLP(Q, D, (8,)), D),
         guides.MeanField(MLP(D, 2 * Q, (8,)), Q),
     ).to(device)
-    summary = report.summarize(vae.model, vae.guide, torch.rand(20, D).round(), levels=2)
+    summary = report.summarize(vae, torch.rand(20, D).round(), levels=2)
     found = lines(summary)
     assert "ELBO" not in found
     assert "unnormalised ELBO" in found
@@ -93,7 +93,7 @@ def test_an_improper_prior_has_no_evidence(device: torch.device) -> None:
 def test_any_pair_has_a_summary(device: torch.device) -> None:
     for name in ("two_sites", "global_latent", "masked", "functions"):
         model, guide, batch = pairs.PAIRS[name](device)
-        assert "ELBO" in lines(report.summarize(model, guide, batch, num_particles=5))
+        assert "ELBO" in lines(report.summarize((model, guide), batch, num_particles=5))
 
 
 def history(values: list[float]) -> list[dict[str, float]]:
@@ -107,9 +107,7 @@ def test_advice_follows_the_trouble(device: torch.device) -> None:
     x = torch.rand(50, D).round()
 
     def advice(values: list[float]) -> str:
-        return report.summarize(
-            vae.model, vae.guide, x, num_particles=5, history=history(values)
-        ).advice
+        return report.summarize(vae, x, num_particles=5, history=history(values)).advice
 
     assert "still rises" in advice([-50.0 + i for i in range(20)])
     assert "fell after its best epoch" in advice([-50.0 + i for i in range(10)] + [-60.0] * 20)
@@ -139,9 +137,9 @@ def test_active_units_are_those_that_depend_on_the_data(device: torch.device) ->
         guides.MeanField(Encoder(), Q),
     ).to(device)
     x = torch.randn(500, D)
-    active = diagnostics.active_units(vae.model, vae.guide, x)
+    active = diagnostics.active_units(vae, x)
     assert active.tolist() == [True, False, False]
-    lower = diagnostics.active_units(vae.model, vae.guide, x, threshold=1e-3)
+    lower = diagnostics.active_units(vae, x, threshold=1e-3)
     assert lower.tolist() == [True, True, False]
 
 
@@ -160,9 +158,9 @@ def test_a_latent_fed_by_another_draw_isnt_active_by_that(device: torch.device) 
             pyro.sample("z2", dist.Normal(z1, 1.0))
 
     x = torch.randn(400, device=device)
-    assert not diagnostics.active_units(model, guide, x, site="z2", num_particles=400)
+    assert not diagnostics.active_units((model, guide), x, site="z2", num_particles=400)
     with pytest.raises(UndefinedError, match="'nope'; there are: 'z1' and 'z2'"):
-        diagnostics.active_units(model, guide, x, site="nope")
+        diagnostics.active_units((model, guide), x, site="nope")
 
 
 def test_active_units_without_a_known_mean(device: torch.device) -> None:
@@ -185,7 +183,7 @@ def test_active_units_without_a_known_mean(device: torch.device) -> None:
     vae = VAE(
         priors.StandardNormal(Q), likelihoods.Gaussian(MLP(Q, D, (8,)), D, sigma=1.0), Encoder()
     ).to(device)
-    active = diagnostics.active_units(vae.model, vae.guide, torch.randn(2000, D))
+    active = diagnostics.active_units(vae, torch.randn(2000, D))
     assert active.tolist() == [True, False, False]
 
 
@@ -198,5 +196,5 @@ def pyro_distribution() -> type:
 def test_which_site(device: torch.device) -> None:
     model, guide, batch = pairs.two_sites(device)
     with pytest.raises(UndefinedError, match="site='z2'"):
-        diagnostics.active_units(model, guide, batch)
-    assert diagnostics.active_units(model, guide, batch, site="z1").shape == (2,)
+        diagnostics.active_units((model, guide), batch)
+    assert diagnostics.active_units((model, guide), batch, site="z1").shape == (2,)

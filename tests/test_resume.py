@@ -105,27 +105,27 @@ def binary(n: int = 40) -> Tensor:
 def fit(vae: pvae.VAE, folder: Path, epochs: int = 2, **options: object) -> pvae.Fit:
     x = options.pop("data", binary())
     settings: dict[str, Any] = {"batch_size": 16, "progress": False, "folder": folder, **options}
-    return pvae.fit(vae.model, vae.guide, x, epochs=epochs, **settings)
+    return pvae.fit(vae, x, epochs=epochs, **settings)
 
 
 def test_resume_in_process_with_more_epochs(tmp_path: Path, device: torch.device) -> None:
     whole, parts = pair(), pair()
-    fit(whole, tmp_path / "whole", 5, device=device)
-    fit(parts, tmp_path / "parts", 2, device=device)
+    fit((whole, tmp_path / "whole"), 5, device=device)
+    fit((parts, tmp_path / "parts"), 2, device=device)
     fresh = pair()
     torch.nn.init.zeros_(fresh.model.likelihood.get_parameter("network.layers.0.weight"))
-    run = fit(fresh, tmp_path / "parts", 5, resume=True, device=device)
+    run = fit((fresh, tmp_path / "parts"), 5, resume=True, device=device)
     assert [r["epoch"] for r in run.history] == list(range(5))
     for a, b in zip(fresh.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
-    again = fit(pair(), tmp_path / "parts", 5, resume=True, device=device)  # nothing left to do
+    again = fit((pair(), tmp_path / "parts"), 5, resume=True, device=device)  # nothing left to do
     assert len(again.history) == 5
 
 
 def test_the_global_generators_are_no_part_of_it(tmp_path: Path) -> None:
     fit(pair(), tmp_path / "run")
     before = torch.get_rng_state()
-    fit(pair(), tmp_path / "run", 3, resume=True)
+    fit((pair(), tmp_path / "run"), 3, resume=True)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -136,8 +136,7 @@ def test_a_loader_resumes_at_epoch_ends(tmp_path: Path) -> None:
     def run(folder: str, epochs: int, *, resume: bool = False) -> pvae.VAE:
         vae = pair()
         pvae.fit(
-            vae.model,
-            vae.guide,
+            vae,
             loader(),
             epochs=epochs,
             folder=tmp_path / folder,
@@ -152,7 +151,7 @@ def test_a_loader_resumes_at_epoch_ends(tmp_path: Path) -> None:
     for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ArgumentError, match=r"pass loader\.dataset"):
-        pvae.fit(whole.model, whole.guide, loader(), save_steps=3, progress=False)
+        pvae.fit(whole, loader(), save_steps=3, progress=False)
 
 
 # What is refused
@@ -181,7 +180,7 @@ def test_another_training_isnt_resumed(
 ) -> None:
     fit(pair(), tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        fit(pair(), tmp_path, 3, resume=True, **options)
+        fit((pair(), tmp_path), 3, resume=True, **options)
 
 
 def test_another_pair_isnt_resumed(tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_another_pair_isnt_resumed(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"model='\(0\): Linear\(in_features=2.*got model=.*in_features=3"
     ):
-        fit(other, tmp_path, 3, resume=True)
+        fit((other, tmp_path), 3, resume=True)
 
 
 def test_another_machine_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +197,13 @@ def test_another_machine_is_warned_about(tmp_path: Path, monkeypatch: pytest.Mon
     here = checkpoint.environment
     monkeypatch.setattr(checkpoint, "environment", lambda d: {**here(d), "threads": 99})
     with pytest.warns(PvaeWarning, match="not bit for bit as before: threads was 1, is 99"):
-        fit(pair(), tmp_path, 3, resume=True)
+        fit((pair(), tmp_path), 3, resume=True)
 
 
 def test_resume_needs_a_folder() -> None:
     vae = pair()
     with pytest.raises(ArgumentError, match="resume"):
-        pvae.fit(vae.model, vae.guide, binary(), resume=True)
+        pvae.fit(vae, binary(), resume=True)
 
 
 def test_truncated_foreign_and_tampered_files(tmp_path: Path) -> None:
@@ -215,7 +214,7 @@ def test_truncated_foreign_and_tampered_files(tmp_path: Path) -> None:
     def refused(new: bytes, words: str) -> None:
         path.write_bytes(new)
         with pytest.raises(CheckpointError, match=words):
-            fit(pair(), tmp_path, 3, resume=True)
+            fit((pair(), tmp_path), 3, resume=True)
 
     refused(content[: len(content) // 2], "a safetensors file; got SafetensorError")
     refused(b"", "a safetensors file")
@@ -229,7 +228,7 @@ def test_truncated_foreign_and_tampered_files(tmp_path: Path) -> None:
     refused(save({"a": torch.zeros(3)}), "a checkpoint that pvae wrote")
     refused(content.replace(b'"pvae_format":"1"', b'"pvae_format":"9"'), "format 1; got format 9")
     path.write_bytes(content)
-    fit(pair(), tmp_path, 3, resume=True)
+    fit((pair(), tmp_path), 3, resume=True)
 
 
 # Loading
@@ -249,7 +248,7 @@ def test_load_gives_the_pair_back(tmp_path: Path, device: torch.device) -> None:
 
 def test_load_takes_the_best_epoch(tmp_path: Path) -> None:
     vae = pair()
-    fit(vae, tmp_path, 60, lr=3e-2, valid=binary(9), patience=3)
+    fit((vae, tmp_path), 60, lr=3e-2, valid=binary(9), patience=3)
     other = pair()
     pvae.load(tmp_path, other.model, other.guide)
     for a, b in zip(other.parameters(), vae.parameters(), strict=True):
@@ -261,7 +260,7 @@ def test_load_into_functions(tmp_path: Path, device: torch.device) -> None:
     from tests import pairs
 
     model, guide, batch = pairs.functions(device)
-    run = pvae.fit(model, guide, batch, epochs=2, folder=tmp_path, progress=False, device=device)
+    run = pvae.fit((model, guide), batch, epochs=2, folder=tmp_path, progress=False, device=device)
     expected = {k: v.detach().clone() for k, v in run.structure.parameters.items()}
     for parameter in run.structure.parameters.values():
         torch.nn.init.zeros_(parameter)
@@ -303,9 +302,9 @@ def test_every_generator_is_saved(tmp_path: Path) -> None:
         return vae
 
     whole = drawing()
-    fit(whole, tmp_path / "whole", 4)
-    fit(drawing(), tmp_path / "parts", 2)
+    fit((whole, tmp_path / "whole"), 4)
+    fit((drawing(), tmp_path / "parts"), 2)
     parts = drawing()
-    fit(parts, tmp_path / "parts", 4, resume=True)
+    fit((parts, tmp_path / "parts"), 4, resume=True)
     for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -32,7 +32,7 @@ def test_an_exact_guide_is_not_blamed(device: torch.device) -> None:
     """Every verdict is good."""
     toy, x = toy_data()
     model, guide = linear.pair(toy, linear.exact)
-    found = pvae.diagnose(model, guide, x.to(device))
+    found = pvae.diagnose((model, guide), x.to(device))
     assert not found.undefined
     assert set(verdicts(found).values()) == {"good", "none"}
     assert found.advice.startswith("nothing stands out")
@@ -40,7 +40,7 @@ def test_an_exact_guide_is_not_blamed(device: torch.device) -> None:
         float(toy.log_evidence(x).mean()), abs=1e-9
     )
     assert str(found).splitlines()[0] == "Diagnosis, N = 300"
-    again = pvae.diagnose(model, guide, x.to(device))
+    again = pvae.diagnose((model, guide), x.to(device))
     assert str(again) == str(found)
 
 
@@ -57,7 +57,7 @@ def test_a_bad_guide_is_blamed_for_what_it_is(
     make: Any, blamed: set[str], device: torch.device
 ) -> None:
     toy, x = toy_data()
-    found = pvae.diagnose(*linear.pair(toy, make), x.to(device), checks=QUICK)
+    found = pvae.diagnose(linear.pair(toy, make), x.to(device), checks=QUICK)
     bad = {name for name, verdict in verdicts(found).items() if verdict == "bad"}
     assert blamed <= bad
     lines = str(found).splitlines()
@@ -67,7 +67,7 @@ def test_a_bad_guide_is_blamed_for_what_it_is(
 
 def test_what_is_not_defined_is_said(device: torch.device) -> None:
     autoencoder = recipes.ae(6, 2, hidden=(4,)).to(device)
-    found = pvae.diagnose(autoencoder.model, autoencoder.guide, torch.rand(40, 6, device=device))
+    found = pvae.diagnose(autoencoder, torch.rand(40, 6, device=device))
     assert "a point mass" in found.undefined["importance"]
     assert found.results["elbo"].findings()[0].name == "log joint"
     assert "-- not defined for this pair" in str(found)
@@ -79,7 +79,7 @@ def test_any_pair_has_a_screen(kind: str, device: torch.device) -> None:
     """Each check has a result or a reason, numbers are finite, and nothing is left changed."""
     model, guide, batch = pairs.PAIRS[kind](device, n=40)
     before = torch.get_rng_state()
-    found = pvae.diagnose(model, guide, batch, num_particles=30)
+    found = pvae.diagnose((model, guide), batch, num_particles=30)
     assert torch.equal(torch.get_rng_state(), before)
     assert {*found.results, *found.undefined} == set(diagnostics.DEFAULT)
     assert "elbo" in found.results
@@ -92,20 +92,20 @@ def test_any_pair_has_a_screen(kind: str, device: torch.device) -> None:
 def test_rows_and_refusals(device: torch.device) -> None:
     toy, x = toy_data(100)
     model, guide = linear.pair(toy, linear.exact)
-    found = pvae.diagnose(model, guide, x.to(device), checks=["elbo"], num_data=30)
+    found = pvae.diagnose((model, guide), x.to(device), checks=["elbo"], num_data=30)
     assert found.num_data == 30
     assert list(found.seconds) == ["elbo"]
     with pytest.raises(ArgumentError, match=r"checks: expected some of 'elbo', .*; got 'evidence'"):
-        pvae.diagnose(model, guide, x, checks=["evidence"])
+        pvae.diagnose((model, guide), x, checks=["evidence"])
     with pytest.raises(ArgumentError, match="num_particles"):
-        pvae.diagnose(model, guide, x, num_particles=10)
+        pvae.diagnose((model, guide), x, num_particles=10)
 
 
 def test_from_a_fit(device: torch.device) -> None:
     """Of the validation data, where there are any."""
     vae = recipes.vae(6, 2, hidden=(4,)).to(device)
     x = torch.rand(60, 6, device=device).round()
-    fit = pvae.fit(vae.model, vae.guide, x[:40], valid=x[40:], epochs=1, progress=False)
+    fit = pvae.fit(vae, x[:40], valid=x[40:], epochs=1, progress=False)
     assert fit.diagnose(checks=["elbo"]).num_data == 20
     assert fit.diagnose(x, checks=["elbo"]).num_data == 60
 
@@ -114,11 +114,11 @@ def test_training_on_comes_before_what_it_may_repair(device: torch.device) -> No
     toy, x = toy_data()
     pair = linear.pair(toy, linear.scaled(0.5))
     rising = [{"elbo": float(e)} for e in range(30)]
-    found = pvae.diagnose(*pair, x.to(device), checks=["importance"], history=rising)
+    found = pvae.diagnose(pair, x.to(device), checks=["importance"], history=rising)
     assert verdicts(found)["k-hat above 0.7"] == "bad"
     assert found.advice == ".refine(epochs) (learning curve)"
     flat = [{"elbo": float(e % 2)} for e in range(30)]
-    found = pvae.diagnose(*pair, x.to(device), checks=["importance"], history=flat)
+    found = pvae.diagnose(pair, x.to(device), checks=["importance"], history=flat)
     assert found.advice.endswith("(k-hat above 0.7)")
 
 
@@ -126,17 +126,17 @@ def test_rows_are_the_datas_own_where_some_are_looked_at(device: torch.device) -
     """60 of 300 are looked at; what is said of them is said by their rows in the 300."""
     toy, x = toy_data()
     model, guide = linear.pair(toy, linear.scaled(0.7))
-    first = pvae.diagnose(model, guide, x.to(device), checks=["importance"], num_data=60)
+    first = pvae.diagnose((model, guide), x.to(device), checks=["importance"], num_data=60)
     assert first.rows is not None
     assert len(first.rows) == len(first.rows.unique()) == 60
     assert int(first.rows.max()) > 60
-    same = diagnostics.importance(model, guide, x[first.rows.cpu()].to(device), num_particles=200)
+    same = diagnostics.importance((model, guide), x[first.rows.cpu()].to(device), num_particles=200)
     found = first.results["importance"]
     torch.testing.assert_close(found.khat, same.khat, equal_nan=True)
     torch.testing.assert_close(found.worst(), first.rows[same.worst()])
     assert str(int(found.worst()[0])) in str(found).splitlines()[-1]
     assert first.to_dict()["rows"] == first.rows.tolist()
-    assert pvae.diagnose(model, guide, x.to(device), checks=["importance"]).rows is None
+    assert pvae.diagnose((model, guide), x.to(device), checks=["importance"]).rows is None
 
 
 def test_collapse_comes_first_and_a_failing_check_costs_no_other(
@@ -148,7 +148,7 @@ def test_collapse_comes_first_and_a_failing_check_costs_no_other(
     monkeypatch.setitem(diagnostics.CHECKS, "sbc", ("the posterior", fails))
     toy, x = toy_data()
     pair = linear.pair(toy, linear.ignorant)
-    found = pvae.diagnose(*pair, x.to(device), checks=["importance", "sbc", "surgery"])
+    found = pvae.diagnose(pair, x.to(device), checks=["importance", "sbc", "surgery"])
     assert verdicts(found)["k-hat above 0.7"] != "good"
     assert found.advice.endswith("(information)")
     assert found.undefined == {"sbc": "x: expected y; got z."}

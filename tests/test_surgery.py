@@ -20,6 +20,7 @@ from pvae import bounds, diagnostics
 from pvae.data import LinearGaussian
 from pvae.diagnostics.mixture import draw, score_mixture, sum_of
 from pvae.errors import ArgumentError, UndefinedError
+from pvae.pair import Pair
 from tests import linear, pairs
 
 STEPS = 4.5
@@ -54,7 +55,7 @@ def test_every_part_by_enumeration(max_rows: int, device: torch.device) -> None:
     model, guide = bernoulli_pair(table, prior)
     x = torch.arange(6.0, device=device)
     k = 3000 if max_rows > 4 else 40
-    found = diagnostics.surgery(model, guide, x, num_particles=k, max_rows=max_rows)
+    found = diagnostics.surgery((model, guide), x, num_particles=k, max_rows=max_rows)
 
     states = torch.cartesian_prod(*[torch.arange(2.0)] * 3).to(device)  # (8, 3)
     each = torch.where(states[:, None] == 1, table, 1 - table)  # (8, 6, 3)
@@ -88,7 +89,7 @@ def test_every_part_by_enumeration(max_rows: int, device: torch.device) -> None:
 def test_sums_are_exact(device: torch.device) -> None:
     vae = pvae.recipes.vae(6, 3, hidden=(8,)).to(device)
     x = torch.rand(40, 6, device=device).round()
-    found = diagnostics.surgery(vae.model, vae.guide, x, max_rows=100)
+    found = diagnostics.surgery(vae, x, max_rows=100)
     parts = (found.information, found.marginal_kl, found.total_correlation, found.dimension_kl)
     assert all(part is not None for part in parts)
     information, marginal, correlation, dimensions = (p.values for p in parts if p is not None)
@@ -104,9 +105,9 @@ def test_it_is_the_elbo(device: torch.device) -> None:
     """With the same draws, the values of bounds.elbo."""
     vae = pvae.recipes.vae(6, 3, hidden=(8,)).to(device)
     x = torch.rand(40, 6, device=device).round()
-    structure = pvae.terms.inspect_pair(vae.model, vae.guide, (x,))
-    found = diagnostics.surgery(vae.model, vae.guide, x, num_particles=50, structure=structure)
-    lower = bounds.elbo(vae.model, vae.guide, x, 50, structure=structure)
+    structure = vae.inspect((x,))
+    found = diagnostics.surgery(vae, x, num_particles=50, structure=structure)
+    lower = bounds.elbo(vae, x, 50, structure=structure)
     torch.testing.assert_close(-found.distortion.values - found.rate.values, lower.values)
     assert float(lower.se_draws or 0) < float(found.distortion.se_draws + found.rate.se_draws)
 
@@ -130,7 +131,7 @@ def test_a_mixture_of_gaussians_by_quadrature(device: torch.device) -> None:
     toy = LinearGaussian(torch.tensor([[1.3]]), torch.zeros(1), 0.7)
     model, guide = linear.pair(toy, linear.scaled(0.8))
     x = toy.sample(12)
-    found = diagnostics.surgery(model, guide, x.to(device), num_particles=3000)
+    found = diagnostics.surgery((model, guide), x.to(device), num_particles=3000)
     mean, covariance = toy.posterior(x)
     scale = 0.8 * covariance.sqrt().item()
     z = torch.linspace(-8, 8, 20001)[:, None]
@@ -156,7 +157,7 @@ def test_the_information_of_the_population_is_between(device: torch.device) -> N
     truth = -0.5 * float(toy.posterior(toy.bias[None])[1].logdet())
     low, high, above = [], [], []
     for seed in range(8):
-        found = diagnostics.surgery(model, guide, toy.sample(100, seed).to(device), seed=seed)
+        found = diagnostics.surgery((model, guide), toy.sample(100, seed).to(device), seed=seed)
         assert found.information is not None
         assert found.information_upper is not None
         assert found.marginal_kl is not None
@@ -175,7 +176,7 @@ def test_total_correlation_of_a_full_rank_guide_is_not_defined(device: torch.dev
     """Dimensions that depend on each other have no density apiece; the rest is there."""
     toy = LinearGaussian.random(4, 2, 0.5)
     model, guide = linear.pair(toy, linear.exact)
-    found = diagnostics.surgery(model, guide, toy.sample(20).to(device))
+    found = diagnostics.surgery((model, guide), toy.sample(20).to(device))
     assert found.total_correlation is None
     assert not found.rates_by_dimension
     assert found.information is not None
@@ -194,9 +195,9 @@ def test_errors_are_honest(device: torch.device) -> None:
     x = torch.rand(15, 6, device=device).round()
     options: Any = {
         "num_particles": 4,
-        "structure": pvae.terms.inspect_pair(vae.model, vae.guide, (x,)),
+        "structure": vae.inspect((x,)),
     }
-    runs = [diagnostics.surgery(vae.model, vae.guide, x, seed=s, **options) for s in range(60)]
+    runs = [diagnostics.surgery(vae, x, seed=s, **options) for s in range(60)]
     for name in ("rate", "information", "marginal_kl", "total_correlation"):
         parts = [getattr(run, name) for run in runs]
         scatter = torch.stack([p.mean for p in parts]).std()
@@ -210,7 +211,7 @@ def test_errors_are_honest(device: torch.device) -> None:
 def test_a_hierarchy_is_scored_as_one(device: torch.device) -> None:
     """q(z1 | x) q(z2 | z1): the joint mixture, by hand at the same draws."""
     model, guide, (x,) = pairs.two_sites(device, 5)
-    found = diagnostics.surgery(model, guide, x, num_particles=3)
+    found = diagnostics.surgery((model, guide), x, num_particles=3)
     with pvae.randomness.forked(0), torch.no_grad():
         source, structure = bounds.prepare(model, guide, x)
         own = draw(model, guide, source, structure, 3, 65536)
@@ -274,9 +275,9 @@ def test_a_guide_that_cant_be_vectorised_is_looped(device: torch.device) -> None
     scores = []
     for net in (inner, Right()):
         model, guide = pair_of(net)
-        structure = pvae.terms.inspect_pair(model, guide, batch)
+        structure = Pair(model, guide).inspect(batch)
         with torch.no_grad():
-            sites = pvae.terms.score_guide(model, guide, batch, values, structure=structure)
+            sites = pvae.terms.score_guide(Pair(structure, batch).inspect(values), values)
         assert bool(structure.notes["looped_because"]) == (net is inner)
         scores.append(sum_of(site.log_q for site in sites.values()))
     torch.testing.assert_close(scores[0], scores[1])
@@ -293,12 +294,12 @@ def test_a_flow_is_scored_under_every_datum(device: torch.device) -> None:
         flow,
     ).to(device)
     x = torch.rand(6, 4, device=device).round()
-    found = diagnostics.surgery(vae.model, vae.guide, x)
+    found = diagnostics.surgery(vae, x)
     assert found.information is not None
-    structure = pvae.terms.inspect_pair(vae.model, vae.guide, (x,))
+    structure = vae.inspect((x,))
     z = torch.randn(3, 2, device=device)
     with torch.no_grad():
-        sites = pvae.terms.score_guide(vae.model, vae.guide, x, {"z": z}, structure=structure)
+        sites = pvae.terms.score_guide(Pair(structure, x).inspect({"z": z}), {"z": z})
         for k in range(3):
             for n in range(6):
                 expected = flow(x[n]).log_prob(z[k])
@@ -323,13 +324,13 @@ def test_scores_that_there_arent(device: torch.device) -> None:
             pyro.sample("z", dist.Normal(loc, x.new_tensor(1.0)).to_event(1))
 
     x = torch.randn(8, device=device)
-    found = diagnostics.surgery(model, guide, x)
+    found = diagnostics.surgery((model, guide), x)
     assert found.information is None
     assert "other sites: 'u'" in found.undefined["parts of q(z)"]
     assert set(found.rates) == {"u", "z"}
     assert "parts of q(z): not defined" in str(found)
-    structure = pvae.terms.inspect_pair(model, guide, (x,))
-    sites = pvae.terms.draw_guide(model, guide, x, structure=structure, num_particles=3)
+    structure = Pair(model, guide).inspect((x,))
+    sites = pvae.terms.draw_guide(structure, x, num_particles=3)
     assert [(n, s.kind) for n, s in sites.items()] == [("u", "auxiliary"), ("z", "latent")]
     assert sites["z"].value is not None
     assert sites["z"].value.shape == (3, 8, 2)
@@ -341,7 +342,7 @@ def test_scores_that_there_arent(device: torch.device) -> None:
 def test_a_collapsed_latent(device: torch.device) -> None:
     toy = LinearGaussian.random(4, 3, 0.5)
     model, guide = linear.pair(toy, linear.ignorant)
-    found = diagnostics.surgery(model, guide, toy.sample(50).to(device))
+    found = diagnostics.surgery((model, guide), toy.sample(50).to(device))
     assert found.information is not None
     assert float(found.information.mean) == pytest.approx(0.0, abs=1e-12)
     assert bool(found.collapsed["z"].all())
@@ -355,11 +356,11 @@ def test_a_dimension_that_collapsed(device: torch.device) -> None:
     basis = torch.linalg.qr(torch.randn(6, 4))[0]
     toy = LinearGaussian(basis * torch.tensor([2.0, 1.0, 0.0, 1.5]), torch.zeros(6), 0.3)
     model, guide = linear.pair(toy, linear.marginals)
-    found = diagnostics.surgery(model, guide, toy.sample(200).to(device))
+    found = diagnostics.surgery((model, guide), toy.sample(200).to(device))
     assert found.collapsed["z"].tolist() == [False, False, True, False]
     (line,) = [f for f in found.findings() if f.name == "collapsed units"]
     assert (line.value, line.verdict) == (1, "good")
-    used = diagnostics.active_units(model, guide, toy.sample(200).to(device))
+    used = diagnostics.active_units((model, guide), toy.sample(200).to(device))
     assert used.tolist() == [True, True, False, True]
 
 
@@ -370,7 +371,7 @@ def test_all_alike_but_not_the_prior_is_collapsed_too(device: torch.device) -> N
     def away(mean: Tensor, covariance: Tensor) -> Any:
         return dist.Normal(torch.full_like(mean, 2.0), torch.ones_like(mean)).to_event(1)
 
-    found = diagnostics.surgery(*linear.pair(toy, away), toy.sample(50).to(device))
+    found = diagnostics.surgery(linear.pair(toy, away), toy.sample(50).to(device))
     verdicts = {f.name: f.verdict for f in found.findings()}
     assert verdicts["information"] == "bad"
     assert verdicts["marginal KL"] == "look"
@@ -380,7 +381,7 @@ def test_all_alike_but_not_the_prior_is_collapsed_too(device: torch.device) -> N
 def test_a_good_fit_is_good(device: torch.device) -> None:
     toy = LinearGaussian.random(4, 1, 0.5)
     model, guide = linear.pair(toy, linear.exact)
-    found = diagnostics.surgery(model, guide, toy.sample(400).to(device))
+    found = diagnostics.surgery((model, guide), toy.sample(400).to(device))
     assert {f.verdict for f in found.findings()} == {"good", "none"}
 
 
@@ -400,9 +401,9 @@ def test_every_kind_of_pair(kind: str, device: torch.device) -> None:
     model, guide, batch = pairs.PAIRS[kind](device)
     if kind in REFUSED:
         with pytest.raises(UndefinedError, match=REFUSED[kind]):
-            diagnostics.surgery(model, guide, batch)
+            diagnostics.surgery((model, guide), batch)
         return
-    found = diagnostics.surgery(model, guide, batch, max_rows=50)
+    found = diagnostics.surgery((model, guide), batch, max_rows=50)
     assert len(found.rate.values) == 12
     if kind in WITHOUT:
         assert found.information is None
@@ -423,22 +424,22 @@ def test_refusals(device: torch.device) -> None:
         return dist.Delta(mean).to_event(1)
 
     with pytest.raises(UndefinedError, match="point mass"):
-        diagnostics.surgery(*linear.pair(toy, point), x)
+        diagnostics.surgery(linear.pair(toy, point), x)
     pair = linear.pair(toy, linear.exact)
     with pytest.raises(ArgumentError, match="num_particles"):
-        diagnostics.surgery(*pair, x, num_particles=0)
+        diagnostics.surgery(pair, x, num_particles=0)
     with pytest.raises(ArgumentError, match="rows of data"):
-        diagnostics.surgery(*pair, x[:1])
+        diagnostics.surgery(pair, x[:1])
     with pytest.raises(ArgumentError, match="threshold"):
-        diagnostics.surgery(*pair, x, threshold=-1)
+        diagnostics.surgery(pair, x, threshold=-1)
 
 
 def test_the_callers_state_stays(device: torch.device) -> None:
     vae = pvae.recipes.vae(6, 2, hidden=(8,)).to(device).train()
     x = torch.rand(10, 6, device=device).round()
     before = torch.get_rng_state()
-    first = diagnostics.surgery(vae.model, vae.guide, x)
+    first = diagnostics.surgery(vae, x)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in vae.modules())
-    again = diagnostics.surgery(vae.model, vae.guide, x)
+    again = diagnostics.surgery(vae, x)
     torch.testing.assert_close(first.rate.values, again.rate.values)

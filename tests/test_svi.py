@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import objectives, schedules
-from pvae import terms as t
 from pvae.errors import ArgumentError, PairError, PvaeWarning
+from pvae.pair import Pair
 from tests import pairs
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -48,7 +48,7 @@ def trained(
     model, guide, batch = pairs.PAIRS[pair](device)
     if svi in (pyro.infer.SVI, pvae.SVI):
         model, guide = announced("model", model), announced("guide", guide)
-    structure = t.inspect_pair(model, guide, batch)
+    structure = Pair(model, guide).inspect(batch)
     torch.manual_seed(1)
     made = svi(model, guide, optim, loss)
     losses = [made.step(*batch) for _ in range(5)]

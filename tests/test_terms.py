@@ -21,6 +21,7 @@ from pvae import terms as t
 from pvae.conditional import as_conditional
 from pvae.data import as_source
 from pvae.errors import PairError, PvaeWarning, UndefinedError
+from pvae.pair import Pair
 from tests import pairs
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -35,16 +36,16 @@ def close(a: Tensor | None, b: Tensor | None) -> None:
 
 def run(make: Make, device: torch.device, **options: Any) -> t.Terms:
     model, guide, batch = make(device)
-    return t.compute(model, guide, batch, **options)
+    return t.compute(Pair(model, guide).inspect(batch), batch, **options)
 
 
 @ALL
 def test_shapes(make: Make, device: torch.device) -> None:
     model, guide, batch = make(device)
-    structure = t.inspect_pair(model, guide, batch)
+    structure = Pair(model, guide).inspect(batch)
     rows = structure.subsample_size or len(batch[0])
     for k in (1, 3):
-        terms = t.compute(model, guide, batch, structure=structure, num_particles=k)
+        terms = t.compute(structure, batch, num_particles=k)
         assert terms.log_joint.shape == terms.log_q.shape == terms.log_weight.shape == (k, rows)
         assert terms.global_log_p.shape == terms.global_log_q.shape == (k,)
         for site in terms.sites.values():
@@ -56,8 +57,8 @@ def test_shapes(make: Make, device: torch.device) -> None:
 def test_vectorised_equals_looped(make: Make, device: torch.device) -> None:
     """The same draws, scored at once and one by one, give the same terms site by site."""
     model, guide, batch = make(device)
-    structure = t.inspect_pair(model, guide, batch)
-    both = t.compute(model, guide, batch, structure=structure, num_particles=3)
+    structure = Pair(model, guide).inspect(batch)
+    both = t.compute(structure, batch, num_particles=3)
     assert structure.notes["looped_because"] == ""
     for k in range(3):
         given = {
@@ -67,7 +68,7 @@ def test_vectorised_equals_looped(make: Make, device: torch.device) -> None:
         }
         if structure.subsample_size is not None:
             given["data"] = both.guide_trace.nodes["data"]["value"]
-        one = t.compute(model, guide, batch, structure=structure, given=given)
+        one = t.compute(structure, batch, given=given)
         for name, site in both.sites.items():
             for key in ("log_p", "log_q"):
                 if getattr(site, key) is not None:
@@ -77,9 +78,9 @@ def test_vectorised_equals_looped(make: Make, device: torch.device) -> None:
 @ALL
 def test_looping_gives_the_same_shapes_and_kinds(make: Make, device: torch.device) -> None:
     model, guide, batch = make(device)
-    structure = t.inspect_pair(model, guide, batch)
-    at_once = t.compute(model, guide, batch, structure=structure, num_particles=3, vectorize=True)
-    looped = t.compute(model, guide, batch, structure=structure, num_particles=3, vectorize=False)
+    structure = Pair(model, guide).inspect(batch)
+    at_once = t.compute(structure, batch, num_particles=3, vectorize=True)
+    looped = t.compute(structure, batch, num_particles=3, vectorize=False)
     assert at_once.sites.keys() == looped.sites.keys()
     for name, site in at_once.sites.items():
         other = looped.sites[name]
@@ -91,9 +92,9 @@ def test_looping_gives_the_same_shapes_and_kinds(make: Make, device: torch.devic
 @ALL
 def test_the_scaled_sum_is_trace_elbo(make: Make, device: torch.device) -> None:
     model, guide, batch = make(device)
-    structure = t.inspect_pair(model, guide, batch)
+    structure = Pair(model, guide).inspect(batch)
     torch.manual_seed(1)
-    terms = t.compute(model, guide, batch, structure=structure)
+    terms = t.compute(structure, batch)
     ours = -(terms.scaled("likelihood") + terms.scaled("prior") - terms.scaled("q"))
     torch.manual_seed(1)
     elbo = TraceEnum_ELBO(max_plate_nesting=1) if structure.enumerated else Trace_ELBO()
@@ -102,10 +103,10 @@ def test_the_scaled_sum_is_trace_elbo(make: Make, device: torch.device) -> None:
 
 def test_the_plates_scale_is_removed(device: torch.device) -> None:
     model, guide, batch = pairs.subsample_given(device, n=12, full=100)
-    structure = t.inspect_pair(model, guide, batch)
+    structure = Pair(model, guide).inspect(batch)
     assert (structure.full_size, structure.is_scaled) == (100, True)
     assert structure.removed_scales == {}
-    terms = t.compute(model, guide, batch, structure=structure)
+    terms = t.compute(structure, batch)
     z = terms.sites["z"].value
     assert z is not None
     expected = dist.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(-1)
@@ -117,6 +118,7 @@ class Scaled(pairs.Generator, pairs.Inference):
     def __init__(self, *, is_guide: bool, scale: Any) -> None:
         super().__init__()
         self.is_guide, self.scale = is_guide, scale
+        delattr(self, "decoder" if is_guide else "encoder")  # which it has no use for
 
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)), poutine.scale(scale=self.scale):
@@ -130,9 +132,9 @@ def test_other_scales_are_removed_and_reported(scale: Any, device: torch.device)
     model = Scaled(is_guide=False, scale=scale).to(device)
     guide = Scaled(is_guide=True, scale=scale).to(device)
     x = pairs.data(12, device)
-    structure = t.inspect_pair(model, guide, (x,))
+    structure = Pair(model, guide).inspect((x,))
     assert structure.removed_scales == {"z": pytest.approx(0.25), "x": pytest.approx(0.25)}
-    terms = t.compute(model, guide, (x,), structure=structure)
+    terms = t.compute(structure, (x,))
     z = terms.sites["z"].value
     assert z is not None
     close(terms.log_prior, dist.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(-1))
@@ -141,7 +143,7 @@ def test_other_scales_are_removed_and_reported(scale: Any, device: torch.device)
 
 def test_masks_are_applied(device: torch.device) -> None:
     model, guide, batch = pairs.masked(device)
-    terms = t.compute(model, guide, batch, num_particles=2)
+    terms = t.compute(Pair(model, guide).inspect(batch), batch, num_particles=2)
     keep = batch[1]
     assert (terms.log_joint[:, ~keep] == 0).all()
     assert (terms.log_q[:, ~keep] == 0).all()
@@ -172,7 +174,7 @@ def test_inner_plates_are_summed(device: torch.device) -> None:
     model = Nested(is_guide=False, pixels=None).to(device)
     guide = Nested(is_guide=True, pixels=None).to(device)
     x = pairs.data(12, device)
-    terms = t.compute(model, guide, (x,), num_particles=3)
+    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=3)
     z = terms.sites["z"].value
     assert z is not None
     assert z.shape == (3, 12, 1)
@@ -185,9 +187,9 @@ def test_a_subsampled_inner_plate_keeps_its_scale(device: torch.device) -> None:
     model = Nested(is_guide=False, pixels=3).to(device)
     guide = Nested(is_guide=True, pixels=None).to(device)
     x = pairs.data(12, device)
-    structure = t.inspect_pair(model, guide, (x,))
+    structure = Pair(model, guide).inspect((x,))
     assert structure.removed_scales == {}
-    terms = t.compute(model, guide, (x,), structure=structure)
+    terms = t.compute(structure, (x,))
     index = terms.model_trace.nodes["pixels"]["value"]
     z = terms.sites["z"].value
     assert z is not None
@@ -258,9 +260,9 @@ def test_a_point_is_a_delta_that_nothing_feeds(
 ) -> None:
     model, _, (x,) = pairs.functions(device)
     guide = WithDelta(kind=kind).to(device)
-    structure = t.inspect_pair(model, guide, (x,))
+    structure = Pair(model, guide).inspect((x,))
     assert (structure.points == {"z"}) is is_point
-    terms = t.compute(model, guide, (x,), structure=structure, num_particles=2)
+    terms = t.compute(structure, (x,), num_particles=2)
     if kind == "density":
         close(terms.log_q, guide.encoder(x).sum(-1).expand(2, -1))
     if kind in ("point", "independent"):
@@ -275,6 +277,7 @@ class Odd(pairs.Generator, pairs.Inference):
     def __init__(self, *, is_guide: bool) -> None:
         super().__init__()
         self.is_guide = is_guide
+        delattr(self, "decoder" if is_guide else "encoder")
 
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -293,7 +296,7 @@ class Odd(pairs.Generator, pairs.Inference):
 def test_factors_and_deterministic_sites(num_particles: int, device: torch.device) -> None:
     model, guide = Odd(is_guide=False).to(device), Odd(is_guide=True).to(device)
     x = pairs.data(12, device)
-    terms = t.compute(model, guide, (x,), num_particles=num_particles)
+    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=num_particles)
     assert set(terms.sites) == {"z", "x", "factor", "guide_penalty", "model_penalty"}
     z = terms.sites["z"].value
     assert z is not None
@@ -313,7 +316,7 @@ def test_a_guide_penalty_has_a_gradient(device: torch.device) -> None:
     """Without has_rsample the loss would be right and the gradient wrong."""
     model, guide = Odd(is_guide=False).to(device), Odd(is_guide=True).to(device)
     x = pairs.data(12, device)
-    terms = t.compute(model, guide, (x,))
+    terms = t.compute(Pair(model, guide).inspect((x,)), (x,))
     weight = guide.encoder.weight
     (ours,) = torch.autograd.grad(terms.scaled("penalty").sum(), weight)
     (expected,) = torch.autograd.grad(-guide.encoder(x).abs().sum(), weight)
@@ -321,7 +324,7 @@ def test_a_guide_penalty_has_a_gradient(device: torch.device) -> None:
     torch.manual_seed(3)
     (through_pyro,) = torch.autograd.grad(Trace_ELBO().differentiable_loss(model, guide, x), weight)
     torch.manual_seed(3)
-    terms = t.compute(model, guide, (x,))
+    terms = t.compute(Pair(model, guide).inspect((x,)), (x,))
     (all_of_ours,) = torch.autograd.grad(
         (
             terms.scaled("q")
@@ -336,7 +339,7 @@ def test_a_guide_penalty_has_a_gradient(device: torch.device) -> None:
 
 def test_enumerated_latents_are_summed_out(device: torch.device) -> None:
     model, guide, batch = pairs.enumerated(device)
-    terms = t.compute(model, guide, batch, num_particles=2)
+    terms = t.compute(Pair(model, guide).inspect(batch), batch, num_particles=2)
     z, x = terms.sites["z"].value, batch[0]
     assert z is not None
     log_c = model.logits.log_softmax(-1)
@@ -367,7 +370,7 @@ class MixturePrior(nn.Module):
 def test_an_enumerated_prior(in_data: bool, device: torch.device) -> None:
     model = MixturePrior(in_data=in_data).to(device)
     _, guide, (x,) = pairs.enumerated(device)
-    terms = t.compute(model, guide, (x,), num_particles=2)
+    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=2)
     z = terms.sites["z"].value
     assert z is not None
     prior = dist.Normal(model.centers, 1.0).log_prob(z[..., None, :]).sum(-1)  # (K, N, C)
@@ -385,7 +388,9 @@ def test_an_enumerated_prior(in_data: bool, device: torch.device) -> None:
 def test_per_dimension_terms(device: torch.device) -> None:
     model, guide, batch = pairs.masked(device)
     for k in (1, 3):
-        terms = t.compute(model, guide, batch, num_particles=k, per_dimension=True)
+        terms = t.compute(
+            Pair(model, guide).inspect(batch), batch, num_particles=k, per_dimension=True
+        )
         z = terms.sites["z"]
         assert z.log_q_dims is not None
         assert z.log_p_dims is not None
@@ -407,7 +412,7 @@ def test_per_dimension_is_refused_by_name(device: torch.device) -> None:
 
     model, _, (x,) = pairs.functions(device)
     with pytest.raises(UndefinedError, match=r"site 'z'.*MultivariateNormal"):
-        t.compute(model, FullRank().to(device), (x,), per_dimension=True)
+        t.compute(Pair(model, FullRank().to(device)).inspect((x,)), (x,), per_dimension=True)
 
 
 def through_latents(
@@ -422,7 +427,7 @@ def through_latents(
 def test_the_stopped_guide_keeps_the_path_through_z(device: torch.device) -> None:
     """q(z1) q(z2 | z1): only the parameters are stopped, not what z1 does to q(z2)."""
     model, guide, (x,) = pairs.two_sites(device)
-    terms = t.compute(model, guide, (x,), num_particles=2, stop_guide=True)
+    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=2, stop_guide=True)
     close(terms.stopped_log_q, terms.log_q)
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False)
 
@@ -451,7 +456,7 @@ def test_the_stopped_guide_of_a_flow(device: torch.device) -> None:
     decoder = likelihoods.Gaussian(networks.MLP(pairs.Q, pairs.D, (8,)), pairs.D, sigma=1.0)
     vae = VAE(priors.StandardNormal(pairs.Q), decoder, flow).to(device)
     x = pairs.data(12, device)
-    terms = t.compute(vae.model, vae.guide, (x,), stop_guide=True)
+    terms = t.compute(vae.inspect((x,)), (x,), stop_guide=True)
     torch.testing.assert_close(terms.stopped_log_q, terms.log_q, rtol=1e-5, atol=1e-5)
     frozen = copy.deepcopy(vae.guide).requires_grad_(requires_grad=False)
     values = [terms.guide_trace.nodes["z"]["value"]]
@@ -472,6 +477,8 @@ class Plates(pairs.Generator):
     def __init__(self, *, is_guide: bool) -> None:
         super().__init__()
         self.is_guide = is_guide
+        if is_guide:
+            del self.decoder
 
     def forward(self, x: Tensor) -> None:
         rows, columns = pyro.plate("rows", len(x), dim=-2), pyro.plate("columns", pairs.D, dim=-1)
@@ -486,12 +493,12 @@ def test_two_plates_of_the_batchs_length_are_asked_about(device: torch.device) -
     model, guide = Plates(is_guide=False).to(device), Plates(is_guide=True).to(device)
     x = pairs.data(pairs.D, device)
     with pytest.raises(PairError, match=r"'rows' and 'columns'|'columns' and 'rows'") as error:
-        t.inspect_pair(model, guide, (x,))
+        Pair(model, guide).inspect((x,))
     assert "plate=" in str(error.value)
-    assert t.inspect_pair(model, guide, (x,), plate="rows").dim == -2
-    assert t.inspect_pair(model, guide, (pairs.data(7, device),)).plate == "rows"
+    assert Pair(model, guide, plate="rows").inspect((x,)).dim == -2
+    assert Pair(model, guide).inspect((pairs.data(7, device),)).plate == "rows"
     with pytest.raises(PairError, match="'rows' of size 6"):
-        t.inspect_pair(model, guide, (x,), plate="data")
+        Pair(model, guide, plate="data").inspect((x,))
 
 
 def test_a_sequential_plate_is_refused(device: torch.device) -> None:
@@ -505,7 +512,7 @@ def test_a_sequential_plate_is_refused(device: torch.device) -> None:
             pyro.sample(f"z{i}", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
 
     with pytest.raises(PairError, match="only the sequential plate") as error:
-        t.inspect_pair(model, guide, (pairs.data(3, device).cpu(),))
+        Pair(model, guide).inspect((pairs.data(3, device).cpu(),))
     assert "instead of 'for i in pyro.plate" in str(error.value)
 
 
@@ -514,14 +521,14 @@ def test_no_plate_is_refused(device: torch.device) -> None:
         pyro.sample("z", dist.Normal(x.new_zeros(3), x.new_ones(3)).to_event(1))
 
     with pytest.raises(PairError, match="no plate at all"):
-        t.inspect_pair(program, program, (pairs.data(3, device),))
+        Pair(program, program).inspect((pairs.data(3, device),))
 
 
 def test_a_latent_without_a_guide_is_refused_by_name(device: torch.device) -> None:
     model, _, batch = pairs.two_sites(device)
     _, guide, _ = pairs.functions(device)
     with pytest.raises(PairError, match="site 'z2'"):
-        t.inspect_pair(model, guide, batch)
+        Pair(model, guide).inspect(batch)
 
 
 def test_a_guide_site_without_a_model_site_is_refused(device: torch.device) -> None:
@@ -533,7 +540,7 @@ def test_a_guide_site_without_a_model_site_is_refused(device: torch.device) -> N
             pyro.sample("z1", dist.Normal(x.new_tensor(0.0), x.new_tensor(1.0)))
 
     with pytest.raises(PairError, match=r"guide site 'z1'.*'z' and 'x'"):
-        t.inspect_pair(model, more, batch, plate="data")
+        Pair(model, more, plate="data").inspect(batch)
 
 
 # Vectorised or looped
@@ -565,9 +572,9 @@ def test_a_decoder_that_cant_take_particles_is_looped(
 ) -> None:
     model = kind().to(device)
     _, guide, (x,) = pairs.functions(device)
-    structure = t.inspect_pair(model, guide, (x,))
+    structure = Pair(model, guide).inspect((x,))
     with pytest.warns(PvaeWarning, match="looped, not vectorised"):
-        terms = t.compute(model, guide, (x,), structure=structure, num_particles=3)
+        terms = t.compute(structure, (x,), num_particles=3)
     assert len(terms.passes) == 3
     z = terms.sites["z"].value
     assert z is not None
@@ -576,7 +583,7 @@ def test_a_decoder_that_cant_take_particles_is_looped(
     close(terms.log_likelihood, dist.Normal(loc, 0.1).log_prob(x).sum(-1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        t.compute(model, guide, (x,), structure=structure, num_particles=3)
+        t.compute(structure, (x,), num_particles=3)
 
 
 def test_training_batch_norm_is_looped(device: torch.device) -> None:
@@ -596,9 +603,9 @@ def test_training_batch_norm_is_looped(device: torch.device) -> None:
         guides.MeanField(encoder, pairs.Q),
     ).to(device)
     x = pairs.data(12, device)
-    assert len(t.compute(vae.model, vae.guide, (x,), num_particles=3).passes) == 3
+    assert len(t.compute(vae.inspect((x,)), (x,), num_particles=3).passes) == 3
     vae.eval()
-    assert len(t.compute(vae.model, vae.guide, (x,), num_particles=3).passes) == 1
+    assert len(t.compute(vae.inspect((x,)), (x,), num_particles=3).passes) == 1
 
 
 # Probes and streams
@@ -616,7 +623,7 @@ def test_probing_leaves_modes_buffers_and_generators_alone(device: torch.device)
 
     _, guide, (x,) = pairs.functions(device)
     state = torch.get_rng_state()
-    structure = t.inspect_pair(model, guide, (x,))
+    structure = Pair(model, guide).inspect((x,))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(m.training for m in decoder.modules())
     norm = decoder[1]
@@ -629,9 +636,11 @@ def test_probing_leaves_modes_buffers_and_generators_alone(device: torch.device)
 def test_streams_visit_every_datum_once(make: Make, device: torch.device) -> None:
     model, guide, batch = make(device)
     source = as_source(batch, device, torch.float64)
-    structure = t.inspect_source(model, guide, source)
+    structure = Pair(model, guide).inspect_source(source)
     seen = torch.zeros(source.num_rows)
-    for rows, terms in t.stream(model, guide, source, structure, num_particles=3, max_rows=15):
+    for rows, terms in t.stream(
+        t.Evaluation(Pair(model, guide), structure, source, 15), num_particles=3
+    ):
         size = rows.stop - rows.start
         assert terms.log_weight.shape[1] == size
         assert not terms.log_weight.requires_grad
@@ -644,10 +653,10 @@ def test_streams_visit_every_datum_once(make: Make, device: torch.device) -> Non
 def test_a_self_subsampling_pair_is_visited_in_order(device: torch.device) -> None:
     model, guide, (x,) = pairs.subsample_drawn(device, n=12, size=5)
     source = as_source(x, device, torch.float64)
-    structure = t.inspect_source(model, guide, source)
+    structure = Pair(model, guide).inspect_source(source)
     values = torch.zeros(12, pairs.Q, device=device)
     log_q = torch.zeros(12, device=device)
-    for rows, terms in t.stream(model, guide, source, structure):
+    for rows, terms in t.stream(t.Evaluation(Pair(model, guide), structure, source)):
         site = terms.sites["z"]
         assert site.value is not None
         values[rows], log_q[rows] = site.value[0], terms.log_q[0]
@@ -658,10 +667,12 @@ def test_a_self_subsampling_pair_is_visited_in_order(device: torch.device) -> No
 def test_memory_is_bounded_by_rows_and_not_by_particles(device: torch.device) -> None:
     model, guide, (x,) = pairs.functions(device, n=40)
     source = as_source(x, device, torch.float64)
-    structure = t.inspect_source(model, guide, source)
+    structure = Pair(model, guide).inspect_source(source)
     sizes = [
         terms.log_weight.numel()
-        for _, terms in t.stream(model, guide, source, structure, num_particles=500, max_rows=64)
+        for _, terms in t.stream(
+            t.Evaluation(Pair(model, guide), structure, source, 64), num_particles=500
+        )
     ]
     assert max(sizes) <= 64
     assert sum(sizes) == 500 * 40
@@ -676,6 +687,7 @@ class Named(pairs.Generator, pairs.Inference):
     def __init__(self, *, is_guide: bool, plate: str = "data", full: int | None = None) -> None:
         super().__init__()
         self.is_guide, self.plate, self.full = is_guide, plate, full
+        delattr(self, "decoder" if is_guide else "encoder")  # which it has no use for
 
     def forward(self, x: Tensor) -> None:
         size = None if self.full is None else len(x)
@@ -688,9 +700,9 @@ def test_plates_may_have_different_names(device: torch.device) -> None:
     guide = Named(is_guide=True, plate="guide_rows").to(device)
     x = pairs.data(12, device)
     for plate in (None, "rows", "guide_rows"):
-        structure = t.inspect_pair(model, guide, (x,), plate)
+        structure = Pair(model, guide, plate=plate).inspect((x,))
         torch.manual_seed(0)
-        terms = t.compute(model, guide, (x,), structure=structure)
+        terms = t.compute(structure, (x,))
         torch.manual_seed(0)
         with pyro.validation_enabled(is_validate=False):  # Pyro warns of the names
             expected = Trace_ELBO().loss(model, guide, x)
@@ -702,7 +714,7 @@ def test_plates_of_different_scales_are_refused(full: int, device: torch.device)
     model = Named(is_guide=False, full=full).to(device)
     guide = Named(is_guide=True, full=200).to(device)
     with pytest.raises(PairError, match="one full size in model and guide"):
-        t.inspect_pair(model, guide, (pairs.data(12, device),))
+        Pair(model, guide).inspect((pairs.data(12, device),))
 
 
 def test_a_likelihood_after_the_plate_is_refused(device: torch.device) -> None:
@@ -716,7 +728,7 @@ def test_a_likelihood_after_the_plate_is_refused(device: torch.device) -> None:
 
     _, guide, (x,) = pairs.functions(device)
     with pytest.raises(PairError, match=r"observed site 'x'.*around it: it has 12 rows"):
-        t.inspect_pair(model, guide, (x,))
+        Pair(model, guide).inspect((x,))
 
 
 @pytest.mark.parametrize("event_dim", [0, 2])
@@ -733,13 +745,13 @@ def test_a_missing_or_extra_event_dimension_is_refused(
 
     _, guide, (x,) = pairs.functions(device, n=6)
     with pytest.raises(PairError, match=r"x|model"):
-        t.inspect_pair(model, guide, (x,))
+        Pair(model, guide).inspect((x,))
 
 
 def test_model_and_guide_swapped_are_refused(device: torch.device) -> None:
     model, guide, batch = pairs.functions(device)
     with pytest.raises(PairError, match="are they swapped"):
-        t.inspect_pair(guide, model, batch)
+        Pair(guide, model).inspect(batch)
 
 
 def test_a_latent_local_in_one_program_alone_is_refused(device: torch.device) -> None:
@@ -752,7 +764,7 @@ def test_a_latent_local_in_one_program_alone_is_refused(device: torch.device) ->
         pyro.sample("z", dist.Normal(loc, 1.0).to_event(2))
 
     with pytest.raises(PairError):
-        t.inspect_pair(model, guide, (x,))
+        Pair(model, guide).inspect((x,))
 
 
 def test_data_in_the_guide_are_refused(device: torch.device) -> None:
@@ -764,7 +776,7 @@ def test_data_in_the_guide_are_refused(device: torch.device) -> None:
             pyro.sample("x", dist.Normal(x.new_zeros(pairs.D), 1.0).to_event(1), obs=x)
 
     with pytest.raises(PairError, match=r"guide site 'x'.*observed data"):
-        t.inspect_pair(model, observing, (x,), plate="data")
+        Pair(model, observing, plate="data").inspect((x,))
 
 
 def test_padding_under_an_enumerated_latent_counts_nothing(device: torch.device) -> None:
@@ -778,7 +790,7 @@ def test_padding_under_an_enumerated_latent_counts_nothing(device: torch.device)
             c = pyro.sample("c", uniform, infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(centers[c], x.new_tensor(1.0)), obs=x)
 
-    terms = t.compute(model, lambda x: None, (x,))
+    terms = t.compute(Pair(model, lambda x: None).inspect((x,)), (x,))
     each = dist.Normal(centers, 1.0).log_prob(x[:2, None]).logsumexp(1) - torch.tensor(3.0).log()
     close(terms.log_joint[0, :2], each)
     close(terms.log_joint[0, 2:], torch.zeros(2, device=device))
@@ -793,7 +805,9 @@ def test_one_scale_inside_a_logarithm(device: torch.device) -> None:
                 pyro.sample("x", dist.Normal(c.to(x.dtype), x.new_tensor(1.0)), obs=x[:, 0])
 
     with pytest.raises(PairError, match="one common scale"):
-        t.compute(model, lambda x: None, (pairs.data(5, device),))
+        t.compute(
+            Pair(model, lambda x: None).inspect((pairs.data(5, device),)), (pairs.data(5, device),)
+        )
 
 
 def test_more_kinds_of_point_masses(device: torch.device) -> None:
@@ -805,7 +819,7 @@ def test_more_kinds_of_point_masses(device: torch.device) -> None:
             keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
             pyro.sample("z", dist.Delta(x[:, : pairs.Q], event_dim=1).mask(keep))
 
-    assert t.inspect_pair(model, masked, (x,)).points == {"z"}
+    assert Pair(model, masked).inspect((x,)).points == {"z"}
 
     def switched(x: Tensor) -> None:
         """A coin that shows the same side nearly always feeds the point."""
@@ -814,7 +828,7 @@ def test_more_kinds_of_point_masses(device: torch.device) -> None:
             side = pyro.sample("side", coin, infer={"is_auxiliary": True})
             pyro.sample("z", dist.Delta(x[:, : pairs.Q] + side[:, None], event_dim=1))
 
-    assert t.inspect_pair(model, switched, (x,)).points == set()
+    assert Pair(model, switched).inspect((x,)).points == set()
     assert code.shape == (12, pairs.Q)
 
 
@@ -836,7 +850,7 @@ def test_the_stopped_guide_of_a_caching_flow(device: torch.device) -> None:
     model, _, (x,) = pairs.functions(device)
     guide = CachingFlow().to(device)
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False)
-    terms = t.compute(model, guide, (x,), stop_guide=True)
+    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), stop_guide=True)
     close(terms.stopped_log_q, terms.log_q)
 
     def log_q(z: Tensor) -> Tensor:
@@ -866,7 +880,7 @@ def test_the_stopped_pass_drops_the_same_units_and_moves_no_statistics(
 
     model, _, (x,) = pairs.functions(device)
     guide = Noisy().to(device)
-    terms = t.compute(model, guide, (x,), stop_guide=True)
+    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), stop_guide=True)
     close(terms.stopped_log_q, terms.log_q)
     assert guide.norm.num_batches_tracked == 1
 
@@ -875,7 +889,7 @@ def test_a_flow_that_cant_be_inverted_is_looped(device: torch.device) -> None:
     model, _, (x,) = pairs.functions(device)
     guide = CachingFlow("planar").to(device)
     with pytest.warns(PvaeWarning, match="looped"):
-        terms = t.compute(model, guide, (x,), num_particles=3)
+        terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=3)
     assert terms.log_q.shape == (3, 12)
 
 
@@ -897,7 +911,9 @@ def test_values_have_data_second_whatever_the_plates(device: torch.device) -> No
 
     x = pairs.data(7, device)
     for k in (1, 3):
-        z = t.compute(model, guide, (x,), num_particles=k, vectorize=False).sites["z"]
+        z = t.compute(
+            Pair(model, guide).inspect((x,)), (x,), num_particles=k, vectorize=False
+        ).sites["z"]
         assert z.value is not None
         assert z.value.shape == (k, 7, 4, 2)
         assert z.log_q is not None
@@ -915,4 +931,4 @@ def test_a_guides_wish_to_be_enumerated_is_answered(device: torch.device) -> Non
             pyro.sample("z", fn, infer={"enumerate": "parallel"})
 
     with pytest.warns(PvaeWarning, match="TraceEnum_ELBO"):
-        t.inspect_pair(model, guide, (x,))
+        Pair(model, guide).inspect((x,))

@@ -115,35 +115,35 @@ def test_a_pair_whose_data_depend_on_each_other() -> None:
         guides.MeanField(MLP(D, 2 * Q), Q),
     )
     with pytest.raises(ContractError, match="don't depend on the rest of the batch"):
-        check_pair(pair.model, pair.guide, torch.rand(N, D).round())
+        check_pair(pair, torch.rand(N, D).round())
 
 
 def test_a_pair_with_an_idle_parameter() -> None:
     pair = recipes.vae(D, Q, hidden=(8,))
     pair.guide.spare = nn.Parameter(torch.zeros(3))
     with pytest.raises(ContractError, match=r"none for guide\.spare"):
-        check_pair(pair.model, pair.guide, torch.rand(N, D).round())
+        check_pair(pair, torch.rand(N, D).round())
 
 
 def test_a_pair_that_doesnt_match() -> None:
     model, _, batch = pairs.two_sites(torch.device("cpu"))
     _, guide, _ = pairs.subsample_given(torch.device("cpu"))
     with pytest.raises(PairError, match="one full size in model and guide"):
-        check_pair(model, guide, *batch)
+        check_pair((model, guide), batch)
 
 
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("name", sorted(set(pairs.PAIRS) - {"pyro_modules"}))
 def test_good_pairs_pass(name: str, device: torch.device) -> None:
     model, guide, batch = pairs.PAIRS[name](device)
-    check_pair(model, guide, *batch)
+    check_pair((model, guide), batch)
 
 
 @pytest.mark.usefixtures("store")
 def test_a_pyro_module_is_found_in_the_store() -> None:
     model, guide, batch = pairs.pyro_modules(torch.device("cpu"))
     with pytest.warns(PvaeWarning, match="Pyro's global store"):
-        check_pair(model, guide, *batch)
+        check_pair((model, guide), batch)
 
 
 def test_looping_is_a_warning_and_no_failure() -> None:
@@ -161,4 +161,4 @@ def test_looping_is_a_warning_and_no_failure() -> None:
         guides.MeanField(MLP(D, 2 * Q), Q),
     )
     with pytest.warns(PvaeWarning, match="looped"):
-        check_pair(pair.model, pair.guide, torch.rand(N, D).round())
+        check_pair(pair, torch.rand(N, D).round())

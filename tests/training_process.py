@@ -69,8 +69,7 @@ def main(folder: Path, kind: str) -> None:
     pair = build()
     x = load(folder, kind)
     run = pvae.fit(
-        pair.model,
-        pair.guide,
+        pair,
         x,
         ELBO(beta=schedules.Warmup(4, "epochs")),
         epochs=7,

@@ -144,7 +144,7 @@ assert math.isclose(loss.item(), by_pyro, rel_tol=1e-5)
 
 # %%
 torch.manual_seed(1)
-found = terms.compute(vae.model, vae.guide, (batch,))
+found = terms.compute(vae.inspect((batch,)), (batch,))
 assert torch.allclose(found.log_likelihood[0], log_likelihood, rtol=1e-4)
 assert torch.allclose(found.log_weight.sum(), -loss, rtol=1e-5)
 for name, site in found.sites.items():
@@ -155,8 +155,7 @@ for name, site in found.sites.items():
 
 # %%
 run = pvae.fit(
-    vae.model,
-    vae.guide,
+    vae,
     x_train,
     valid=x_valid,
     epochs=60,
@@ -174,8 +173,8 @@ plots.training_curve(run.history)
 # standard errors belong to each: over data (other digits) and over draws (the same digits, other noise).
 
 # %%
-lower = bounds.elbo(vae.model, vae.guide, x_test, num_particles=10)
-better = bounds.evidence(vae.model, vae.guide, x_test, num_particles=500)
+lower = bounds.elbo(vae, x_test, num_particles=10)
+better = bounds.evidence(vae, x_test, num_particles=500)
 print(lower)
 print(better)
 assert lower.mean < better.mean
@@ -302,8 +301,8 @@ variants = {
 }
 evidence = {}
 for name, pair in variants.items():
-    pvae.fit(pair.model, pair.guide, x_train, epochs=40, batch_size=64, lr=2e-3, progress=False)
-    evidence[name] = bounds.evidence(pair.model, pair.guide, x_test, 200)
+    pvae.fit(pair, x_train, epochs=40, batch_size=64, lr=2e-3, progress=False)
+    evidence[name] = bounds.evidence(pair, x_test, 200)
     print(f"{name:<30} {evidence[name].mean:8.2f} +- {evidence[name].se_data:.2f}")
 assert evidence["eight dimensions, binomial"].mean > evidence["standard normal, binomial"].mean + 5
 

@@ -71,8 +71,7 @@ def train(recipe, *args, objective=None, epochs=18, **options):
     torch.manual_seed(0)
     pair = recipe(64, *args, hidden=(128,), **options)
     pvae.fit(
-        pair.model,
-        pair.guide,
+        pair,
         x_train,
         objective,
         epochs=epochs,
@@ -149,11 +148,11 @@ assert squared_error(ae) < 0.4 * mean_image_error
 # What is maximised is no bound on $\log p(x)$, and has another name. What needs a density of $q$ is refused.
 
 # %%
-structure = terms.inspect_pair(ae.model, ae.guide, x_test)
+structure = ae.inspect(x_test)
 print(structure.quantity, "| point masses:", *structure.points, "| improper:", *structure.improper)
 assert structure.quantity == "log_joint"
 try:
-    bounds.evidence(ae.model, ae.guide, x_test)
+    bounds.evidence(ae, x_test)
 except UndefinedError as error:
     print(error)
 else:
@@ -238,7 +237,7 @@ cheating = train(recipes.sparse_ae, size, l1=rate, unit_norm=False)
 # %%
 measured = {}
 for name, pair in (("plain", by_size[100]), ("sparse", sparse), ("not unit-norm", cheating)):
-    code = latent.codes(pair.model, pair.guide, x_test)
+    code = latent.codes(pair, x_test)
     measured[name] = {
         "error": squared_error(pair),
         "hoyer": diagnostics.hoyer(code).mean().item(),
@@ -252,7 +251,7 @@ assert measured["sparse"]["near zero"] > 0.7
 norms, used = {}, {}
 for name, pair in (("sparse", sparse), ("not unit-norm", cheating)):
     columns = pair.model.likelihood.network.layers[0].weight.detach()
-    used[name] = latent.codes(pair.model, pair.guide, x_train).mean(0).topk(20).indices
+    used[name] = latent.codes(pair, x_train).mean(0).topk(20).indices
     norms[name] = columns[:, used[name]].norm(dim=0)
     print(f"{name:>14}: norms of the 20 most used columns {norms[name].mean():.2f}")
 assert torch.allclose(norms["sparse"], torch.ones(20), atol=1e-5)
@@ -290,7 +289,7 @@ def hidden_layers(pair, x):
     return torch.cat(found, 1)
 
 
-factors = terms.compute(calm.model, calm.guide, (batch,)).penalties  # what each adds: -lambda R
+factors = terms.compute(calm.inspect((batch,)), (batch,)).penalties  # what each adds: -lambda R
 for name, value in factors.items():
     print(f"{name}: {value.mean():.3f} a datum")
 activations = torch.cat([hidden_layers(calm, batch), calm.encode(batch)], 1)  # the code counts
@@ -317,7 +316,7 @@ assert silent["sparse activations"] > silent["plain"] + 0.15
 contractive = train(recipes.contractive_ae, 8, contractive=0.1)
 
 contractive.train()
-factors = terms.compute(contractive.model, contractive.guide, (batch,)).penalties
+factors = terms.compute(contractive.inspect((batch,)), (batch,)).penalties
 jacobian = torch.func.vmap(torch.func.jacrev(contractive.guide.posterior.network))(batch)
 by_hand = -0.1 * jacobian.square().sum((1, 2)).sqrt()
 assert torch.allclose(factors["contractive_guide"][0], by_hand, rtol=1e-4)
@@ -329,8 +328,8 @@ assert torch.allclose(factors["contractive_guide"][0], by_hand, rtol=1e-4)
 
 # %%
 def relative_sensitivity(pair):
-    spread = latent.codes(pair.model, pair.guide, x_test).var(0).sum().sqrt()
-    return (diagnostics.sensitivity(pair.model, pair.guide, x_test).mean() / spread).item()
+    spread = latent.codes(pair, x_test).var(0).sum().sqrt()
+    return (diagnostics.sensitivity(pair, x_test).mean() / spread).item()
 
 
 sensitivity = {"plain": relative_sensitivity(ae), "contractive": relative_sensitivity(contractive)}
@@ -386,16 +385,16 @@ rae = train(recipes.rae, 8)
 wae = train(recipes.wae, 8)
 vq = train(recipes.vq_vae, 2, num_latents=8, num_codes=32)
 for name, pair in (("plain", ae), ("RAE", rae), ("WAE", wae), ("VQ-VAE", vq)):
-    code = latent.codes(pair.model, pair.guide, x_test)
+    code = latent.codes(pair, x_test)
     print(
         f"{name:>7}: squared error {squared_error(pair):.2f}, code {tuple(code.shape[1:])}, "
         f"standard deviation of its entries {code.std(0).mean():.2f}"
     )
     assert squared_error(pair) < 0.45 * mean_image_error
-numbers = vq.guide.posterior.nearest(latent.codes(vq.model, vq.guide, x_test))
+numbers = vq.guide.posterior.nearest(latent.codes(vq, x_test))
 print("the first digit as a VQ-VAE's code:", numbers[0].tolist())
 gap = {
-    name: mmd(latent.codes(pair.model, pair.guide, x_train), torch.randn(1437, 8)).item()
+    name: mmd(latent.codes(pair, x_train), torch.randn(1437, 8)).item()
     for name, pair in (("plain", ae), ("WAE", wae))
 }
 print("MMD of all codes from N(0, I):", ", ".join(f"{k} {v:.4f}" for k, v in gap.items()))
@@ -413,7 +412,7 @@ assert gap["WAE"] < 0.3 * gap["plain"]
 vae = train(
     recipes.vae, 8, likelihood=functools.partial(likelihoods.Gaussian, sigma="optimal"), epochs=25
 )
-codes = latent.codes(ae.model, ae.guide, x_train)
+codes = latent.codes(ae, x_train)
 standard_normal = priors.StandardNormal(8)
 
 
@@ -484,7 +483,7 @@ vae_2d = train(
 maps = {"AE": by_size[2], "VAE": vae_2d}
 figure = plots.Picture(figsize=(9, 3.8), dpi=70, layout="constrained")
 for axis, (name, pair) in zip(figure.subplots(1, 2), maps.items(), strict=True):
-    code = latent.codes(pair.model, pair.guide, x_test)
+    code = latent.codes(pair, x_test)
     plots.latent_map(code, y_test, axis=axis, title=f"{name}: codes of test digits")
     for radius in (1, 2):
         axis.add_patch(plt.Circle((0, 0), radius, fill=False, color="grey", linestyle="--"))
@@ -496,7 +495,7 @@ torch.manual_seed(1)
 z = torch.randn(2000, 2)
 empty = {}
 for name, pair in maps.items():
-    nearest = torch.cdist(z, latent.codes(pair.model, pair.guide, x_train)).min(1).values
+    nearest = torch.cdist(z, latent.codes(pair, x_train)).min(1).values
     empty[name] = (nearest > 0.3).float().mean().item()
     print(f"{name:>3}: {empty[name]:.0%} of draws from N(0, I) are further than 0.3 from any code")
 assert empty["AE"] > 2.5 * empty["VAE"]
@@ -533,14 +532,14 @@ ladder = {
 rungs = {}
 print(f"{'':<22}{'quantity':>10} {'error':>6} {'noise/spread':>13} {'active':>7} {'MMD':>6}")
 for name, pair in ladder.items():
-    structure = terms.inspect_pair(pair.model, pair.guide, x_test)
+    structure = pair.inspect(x_test)
     with torch.no_grad():
         q = pair.guide.posterior(x_test)
     torch.manual_seed(1)
     rungs[name[0]] = rung = {
         "error": squared_error(pair),
         "noise": (q.variance.mean() / q.mean.var(0).mean()).sqrt().item(),
-        "active": int(diagnostics.active_units(pair.model, pair.guide, x_test).sum()),
+        "active": int(diagnostics.active_units(pair, x_test).sum()),
         "mmd": distance(generator(standard_normal, pair).sample(500, mean=True)),
     }
     print(
@@ -561,9 +560,7 @@ assert rungs["5"]["error"] < 0.4 * mean_image_error
 
 # %%
 for name in list(ladder)[2:]:
-    rungs[name[0]]["evidence"] = bounds.evidence(
-        ladder[name].model, ladder[name].guide, x_test, num_particles=50
-    )
+    rungs[name[0]]["evidence"] = bounds.evidence(ladder[name], x_test, num_particles=50)
     print(f"{name:<22}", rungs[name[0]]["evidence"])
 assert rungs["5"]["evidence"].mean > rungs["4"]["evidence"].mean + 20
 assert rungs["4"]["evidence"].mean > rungs["3"]["evidence"].mean

@@ -220,7 +220,7 @@ print(f"log p(x)                                    {evidence.item():.10f}")
 assert math.isclose(total, evidence, abs_tol=1e-10)
 
 pair = model_and_guide(Fixed(loc, scale))
-estimate = bounds.elbo(pair.model, pair.guide, x, 20_000)
+estimate = bounds.elbo(pair, x, 20_000)
 print(estimate)
 assert abs(estimate.total - exact_elbo(loc, scale)) < 5 * estimate.se_total
 
@@ -247,8 +247,7 @@ for _ in range(5):
 theta = Fixed(torch.zeros(2), torch.ones(2))
 mean_field = model_and_guide(theta)
 run = pvae.fit(
-    mean_field.model,
-    mean_field.guide,
+    mean_field,
     x,
     pvae.objectives.ELBO(16, analytic_kl=True),
     epochs=1500,
@@ -264,7 +263,7 @@ print(f"its standard deviations {theta.log_scale.exp().tolist()}")
 print(f"those of the posterior  {covariance.diagonal().sqrt().tolist()}: the reverse divergence")
 assert abs(left - least) < 2e-3
 assert (theta.log_scale.exp() < covariance.diagonal().sqrt()).all()
-weighted = bounds.evidence(mean_field.model, mean_field.guide, x, 100_000)
+weighted = bounds.evidence(mean_field, x, 100_000)
 print(weighted)
 assert exact_elbo(loc, scale) < weighted.total < evidence.item() + 5 * weighted.se_total
 
@@ -287,7 +286,7 @@ torch.manual_seed(7)
 loss = pvae.objectives.ELBO().differentiable_loss(pair.model, pair.guide, many)
 by_elbo = torch.autograd.grad(loss, list(learned.parameters()))
 torch.manual_seed(7)
-inputs = terms.compute(pair.model, pair.guide, (many,)).sites["z"].value[0].detach()
+inputs = terms.compute(pair.inspect((many,)), (many,)).sites["z"].value[0].detach()
 errors = (many - learned(inputs)).square().sum() / (2 * toy.sigma**2)  # regression of x on z
 by_regression = torch.autograd.grad(errors, list(learned.parameters()))
 apart = max((a - b).abs().max() for a, b in zip(by_elbo, by_regression, strict=True))

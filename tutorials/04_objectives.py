@@ -57,8 +57,7 @@ def train(objective, epochs=15, latent_dim=8):
         in_scale=1 / 16,
     )
     run = pvae.fit(
-        pair.model,
-        pair.guide,
+        pair,
         x_train,
         objective,
         epochs=epochs,
@@ -70,13 +69,13 @@ def train(objective, epochs=15, latent_dim=8):
 
 
 def measure(pair):
-    elbo = bounds.elbo(pair.model, pair.guide, x_test, 20)
+    elbo = bounds.elbo(pair, x_test, 20)
     return {
         "ELBO": elbo.mean,
-        "evidence": bounds.evidence(pair.model, pair.guide, x_test, 500).mean,
+        "evidence": bounds.evidence(pair, x_test, 500).mean,
         "rate": elbo.rate.mean,
         "distortion": elbo.distortion.mean,
-        "active": int(diagnostics.active_units(pair.model, pair.guide, x_test).sum()),
+        "active": int(diagnostics.active_units(pair, x_test).sum()),
     }
 
 
@@ -239,8 +238,8 @@ for name, objective in {
     torch.manual_seed(0)
     model, guide = BinaryModel(), BinaryGuide()
     started = time.perf_counter()
-    pvae.fit(model, guide, x_train, objective, epochs=15, batch_size=64, lr=3e-3, progress=False)
-    binary[name] = bounds.evidence(model, guide, x_test, 500).mean
+    pvae.fit((model, guide), x_train, objective, epochs=15, batch_size=64, lr=3e-3, progress=False)
+    binary[name] = bounds.evidence((model, guide), x_test, 500).mean
     print(f"{name:>14}: evidence {binary[name]:.2f}")
 assert binary["leave-one-out"] > binary["ELBO(5)"] + 3
 assert binary["VIMCO(5)"] > binary["ELBO(5)"] + 3

@@ -149,9 +149,7 @@ for layer in (Branching(), Counting()):
 histories = {}
 for engine in ("eager", "compiled"):
     pair = build()
-    run = pvae.fit(
-        pair.model, pair.guide, x, epochs=3, batch_size=500, engine=engine, progress=False
-    )
+    run = pvae.fit(pair, x, epochs=3, batch_size=500, engine=engine, progress=False)
     histories[engine] = run.history["elbo"]
     print(f"{engine:>8}:", [round(v, 3) for v in histories[engine]])
 assert np.allclose(histories["compiled"], histories["eager"], rtol=1e-4)
@@ -161,8 +159,7 @@ assert np.allclose(histories["compiled"], histories["eager"], rtol=1e-4)
 
 # %%
 found = {
-    engine: bounds.evidence(pair.model, pair.guide, x[:20], 1000, engine=engine)
-    for engine in ("eager", "compiled")
+    engine: bounds.evidence(pair, x[:20], 1000, engine=engine) for engine in ("eager", "compiled")
 }
 for engine, bound in found.items():
     print(f"{engine:>8}: {bound.mean:.4f} nats")
@@ -179,9 +176,7 @@ path = folder / "images.npy"
 np.save(path, (x.numpy() * 255).astype(np.uint8))
 mapped = pvae.data.Data(np.load(path, mmap_mode="r"), scale=1 / 255)
 pair = build()
-run = pvae.fit(
-    pair.model, pair.guide, mapped, epochs=3, batch_size=500, engine="eager", progress=False
-)
+run = pvae.fit(pair, mapped, epochs=3, batch_size=500, engine="eager", progress=False)
 print([round(v, 3) for v in run.history["elbo"]])
 assert np.allclose(run.history["elbo"], histories["eager"], rtol=1e-6)
 
@@ -234,9 +229,7 @@ assert np.allclose(of_processes[1], of_processes[2], rtol=0.01)
 
 # %%
 pair = build()
-run = pvae.fit(
-    pair.model, pair.guide, x, epochs=3, batch_size=500, precision="bf16", progress=False
-)
+run = pvae.fit(pair, x, epochs=3, batch_size=500, precision="bf16", progress=False)
 change = run.history["elbo"][-1] - histories["eager"][-1]
 print(f"ELBO after 3 epochs: {change:+.3f} nats against float32")
 assert abs(change) < 0.5

@@ -86,7 +86,7 @@ class Gaussian(nn.Module):
 
 def fitted(guide, objective=None):
     return pvae.fit(
-        model, guide, train, objective, valid=x, epochs=40, batch_size=100, lr=3e-2,
+        (model, guide), train, objective, valid=x, epochs=40, batch_size=100, lr=3e-2,
         lr_schedule=schedules.Cosine(), progress=False,
     )  # fmt: skip
 
@@ -171,9 +171,9 @@ print(f"the exact gap: {exact_gap(narrow):.3f} nats")
 # weights: a latent drawn from the model, among draws of q for the data that it makes, is too often on the outside.
 
 # %%
-found = diagnostics.importance(model, narrow, x)
+found = diagnostics.importance((model, narrow), x)
 show(found, "k-hat above 0.7", "gap, at least")
-ranks = diagnostics.sbc(model, narrow, x)
+ranks = diagnostics.sbc((model, narrow), x)
 show(ranks, "SBC p-value")
 assert verdict(found, "k-hat above 0.7") != "good"
 assert verdict(ranks, "SBC p-value") == "bad"
@@ -187,8 +187,8 @@ plots.calibration(ranks)
 # %%
 repaired = Gaussian(nn.Linear(3, 2))
 fitted(repaired)
-ranks = diagnostics.sbc(model, repaired, x)
-show(diagnostics.importance(model, repaired, x), "k-hat above 0.7", "gap, at least")
+ranks = diagnostics.sbc((model, repaired), x)
+show(diagnostics.importance((model, repaired), x), "k-hat above 0.7", "gap, at least")
 show(ranks, "SBC p-value")
 assert verdict(ranks, "SBC p-value") != "bad"
 assert beside(ranks, repaired)
@@ -204,7 +204,7 @@ shifted = Gaussian(nn.Sequential(nn.BatchNorm1d(3, momentum=0.001), nn.Linear(3,
 fit = fitted(shifted)
 print(fit.diagnose(checks=["elbo", "importance", "sbc"]))
 print(f"the exact gap: {exact_gap(shifted):.3f} nats")
-ranks = diagnostics.sbc(model, shifted, x)
+ranks = diagnostics.sbc((model, shifted), x)
 print([ranks.shape_of(column) for column in range(2)])
 assert beside(ranks, shifted)
 assert verdict(ranks, "SBC p-value") == "bad"
@@ -217,7 +217,7 @@ assert any("too high" in ranks.shape_of(d) or "too low" in ranks.shape_of(d) for
 # %%
 repaired = Gaussian(nn.Sequential(nn.BatchNorm1d(3, momentum=0.1), nn.Linear(3, 2)))
 fitted(repaired)
-ranks = diagnostics.sbc(model, repaired, x)
+ranks = diagnostics.sbc((model, repaired), x)
 show(ranks, "SBC p-value")
 print(f"the exact gap: {exact_gap(repaired):.3f} nats")
 assert verdict(ranks, "SBC p-value") != "bad"
@@ -241,7 +241,7 @@ def independent(x):
         pyro.sample("z", dist.Normal(q.mean, q.stddev).to_event(1))
 
 
-parts = diagnostics.gap(model, independent, x[:50], flow=False, progress=False)
+parts = diagnostics.gap((model, independent), x[:50], flow=False, progress=False)
 print(parts)
 best = float(0.5 * (covariance.inverse().diagonal().log().sum() + covariance.logdet()))
 print(f"the exact gap: {exact_gap(mean_field):.3f} nats; of the best mean-field q: {best:.3f}")
@@ -262,9 +262,9 @@ def marginals(x):
         pyro.sample("z", dist.Normal(mean, covariance.diagonal().sqrt()).to_event(1))
 
 
-one_by_one = diagnostics.sbc(model, marginals, x)
-together = diagnostics.tarp(model, marginals, x)
-repaired = diagnostics.tarp(model, good, x)
+one_by_one = diagnostics.sbc((model, marginals), x)
+together = diagnostics.tarp((model, marginals), x)
+repaired = diagnostics.tarp((model, good), x)
 show(one_by_one, "SBC p-value")
 show(together, "TARP p-value")
 print("repaired, with a full covariance:")
@@ -287,13 +287,13 @@ held_out = digits[1500:]
 def trained(objective):
     torch.manual_seed(0)
     vae = recipes.vae(64, 8, hidden=(64,))
-    pvae.fit(vae.model, vae.guide, digits[:1500], objective, epochs=15, lr=3e-3, progress=False)
+    pvae.fit(vae, digits[:1500], objective, epochs=15, lr=3e-3, progress=False)
     return vae
 
 
 collapsed, revived = trained(o.ELBO(beta=30.0)), trained(o.FreeBits(0.2))
-before = diagnostics.surgery(collapsed.model, collapsed.guide, held_out)
-after = diagnostics.surgery(revived.model, revived.guide, held_out)
+before = diagnostics.surgery(collapsed, held_out)
+after = diagnostics.surgery(revived, held_out)
 for result in (before, after):
     show(result, "rate", "information", "collapsed units")
     print()
@@ -310,7 +310,7 @@ assert verdict(after, "collapsed units") == "good"
 # %%
 small_net = Gaussian(nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 2)))
 fitted(small_net)
-parts = diagnostics.gap(model, small_net, x[:50], flow=False, progress=False)
+parts = diagnostics.gap((model, small_net), x[:50], flow=False, progress=False)
 show(parts, *(line.name for line in parts.findings()))
 lost = exact_gap(small_net, x[:50])
 print(f"the exact gap of these 50 data: {lost:.3f} nats, all of it the encoder's")
@@ -319,7 +319,7 @@ assert abs(parts.amortisation.mean - lost) < 0.05
 assert abs(parts.approximation.mean) < 0.02
 
 # %%
-repaired = diagnostics.gap(model, good, x[:50], flow=False, progress=False)
+repaired = diagnostics.gap((model, good), x[:50], flow=False, progress=False)
 print("repaired, without the layer:")
 show(repaired, *(line.name for line in repaired.findings()))
 assert repaired.verdict == "fine"
@@ -332,11 +332,11 @@ assert repaired.verdict == "fine"
 # made itself, chains run in both directions bound the truth from both sides, on average over their draws.
 
 # %%
-curve = bounds.iwae_curve(model, shifted, x[:50], 256)
+curve = bounds.iwae_curve((model, shifted), x[:50], 256)
 print(curve)
 exact_value = float(toy.log_evidence(x[:50]).mean())
-annealed = bounds.evidence(model, shifted, x[:50], method="ais", progress=False)
-local = bounds.evidence(model, shifted, x[:50], method="local", progress=False)
+annealed = bounds.evidence((model, shifted), x[:50], method="ais", progress=False)
+local = bounds.evidence((model, shifted), x[:50], method="local", progress=False)
 print(annealed, local, f"exact: {exact_value:.3f}", sep="\n")
 assert float(curve.means[0]) < float(curve.means[-1]) < exact_value + 0.05
 assert abs(annealed.mean - exact_value) < 0.1
@@ -344,7 +344,7 @@ assert abs(local.mean - exact_value) < 0.02
 
 # %%
 slow = bounds.AIS(num_temperatures=300)
-sandwich = bounds.bdmc(model, shifted, x[:100], 8, ais=slow, progress=False)
+sandwich = bounds.bdmc((model, shifted), x[:100], 8, ais=slow, progress=False)
 print(sandwich)
 truth = float(toy.log_evidence(sandwich.batch[0]).mean())
 print(f"exact, on these data: {truth:.3f}")
@@ -360,10 +360,10 @@ assert abs(sandwich.upper.mean - truth) < 0.1
 
 # %%
 small = recipes.vae(64, 1, hidden=(64,))
-pvae.fit(small.model, small.guide, digits[:1500], epochs=15, lr=3e-3, progress=False)
+pvae.fit(small, digits[:1500], epochs=15, lr=3e-3, progress=False)
 table = bounds.compare(
     {
-        name: bounds.evidence(pair.model, pair.guide, held_out, 200)
+        name: bounds.evidence(pair, held_out, 200)
         for name, pair in {"8 latents": revived, "1 latent": small, "collapsed": collapsed}.items()
     }
 )
@@ -379,7 +379,7 @@ assert "8 latents" in str(table).splitlines()[1]
 # %%
 ink = {"mean ink": lambda x: x.sum(1).mean(), "sd of ink": lambda x: x.sum(1).std()}
 for name, pair in {"8 latents": revived, "collapsed": collapsed}.items():
-    replicated = diagnostics.predictive(pair.model, pair.guide, held_out, ink, num_particles=100)
+    replicated = diagnostics.predictive(pair, held_out, ink, num_particles=100)
     print(name, *replicated.findings(), sep="\n")
 assert [line.verdict for line in replicated.findings()][1] == "bad"
 
@@ -390,7 +390,7 @@ assert [line.verdict for line in replicated.findings()][1] == "bad"
 # named dimensions, for every plot and table that ArviZ has.
 
 # %%
-tree = export.to_arviz(model, good, x[:20], num_samples=500)
+tree = export.to_arviz((model, good), x[:20], num_samples=500)
 print(list(tree.children))
 means = torch.as_tensor(tree["posterior"]["z"].mean(("chain", "draw")).to_numpy())
 with torch.no_grad():

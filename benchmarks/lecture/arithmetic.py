@@ -91,7 +91,7 @@ def arithmetic(bench: Bench) -> None:
             pair = bench.fit(
                 f"shapes {who}", makers[who], seed, x=shapes, epochs=EPOCHS, batch_size=128
             )
-            return (lambda x: latent.codes(pair.model, pair.guide, x)), pair.decode
+            return (lambda x: latent.codes(pair, x)), pair.decode
 
         for name in FACTORS:
             for kind, task in (("attribute", _attribute), ("analogy", _analogy)):
@@ -183,9 +183,9 @@ def _analogy(name: str, encode: Any, decode: Any, _shapes: Tensor, seed: int) ->
 def _picture(bench: Bench, make: Callable[[], VAE], shapes: Tensor) -> None:
     """One shape, moved along each factor's vector."""
     pair = bench.fit("shapes VAE", make, 0, x=shapes, epochs=EPOCHS, batch_size=128)
-    codes, train = latent.codes(pair.model, pair.guide, shapes), _factors(COUNT, 0)
+    codes, train = latent.codes(pair, shapes), _factors(COUNT, 0)
     centre = draw({k: torch.tensor([sum(v) / 2]) for k, v in FACTORS.items()})
-    start = latent.codes(pair.model, pair.guide, centre)[0]
+    start = latent.codes(pair, centre)[0]
     rows = []
     for name, (low, high) in FACTORS.items():
         third = (high - low) / 3

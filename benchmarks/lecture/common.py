@@ -127,8 +127,7 @@ class Bench:
             if self.work is not None:
                 folder = self.work / "trained" / "".join(c if c.isalnum() else "_" for c in key)
             pvae.fit(
-                pair.model,
-                pair.guide,
+                pair,
                 self.images.x if x is None else x,
                 epochs=epochs,
                 batch_size=options.pop("batch_size", self.images.batch_size),

@@ -72,7 +72,7 @@ def compression(bench: Bench) -> None:
 
 
 def _codes(images: Images, pair: VAE) -> Tensor:
-    return latent.codes(pair.model, pair.guide, images.x_test)
+    return latent.codes(pair, images.x_test)
 
 
 def _quantised(images: Images, codes: Tensor, decode: Callable[[Tensor], Tensor]) -> Curve:

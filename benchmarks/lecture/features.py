@@ -70,8 +70,7 @@ def _baselines(bench: Bench) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _codes(bench: Bench, pair: VAE) -> tuple[Tensor, Tensor]:
     first, second = (
-        latent.codes(pair.model, pair.guide, x).flatten(1)
-        for x in (bench.images.x, bench.images.x_test)
+        latent.codes(pair, x).flatten(1) for x in (bench.images.x, bench.images.x_test)
     )
     return first, second
 
@@ -233,7 +232,7 @@ def features(bench: Bench) -> None:
 
 def _sensitivity(bench: Bench, pair: VAE) -> float:
     x = bench.images.x_test[:300]
-    spread = latent.codes(pair.model, pair.guide, x).var(0).sum().sqrt()
+    spread = latent.codes(pair, x).var(0).sum().sqrt()
     wide = len(pair.encode(x[:1])[0]) > 64
-    found = diagnostics.sensitivity(pair.model, pair.guide, x, num_probes=64 if wide else None)
+    found = diagnostics.sensitivity(pair, x, num_probes=64 if wide else None)
     return float(torch.mean(found) / spread)

@@ -151,7 +151,7 @@ def _families(bench: Bench, real: Tensor, judge: Callable[[], MLPClassifier]) ->
 
 
 def _expost(images: Images, pair: VAE, kind: str, count: int, seed: int) -> Tensor:
-    z = latent.codes(pair.model, pair.guide, images.x)
+    z = latent.codes(pair, images.x)
     if kind == "flow":
         torch.manual_seed(seed)
         flow = zuko.flows.NSF(z.shape[1], transforms=2, hidden_features=(64, 64))
@@ -201,7 +201,7 @@ def _limit(bench: Bench, real: Tensor, judge: Callable[[], MLPClassifier]) -> Ro
     def measured(name: str, make: Callable[[], VAE]) -> list[Numbers]:
         def measure(seed: int) -> Numbers:
             pair = bench.fit(name, make, seed)
-            draws = latent.codes(pair.model, pair.guide, images.x_test, num_samples=32)
+            draws = latent.codes(pair, images.x_test, num_samples=32)
             spread = pair.encode(images.x_test).var(0).sum().sqrt()
             model = latent.with_prior(pair.model, priors.StandardNormal(images.latent_dim))
             drawn = latent.sample(model, real, mean=True, seed=seed)
@@ -264,7 +264,7 @@ def _maps(bench: Bench) -> None:
     figure = plots.Picture(figsize=(10, 4.5), layout="constrained")
     for recipe, axis in zip(("ae", "vae"), figure.subplots(1, 2), strict=True):
         pair = bench.fit(f"{recipe} plane", maker(images, recipe, 2), 0)
-        codes = latent.codes(pair.model, pair.guide, images.x[:1500])
+        codes = latent.codes(pair, images.x[:1500])
         title = f"{recipe.upper()}: codes of {images.name} by class"
         plots.latent_map(codes, images.y[:1500], axis=axis, title=title)
     save(figure, f"latent_maps_{images.name}")

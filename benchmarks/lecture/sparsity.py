@@ -117,7 +117,7 @@ def _variance(x: Tensor) -> float:
 
 def _measure(bench: Bench, pair: VAE) -> Numbers:
     x = bench.images.x_test
-    codes = latent.codes(pair.model, pair.guide, x)
+    codes = latent.codes(pair, x)
     first = next(m for m in pair.model.likelihood.modules() if isinstance(m, nn.Linear))
     layers = [m for m in pair.guide.modules() if isinstance(m, nn.ReLU)]
     outputs: list[Tensor] = []
@@ -178,7 +178,7 @@ def _wavelets(bench: Bench, wide: int) -> None:
     def code(name: str, make: Callable[[], VAE]) -> Callable[[int], Numbers]:
         def measure(seed: int) -> Numbers:
             pair = bench.fit(name, make, seed)
-            codes = latent.codes(pair.model, pair.guide, x)
+            codes = latent.codes(pair, x)
             return {f"{k} kept": psnr(pair.decode(largest(codes, k)), x) for k in counts}
 
         return measure

@@ -6,7 +6,6 @@ from pvae.bounds.curve import Curve, iwae_curve
 from pvae.bounds.evidence import evidence
 from pvae.bounds.local import FAMILIES, Family, LocalFit, Refinement, fit_locally, refined
 from pvae.bounds.lower import elbo
-from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound
 from pvae.bounds.sandwich import Sandwich, bdmc
 from pvae.bounds.weights import Estimate, log_weights
@@ -29,6 +28,5 @@ __all__ = [
     "fit_locally",
     "iwae_curve",
     "log_weights",
-    "prepare",
     "refined",
 ]

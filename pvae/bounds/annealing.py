@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from pvae import terms as t
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
-from pvae.data import Source
 from pvae.errors import ArgumentError, check_int, check_number
 
 __all__ = ["AIS", "Annealed", "annealed"]
@@ -111,16 +110,11 @@ class Annealed:
 
 
 def annealed(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    structure: t.Structure,
+    evaluation: t.Evaluation,
     ais: AIS,
     num_chains: int,
-    max_rows: int,
     *,
     simulate: bool = False,
-    progress: bool = True,
 ) -> Iterator[Annealed]:
     """Anneals all data, chunk by chunk, in evaluation mode.
 
@@ -128,14 +122,14 @@ def annealed(
     datum start at the latents that it was drawn with, and get apart by a few transitions that
     leave the posterior as it is.
     """
-    chunks = t.stream_densities(model, guide, source, structure, num_chains, max_rows)
-    with contextlib.closing(chunks), _bar(progress=progress) as bar:
+    chunks = t.stream_densities(evaluation, num_chains)
+    with contextlib.closing(chunks), _bar(progress=evaluation.progress) as bar:
         for rows, density in chunks:
             exact = None
             if simulate:
                 density, exact = density.simulated()
-            share = (rows.stop - rows.start) / source.num_rows
-            yield _chunk(rows, density, exact, ais, num_chains, max_rows, bar, share)
+            share = (rows.stop - rows.start) / evaluation.num_rows
+            yield _chunk(rows, density, exact, ais, num_chains, evaluation.max_rows, bar, share)
 
 
 def _bar(*, progress: bool) -> Any:

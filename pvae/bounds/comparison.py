@@ -87,7 +87,7 @@ def compare(bounds: Mapping[str, Bound], *, mixed: bool = False) -> Comparison:
     Example:
         >>> x = torch.zeros(4, 64)
         >>> pairs = {"small": pvae.recipes.vae(64, 2), "large": pvae.recipes.vae(64, 8)}
-        >>> found = {n: pvae.bounds.elbo(p.model, p.guide, x, 10) for n, p in pairs.items()}
+        >>> found = {n: pvae.bounds.elbo(p, x, 10) for n, p in pairs.items()}
         >>> [row.rank for row in compare(found).rows]
         [0, 1]
     """

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
-from pvae.bounds.prepare import prepare
-from pvae.data import Source
 from pvae.errors import ArgumentError, UndefinedError, check_int, oxford
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["Curve", "iwae_curve"]
 
@@ -131,16 +130,12 @@ _ENOUGH = 20
 _SLOW = 0.35
 
 
+@tool
 def iwae_curve(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     num_particles: int = 1024,
-    *,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Curve:
     r"""The importance-weighted bound at K = 1 (the ELBO), 2, 4, ..., from one set of draws.
 
@@ -159,14 +154,10 @@ def iwae_curve(
         Variational Inference (Nowozin, 2018), https://openreview.net/forum?id=HyZoi-WRb
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: The largest K, a power of 2, at least 16.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows that run at once, counting each particle of a datum as one.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: If a latent has a point-mass guide or an improper prior, or there are
@@ -174,14 +165,13 @@ def iwae_curve(
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
-        >>> iwae_curve(pair.model, pair.guide, x, 16).num_particles
+        >>> iwae_curve(pair, x, 16).num_particles
         (1, 2, 4, 8, 16)
     """
     if check_int("num_particles", num_particles, minimum=16).bit_count() != 1:
         raise ArgumentError("num_particles", "a power of 2", f"{num_particles}")
-    check_int("max_rows", max_rows)
-    with randomness.forked(seed):
-        source, structure = prepare(model, guide, data, structure, plate)
+    with t.prepared(pair, data, options, "iwae_curve") as evaluation:
+        structure = evaluation.structure
         structure.require_density("evidence by importance sampling")
         structure.require_proper("evidence")
         if structure.global_sites:
@@ -191,22 +181,18 @@ def iwae_curve(
                 f"global site {oxford(structure.global_sites)}",
                 ["bounds.evidence, for the data set"],
             )
-        chunks = _log_weights(model, guide, source, structure, num_particles, max_rows)
+        chunks = _log_weights(evaluation, num_particles)
         values, variances, sizes = zip(*map(_points, chunks), strict=True)
     steps = tuple(2**i for i in range(num_particles.bit_length()))
     return Curve(steps, torch.cat(values, 1), torch.cat(variances, 1), torch.cat(sizes))
 
 
 def _log_weights(
-    model: Any,
-    guide: Any,
-    source: Source,
-    structure: t.Structure,
+    evaluation: t.Evaluation,
     num_particles: int,
-    max_rows: int,
 ) -> Iterator[Tensor]:
     """log weights ``(K, n)``, a chunk of data after the other."""
-    passes = t.stream(model, guide, source, structure, num_particles, max_rows)
+    passes = t.stream(evaluation, num_particles)
     for _, same in itertools.groupby(passes, key=lambda part: part[0].start):
         yield torch.cat([terms.log_weight.double() for _, terms in same])
 

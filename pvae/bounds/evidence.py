@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
 from pvae.bounds.annealing import AIS, annealed
 from pvae.bounds.local import refined
 from pvae.bounds.lower import kind_of, with_globals
-from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound
 from pvae.bounds.sums import WeightSums
-from pvae.data import Source
 from pvae.engine import Asked, Repeated
 from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, oxford
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["evidence"]
 
@@ -27,9 +26,9 @@ Method = Literal["importance", "local", "ais", "cubo"]
 _DRAWS: dict[str, int] = {"importance": 1000, "local": 1000, "ais": 16, "cubo": 1000}
 
 
+@tool
 def evidence(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     num_particles: int | None = None,
     *,
@@ -37,12 +36,8 @@ def evidence(
     ais: AIS | None = None,
     order: float = 2.0,
     num_global: int = 16,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
     engine: Asked = "auto",
-    progress: bool = True,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Bound:
     r"""The estimate of the evidence of each datum, by one of four methods.
 
@@ -83,21 +78,16 @@ def evidence(
         https://arxiv.org/abs/1611.00328
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: K, draws or chains for each datum; None for 1000 draws or 16 chains.
         method: As above.
         ais: How to anneal; None for what `AIS` is by itself.
         order: n of the upper bound, above 1.
         num_global: Draws of global latents, where there are any.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once, counting each particle of a datum as one.
         engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with
             the same draws; ``"auto"``, compiled where that pays. Fits and annealing are eager.
-        progress: Show a progress bar of fits and of annealing, on stderr.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: If a latent of a datum has an improper prior, or, but for annealing from
@@ -106,7 +96,7 @@ def evidence(
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
-        >>> found = evidence(pair.model, pair.guide, x, 8, method="ais", progress=False,
+        >>> found = evidence(pair, x, 8, method="ais", progress=False,
         ...     ais=pvae.bounds.AIS(num_temperatures=3))
         >>> found.name, found.values.shape
         ('evidence, AIS-3', torch.Size([3]))
@@ -118,87 +108,80 @@ def evidence(
     k = _DRAWS[method] if num_particles is None else check_int("num_particles", num_particles)
     check_int("num_global", num_global)
     check_number("order", order, above=1)
-    check_int("max_rows", max_rows)
-    with randomness.forked(seed):
-        source, structure = prepare(model, guide, data, structure, plate)
+    with t.prepared(pair, data, options, "evidence") as evaluation:
+        structure = evaluation.structure
         if method == "ais":
             structure.require_proper("evidence")
             how = ais or AIS()
-            return _by_annealing(model, guide, source, structure, how, k, max_rows, progress)
+            return _by_annealing(evaluation, how, k)
         structure.require_density("evidence by importance sampling")
         structure.require_proper("evidence")
         if method == "local":
-            shared: dict[str, Any] = {"structure": structure, "max_rows": max_rows, "seed": seed}
-            return refined(model, guide, source, k, progress=progress, **shared)
+            return refined(evaluation.pair, evaluation.source, k, **options)
         if method == "cubo":
             _require_local(structure)
             weights = WeightSums(order)
-            _weigh(weights, model, guide, source, structure, k, max_rows, engine)
+            _weigh(weights, evaluation, k, engine)
             scales = structure.removed_scales
             name = f"chi upper bound of order {order:g}, estimate"
             return weights.bound(name, k, kind="estimate", removed_scales=scales)
         what = "log joint" if structure.points else "evidence"
         name = f"{what}, IWAE-{k}"
         if structure.global_sites:
-            return with_globals(name, model, guide, source, structure, num_global, k, max_rows)
+            return with_globals(name, evaluation, num_global, k)
         weights = WeightSums()
-        _weigh(weights, model, guide, source, structure, k, max_rows, engine)
+        _weigh(weights, evaluation, k, engine)
         scales = structure.removed_scales
         return weights.bound(name, k, kind=kind_of(structure), removed_scales=scales)
 
 
 def _weigh(
     weights: WeightSums,
-    model: Any,
-    guide: Any,
-    source: Source,
-    structure: t.Structure,
+    evaluation: t.Evaluation,
     num_particles: int,
-    max_rows: int,
     engine: Asked,
 ) -> None:
     """Sums up the weights of draws from the guide."""
 
     def reduced(k: int, *batch: Tensor) -> Tensor:
-        terms = t.compute(model, guide, batch, structure=structure, num_particles=k)
+        terms = t.compute(evaluation.structure, batch, num_particles=k)
         return weights.reduce(terms.log_weight)
 
-    calls = -(-source.num_rows * num_particles // max_rows)
-    repeated = Repeated(reduced, calls, structure.dtype, engine)
+    calls = -(-evaluation.num_rows * num_particles // evaluation.max_rows)
+    repeated = Repeated(reduced, calls, evaluation.structure.dtype, engine)
 
-    def run(*pair_and_batch: Any, given: Any, num_particles: int, **rest: Any) -> Tensor:
+    def run(
+        structure: t.Structure,
+        batch: tuple[Tensor, ...],
+        *,
+        given: Mapping[str, Tensor],
+        num_particles: int,
+    ) -> Tensor:
         if not given:
-            return repeated(num_particles, *pair_and_batch[-1])
-        rest |= {"given": given, "num_particles": num_particles}  # rows that the pair picks
-        return weights.reduce(t.compute(*pair_and_batch, **rest).log_weight)
+            return repeated(num_particles, *batch)
+        terms = t.compute(structure, batch, given=given, num_particles=num_particles)
+        return weights.reduce(terms.log_weight)  # of rows that the pair picks
 
-    chunks = t.stream(model, guide, source, structure, num_particles, max_rows, run=run)
+    chunks = t.stream(evaluation, num_particles, run=run)
     for rows, sums in chunks:
         weights.add(rows, sums)
 
 
 def _by_annealing(
-    model: Any,
-    guide: Any,
-    source: Source,
-    structure: t.Structure,
+    evaluation: t.Evaluation,
     ais: AIS,
     num_chains: int,
-    max_rows: int,
-    progress: bool,  # noqa: FBT001
 ) -> Bound:
     weights, acceptance = WeightSums(), []
-    options = {"progress": progress}
-    data = t.held(source)  # each of a loader's batches would have its own pilot chains
-    chunks = annealed(model, guide, data, structure, ais, num_chains, max_rows, **options)
-    for chunk in chunks:
+    # each of a loader's batches would have its own pilot chains
+    for chunk in annealed(evaluation.in_memory(), ais, num_chains):
         weights.add(chunk.rows, weights.reduce(chunk.forward))
         acceptance.append(chunk.acceptance)
     return weights.bound(
         f"evidence, AIS-{ais.num_temperatures}",
         num_chains,
         acceptance=torch.cat(acceptance),
-        removed_scales=structure.removed_scales,
+        removed_scales=evaluation.structure.removed_scales,
     )
 
 

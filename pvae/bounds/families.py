@@ -247,6 +247,5 @@ def refuse_masks(density: t.LatentDensity) -> None:
 
 
 def _one_pass(density: t.LatentDensity) -> t.Terms:
-    programs, given = (density.model, density.guide), density.given
     with torch.no_grad():
-        return t.compute(*programs, density.batch, structure=density.structure, given=given)
+        return t.compute(density.structure, density.batch, given=density.given)

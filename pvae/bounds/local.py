@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from tqdm import tqdm
 from pvae import randomness
 from pvae import terms as t
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
-from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound
 from pvae.bounds.sums import WeightSums
-from pvae.data import Source
 from pvae.errors import ArgumentError, check_int, check_number, oxford
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["FAMILIES", "Family", "LocalFit", "Refinement", "fit_locally", "refined"]
 
@@ -83,19 +83,15 @@ class LocalFit:
     instead: str = ""
 
 
+@tool
 def refined(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     num_particles: int = 1000,
     *,
     family: Family = "full rank",
     refinement: Refinement | None = None,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    progress: bool = True,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Bound:
     r"""The evidence by importance sampling from a q that is fitted to each datum by itself.
 
@@ -111,18 +107,13 @@ def refined(
         https://proceedings.mlr.press/v80/cremer18a.html
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide, where fits start.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: K, draws for each datum.
         family: ``"own"``, the guide's; ``"full rank"``, a Gaussian in unconstrained coordinates;
             ``"flow"``, splines upon that.
         refinement: How to fit.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once, counting each particle of a datum as one.
-        progress: Whether to show a bar.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: Where there are no densities of single data in unconstrained coordinates,
@@ -131,24 +122,20 @@ def refined(
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> quick = Refinement(max_steps=50)
-        >>> found = refined(vae.model, vae.guide, torch.zeros(5, 4), 50, refinement=quick,
+        >>> found = refined(vae, torch.zeros(5, 4), 50, refinement=quick,
         ...     progress=False)
         >>> found.name, found.values.shape
         ('evidence, local full rank IWAE-50', torch.Size([5]))
     """
     check_int("num_particles", num_particles)
-    check_int("max_rows", max_rows)
     if family not in FAMILIES:
         raise ArgumentError("family", f"one of {oxford(FAMILIES)}", repr(family))
     wanted: tuple[Family, ...] = FAMILIES[1:] if family == "flow" else (family,)
     sums = WeightSums()
-    with randomness.forked(seed):
-        source, structure = prepare(model, guide, data, structure, plate)
+    with t.prepared(pair, data, options, "refined") as evaluation:
+        structure = evaluation.structure
         how = refinement or Refinement()
-        options: dict[str, Any] = {"families": wanted, "progress": progress}
-        for fit in fit_locally(
-            model, guide, source, structure, how, num_particles, max_rows, **options
-        ):
+        for fit in fit_locally(evaluation, how, num_particles, families=wanted):
             if fit.family == family:
                 sums.add(fit.rows, sums.reduce(fit.log_weights))
     name = f"evidence, local {family} IWAE-{num_particles}"
@@ -156,30 +143,25 @@ def refined(
 
 
 def fit_locally(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    structure: t.Structure,
+    evaluation: t.Evaluation,
     refinement: Refinement,
     num_particles: int,
-    max_rows: int,
     *,
     families: Sequence[Family] = FAMILIES,
-    progress: bool = True,
 ) -> Iterator[LocalFit]:
     """Fits each family to each datum, chunk by chunk, in evaluation mode.
 
     Families are fitted in the order of `FAMILIES`; a flow starts from the full-rank Gaussian.
     """
-    structure.require_density("a local fit from the guide's")
-    structure.require_proper("a local fit")
-    particles = min(refinement.num_particles, max_rows)
-    chunks = t.stream_densities(model, guide, source, structure, particles, max_rows)
-    with contextlib.closing(chunks), _bar(progress=progress) as bar:
+    evaluation.structure.require_density("a local fit from the guide's")
+    evaluation.structure.require_proper("a local fit")
+    particles = min(refinement.num_particles, evaluation.max_rows)
+    chunks = t.stream_densities(evaluation, particles)
+    with contextlib.closing(chunks), _bar(progress=evaluation.progress) as bar:
         for rows, density in chunks:
             refuse_masks(density)
             count = rows.stop - rows.start
-            share = count / source.num_rows / len(families)
+            share = count / evaluation.num_rows / len(families)
             start = full_rank(*_spread(density))
             for family in families:
                 q, instead = start, ""
@@ -188,7 +170,7 @@ def fit_locally(
                 elif family == "flow":
                     q = flow(start)
                 settled = _maximise(q, density, refinement, particles)
-                weights = _weigh(q, density, num_particles, max_rows)[:, :count]
+                weights = _weigh(q, density, num_particles, evaluation.max_rows)[:, :count]
                 bar.update(share)
                 yield LocalFit(rows, family, weights, settled, instead)
 

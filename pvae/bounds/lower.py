@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
-from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound, Kind
 from pvae.bounds.sums import WeightSums
-from pvae.data import Source
 from pvae.errors import check_int
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["elbo", "kind_of", "with_globals"]
 
 
+@tool
 def elbo(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     num_particles: int = 1,
-    *,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Bound:
     r"""The evidence lower bound of each datum, split into distortion and rate.
 
@@ -45,23 +39,19 @@ def elbo(
         Fixing a Broken ELBO (Alemi et al., 2018), https://arxiv.org/abs/1711.00464
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: K, draws for each datum.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once, counting each particle of a datum as one.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
     """
     check_int("num_particles", num_particles)
-    with randomness.forked(seed):
-        source, structure = prepare(model, guide, data, structure, plate)
+    with t.prepared(pair, data, options, "elbo") as evaluation:
+        structure = evaluation.structure
         name = _NAMES[structure.quantity]
         if structure.global_sites:
-            return with_globals(name, model, guide, source, structure, num_particles, 1, max_rows)
+            return with_globals(name, evaluation, num_particles, 1)
         moments = _Moments(structure)
-        for rows, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
+        for rows, terms in t.stream(evaluation, num_particles):
             moments.add(rows, terms)
         return moments.bound(name, num_particles)
 
@@ -84,7 +74,7 @@ class _Moments:
 
     def add(self, rows: slice, terms: t.Terms) -> None:
         log_weight = terms.log_weight.double()
-        self.is_split = "joint" not in terms.notes
+        self.is_split = not terms.is_joint
         likelihood, rate = log_weight, log_weight
         if self.is_split:
             likelihood = terms.log_likelihood.double()
@@ -119,21 +109,17 @@ class _Moments:
 
 def with_globals(
     name: str,
-    model: Any,
-    guide: Any,
-    source: Source,
-    structure: t.Structure,
+    evaluation: t.Evaluation,
     num_global: int,
     num_local: int,
-    max_rows: int,
 ) -> Bound:
     """The data set's bound: each draw of what is outside the data plate is shared by all data."""
-    totals, num_data = [], source.num_rows
+    totals, num_data = [], evaluation.num_rows
     for _ in range(num_global):
-        given, first = t.draw_globals(model, guide, source, structure)
+        given, first = t.draw_globals(evaluation)
         outside = float(first.global_log_p[0] - first.global_log_q[0])
         weights = WeightSums()
-        for rows, terms in t.stream(model, guide, source, structure, num_local, max_rows, given):
+        for rows, terms in t.stream(evaluation, num_local, given):
             weights.add(rows, weights.reduce(terms.log_weight))
         values, *_ = weights.values(num_local)
         totals.append(outside + float(values.sum()))
@@ -147,7 +133,7 @@ def with_globals(
         error,
         num_data,
         num_local,
-        kind=kind_of(structure),
-        global_sites=structure.global_sites,
-        removed_scales=structure.removed_scales,
+        kind=kind_of(evaluation.structure),
+        global_sites=evaluation.structure.global_sites,
+        removed_scales=evaluation.structure.removed_scales,
     )

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
 from pvae.bounds.annealing import AIS, annealed
-from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound
 from pvae.bounds.sums import WeightSums
 from pvae.errors import check_int
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["Sandwich", "bdmc"]
 
@@ -70,18 +69,14 @@ class Sandwich:
     __repr__ = __str__
 
 
+@tool
 def bdmc(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     num_particles: int = 16,
     *,
     ais: AIS | None = None,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    progress: bool = True,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Sandwich:
     r"""A lower and an upper bound of the evidence of data that are drawn from the model.
 
@@ -102,17 +97,12 @@ def bdmc(
         (Grosse et al., 2016), https://arxiv.org/abs/1606.02275
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source: what the model doesn't observe
             of it (labels) is kept, and there is one simulated datum for each of its rows.
         num_particles: K, chains for each datum, there and back.
         ais: How to anneal; None for what `AIS` is by itself.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once, counting each chain of a datum as one.
-        progress: Show a progress bar, on stderr.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: As `evidence`; and if the model has factors, or observes anything but a
@@ -120,20 +110,17 @@ def bdmc(
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
-        >>> found = bdmc(pair.model, pair.guide, x, 8, ais=AIS(num_temperatures=3), progress=False)
+        >>> found = bdmc(pair, x, 8, ais=AIS(num_temperatures=3), progress=False)
         >>> found.gaps.shape
         torch.Size([3])
     """
     check_int("num_particles", num_particles)
-    check_int("max_rows", max_rows)
     how = ais or AIS()
-    with randomness.forked(seed):
-        source, structure = prepare(model, guide, data, structure, plate)
+    with t.prepared(pair, data, options, "bdmc") as evaluation:
+        structure = evaluation.structure
         structure.require_proper("simulated data")
-        options: dict[str, Any] = {"simulate": True, "progress": progress}
         forward, reverse, acceptance, batches = WeightSums(), WeightSums(), [], []
-        chunks = annealed(model, guide, source, structure, how, num_particles, max_rows, **options)
-        for chunk in chunks:
+        for chunk in annealed(evaluation, how, num_particles, simulate=True):
             assert chunk.reverse is not None  # noqa: S101
             forward.add(chunk.rows, forward.reduce(chunk.forward))
             reverse.add(chunk.rows, reverse.reduce(-chunk.reverse))

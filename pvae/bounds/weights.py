@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
-from pvae.bounds.prepare import prepare
 from pvae.bounds.result import Bound, Kind
 from pvae.errors import UndefinedError, check_int, oxford
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["Estimate", "log_weights"]
 
 
+@tool
 def log_weights(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     num_particles: int = 1000,
-    *,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Tensor:
     r"""The log importance weight of each draw from the guide, for each datum.
 
@@ -41,14 +36,10 @@ def log_weights(
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: K, draws for each datum.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows that are run at once, counting each particle of a datum as one.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Returns:
         Shape ``(K, N)`` in nats, double precision, on the pair's device.
@@ -59,12 +50,12 @@ def log_weights(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> log_weights(vae.model, vae.guide, torch.zeros(5, 4), 10).shape
+        >>> log_weights(vae, torch.zeros(5, 4), 10).shape
         torch.Size([10, 5])
     """
     check_int("num_particles", num_particles)
-    with randomness.forked(seed):
-        source, structure = prepare(model, guide, data, structure, plate)
+    with t.prepared(pair, data, options, "log_weights") as evaluation:
+        structure = evaluation.structure
         structure.require_density("importance weights")
         structure.require_proper("importance weights")
         if structure.global_sites:
@@ -75,7 +66,7 @@ def log_weights(
                 ["bounds.evidence, for the data set"],
             )
         found: dict[int, list[Tensor]] = {}  # by a chunk's first row: its particles, in parts
-        for rows, terms in t.stream(model, guide, source, structure, num_particles, max_rows):
+        for rows, terms in t.stream(evaluation, num_particles):
             found.setdefault(rows.start, []).append(terms.log_weight.double())
         return torch.cat([torch.cat(parts) for parts in found.values()], 1)
 

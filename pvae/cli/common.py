@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pvae.config import Config
     from pvae.data import Splits
     from pvae.fitting import History
-    from pvae.pair import VAE
+    from pvae.vae import VAE
 
 __all__ = ["DataFile", "Device", "RunFolder", "Seed", "app", "prepare_file", "summary"]
 
@@ -48,8 +48,7 @@ def summary(
     is_gaussian = config.likelihood_for(splits) == "gaussian"
     levels = splits.levels
     summary = report.summarize(
-        vae.model,
-        vae.guide,
+        vae,
         splits.test.unlabelled(),
         title=f"pvae {config.recipe} on {splits.name}: {folder}",
         levels=None if is_gaussian else levels,

@@ -46,8 +46,7 @@ def diagnose(
     if to is not None:
         prepare_file(to)
     found = pvae.diagnose(
-        vae.model,
-        vae.guide,
+        vae,
         splits.test.unlabelled(),
         checks=pvae.diagnostics.CHECKS if deep else pvae.diagnostics.DEFAULT,
         num_data=rows,

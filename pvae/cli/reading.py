@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pvae.data import Splits
-    from pvae.pair import VAE
+    from pvae.vae import VAE
 
 __all__ = ["encode", "evaluate", "export", "reconstruct", "sample"]
 
@@ -53,11 +53,10 @@ def evaluate(
 ) -> None:
     """Estimate ELBO, evidence and their parts on the test data."""
     from pvae import bounds
-    from pvae.data import as_source
+    from pvae.data import as_source, first_batch
     from pvae.errors import check_int
     from pvae.fitting import History
     from pvae.runs import open_run
-    from pvae.terms import first_batch
 
     if rows is not None and method == "importance":
         raise ArgumentError("--rows", "--method ais or --method cubo with it", f"--method {method}")
@@ -71,7 +70,7 @@ def evaluate(
     source = as_source(splits.test.unlabelled())
     batch = first_batch(source, count or source.num_rows)
     how: Any = method
-    typer.echo(bounds.evidence(vae.model, vae.guide, batch, num_particles, method=how, seed=seed))
+    typer.echo(bounds.evidence(vae, batch, num_particles, method=how, seed=seed))
 
 
 @app.command()
@@ -106,7 +105,7 @@ def sample(
     if density is not None:
         if density not in ("gaussian", "gmm"):
             raise ArgumentError("--density", "gaussian or gmm", repr(density))
-        codes = latent.codes(vae.model, vae.guide, splits.train.unlabelled())
+        codes = latent.codes(vae, splits.train.unlabelled())
         if codes.dim() != 2:
             raise ArgumentError(
                 "--density", "a run whose codes are vectors", f"codes of shape {codes.shape[1:]}"
@@ -189,9 +188,7 @@ def export(
     vae, x = _open_with_data(run, data, device)
     path = (to or run / "draws.nc").with_suffix(".nc")
     prepare_file(path)
-    tree = arviz.to_arviz(
-        vae.model, vae.guide, x[:rows], num_samples=num_samples, seed=seed, progress=True
-    )
+    tree = arviz.to_arviz(vae, x[:rows], num_samples=num_samples, seed=seed, progress=True)
     part = path.with_suffix(".part")
     tree.to_netcdf(part, engine="h5netcdf")
     part.replace(path)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pvae.data import Splits
     from pvae.distributed import World
     from pvae.fitting import Fit
-    from pvae.pair import VAE
+    from pvae.vae import VAE
 
 __all__ = ["train"]
 
@@ -204,7 +204,7 @@ def _train(
     from contextlib import nullcontext
 
     import pvae
-    from pvae import fitting, randomness, terms
+    from pvae import randomness, terms
     from pvae.data import as_source
     from pvae.runs import written
 
@@ -213,12 +213,12 @@ def _train(
     splits = config.load_data(fetch=fetch)
     with randomness.forked(config.seed):
         vae = config.build(splits)
-    where, dtype = fitting.place(vae.model, vae.guide, device)
-    terms.check_data(vae.model, vae.guide, as_source(splits.test, where, dtype), "test data")
+    where, dtype = vae.place(device)
+    test = as_source(splits.test, where, dtype)
+    terms.check_data(vae.inspect_source(test), test, "test data")
     with written(config, folder, splits, vae) if world.is_first else nullcontext():
         run = pvae.fit(
-            vae.model,
-            vae.guide,
+            vae,
             splits.train.unlabelled(),
             config.make_objective(),
             epochs=config.epochs,

@@ -24,8 +24,8 @@ from pvae.engine import ASKED
 from pvae.errors import ArgumentError, CheckpointError
 from pvae.networks import activation_named
 from pvae.objectives import Objective
-from pvae.pair import VAE
 from pvae.schedules import Warmup
+from pvae.vae import VAE
 
 __all__ = ["Config", "options"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from pvae import corruptions, penalties, recipes
-from pvae.pair import VAE
+from pvae.vae import VAE
 
 __all__ = ["Option", "field", "flag", "numbers_of", "part_options", "recipe_options"]
 

@@ -7,18 +7,29 @@
 from pvae.data.batches import Batches
 from pvae.data.readers import Splits, load, read_idx
 from pvae.data.remote import download
-from pvae.data.sources import Data, Source, as_source, check_rows
+from pvae.data.sources import (
+    Data,
+    LoaderSource,
+    Source,
+    as_source,
+    check_rows,
+    first_batch,
+    in_memory,
+)
 from pvae.data.toys import LinearGaussian, principal_components
 
 __all__ = [
     "Batches",
     "Data",
     "LinearGaussian",
+    "LoaderSource",
     "Source",
     "Splits",
     "as_source",
     "check_rows",
     "download",
+    "first_batch",
+    "in_memory",
     "load",
     "principal_components",
     "read_idx",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from pvae.errors import ArgumentError, DataError
 from pvae.randomness import derive_seed
 
-__all__ = ["Data", "Source", "as_source", "check_rows"]
+__all__ = ["Data", "LoaderSource", "Source", "as_source", "check_rows", "first_batch", "in_memory"]
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 BINARIZE: tuple[Binarize, ...] = ("none", "threshold", "static", "dynamic")
@@ -257,6 +257,20 @@ class LoaderSource(Source):
         for batch in self.batches():
             yield start, batch
             start += len(batch[0])
+
+
+def first_batch(source: Source, num_rows: int) -> tuple[Tensor, ...]:
+    """The first rows of a source; a ``DataLoader``'s first batch."""
+    return next(source.all(min(num_rows, source.num_rows)))[1]
+
+
+def in_memory(source: Source) -> Source:
+    """The same data, to be read more than once in one order: a ``DataLoader`` is read out."""
+    if not isinstance(source, LoaderSource):
+        return source
+    columns = zip(*source.batches(), strict=True)
+    data = Data(tuple(torch.cat(column) for column in columns))
+    return as_source(data, source.device, source.dtype)
 
 
 def _as_tensor(array: Any) -> Tensor:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from pvae import bounds, randomness
 from pvae import terms as t
-from pvae.data import as_source
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.simulated import (
     column_names,
@@ -27,6 +24,8 @@ from pvae.latent.coding import means_and_noise
 from pvae.latent.programs import simulated
 from pvae.mmd import TwoSampleTest, two_sample_test
 from pvae.modes import evaluating
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["AggregatedPosterior", "aggregated_posterior"]
 
@@ -100,17 +99,15 @@ class AggregatedPosterior:
     __repr__ = __str__
 
 
+@tool
 def aggregated_posterior(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     num_draws: int = 1000,
     num_permutations: int = 999,
     site: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> AggregatedPosterior:
     r"""Whether codes are where the prior is: draws from q(z) against draws from p(z).
 
@@ -131,15 +128,12 @@ def aggregated_posterior(
         https://jmlr.org/papers/v13/gretton12a.html
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_draws: n at most; all rows where there are fewer. The test holds (2 n, 2 n) numbers.
         num_permutations: Of the kernel test; 1 more is its p-value's denominator.
         site: The latent; None for all of them.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once.
-        seed: Of rows, draws and permutations; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: If a prior is improper, the model has factors, there are latents outside
@@ -147,14 +141,13 @@ def aggregated_posterior(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = aggregated_posterior(vae.model, vae.guide, torch.rand(50, 4).round())
+        >>> found = aggregated_posterior(vae, torch.rand(50, 4).round())
         >>> found.draws.shape, found.correlation.shape
         (torch.Size([50, 2]), torch.Size([2, 2]))
     """
     check_int("num_draws", num_draws, minimum=2)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure)
-        source = t.held(source)
+    with t.prepared(pair, data, options, "aggregated_posterior") as evaluation:
+        structure, source = evaluation.structure, evaluation.in_memory().source
         check_int("aggregated_posterior, rows of data", source.num_rows, minimum=2)
         require_rows("aggregated_posterior", structure)
         sites = (
@@ -163,25 +156,24 @@ def aggregated_posterior(
             else (only_site("aggregated_posterior", "latent", structure.latents, site),)
         )
         chosen = torch.randperm(source.num_rows, device=source.device)[:num_draws]
-        source = as_source(source.rows(chosen), structure.device, structure.dtype)
-        pair = (model, guide, source, structure)
+        subset = evaluation.on(source.rows(chosen))
         draws = torch.cat(
             [
                 torch.cat([columns(terms.sites[name].value, 2)[0] for name in sites], 1)
-                for _, terms in t.stream(*pair, max_rows=max_rows)
+                for _, terms in t.stream(subset)
             ]
         )
         prior = []
         with evaluating(structure.modules):
-            for _, batch in source.all(max_rows):
-                run = simulated("aggregated_posterior", model, batch)
+            for _, batch in subset.source.all(subset.max_rows):
+                run = simulated("aggregated_posterior", structure.model, batch)
                 for name in sites:
                     refuse_mask("aggregated_posterior", run[name])
                 prior.append(torch.cat([of_rows(run[name], structure) for name in sites], 1))
         means = []
         for name in sites:
             try:
-                means.append(columns(means_and_noise(*pair, name, 32, max_rows)[0], 1))
+                means.append(columns(means_and_noise(subset, name, 32)[0], 1))
             except UndefinedError:  # a distribution that has no mean, as of classes
                 break
     known = torch.cat(means, 1) if len(means) == len(sites) else None
@@ -198,7 +190,11 @@ def aggregated_posterior(
         of_model,
         column_names(run, sites, structure),
         two_sample_test(
-            draws / scale, of_model / scale, "imq", num_permutations=num_permutations, seed=seed
+            draws / scale,
+            of_model / scale,
+            "imq",
+            num_permutations=num_permutations,
+            seed=evaluation.seed,
         ),
         torch.tensor([float(test.statistic) for test in tests], dtype=torch.float64),
         (p_values * len(tests)).clamp(max=1),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
 from pvae.diagnostics.finding import Finding
 from pvae.diagnostics.simulated import random_rank, simulate
 from pvae.diagnostics.uniformity import Uniformity, judged, uniformity
 from pvae.errors import ArgumentError, check_int, check_number
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["SBC", "sbc"]
 
@@ -96,9 +97,9 @@ class SBC:
     __repr__ = __str__
 
 
+@tool
 def sbc(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     num_simulations: int = 1000,
@@ -106,10 +107,7 @@ def sbc(
     levels: Sequence[float] = (0.5, 0.8, 0.9),
     site: str | None = None,
     arguments: Mapping[str, int] | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    progress: bool = False,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> SBC:
     r"""Simulation-based calibration of an amortised guide.
 
@@ -134,8 +132,7 @@ def sbc(
         https://doi.org/10.1007/s11222-022-10090-6
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_simulations: S.
         num_draws: L, draws of q for each; L + 1 with many divisors makes even bins.
@@ -143,10 +140,7 @@ def sbc(
         site: The latent; None for all of them.
         arguments: By observed site, the place of its data among the arguments; needed where the
             model changes its data before it observes them.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
-        progress: Whether a bar is shown.
-        seed: Of all draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: If a latent has a point-mass guide, an improper prior or a mask, if there
@@ -155,27 +149,17 @@ def sbc(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 1, hidden=(8,))
-        >>> found = sbc(vae.model, vae.guide, torch.zeros(1, 4), num_simulations=100, num_draws=9)
+        >>> found = sbc(vae, torch.zeros(1, 4), num_simulations=100, num_draws=9)
         >>> found.ranks.shape, found.levels
         (torch.Size([100, 1]), tensor([0.6000, 0.8000], dtype=torch.float64))
     """
     check_int("num_draws", num_draws, minimum=2)
     cuts = _cuts(levels, num_draws)
-    with randomness.forked(seed):
-        found = simulate(
-            "sbc",
-            model,
-            guide,
-            data,
-            num_simulations,
-            site=site,
-            arguments=arguments,
-            structure=structure,
-            max_rows=max_rows,
-        )
+    with t.prepared(pair, data, options, "sbc") as evaluation:
+        found = simulate("sbc", evaluation, num_simulations, site=site, arguments=arguments)
         less = torch.zeros(found.latents.shape, dtype=torch.long, device=found.latents.device)
         equal = less.clone()
-        for rows, draws in found.draws(model, guide, num_draws, max_rows, progress=progress):
+        for rows, draws in found.draws(num_draws):
             truth = found.latents[rows]
             less[rows] += (draws < truth).sum(0)
             equal[rows] += (draws == truth).sum(0)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae import bounds, randomness
 from pvae import terms as t
 from pvae.errors import UndefinedError, check_int, check_number
 from pvae.jacobian import squared_jacobian_norm
 from pvae.latent.checks import mean_of, only_site
 from pvae.modes import evaluating
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["hoyer", "near_zero", "sensitivity"]
 
@@ -58,16 +58,14 @@ def near_zero(codes: Tensor, threshold: float = 0.01) -> Tensor:
     return (codes.abs() <= limit).to(codes.dtype).mean(-1)
 
 
+@tool
 def sensitivity(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     site: str | None = None,
-    structure: t.Structure | None = None,
     num_probes: int | None = None,
-    max_rows: int = 1024,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Tensor:
     r"""How far a code moves with its datum, :math:`\|\partial z / \partial x\|_F`.
 
@@ -79,14 +77,11 @@ def sensitivity(
         https://icml.cc/2011/papers/455_icmlpaper.pdf
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; the first is differentiated.
         site: The latent; None if the pair has one.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
         num_probes: Random directions for an estimate (see `pvae.jacobian`); None for exact norms.
-        max_rows: Bound on the rows in memory at once.
-        seed: Of draws and directions.
+        options: As in `pvae.options.Options`.
 
     Returns:
         Shape ``(N,)``.
@@ -95,8 +90,8 @@ def sensitivity(
         UndefinedError: If the mean of q isn't known.
     """
     found = []
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure)
+    with t.prepared(pair, data, options, "sensitivity") as evaluation:
+        structure = evaluation.structure
         name = only_site("sensitivity", "latent of the data", structure.latents, site)
         if structure.subsample_size is not None or structure.tied_to is not None:
             raise UndefinedError(
@@ -106,10 +101,10 @@ def sensitivity(
                 ["pyro.plate(name, len(x)), with no subsample"],
             )
         with evaluating(structure.modules):
-            for _, (x, *context) in source.all(max_rows):
+            for _, (x, *context) in evaluation.source.all(evaluation.max_rows):
 
                 def code(x: Tensor, rest: tuple[Tensor, ...] = tuple(context)) -> Tensor:
-                    fn = poutine.trace(guide).get_trace(x, *rest).nodes[name]["fn"]
+                    fn = poutine.trace(structure.guide).get_trace(x, *rest).nodes[name]["fn"]
                     mean = mean_of(fn)
                     if mean is None:
                         raise UndefinedError(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import bounds, randomness
+from pvae import bounds
 from pvae import terms as t
 from pvae.bounds import Bound, Estimate
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.errors import ArgumentError, UndefinedError, check_int
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["Gap", "gap"]
 
@@ -193,20 +194,16 @@ _WORDS = {
 }
 
 
+@tool
 def gap(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     num_particles: int = 1000,
     evidence: Bound | None = None,
     refinement: bounds.Refinement | None = None,
     flow: bool = True,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    progress: bool = True,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Gap:
     r"""Whether the ELBO is low for the encoder's sake, or for the family's.
 
@@ -227,19 +224,14 @@ def gap(
         https://proceedings.mlr.press/v80/cremer18a.html
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; some hundred data are enough.
         num_particles: K, draws of a datum for each ELBO.
         evidence: log p(x) of the same data by other means, such as
             ``bounds.evidence(..., method="ais")``.
         refinement: How to fit.
         flow: Whether to fit flows, too.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once, counting each particle of a datum as one.
-        progress: Whether to show a bar.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: Where there are no densities of single data in unconstrained coordinates
@@ -247,32 +239,23 @@ def gap(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = gap(vae.model, vae.guide, torch.zeros(5, 4), num_particles=50, flow=False,
+        >>> found = gap(vae, torch.zeros(5, 4), num_particles=50, flow=False,
         ...     refinement=pvae.bounds.Refinement(max_steps=50), progress=False)
         >>> found.amortisation.per_datum.shape
         torch.Size([5])
     """
     check_int("num_particles", num_particles, minimum=2)
-    check_int("max_rows", max_rows)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure, plate)
-        source = t.held(source)  # a loader may shuffle: fits and guide need the same rows
-        guides = bounds.log_weights(
-            model, guide, source, num_particles, structure=structure, max_rows=max_rows, seed=seed
-        )
+    with t.prepared(pair, data, options, "gap") as evaluation:
+        evaluation = evaluation.in_memory()  # a loader may shuffle, and all need the same rows
+        guides = bounds.log_weights(evaluation.pair, evaluation.source, num_particles, **options)
         _check(guides, evidence)
         parts: dict[str, list[Tensor]] = {}
         unsettled, instead = [], ""
         for fit in bounds.fit_locally(
-            model,
-            guide,
-            source,
-            structure,
+            evaluation,
             refinement or bounds.Refinement(),
             num_particles,
-            max_rows,
             families=bounds.FAMILIES if flow else bounds.FAMILIES[:-1],
-            progress=progress,
         ):
             parts.setdefault(fit.family, []).append(fit.log_weights)
             unsettled += [] if fit.is_settled else [fit.family]

@@ -6,22 +6,23 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 from tqdm.auto import trange
 
-from pvae import bounds, randomness
 from pvae import terms as t
 from pvae.diagnostics.finding import Finding
 from pvae.engine.optimizers import Backup
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.modes import in_mode
 from pvae.objectives import ELBO, Objective, as_objective
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["GradientNoise", "ObjectiveComparison", "compare_objectives", "gradient_noise"]
 
@@ -143,16 +144,14 @@ class ObjectiveComparison(dict[str, GradientNoise]):
     __repr__ = __str__
 
 
+@tool
 def gradient_noise(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     objective: PyroELBO | None = None,
     *,
     num_repeats: int = 100,
-    structure: t.Structure | None = None,
-    progress: bool = False,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> GradientNoise:
     r"""The mean and the variance over draws of an objective's gradient, the data held fixed.
 
@@ -166,39 +165,34 @@ def gradient_noise(
         https://arxiv.org/abs/1802.04537
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: One batch: an array, tensor, tuple of them or source; all rows are in each gradient.
         objective: One of `pvae.objectives`; None for `pvae.objectives.ELBO`.
         num_repeats: R, gradients that are taken.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        progress: Whether a bar is shown.
-        seed: Of the draws; generators, parameters, buffers and modes are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: If no parameter has a gradient.
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = gradient_noise(vae.model, vae.guide, torch.zeros(5, 4), num_repeats=10)
+        >>> found = gradient_noise(vae, torch.zeros(5, 4), num_repeats=10)
         >>> sorted(found.sides), sorted(found.sites)
         (['guide', 'model'], ['x (model)', 'z (guide)'])
     """
     named = {"": objective or ELBO()}
-    compared = _compared(model, guide, data, named, num_repeats, structure, seed, progress=progress)
+    compared = _compared(pair, data, named, num_repeats, options)
     return next(iter(compared.values()))
 
 
+@tool
 def compare_objectives(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     objectives: Mapping[str, PyroELBO],
     *,
     num_repeats: int = 100,
-    structure: t.Structure | None = None,
-    progress: bool = False,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> ObjectiveComparison:
     """`gradient_noise` of several objectives at the same pair and data, taken in turn.
 
@@ -206,14 +200,11 @@ def compare_objectives(
     ELBO and STL are; signal-to-noise ratios compare anyway.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: One batch.
         objectives: By name.
         num_repeats: R, gradients of each.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        progress: Whether a bar is shown.
-        seed: Of the draws.
+        options: As in `pvae.options.Options`.
 
     Returns:
         By name, as a dictionary that prints a table; ``step_ratio`` is each one's time over the
@@ -226,28 +217,22 @@ def compare_objectives(
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> several = {"ELBO": pvae.objectives.ELBO(), "IWAE-5": pvae.objectives.IWAE(5)}
-        >>> found = compare_objectives(vae.model, vae.guide, torch.ones(5, 4), several)
+        >>> found = compare_objectives(vae, torch.ones(5, 4), several)
         >>> found["IWAE-5"].sides["model"].num_repeats
         100
     """
     if not isinstance(objectives, Mapping) or not objectives:
         got = "none" if not objectives else type(objectives).__name__
         raise ArgumentError("objectives", "a dictionary of at least one, by name", got)
-    return _compared(
-        model, guide, data, objectives, num_repeats, structure, seed, progress=progress
-    )
+    return _compared(pair, data, objectives, num_repeats, options)
 
 
 def _compared(
-    model: Any,
-    guide: Any,
+    pair: PairLike,
     data: Any,
     objectives: Mapping[str, PyroELBO],
     num_repeats: int,
-    structure: t.Structure | None,
-    seed: int,
-    *,
-    progress: bool,
+    options: Options,
 ) -> ObjectiveComparison:
     check_int("num_repeats", num_repeats, minimum=2)
     ours: dict[str, Objective] = {}
@@ -258,8 +243,8 @@ def _compared(
                 "objective", "one of pvae.objectives", type(given).__name__, ["objectives.ELBO()"]
             )
         ours[name or repr(made)] = made
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure)
+    with t.prepared(pair, data, options, "gradient_noise") as evaluation:
+        structure, source = evaluation.structure, evaluation.source
         batch = source.rows(torch.arange(source.num_rows, device=source.device))
         states = {}
         for name, objective in ours.items():
@@ -272,11 +257,13 @@ def _compared(
         with contextlib.ExitStack() as undo:
             undo.callback(backup.restore)
             undo.enter_context(in_mode(structure.modules, training=True))
-            owners = _owners(model, guide, batch, structure)
-            for _ in trange(num_repeats, desc="gradients", disable=not progress, leave=False):
+            owners = _owners(batch, structure)
+            for _ in trange(
+                num_repeats, desc="gradients", disable=not evaluation.progress, leave=False
+            ):
                 for name, objective in ours.items():
                     started = _clock(structure.device)
-                    found = _gradient(model, guide, batch, objective, states[name], structure)
+                    found = _gradient(batch, objective, states[name], structure)
                     times[name].append(_clock(structure.device) - started)
                     for key, g in found.items():
                         sums[name].setdefault(key, Sums(g, num_repeats)).add(g)
@@ -302,10 +289,10 @@ def _compared(
 
 
 def _gradient(
-    model: Any, guide: Any, batch: Any, objective: Objective, state: Any, structure: t.Structure
+    batch: Any, objective: Objective, state: Any, structure: t.Structure
 ) -> dict[str, Tensor]:
     """Of the loss per datum, by parameter, flat and in double precision."""
-    terms = objective.compute_terms(model, guide, batch, structure)
+    terms = objective.compute_terms(structure, batch)
     loss = objective.surrogate(terms, state) / structure.divisor(terms.num_rows)
     state.seen = None
     parameters = list(structure.parameters.values())
@@ -316,9 +303,9 @@ def _gradient(
     return {name: g.detach().flatten().double() for name, g in rows if g is not None}
 
 
-def _owners(model: Any, guide: Any, batch: Any, structure: t.Structure) -> dict[str, list[str]]:
+def _owners(batch: Any, structure: t.Structure) -> dict[str, list[str]]:
     """The parameters that each site's own distribution has, given the values before it."""
-    terms = t.compute(model, guide, batch, structure=structure, detach=True)
+    terms = t.compute(structure, batch, detach=True)
     names, parameters = list(structure.parameters), list(structure.parameters.values())
     owners: dict[str, list[str]] = {}
     for name, site in terms.sites.items():

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import bounds, randomness
+from pvae import bounds
 from pvae import terms as t
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.errors import DataError, check_int, check_number
+from pvae.options import Options, tool
+from pvae.pair import PairLike, as_pair
 
 __all__ = ["Importance", "importance", "khat"]
 
@@ -232,16 +233,13 @@ class Importance:
     __repr__ = __str__
 
 
+@tool
 def importance(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     num_particles: int = 1000,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Importance:
     r"""How well the guide does as a proposal for each datum's posterior.
 
@@ -255,30 +253,25 @@ def importance(
         https://proceedings.mlr.press/v80/yao18a.html
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: K, draws for each datum, at least 25; from 1000 on k-hat is to about 0.2.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows that are run at once, counting each particle of a datum as one.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: Where there are no weights of single data, as `bounds.log_weights` says.
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = importance(vae.model, vae.guide, torch.zeros(5, 4), num_particles=50)
+        >>> found = importance(vae, torch.zeros(5, 4), num_particles=50)
         >>> found.khat.shape, found.worst(2).shape
         (torch.Size([5]), torch.Size([2]))
     """
     check_int("num_particles", num_particles, minimum=FEWEST)
-    with randomness.forked(seed):
-        _, structure = bounds.prepare(model, guide, data, structure, plate)
-    log_weights = bounds.log_weights(
-        model, guide, data, num_particles, structure=structure, max_rows=max_rows, seed=seed
-    )
+    pair = as_pair(pair, "importance")
+    log_weights = bounds.log_weights(pair, data, num_particles, **options)
+    with t.prepared(pair, data, options, "importance") as evaluation:
+        structure = evaluation.structure
     size = float(log_weights[log_weights.isfinite()].abs().median())
     rounding = torch.finfo(structure.dtype).eps * size
     tolerance = max(1e-3, 10 * rounding)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
 from pvae.diagnostics.finding import Finding
 from pvae.diagnostics.simulated import Simulations, random_rank, simulate
 from pvae.diagnostics.uniformity import Uniformity, judged, uniformity
 from pvae.errors import ArgumentError, check_int
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["TARP", "tarp"]
 
@@ -82,9 +83,9 @@ class TARP:
     __repr__ = __str__
 
 
+@tool
 def tarp(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     num_simulations: int = 1000,
@@ -92,10 +93,7 @@ def tarp(
     reference: Literal["data", "prior"] = "data",
     site: str | None = None,
     arguments: Mapping[str, int] | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    progress: bool = False,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> TARP:
     r"""Tests of accuracy with random points: expected coverage of the joint posterior.
 
@@ -116,18 +114,14 @@ def tarp(
         (Lemos et al., 2023), https://arxiv.org/abs/2302.03026
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; see `sbc`.
         num_simulations: S; as many again are made for reference points.
         num_draws: L, draws of q for each.
         reference: Where reference points come from.
         site: The latent; None for all of them together.
         arguments: As in `sbc`.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
-        progress: Whether a bar is shown.
-        seed: Of all draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Raises:
         UndefinedError: As in `sbc`.
@@ -135,30 +129,27 @@ def tarp(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = tarp(vae.model, vae.guide, torch.zeros(1, 4), num_simulations=50, num_draws=9)
+        >>> found = tarp(vae, torch.zeros(1, 4), num_simulations=50, num_draws=9)
         >>> found.ranks.shape
         torch.Size([50])
     """
     check_int("num_draws", num_draws, minimum=2)
     if reference not in ("data", "prior"):
         raise ArgumentError("reference", "'data' or 'prior'", repr(reference))
-    options: dict[str, Any] = {"site": site, "arguments": arguments, "max_rows": max_rows}
-    with randomness.forked(seed):
-        found = simulate(
-            "tarp", model, guide, data, num_simulations, structure=structure, **options
-        )
-        others = simulate(
-            "tarp", model, guide, data, num_simulations, structure=found.structure, **options
+    with t.prepared(pair, data, options, "tarp") as evaluation:
+        found, others = (
+            simulate("tarp", evaluation, num_simulations, site=site, arguments=arguments)
+            for _ in range(2)
         )
         scale = others.latents.std(0)
         scale = torch.where(scale > 0, scale, 1.0)
         points = others.latents
         if reference == "data":
-            points = points[_nearest(found, others, max_rows)]
+            points = points[_nearest(found, others, evaluation.max_rows)]
         own = _distance(found.latents, points, scale)
         less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
         equal = less.clone()
-        for rows, draws in found.draws(model, guide, num_draws, max_rows, progress=progress):
+        for rows, draws in found.draws(num_draws):
             each = _distance(draws, points[rows], scale)
             less[rows] += (each < own[rows]).sum(0)
             equal[rows] += (each == own[rows]).sum(0)

@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae import terms as t
-from pvae.data import Source
+from pvae.data import first_batch
 from pvae.diagnostics.simulated import mask_of
 from pvae.errors import UndefinedError, oxford
 from pvae.modes import evaluating
+from pvae.pair import probing
 
 __all__ = ["Draws", "Mixture", "draw", "require_mixture", "score_mixture", "sum_of"]
 
@@ -60,26 +61,11 @@ class Mixture:
     log_prob_dims: Tensor | None
 
 
-def draw(
-    model: Pair,
-    guide: Pair,
-    source: Source,
-    structure: t.Structure,
-    num_particles: int,
-    max_rows: int,
-) -> Draws:
+def draw(evaluation: t.Evaluation, num_particles: int) -> Draws:
     """Draws from the guide for all data."""
-    because = _why_no_dimensions(model, guide, source, structure)
+    because = _why_no_dimensions(evaluation)
     chunks: dict[int, list[dict[tuple[str, str], Tensor]]] = {}
-    for rows, terms in t.stream(
-        model,
-        guide,
-        source,
-        structure,
-        num_particles,
-        min(max_rows, 8192),
-        per_dimension=not because,
-    ):
+    for rows, terms in t.stream(evaluation, num_particles, per_dimension=not because):
         chunks.setdefault(rows.start, []).append(_kept(terms))
     whole = {
         key: torch.cat([torch.cat([p[key] for p in parts]) for parts in chunks.values()], 1)
@@ -124,26 +110,28 @@ def _kept(terms: t.Terms) -> dict[tuple[str, str], Tensor]:
     return kept
 
 
-def _why_no_dimensions(model: Pair, guide: Pair, source: Source, structure: t.Structure) -> str:
+def _why_no_dimensions(evaluation: t.Evaluation) -> str:
+    structure, source = evaluation.structure, evaluation.source
     rows = structure.tied_to or (source.num_rows if structure.subsample_size else 2)
-    batch = t.first_batch(source, rows)
+    batch = first_batch(source, rows)
     try:
-        with t.probing((model, guide)):
-            t.compute(model, guide, batch, structure=structure, per_dimension=True)
+        with probing((structure.model, structure.guide)):
+            t.compute(structure, batch, per_dimension=True)
     except UndefinedError as error:
         return f"{error.where}: {error.actual}"
     return ""
 
 
-def require_mixture(model: Pair, guide: Pair, source: Source, structure: t.Structure) -> None:
+def require_mixture(evaluation: t.Evaluation) -> None:
     """Refuses pairs whose q(z) isn't the mean of scores, or that have no one p(z)."""
+    structure, source = evaluation.structure, evaluation.source
     if structure.subsample_size is not None or structure.tied_to is not None:
         raise UndefinedError(
             "q(z)", "a pair that runs on any rows", "one that picks its rows, or has one length"
         )
-    batch = t.first_batch(source, 128)
-    with t.probing((model, guide)):
-        first = t.compute(model, guide, batch, structure=structure)
+    batch = first_batch(source, 128)
+    with probing((structure.model, structure.guide)):
+        first = t.compute(structure, batch)
         values = {name: first.sites[name].value for name in structure.latents}
         drawn = {name: value[0] for name, value in values.items() if value is not None}
         for trace in (first.guide_trace, first.model_trace):
@@ -153,9 +141,9 @@ def require_mixture(model: Pair, guide: Pair, source: Source, structure: t.Struc
                     "q(z)", "latents of all rows", f"a mask at site {oxford(masked)}"
                 )
         one = {name: value[:1] for name, value in drawn.items()}
-        t.score_guide(model, guide, batch, one, structure=structure)
+        t.score_guide(structure, batch, one)
         rolled = {name: value.roll(1, 0) for name, value in drawn.items()}
-        second = t.compute(model, guide, batch, structure=structure, given=rolled)
+        second = t.compute(structure, batch, given=rolled)
     for name in drawn:
         ours, other = second.sites[name].log_p, first.sites[name].log_p
         if ours is None or other is None or not torch.allclose(ours, other.roll(1, 1), rtol=1e-4):
@@ -167,17 +155,10 @@ def require_mixture(model: Pair, guide: Pair, source: Source, structure: t.Struc
             )
 
 
-def score_mixture(
-    model: Pair,
-    guide: Pair,
-    source: Source,
-    structure: t.Structure,
-    own: Draws,
-    max_rows: int,
-    *,
-    progress: bool,
-) -> Mixture:
+def score_mixture(evaluation: t.Evaluation, own: Draws) -> Mixture:
     """log q(z) of every draw: the log of the mean of its density under every row's guide."""
+    structure, source = evaluation.structure, evaluation.source
+    max_rows = max(evaluation.max_rows, _LEAST_ROWS)  # of the guide alone, which is cheap
     k, n = own.log_q.shape
     values = {name: value.flatten(0, 1) for name, value in own.values.items()}
     by_dimension = len(values) == 1 and not own.because
@@ -186,18 +167,16 @@ def score_mixture(
     joint, without, dims = [], [], []
     with evaluating(structure.modules):
         starts = range(0, k * n, size)
-        for start in tqdm(starts, disable=not progress, desc="q(z)", unit="chunk"):
+        for start in tqdm(starts, disable=not evaluation.progress, desc="q(z)", unit="chunk"):
             chosen = {name: value[start : start + size] for name, value in values.items()}
             of_row = torch.arange(start, min(start + size, k * n), device=own.log_q.device) % n
             sums: list[Tensor] = []
             for others in torch.arange(n, device=own.log_q.device).split(rows):
                 batch = source.rows(others)
                 sites = t.score_guide(
-                    model,
-                    guide,
+                    structure,
                     batch,
                     chosen,
-                    structure=structure,
                     per_dimension=by_dimension,
                 ).values()
                 log_q = sum_of(s.log_q for s in sites if s.kind != "penalty")
@@ -215,6 +194,9 @@ def score_mixture(
         torch.cat(without).reshape(k, n) - math.log(n - 1),
         torch.cat(dims).reshape(k, n, -1) - math.log(n) if dims else None,
     )
+
+
+_LEAST_ROWS = 65536
 
 
 def sum_of(parts: Any) -> Tensor:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from scipy import stats
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.predictive import Function
 from pvae.diagnostics.replicates import CheckKind, Replicates
 from pvae.errors import ArgumentError, UndefinedError, check_int
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["Calibration", "pit"]
 
@@ -109,20 +109,16 @@ class Calibration:
     __repr__ = __str__
 
 
+@tool
 def pit(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     kind: CheckKind = "mixed",
     statistic: Function | None = None,
     site: str | None = None,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
     num_particles: int = 200,
-    max_rows: int = 8192,
-    seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[Options],
 ) -> Calibration:
     r"""Probability integral transforms: each value's rank among draws of it, made uniform.
 
@@ -144,21 +140,15 @@ def pit(
         https://doi.org/10.1111/j.1541-0420.2009.01191.x
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         kind: Where the latents of a draw come from; see `predictive`. For a regression with
             global latents ``"mixed"`` on held-out data is the posterior predictive's calibration.
         statistic: Of each datum: a function of data ``(N, *event_shape)`` to ``(N,)`` or
             ``(N, d)``, whose values are transformed in the place of x; None for x itself.
         site: The observed site; None if there is one.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
         num_particles: S, draws of each datum.
-        max_rows: Bound on the rows in a pass, counting each draw of a datum as one; in memory are
-            as many replicated data sets as fit it, and at least one.
-        seed: Of the draws; the caller's generators are left as they are.
-        progress: Show a progress bar.
+        options: As in `pvae.options.Options`.
 
     Returns:
         A `Calibration`; it prints itself. ``arviz.plot_ecdf_pit`` draws `values`.
@@ -169,17 +159,17 @@ def pit(
 
     Example:
         >>> vae = pvae.recipes.vae(3, 1, hidden=(8,))
-        >>> pit(vae.model, vae.guide, torch.ones(50, 3)).values.shape
+        >>> pit(vae, torch.ones(50, 3)).values.shape
         torch.Size([50, 3])
     """
     check_int("num_particles", num_particles)
-    with randomness.forked(seed), torch.no_grad():
-        found = Replicates.of("pit", model, guide, data, site, kind, structure, plate, max_rows)
+    with t.prepared(pair, data, options, "pit") as evaluation, torch.no_grad():
+        found = Replicates.of("pit", evaluation, site, kind)
         if statistic is None:
             found.require_order("pit")
         own = _per_datum(statistic, found.observed, len(found.observed))
         below, equal = torch.zeros_like(own), torch.zeros_like(own)
-        for block in found.blocks(num_particles, max_rows, progress=progress):
+        for block in found.blocks(num_particles):
             for one in block:
                 values = _per_datum(statistic, one, len(own))
                 below += values < own
@@ -195,7 +185,7 @@ def pit(
 def _reason(found: Replicates) -> str:
     if not found.has_honest_p_values:
         return "not uniform even if right: each datum was decoded from its own code"
-    if found.kind == "prior" and found.structure.global_latents:
+    if found.kind == "prior" and found.evaluation.structure.global_latents:
         return "not independent even if right: all data share a global latent"
     return ""
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import randomness
 from pvae import terms as t
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.replicates import CheckKind, Replicates
 from pvae.errors import ArgumentError, check_int
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 
@@ -165,20 +166,16 @@ _OPTIMISTIC = (
 )
 
 
+@tool
 def predictive(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     statistics: Mapping[str, Function] | None = None,
     *,
     kind: CheckKind = "mixed",
     site: str | None = None,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
     num_particles: int = 500,
-    max_rows: int = 8192,
-    seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[Options],
 ) -> PredictiveCheck:
     r"""Does the model make data like these? Statistics T of the data against S replicates.
 
@@ -222,8 +219,7 @@ def predictive(
         (Marshall & Spiegelhalter, 2007), https://doi.org/10.1214/07-BA218
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         statistics: T by name, each a function of the observed site's data, shape
             ``(N, *event_shape)``, to one number; it gets replicates as it gets the data. None for
@@ -232,13 +228,8 @@ def predictive(
             of the commonest.
         kind: What a replicate is.
         site: The observed site; None if there is one.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
         num_particles: S, replicated data sets. No two-sided p-value is below 2 / (S + 1).
-        max_rows: Bound on the rows in a pass, counting each replicate of a datum as one; in
-            memory are as many replicated data sets as fit it, and at least one.
-        seed: Of the draws; the caller's generators are left as they are.
-        progress: Show a progress bar.
+        options: As in `pvae.options.Options`.
 
     Returns:
         A `PredictiveCheck`; it prints itself.
@@ -251,19 +242,17 @@ def predictive(
     Example:
         >>> vae = pvae.recipes.vae(6, 2, hidden=(8,))
         >>> x = torch.zeros(20, 6)
-        >>> found = predictive(vae.model, vae.guide, x, {"ones": lambda x: x.sum()})
+        >>> found = predictive(vae, x, {"ones": lambda x: x.sum()})
         >>> found.statistics["ones"].observed, found.findings()[0].verdict
         (0.0, 'bad')
     """
     check_int("num_particles", num_particles)
-    with randomness.forked(seed), torch.no_grad():
-        found = Replicates.of(
-            "predictive", model, guide, data, site, kind, structure, plate, max_rows
-        )
+    with t.prepared(pair, data, options, "predictive") as evaluation, torch.no_grad():
+        found = Replicates.of("predictive", evaluation, site, kind)
         chosen = _defaults(found) if statistics is None else dict(statistics)
         observed = {name: _number(name, fn, found.observed) for name, fn in chosen.items()}
         replicated: dict[str, list[float]] = {name: [] for name in chosen}
-        for block in found.blocks(num_particles, max_rows, progress=progress):
+        for block in found.blocks(num_particles):
             for one in block:
                 for name, fn in chosen.items():
                     replicated[name].append(_number(name, fn, one))

@@ -12,9 +12,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import bounds
 from pvae import terms as t
-from pvae.data import Source
 from pvae.errors import ArgumentError, UndefinedError, oxford
 
 __all__ = ["CheckKind", "Replicates"]
@@ -35,6 +33,7 @@ class Replicates:
     """A pair and data, ready to be replicated at one observed site.
 
     Attributes:
+        evaluation: The pair and its data.
         site: The observed site.
         kind: What a replicate is.
         observed: The data at that site, shape ``(N, *event_shape)``.
@@ -42,10 +41,7 @@ class Replicates:
         fn: The site's distribution.
     """
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    source: Source
-    structure: t.Structure
+    evaluation: t.Evaluation
     site: str
     kind: CheckKind
     observed: Tensor
@@ -54,22 +50,13 @@ class Replicates:
 
     @classmethod
     def of(
-        cls,
-        where: str,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        data: Any,
-        site: str | None,
-        kind: CheckKind,
-        structure: t.Structure | None,
-        plate: str | None,
-        max_rows: int,
+        cls, where: str, evaluation: t.Evaluation, site: str | None, kind: CheckKind
     ) -> Replicates:
         """Looks at pair and data together, and refuses what has no replicates."""
         if kind not in _OF_TERMS:
             raise ArgumentError("kind", f"one of {', '.join(_OF_TERMS)}", repr(kind))
-        source, structure = bounds.prepare(model, guide, data, structure, plate)
-        source = t.held(source)
+        evaluation = evaluation.in_memory()
+        structure = evaluation.structure
         if kind == "aggregated" and not structure.latents:
             raise UndefinedError(
                 where,
@@ -78,9 +65,9 @@ class Replicates:
                 ["kind='mixed'"],
             )
         of_terms = _OF_TERMS[kind]
-        t.check_generative(where, model, guide, source, structure, of_terms)
+        t.check_generative(where, evaluation, of_terms)
         values, kept = [], []
-        for _, _, terms in t.draws(model, guide, source, structure, 1, max_rows, of_terms):
+        for _, _, terms in t.draws(evaluation, 1, of_terms):
             name = _observed_site(where, terms, structure, site)
             values.append(t.observed(terms, name))
             kept.append(t.kept_of(terms, name))
@@ -94,22 +81,15 @@ class Replicates:
                 ["kind='mixed'", "kind='posterior'"],
             )
         observed = torch.cat(values)
-        return cls(model, guide, source, structure, name, kind, observed, mask, fn)
+        return cls(evaluation, name, kind, observed, mask, fn)
 
-    def blocks(self, num_particles: int, max_rows: int, *, progress: bool) -> Iterator[Tensor]:
+    def blocks(self, num_particles: int) -> Iterator[Tensor]:
         """Replicated data sets, shape ``(k, N, *event_shape)``, k of them at a time."""
         num_rows = len(self.observed)
         parts: list[Tensor] = []
-        passes = t.draws(
-            self.model,
-            self.guide,
-            self.source,
-            self.structure,
-            num_particles,
-            max_rows,
-            _OF_TERMS[self.kind],
-        )
-        with tqdm(total=num_particles, desc="replicates", unit="draw", disable=not progress) as bar:
+        passes = t.draws(self.evaluation, num_particles, _OF_TERMS[self.kind])
+        hidden = not self.evaluation.progress
+        with tqdm(total=num_particles, desc="replicates", unit="draw", disable=hidden) as bar:
             for draws, rows, terms in passes:
                 parts.append(t.replicate(terms, self.site))
                 if rows.stop < num_rows:
@@ -125,7 +105,7 @@ class Replicates:
     @property
     def has_honest_p_values(self) -> bool:
         """Whether a replicate owes nothing to the very datum that it is compared with."""
-        return self.kind != "posterior" or not self.structure.latents
+        return self.kind != "posterior" or not self.evaluation.structure.latents
 
     def labels(self) -> Callable[[Tensor], Tensor] | None:
         """From data to class numbers, where the data are classes; None where they aren't."""

@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import bounds, randomness
+from pvae import bounds
 from pvae import terms as t
-from pvae.data import Source, as_source
 from pvae.diagnostics.aggregate import aggregated_posterior
 from pvae.diagnostics.calibration import sbc
 from pvae.diagnostics.finding import Finding
@@ -26,6 +25,8 @@ from pvae.diagnostics.learning import LearningCurve, learning_curve
 from pvae.diagnostics.predictive import predictive
 from pvae.diagnostics.surgery import surgery
 from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, oxford
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["CHECKS", "DEFAULT", "Diagnosis", "Subject", "diagnose"]
 
@@ -35,29 +36,18 @@ class Subject:
     """What is diagnosed: a pair, some rows of data, and how much may be spent on each check.
 
     Attributes:
-        model: A Pyro program.
-        guide: Its guide.
-        data: N rows.
-        structure: What the pair is made of.
+        evaluation: The pair and its rows.
         num_particles: K, draws from the guide for each datum.
-        max_rows: Bound on the rows in memory at once.
-        progress: Whether long checks show a bar.
-        seed: Of the draws.
     """
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    data: Source
-    structure: t.Structure
+    evaluation: t.Evaluation
     num_particles: int
-    max_rows: int
-    progress: bool
-    seed: int
 
     def run(self, check: Callable[..., Any], **options: Any) -> Any:
         """A diagnostic of the pair and its data."""
-        shared = {"structure": self.structure, "max_rows": self.max_rows, "seed": self.seed}
-        return check(self.model, self.guide, self.data, **{**shared, **options})
+        on = self.evaluation
+        shared = {"max_rows": on.max_rows, "seed": on.seed, "progress": on.progress}
+        return check(on.pair, on.source, **shared, **options)
 
 
 @dataclass(frozen=True)
@@ -83,18 +73,11 @@ def _bound(subject: Subject) -> Lines:
 
 def _gradients(subject: Subject) -> Any:
     """Of the ELBO: a trained objective isn't part of a pair."""
-    return gradient_noise(
-        subject.model,
-        subject.guide,
-        subject.data,
-        structure=subject.structure,
-        progress=subject.progress,
-        seed=subject.seed,
-    )
+    return subject.run(gradient_noise)
 
 
 def _annealing(subject: Subject) -> Lines:
-    found = subject.run(bounds.evidence, method="ais", num_particles=16, progress=subject.progress)
+    found = subject.run(bounds.evidence, method="ais", num_particles=16)
     meaning = "log p(x) by annealing, a lower bound on average"
     return Lines(found, [Finding("AIS", found.mean, found.se_data, "nats", meaning=meaning)])
 
@@ -102,11 +85,11 @@ def _annealing(subject: Subject) -> Lines:
 CHECKS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "elbo": ("the bound", _bound),
     "importance": ("the bound", lambda s: s.run(importance, num_particles=s.num_particles)),
-    "gap": ("the bound", lambda s: s.run(gap, progress=s.progress)),
+    "gap": ("the bound", lambda s: s.run(gap)),
     "ais": ("the bound", _annealing),
     "sbc": ("the posterior", lambda s: s.run(sbc, num_simulations=500)),
     "tarp": ("the posterior", lambda s: s.run(tarp, num_simulations=500)),
-    "surgery": ("the latent space", lambda s: s.run(surgery, max_rows=65536)),
+    "surgery": ("the latent space", lambda s: s.run(surgery)),
     "aggregated": ("the latent space", lambda s: s.run(aggregated_posterior)),
     "predictive": ("the model", lambda s: s.run(predictive, num_particles=100)),
     "gradients": ("the training", _gradients),
@@ -185,20 +168,16 @@ def _finite(line: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in line.items()}
 
 
+@tool
 def diagnose(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     checks: Iterable[str] = DEFAULT,
     num_data: int = 500,
     num_particles: int = 200,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
-    max_rows: int = 8192,
-    progress: bool = False,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Diagnosis:
     """What a fit is worth, on one screen: number, standard error, verdict, and what to do next.
 
@@ -210,25 +189,20 @@ def diagnose(
     are asked for: ``checks=[*DEFAULT, "gap", "ais", "gradients"]``.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; held out, if there are any.
         checks: Names of `CHECKS`.
         num_data: N, rows that are looked at, drawn from the data; all, where there are fewer.
         num_particles: K, draws from the guide for each, at least 25.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
         history: Of the training, one row an epoch, as `Fit.history` is.
-        max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
-        progress: Whether bars are shown.
-        seed: Of rows and draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Returns:
         A `Diagnosis`; it prints itself.
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = diagnose(vae.model, vae.guide, torch.rand(50, 4).round(), checks=["elbo"])
+        >>> found = diagnose(vae, torch.rand(50, 4).round(), checks=["elbo"])
         >>> [line.name for line in found.findings()]
         ['ELBO']
     """
@@ -237,17 +211,13 @@ def diagnose(
         raise ArgumentError("checks", f"some of {oxford(CHECKS)}", oxford(unknown))
     check_int("num_data", num_data, minimum=2)
     check_int("num_particles", num_particles, minimum=25)
-    check_int("max_rows", max_rows)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure, plate)
-        rows, chosen = _some(t.held(source), structure, num_data)
-    subject = Subject(
-        model, guide, rows, structure, num_particles, max_rows, progress=progress, seed=seed
-    )
+    with t.prepared(pair, data, options, "diagnose") as evaluation:
+        evaluation, chosen = _some(evaluation.in_memory(), num_data)
+    subject = Subject(evaluation, num_particles)
     results: dict[str, Any] = {}
     undefined: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    for name in tqdm(asked, desc="diagnose", disable=not progress, leave=False):
+    for name in tqdm(asked, desc="diagnose", disable=not evaluation.progress, leave=False):
         started = time.perf_counter()
         try:
             found = CHECKS[name][1](subject)
@@ -260,13 +230,14 @@ def diagnose(
             results["learning"] = learning_curve(history)
         except UndefinedError as error:
             undefined["learning"] = error.one_line()
-    return Diagnosis(results, undefined, seconds, rows.num_rows, chosen)
+    return Diagnosis(results, undefined, seconds, evaluation.num_rows, chosen)
 
 
-def _some(source: Source, structure: t.Structure, count: int) -> tuple[Source, Tensor | None]:
+def _some(evaluation: t.Evaluation, count: int) -> tuple[t.Evaluation, Tensor | None]:
     """Some rows, by chance, and which; all, of a pair that belongs to its rows."""
+    structure, source = evaluation.structure, evaluation.source
     whole = structure.subsample_size is not None or structure.tied_to is not None
     if whole or structure.global_sites or source.num_rows <= count:
-        return source, None
+        return evaluation, None
     chosen = torch.randperm(source.num_rows, device=source.device)[:count].sort().values
-    return as_source(source.rows(chosen), structure.device, structure.dtype), chosen
+    return evaluation.on(source.rows(chosen)), chosen

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import bounds
 from pvae import terms as t
-from pvae.data import Source, as_source
 from pvae.errors import PairError, UndefinedError, check_int, oxford
 from pvae.latent.checks import only_site
 from pvae.latent.programs import is_simulated, simulated
 from pvae.modes import evaluating
+from pvae.pair import probing
 
 __all__ = [
     "Simulations",
@@ -44,35 +43,26 @@ class Simulations:
         names: Of their columns.
         sites: The latents' names.
         observed: Flattened simulated data, shape ``(S, E)``.
-        source: The batches in which they are the data.
-        structure: What the pair is made of.
+        evaluation: The pair, and the batches in which they are the data.
     """
 
     latents: Tensor
     names: tuple[str, ...]
     sites: tuple[str, ...]
     observed: Tensor
-    source: Source
-    structure: t.Structure
+    evaluation: t.Evaluation
 
-    def draws(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        num_draws: int,
-        max_rows: int,
-        *,
-        progress: bool,
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def draws(self, num_draws: int) -> Iterator[tuple[slice, Tensor]]:
         """The guide's draws for each simulated datum: rows, and a share of them, (k, n, D)."""
 
-        def run(*pair_and_batch: Any, **options: Any) -> Tensor:
-            sites = t.draw_guide(*pair_and_batch, **options)
+        def run(structure: t.Structure, batch: tuple[Tensor, ...], **options: Any) -> Tensor:
+            sites = t.draw_guide(structure, batch, **options)
             each = torch.cat([columns(sites[name].value, 2) for name in self.sites], 2)
             return each.movedim(1, 2)
 
-        passes = t.stream(model, guide, self.source, self.structure, num_draws, max_rows, run=run)
-        with tqdm(total=len(self.latents) * num_draws, disable=not progress, unit="draw") as bar:
+        passes = t.stream(self.evaluation, num_draws, run=run)
+        total, hidden = len(self.latents) * num_draws, not self.evaluation.progress
+        with tqdm(total=total, disable=hidden, unit="draw") as bar:
             for rows, draws in passes:
                 if not bool(draws.isfinite().all()):
                     raise UndefinedError(
@@ -90,15 +80,11 @@ def random_rank(less: Tensor, equal: Tensor) -> Tensor:
 
 def simulate(
     where: str,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: Any,
+    evaluation: t.Evaluation,
     num_simulations: int,
     *,
     site: str | None,
     arguments: Mapping[str, int] | None,
-    structure: t.Structure | None,
-    max_rows: int,
 ) -> Simulations:
     """Draws (z, x) from a model, and puts x into the arguments that the data came from.
 
@@ -107,9 +93,7 @@ def simulate(
         PairError: If x belongs to no argument, or the model reads it besides observing it.
     """
     check_int("num_simulations", num_simulations, minimum=20)
-    check_int("max_rows", max_rows)
-    source, structure = bounds.prepare(model, guide, data, structure)
-    source = t.held(source)
+    structure, source = evaluation.structure, evaluation.in_memory().source
     structure.require_density(where)
     require_rows(where, structure)
     sites = (
@@ -123,14 +107,14 @@ def simulate(
     batches: list[tuple[Tensor, ...]] = []
     found: dict[str, int] = {}
     with evaluating(structure.modules):
-        for rows in chosen.split(max_rows):
+        for rows in chosen.split(evaluation.max_rows):
             batch = source.rows(rows)
-            run = simulated(where, model, batch)
+            run = simulated(where, structure.model, batch)
             if not found:
                 found = _arguments(where, run, batch, arguments or {})
                 names = column_names(run, sites, structure)
             values, filled = _put_back(where, run, batch, found, structure)
-            _check_joint(where, model, guide, batch, filled, run, structure)
+            _check_joint(where, batch, filled, run, structure)
             latents.append(torch.cat([of_rows(run[name], structure) for name in sites], 1))
             observed.append(torch.cat([v.to(structure.dtype) for v in values], 1))
             batches.append(filled)
@@ -140,8 +124,7 @@ def simulate(
         names,
         sites,
         torch.cat(observed),
-        as_source(whole, structure.device, structure.dtype),
-        structure,
+        evaluation.on(whole),
     )
 
 
@@ -287,8 +270,6 @@ def mask_of(site: Any) -> Tensor | None:
 
 def _check_joint(
     where: str,
-    model: Any,
-    guide: Any,
     before: tuple[Tensor, ...],
     after: tuple[Tensor, ...],
     run: dict[str, Any],
@@ -297,10 +278,10 @@ def _check_joint(
     """Refuses a model whose density of the same (z, x) depends on the argument that x came from."""
     given = {name: run[name]["value"] for name in structure.latents}
     data = {name: site["value"] for name, site in run.items() if is_simulated(site)}
-    fixed = poutine.condition(poutine.uncondition(model), data=data)
-    with t.probing((model, guide)):
-        first = t.compute(fixed, guide, before, structure=structure, given=given)
-        second = t.compute(model, guide, after, structure=structure, given=given)
+    fixed = poutine.condition(poutine.uncondition(structure.model), data=data)
+    with probing((structure.model, structure.guide)):
+        first = t.compute(replace(structure, model=fixed), before, given=given)
+        second = t.compute(structure, after, given=given)
     for name, site in second.sites.items():
         if site.log_p is None or site.kind == "penalty":
             continue

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import bounds, randomness
 from pvae import terms as t
 from pvae.data import Source
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.mixture import Draws, Mixture, draw, require_mixture, score_mixture, sum_of
 from pvae.errors import UndefinedError, check_int, check_number, oxford
 from pvae.latent.coding import means_and_noise
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["Part", "Surgery", "surgery"]
 
@@ -204,17 +204,14 @@ def _line(
     return Finding(name, float(part.mean), float(part.se_data), "nats", verdict, meaning, advice)
 
 
+@tool
 def surgery(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     num_particles: int = 2,
     threshold: float = 1e-2,
-    structure: t.Structure | None = None,
-    max_rows: int = 65536,
-    progress: bool = False,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Surgery:
     r"""Takes the ELBO of given data apart.
 
@@ -242,15 +239,11 @@ def surgery(
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; at least two rows.
         num_particles: K, draws for each datum; at least 2 for standard errors over draws.
         threshold: Of a collapsed dimension, in nats and in units of z squared.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the scores in memory at once, a draw under a datum being one.
-        progress: Whether a bar is shown.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Returns:
         The parts. What isn't defined for the pair is None, and the result says why: parts of q(z)
@@ -263,31 +256,30 @@ def surgery(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> parts = surgery(vae.model, vae.guide, torch.rand(20, 4).round())
+        >>> parts = surgery(vae, torch.rand(20, 4).round())
         >>> total = parts.information.mean + parts.marginal_kl.mean
         >>> bool(torch.isclose(parts.rate.mean, total))
         True
     """
     check_int("num_particles", num_particles)
     check_number("threshold", threshold, minimum=0)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure)
-        source = t.held(source)
-        _check(structure, source)
-        pair = (model, guide, source, structure)
-        own = draw(*pair, num_particles, max_rows)
+    with t.prepared(pair, data, options, "surgery") as evaluation:
+        evaluation = evaluation.in_memory()
+        structure = evaluation.structure
+        _check(structure, evaluation.source)
+        own = draw(evaluation, num_particles)
         undefined: dict[str, str] = {}
         mixture = None
         try:
-            require_mixture(*pair)
+            require_mixture(evaluation)
         except UndefinedError as error:
             undefined["parts of q(z)"] = _reason(error)
         else:
-            mixture = score_mixture(*pair, own, max_rows, progress=progress)
+            mixture = score_mixture(evaluation, own)
         activity = {}
         for name in structure.latents:
             try:
-                means, noise = means_and_noise(*pair, name, 32, max_rows)
+                means, noise = means_and_noise(evaluation, name, 32)
             except UndefinedError as error:
                 undefined[f"activity of {name}"] = _reason(error)
             else:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
-from pvae import bounds, randomness
 from pvae import terms as t
 from pvae.errors import check_int
 from pvae.latent.checks import only_site
 from pvae.latent.coding import means_and_noise
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["active_units"]
 
 
+@tool
 def active_units(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     site: str | None = None,
     threshold: float = 1e-2,
-    structure: t.Structure | None = None,
     num_particles: int = 32,
-    max_rows: int = 8192,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Tensor:
     r"""Which dimensions of a latent depend on the data.
 
@@ -38,25 +36,20 @@ def active_units(
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         site: The latent; None if the pair has one.
         threshold: Of the variance; the paper's is 0.01.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
         num_particles: Draws for the mean, where it isn't known.
-        max_rows: Bound on the rows in memory at once.
-        seed: Of the draws.
+        options: As in `pvae.options.Options`.
 
     Returns:
         True where active, shape ``latent_shape``.
     """
     check_int("num_particles", num_particles, minimum=2)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure)
+    with t.prepared(pair, data, options, "active_units") as evaluation:
+        structure = evaluation.structure
         site = only_site("active_units", "latent of the data", structure.latents, site)
-        check_int("active_units, rows of data", source.num_rows, minimum=2)
-        means, noise = means_and_noise(
-            model, guide, source, structure, site, num_particles, max_rows
-        )
+        check_int("active_units, rows of data", evaluation.num_rows, minimum=2)
+        means, noise = means_and_noise(evaluation, site, num_particles)
     return means.double().var(0) - noise.double().mean(0) > threshold

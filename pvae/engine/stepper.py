@@ -299,7 +299,7 @@ class Stepper:
         assert self.state is not None  # noqa: S101
         narrow = mixed(self.structure) if self.precision == "bf16" else contextlib.nullcontext()
         with unannounced(), narrow:
-            terms = self.objective.compute_terms(self.model, self.guide, batch, self.structure)
+            terms = self.objective.compute_terms(self.structure, batch)
         if self.precision == "bf16":
             check_densities(terms)
         divisor = self.structure.divisor(terms.num_rows)

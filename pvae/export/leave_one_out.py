@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 from arviz_stats import loo_approximate_posterior
 from xarray import DataTree
 
-from pvae import bounds, randomness
 from pvae import terms as t
 from pvae.errors import UndefinedError, check_int, oxford
 from pvae.export.plan import require_whole
 from pvae.export.trees import to_arviz
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["loo"]
 
 
+@tool
 def loo(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     num_samples: int = 1000,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
     max_bytes: float = 2**31,
-    max_rows: int = 8192,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Any:
     r"""The expected log density of data left out, for a pair whose latents are all global.
 
@@ -52,15 +49,11 @@ def loo(
         https://arxiv.org/abs/1904.10679
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: All data that the guide was fitted to.
         num_samples: S, draws of the global latents.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
         max_bytes: Bound on the size of the log likelihoods, in bytes.
-        max_rows: Bound on the rows in a pass, counting each draw of a datum as one.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Returns:
         ArviZ's ``ELPDData``, pointwise, for ``arviz.compare`` and ``arviz.plot_khat``. It prints
@@ -76,25 +69,22 @@ def loo(
         ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
         >>> def guide(x):
         ...     pyro.sample("mean", dist.Normal(x.mean(), len(x) ** -0.5))
-        >>> int(loo(model, guide, torch.zeros(20)).n_data_points)
+        >>> int(loo((model, guide), torch.zeros(20)).n_data_points)
         20
     """
     check_int("num_samples", num_samples, minimum=25)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure, plate)
+    with t.prepared(pair, data, options, "loo") as evaluation:
+        evaluation = evaluation.in_memory()
+        structure = evaluation.structure
         _require_global(structure)
-        source = t.held(source)
-        require_whole("loo", structure, source)
+        require_whole("loo", structure, evaluation.source)
     tree = to_arviz(
-        model,
-        guide,
-        source,
+        evaluation.pair,
+        evaluation.source,
         num_samples=num_samples,
         groups=("log_likelihood", "sample_stats"),
-        structure=structure,
         max_bytes=max_bytes,
-        max_rows=max_rows,
-        seed=seed,
+        **options,
     )
     each = [v for v in tree["log_likelihood"].data_vars.values() if structure.plate in v.dims]
     total = sum(each[1:], start=each[0]).rename("log_likelihood")

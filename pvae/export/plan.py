@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pvae import terms as t
-from pvae.data import Source
+from pvae.data import Source, first_batch
 from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.export.variables import Layout, Pick, Variable
+from pvae.pair import Program
 
 __all__ = ["GROUPS", "Plan", "require_whole"]
 
@@ -41,9 +41,7 @@ class Plan:
         left_out: Why a group or variable isn't there, by its name.
     """
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    source: Source
+    evaluation: t.Evaluation
     layout: Layout
     mean: bool = field(kw_only=True)
     variables: list[Variable] = field(default_factory=list)
@@ -116,15 +114,14 @@ class Plan:
 
     def _example(self, kind: t.Kind) -> t.Terms:
         if kind not in self.examples:
-            args = (self.model, self.guide, self.source, self.structure)
-            *_, terms = next(t.draws(*args, 1, 1024, kind))
+            few = replace(self.evaluation, max_rows=1024)
+            *_, terms = next(t.draws(few, 1, kind))
             self.examples[kind] = terms
         return self.examples[kind]
 
     def _latents(self, group: str, kind: t.Kind, num_draws: int) -> None:
         if kind == "prior":
-            args = (self.model, self.guide, self.source, self.structure)
-            t.check_generative(group, *args, kind, latents_alone=True)
+            t.check_generative(group, self.evaluation, kind, latents_alone=True)
         terms = self._example(kind)
         for name, site in terms.sites.items():
             if site.kind == "latent" and site.draws is not None:
@@ -134,8 +131,7 @@ class Plan:
                 )
 
     def _predictive(self, group: str, kind: t.Kind) -> None:
-        args = (self.model, self.guide, self.source, self.structure)
-        t.check_generative(group, *args, kind)
+        t.check_generative(group, self.evaluation, kind)
         terms = self._example(kind)
         for name in self.structure.observed:
             pick = _replicates(name, mean=self.mean)
@@ -162,7 +158,7 @@ class Plan:
     def _sample_stats(self) -> None:
         structure = self.structure
         if structure.global_sites:
-            require_whole("sample_stats", structure, self.source)
+            require_whole("sample_stats", structure, self.evaluation.source)
         stats: dict[str, tuple[Pick, Pick]] = {
             "log_p": (lambda s: s.log_joint, lambda s: s.global_log_p)
         }
@@ -201,13 +197,17 @@ class Plan:
         terms = self._example("posterior")
         observed = [t.observed(terms, name) for name in self.structure.observed]
         values = [value for value in observed if value.dim()]
-        first = t.first_batch(self.source, max(map(len, values), default=1))
+        first = first_batch(self.evaluation.source, max(map(len, values), default=1))
         chosen = {
             name: i
-            for i, (name, column) in enumerate(zip(_names(self.model), first, strict=False))
+            for i, (name, column) in enumerate(
+                zip(_names(self.structure.model), first, strict=False)
+            )
             if not any(_begins(column, value) for value in values)
         }
-        parts = [[batch[i].cpu() for i in chosen.values()] for _, batch in self.source.all()]
+        parts = [
+            [batch[i].cpu() for i in chosen.values()] for _, batch in self.evaluation.source.all()
+        ]
         for name, column in zip(chosen, zip(*parts, strict=True), strict=True):
             self.constants[name] = torch.cat(column).numpy()
 
@@ -249,7 +249,7 @@ def _log_density(name: str) -> Pick:
     return pick
 
 
-def _names(model: Callable[..., Any]) -> Iterator[str]:
+def _names(model: Program) -> Iterator[str]:
     """What the model calls its arguments, as far as it names them."""
     call = model.forward if isinstance(model, nn.Module) else model
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

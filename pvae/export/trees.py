@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -12,19 +12,21 @@ from tqdm import tqdm
 from xarray import Dataset, DataTree
 
 import pvae
-from pvae import bounds, diagnostics, randomness
+from pvae import diagnostics
 from pvae import terms as t
 from pvae.diagnostics.importance import FEWEST
 from pvae.errors import ArgumentError, check_int, check_number, oxford
 from pvae.export.plan import GROUPS, Plan
 from pvae.export.variables import Layout, fill
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["to_arviz"]
 
 
+@tool
 def to_arviz(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     num_samples: int = 200,
@@ -32,12 +34,8 @@ def to_arviz(
     mean: bool = False,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
     max_bytes: float = 2**31,
-    max_rows: int = 8192,
-    seed: int = 0,
-    progress: bool = False,
+    **options: Unpack[Options],
 ) -> DataTree:
     r"""Draws from a pair, with their log densities, as ArviZ wants them.
 
@@ -76,20 +74,15 @@ def to_arviz(
         (Kumar et al., 2019), https://doi.org/10.21105/joss.01143
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_samples: S, draws.
         groups: Of `GROUPS`; None for all that have a meaning for the pair.
         mean: Predictive groups have the means of p(x | z) instead of draws.
         coords: Coordinates by dimension, such as ``{"data": names}``.
         dims: Names of a site's event dimensions, such as ``{"z": ["unit"]}``.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
         max_bytes: Bound on the size of what is returned, in bytes.
-        max_rows: Bound on the rows in a pass, counting each draw of a datum as one.
-        seed: Of the draws; the caller's generators are left as they are.
-        progress: Show a progress bar.
+        options: As in `pvae.options.Options`.
 
     Returns:
         An ``xarray.DataTree``, which ArviZ 1 takes, and ``arviz.preview`` before it.
@@ -102,7 +95,7 @@ def to_arviz(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> tree = to_arviz(vae.model, vae.guide, torch.zeros(5, 4), num_samples=10)
+        >>> tree = to_arviz(vae, torch.zeros(5, 4), num_samples=10)
         >>> dict(tree["posterior"].sizes)
         {'chain': 1, 'draw': 10, 'data': 5, 'z_dim_0': 2}
     """
@@ -112,11 +105,11 @@ def to_arviz(
     if unknown or (groups is not None and not groups):
         shown = oxford(unknown) if unknown else "none"
         raise ArgumentError("groups", f"some of {', '.join(GROUPS)}", shown)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure, plate)
-        source = t.held(source)
-        layout = Layout(structure, num_samples, source.num_rows, dict(dims or {}))
-        plan = Plan(model, guide, source, layout, mean=mean)
+    with t.prepared(pair, data, options, "to_arviz") as evaluation:
+        evaluation = evaluation.in_memory()
+        structure = evaluation.structure
+        layout = Layout(structure, num_samples, evaluation.num_rows, dict(dims or {}))
+        plan = Plan(evaluation, layout, mean=mean)
         for name in groups or GROUPS:
             plan.add(name, is_asked=groups is not None)
         unknown = [name for name in dims or () if name not in plan.sites]
@@ -125,14 +118,14 @@ def to_arviz(
         plan.check_size(max_bytes)
         arrays: dict[tuple[str, str], np.ndarray] = {}
         for kind, variables, count in plan.runs():
-            passes = t.draws(model, guide, source, structure, count, max_rows, kind)
-            arrays |= fill(variables, _shown(passes, kind, count, progress=progress))
+            passes = t.draws(evaluation, count, kind)
+            arrays |= fill(variables, _shown(passes, kind, count, progress=evaluation.progress))
     khat = _khat(plan, arrays.get(("sample_stats", "log_weight")))
     attributes = {
         "pvae_version": pvae.__version__,
         "quantity": structure.quantity,
         "num_particles": num_samples,
-        "seed": seed,
+        "seed": evaluation.seed,
         "predictive": "means of p(x | z)" if mean else "draws from p(x | z)",
         "left_out": "; ".join(f"{name}: {why}" for name, why in plan.left_out.items()),
         "removed_scales": oxford(structure.removed_scales) if structure.removed_scales else "",

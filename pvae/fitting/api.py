@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,16 @@ from pvae.engine import Asked, OptimizerLike, Precision
 from pvae.fitting.loop import Fit
 from pvae.fitting.options import Options
 from pvae.objectives import named
+from pvae.options import tool
+from pvae.pair import PairLike, as_pair
 from pvae.schedules import Schedule
 
 __all__ = ["fit"]
 
 
+@tool
 def fit(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     objective: PyroELBO | str | None = None,
     *,
@@ -32,7 +33,6 @@ def fit(
     clip_norm: float | None = None,
     valid: Any = None,
     patience: int | None = None,
-    plate: str | None = None,
     device: str | torch.device = "auto",
     engine: Asked = "auto",
     precision: Precision = "full",
@@ -44,7 +44,7 @@ def fit(
     save_steps: int | None = None,
     progress: bool = True,
 ) -> Fit:
-    """Fits a model and its guide to data.
+    """Fits a pair to data.
 
     The loss is divided by the data plate's full size, so losses and learning rates are per datum;
     otherwise it is what ``pyro.infer.SVI`` minimises. Pyro's validation is on for the first step
@@ -57,8 +57,7 @@ def fit(
     Data that meet in a batch are refused. Ctrl-C ends the processes at once.
 
     Arguments:
-        model: A Pyro program: a module, or a function whose parameters are in Pyro's store.
-        guide: Its guide.
+        pair: A model and its guide: modules, or functions whose parameters are in Pyro's store.
         data: An array, tensor, ``np.memmap`` or tuple of them; a torch ``Dataset``; a
             ``DataLoader``; a `pvae.data.Data`. Batches are passed as ``model(*batch)``.
         objective: What to maximise: one of `pvae.objectives`, or its name in small letters, such
@@ -75,7 +74,6 @@ def fit(
         valid: Validation data, whose ELBO is estimated after each epoch with one fixed draw.
         patience: Stop after that many epochs without a better validation ELBO, and end with the
             best epoch's parameters.
-        plate: Name of the data plate, where the batch's length doesn't tell.
         device: ``"auto"`` is CUDA where there is one, for modules; for functions, where their
             parameters are.
         engine: How a step runs: ``"eager"``, as Python; ``"compiled"``, as one graph, after up to
@@ -110,7 +108,7 @@ def fit(
         >>> from pvae import recipes
         >>> x = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)).round()
         >>> vae = recipes.vae(16, latent_dim=2, hidden=(8,))
-        >>> run = fit(vae.model, vae.guide, x, epochs=2, batch_size=32, progress=False)
+        >>> run = fit(vae, x, epochs=2, batch_size=32, progress=False)
         >>> len(run.history), run.history[-1]["elbo"] < 0
         (2, True)
     """
@@ -122,7 +120,6 @@ def fit(
         lr_schedule=lr_schedule,
         clip_norm=clip_norm,
         patience=patience,
-        plate=plate,
         device=device,
         engine=engine,
         precision=precision,
@@ -136,6 +133,6 @@ def fit(
     )
     if isinstance(objective, str):
         objective = named(objective)()
-    run = Fit(model, guide, data, objective, valid, options)
+    run = Fit(as_pair(pair, "fit"), data, objective, valid, options)
     run.train()
     return run

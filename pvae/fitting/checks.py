@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,13 @@ from pyro.infer.autoguide import AutoGuide
 
 from pvae import randomness
 from pvae import terms as t
-from pvae.data import Source
+from pvae.data import Source, first_batch
 from pvae.data.sources import LoaderSource
 from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
 from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
+from pvae.pair import is_penalty
 
 __all__ = [
     "check_batches",
@@ -32,8 +33,6 @@ __all__ = [
 
 
 def check_batches(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
     structure: t.Structure,
     source: Source,
     batch_size: int,
@@ -44,9 +43,9 @@ def check_batches(
         return
     is_part = batch_size < source.num_rows
     if is_part:
-        _check_minibatches(guide, structure, source.num_rows, batch_size)
+        _check_minibatches(structure, source.num_rows, batch_size)
     if 1 in _sizes(source.num_rows, batch_size, world):
-        _check_one_row(model, guide, structure, source, batch_size)
+        _check_one_row(structure, source, batch_size)
 
 
 def _sizes(num_rows: int, batch_size: int, world: World) -> set[int]:
@@ -54,11 +53,9 @@ def _sizes(num_rows: int, batch_size: int, world: World) -> set[int]:
     return world.shares(batch_size) | world.shares(num_rows % batch_size)
 
 
-def _check_minibatches(
-    guide: Callable[..., Any], structure: t.Structure, num_rows: int, batch_size: int
-) -> None:
+def _check_minibatches(structure: t.Structure, num_rows: int, batch_size: int) -> None:
     if structure.tied_to is not None:
-        per_row = isinstance(poutine.unwrap(guide), AutoGuide) and structure.latents
+        per_row = isinstance(poutine.unwrap(structure.guide), AutoGuide) and structure.latents
         if per_row or num_rows % batch_size:
             raise PairError(
                 "batch_size",
@@ -101,13 +98,11 @@ def _check_minibatches(
         )
 
 
-def _check_one_row(
-    model: Any, guide: Any, structure: t.Structure, source: Source, batch_size: int
-) -> None:
+def _check_one_row(structure: t.Structure, source: Source, batch_size: int) -> None:
     """Tries a batch of one row in training mode, which batch norm and penalties may refuse."""
     try:
         with trying(structure):
-            t.run_pair(model, guide, t.first_batch(source, 1))
+            t.run_pair(structure.model, structure.guide, first_batch(source, 1))
     except PairError as error:
         if not re.search("more than 1 value per channel|at least two data", str(error)):
             raise
@@ -120,8 +115,6 @@ def _check_one_row(
 
 
 def check_objective(
-    model: Any,
-    guide: Any,
     objective: Objective,
     structure: t.Structure,
     source: Source,
@@ -135,8 +128,8 @@ def check_objective(
     state = objective.make_state(structure, source.num_rows, 1, 1)
     for size in sizes:
         with trying(structure):
-            batch = t.first_batch(source, size)
-            terms = objective.compute_terms(model, guide, batch, structure)
+            batch = first_batch(source, size)
+            terms = objective.compute_terms(structure, batch)
             objective.surrogate(terms, state)
 
 
@@ -152,15 +145,15 @@ def trying(structure: t.Structure) -> Iterator[None]:
             buffer.copy_(copy)
 
 
-def check_overcomplete(model: Any, guide: Any, structure: t.Structure, source: Source) -> None:
+def check_overcomplete(structure: t.Structure, source: Source) -> None:
     """Warns of an autoencoder that nothing keeps from learning the identity."""
     if isinstance(source, LoaderSource) or not (structure.points & set(structure.improper)):
         return
-    batch = t.first_batch(source, min(8, source.num_rows))
+    batch = first_batch(source, min(8, source.num_rows))
     points = sorted(structure.points & set(structure.improper))
     try:
         with evaluating(structure.modules), randomness.forked():
-            clean, of_model = t.run_pair(model, guide, batch)
+            clean, of_model = t.run_pair(structure.model, structure.guide, batch)
         code, data = (
             sum(_size(of_model.nodes[n]) for n in names) for names in (points, structure.observed)
         )
@@ -169,11 +162,11 @@ def check_overcomplete(model: Any, guide: Any, structure: t.Structure, source: S
         if any(hasattr(clean.nodes[n]["fn"], "quantised") for n in points):
             return  # few codes
         with trying(structure):
-            of_guide, of_model = t.run_pair(model, guide, batch)
+            of_guide, of_model = t.run_pair(structure.model, structure.guide, batch)
     except PvaeError:  # training will say so
         return
     sites = [*of_guide.nodes.values(), *of_model.nodes.values()]
-    if any(t.is_penalty(s) for s in sites if s["type"] == "sample"):
+    if any(is_penalty(s) for s in sites if s["type"] == "sample"):
         return
     if any(not torch.equal(of_guide.nodes[n]["value"], clean.nodes[n]["value"]) for n in points):
         return  # corrupted data, dropout, or a norm over the batch
@@ -191,15 +184,7 @@ def _size(site: Any) -> int:
 
 
 def check_parameters(structure: t.Structure) -> None:
-    """Refuses a pair with nothing to train; warns of networks that won't be."""
-    if structure.unannounced:
-        warnings.warn(
-            f"{oxford(structure.unannounced[:4])} are used by the pair but not announced, so they "
-            "won't be trained. Call pyro.module(name, network) in the function, or make the model "
-            "or guide a module that holds the network.",
-            PvaeWarning,
-            stacklevel=4,
-        )
+    """Refuses a pair with nothing to train."""
     if not structure.parameters:
         raise PairError(
             "pair",

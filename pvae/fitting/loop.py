@@ -7,9 +7,8 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from pvae import bounds, checkpoint, distributed, randomness
 from pvae import terms as t
-from pvae.data import Batches, Source, as_source, check_rows
+from pvae.data import Batches, Source, as_source, check_rows, first_batch
 from pvae.data.sources import LoaderSource
 from pvae.engine import Engine, Stepper, choose, make_optimizer
 from pvae.errors import (
@@ -49,10 +48,11 @@ from pvae.fitting.state import (
     snapshot,
     without_addresses,
 )
-from pvae.fitting.surroundings import on_interrupt, place
+from pvae.fitting.surroundings import on_interrupt
 from pvae.fitting.together import agree, check_parts, warn_if_apart
 from pvae.modes import in_mode
 from pvae.objectives import Objective, ObjectiveState, as_objective
+from pvae.pair import Pair
 from pvae.schedules import Constant, Schedule, Timed
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class Fit:
     """A pair and its training so far; made by `fit`.
 
     Attributes:
-        model: The model.
-        guide: The guide.
+        pair: What is trained.
         objective: What is maximised.
         structure: What the pair is made of.
         history: One record an epoch; ``fit.history["valid_elbo"]`` is a column.
@@ -78,25 +77,21 @@ class Fit:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        pair: Pair,
         data: Any,
         objective: PyroELBO | None,
         valid: Any,
         options: Options,
     ) -> None:
-        self.model, self.guide, self.options, self.epochs = model, guide, options, options.epochs
+        self.pair, self.options, self.epochs = pair, options, options.epochs
         self.world = distributed.current()
         warn_if_apart(self.world)
         with randomness.forked():  # data sets and samplers may draw, too
             self._set_up(data, objective, valid)
 
     def _set_up(self, data: Any, objective: PyroELBO | None, valid: Any) -> None:
-        options, model, guide = self.options, self.model, self.guide
-        self.objective = as_objective(objective, options.plate)
-        plate = getattr(self.objective, "plate", None)
-        if plate is not None:
-            options = self.options = replace(options, plate=plate)
+        options, pair = self.options, self.pair
+        self.objective = as_objective(objective)
         self.interrupted = False
         if options.patience is not None and valid is None:
             raise ArgumentError(
@@ -112,8 +107,8 @@ class Fit:
         parameters = list(self.structure.parameters.values())
         optimizer = make_optimizer(options.optimizer, parameters, options.lr)
         self.stepper = Stepper(
-            model,
-            guide,
+            pair.model,
+            pair.guide,
             self.objective,
             self.structure,
             optimizer,
@@ -124,7 +119,7 @@ class Fit:
         )
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._set_length()
-        self.buffers = buffers_of(model, guide, self.structure.modules)
+        self.buffers = buffers_of(pair, self.structure.modules)
         self.progress = Progress()
         self._rng: dict[str, Tensor] | None = None
         self._settings = {
@@ -134,8 +129,8 @@ class Fit:
             "objective": without_addresses(repr(self.objective)),
             "optimizer": f"{type(optimizer).__name__}({_plain(optimizer.defaults)})",
             "data": fingerprint(self.source),
-            "model": _made_of(model),
-            "guide": _made_of(guide),
+            "model": _made_of(pair.model),
+            "guide": _made_of(pair.guide),
             "engine": options.engine,
         }
         agree(self.world, self._settings, {**self.structure.parameters, **self.buffers})
@@ -144,12 +139,12 @@ class Fit:
 
     def _inspect(self, data: Any, valid: Any) -> tuple[t.Structure, Source, Source | None]:
         """Looks at pair and data together, on the device, and refuses what can't be trained."""
-        options, model, guide = self.options, self.model, self.guide
-        where, dtype = place(model, guide, options.device, data)
+        options, pair = self.options, self.pair
+        where, dtype = pair.place(options.device, data)
         source = as_source(data, where, dtype)
         num_rows = min(options.batch_size or source.num_rows, source.num_rows)
         try:
-            structure = t.inspect_source(model, guide, source, num_rows, options.plate)
+            structure = pair.inspect_source(source, num_rows)
         except PairError:
             check_rows(source)  # was it the data?
             raise
@@ -157,12 +152,13 @@ class Fit:
         if isinstance(self.objective, Objective):
             self.objective.check(structure)
         source = as_source(data, structure.device, structure.dtype)
-        t.check_data(model, guide, source)
-        check_overcomplete(model, guide, structure, source)
+        t.check_data(structure, source)
+        check_overcomplete(structure, source)
         if valid is None:
             return structure, source, None
         validation = as_source(valid, structure.device, structure.dtype)
-        t.check_data(model, guide, validation, "valid")
+        t.check_data(structure, validation, "valid")
+        pair.checked_sources.add(validation)
         return structure, source, validation
 
     def _make_batches(self) -> Batches:
@@ -173,11 +169,11 @@ class Fit:
         # With one batch an epoch the order is no matter, but to parameters of single rows.
         world = self.world
         batches = Batches(source, rows, options.seed, shuffle=rows < source.num_rows, world=world)
-        pair, size = (self.model, self.guide), batches.batch_size
-        check_parts(world, *pair, self.objective, self.structure, source, size)
-        check_batches(*pair, self.structure, source, size, world)
+        size = batches.batch_size
+        check_parts(world, self.objective, self.structure, source, size)
+        check_batches(self.structure, source, size, world)
         if isinstance(self.objective, Objective) and self.objective.refuses_batches:
-            check_objective(*pair, self.objective, self.structure, source, size, world)
+            check_objective(self.objective, self.structure, source, size, world)
         if options.save_steps is not None and isinstance(source, LoaderSource):
             raise ArgumentError(
                 "save_steps", "data by index", "a DataLoader", ["pass loader.dataset"]
@@ -253,7 +249,7 @@ class Fit:
     def _choose_engine(self) -> Engine:
         steps, rows = self.epochs * self.steps_per_epoch, self.batches.batch_size
         own = max(self.world.shares(rows))
-        return choose(self.stepper, lambda: t.first_batch(self.source, own), steps)
+        return choose(self.stepper, lambda: first_batch(self.source, own), steps)
 
     def _warn_of_stretching(self, before: int) -> None:
         if self._spanning:
@@ -314,10 +310,10 @@ class Fit:
         """
         from pvae.diagnostics import diagnose  # ArviZ takes a second to import
 
-        options = {"plate": self.options.plate, "history": self.history} | options
+        options = {"history": self.history} | options
         if data is None:
             data = self.source if self.valid is None else self.valid
-        return diagnose(self.model, self.guide, data, **options)
+        return diagnose(self.pair, data, **options)
 
     def to_arviz(self, data: Any = None, **options: Any) -> Any:
         """Draws from the fitted pair for ArviZ: `pvae.export.to_arviz`.
@@ -328,11 +324,7 @@ class Fit:
         """
         from pvae import export  # ArviZ takes a second to import
 
-        plate = self.options.plate
-        if data is not None:
-            return export.to_arviz(self.model, self.guide, data, plate=plate, **options)
-        options["structure"] = self.structure
-        return export.to_arviz(self.model, self.guide, self.source, **options)
+        return export.to_arviz(self.pair, self.source if data is None else data, **options)
 
     # The loop
 
@@ -482,9 +474,7 @@ class Fit:
         The draws are one sequence over the rows, so one process makes them all, and the number
         doesn't depend on how many there are.
         """
-        bound = bounds.elbo(
-            self.model, self.guide, self.valid, structure=self.structure, seed=self.options.seed
-        )
+        bound = bounds.elbo(self.pair, self.valid, seed=self.options.seed)
         parts = {f"valid_{self._name}": bound.mean}
         if bound.distortion is not None:
             parts["valid_log_likelihood"] = -bound.distortion.mean

@@ -30,7 +30,6 @@ class Options:
     lr_schedule: Schedule | None
     clip_norm: float | None
     patience: int | None
-    plate: str | None
     device: str | torch.device
     engine: Asked
     precision: Precision

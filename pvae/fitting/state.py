@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pvae import checkpoint, randomness
-from pvae import terms as t
 from pvae.data import Source
 from pvae.data.sources import LoaderSource
 from pvae.distributed import World, job
 from pvae.engine import Stepper
 from pvae.errors import CheckpointError, PvaeWarning
 from pvae.fitting.history import History
+from pvae.pair import Pair, PairLike, as_pair
 
 __all__ = [
     "Progress",
@@ -62,11 +62,15 @@ class Progress:
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def buffers_of(model: Any, guide: Any, modules: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
+def buffers_of(pair: Pair, modules: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
     """Buffers and frozen parameters by attribute name; those in closures by their order."""
     named: dict[str, Tensor] = {}
     seen: set[int] = set()
-    roots = [(p, m) for p, m in (("model", model), ("guide", guide)) if isinstance(m, nn.Module)]
+    roots = [
+        (p, m)
+        for p, m in (("model", pair.model), ("guide", pair.guide))
+        if isinstance(m, nn.Module)
+    ]
     roots += [(f"module{i}", m) for i, m in enumerate(modules)]
     for prefix, root in roots:
         frozen = [(n, p) for n, p in root.named_parameters() if not p.requires_grad]
@@ -92,8 +96,7 @@ def fingerprint(source: Source) -> str | None:
 
 def load(
     path: str | Path,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     batch: tuple[Tensor, ...] | None = None,
 ) -> dict[str, Any]:
     """Copies a checkpoint's parameters and buffers into a pair built as it was when saved.
@@ -102,8 +105,7 @@ def load(
 
     Arguments:
         path: A checkpoint, or a folder that `fit` wrote.
-        model: The model.
-        guide: Its guide.
+        pair: A model and its guide.
         batch: A batch of data; only needed for functions, whose parameters a trace has to find.
 
     Returns:
@@ -112,16 +114,16 @@ def load(
     Raises:
         CheckpointError: If the file can't be read, or is of another pair.
     """
-    path = Path(path)
+    path, pair = Path(path), as_pair(pair, "load")
     path = path / "checkpoint.safetensors" if path.is_dir() else path
     saved = checkpoint.load(path)
     if batch is not None:
-        structure = t.inspect_pair(model, guide, batch)
+        structure = pair.inspect(batch)
         parameters, modules = structure.parameters, structure.modules
     else:
         named: dict[str, Tensor] = {}
         seen: set[int] = set()
-        for prefix, root in (("model", model), ("guide", guide)):
+        for prefix, root in (("model", pair.model), ("guide", pair.guide)):
             if not isinstance(root, nn.Module):
                 raise CheckpointError(
                     prefix,
@@ -134,7 +136,7 @@ def load(
                     seen.add(id(parameter))
                     named[f"{prefix}.{name}"] = parameter
         parameters, modules = named, ()
-    buffers = buffers_of(model, guide, modules)
+    buffers = buffers_of(pair, modules)
     best = saved.part("best")
     if best:
         copy_into(best, {**parameters, **buffers}, str(path), "tensors")

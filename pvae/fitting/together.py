@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pvae import distributed
 from pvae import terms as t
-from pvae.data import Source
+from pvae.data import Source, first_batch
 from pvae.data.sources import LoaderSource
 from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
@@ -60,8 +60,6 @@ def agree(world: World, settings: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 def check_parts(
     world: World,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
     objective: PyroELBO,
     structure: t.Structure,
     source: Source,
@@ -95,7 +93,7 @@ def check_parts(
         if getattr(module, "couples_data", False):
             _refuse("pair", "data that don't meet in a batch", f"{type(module).__name__}")
     rows = max(world.shares(batch_size))
-    _check_pair(model, guide, structure, t.first_batch(source, max(rows, 2)))
+    _check_pair(structure, first_batch(source, max(rows, 2)))
 
 
 def _refuse(where: str, expected: str, actual: str, fixes: list[str] | None = None) -> NoReturn:
@@ -114,7 +112,7 @@ def _check_objective(objective: PyroELBO, structure: t.Structure) -> None:
         _refuse("objective", "an objective of pvae's", name, known)
 
 
-def _check_pair(model: Any, guide: Any, structure: t.Structure, batch: tuple[Tensor, ...]) -> None:
+def _check_pair(structure: t.Structure, batch: tuple[Tensor, ...]) -> None:
     """Tries a batch in training mode: sites, buffers that move, terms that need other data."""
     buffers = [
         (f"{type(module).__name__}.{name}", buffer, buffer.clone())
@@ -122,7 +120,7 @@ def _check_pair(model: Any, guide: Any, structure: t.Structure, batch: tuple[Ten
         for name, buffer in module.named_buffers(recurse=False)
     ]
     with trying(structure), torch.enable_grad():
-        terms = t.compute(model, guide, batch, structure=structure)
+        terms = t.compute(structure, batch)
         moved = [name for name, buffer, copy in buffers if not torch.equal(buffer, copy)]
     for name, site in terms.sites.items():
         if not site.is_local and not structure.is_scaled:
@@ -139,21 +137,19 @@ def _check_pair(model: Any, guide: Any, structure: t.Structure, batch: tuple[Ten
     if moved:
         expected = "no buffers that training moves: each process would have its own"
         raise PairError("pair", expected, oxford(moved[:3]), [_ALONE])
-    if any(_meeting(model, guide, structure, batch)):
+    if any(_meeting(structure, batch)):
         what = "terms of the first row that change with other rows"
         _refuse("pair", "data that don't meet in a batch", what)
 
 
-def _meeting(
-    model: Any, guide: Any, structure: t.Structure, batch: tuple[Tensor, ...]
-) -> Iterator[bool]:
+def _meeting(structure: t.Structure, batch: tuple[Tensor, ...]) -> Iterator[bool]:
     """Whether the terms of the first datum have a gradient of other data, part by part."""
     leaves = [x.detach().clone() for x in batch]
     floating = [x.requires_grad_() for x in leaves if x.is_floating_point()]
     gradients: tuple[Tensor | None, ...] = ()
     with trying(structure), torch.enable_grad(), suppress(PvaeError, RuntimeError):
         inputs = tuple(x.clone() for x in leaves)  # a pair may write into its data
-        terms = t.compute(model, guide, inputs, structure=structure)
+        terms = t.compute(structure, inputs)
         parts = [terms.log_weight, *(p for p in terms.penalties.values() if p.dim() == 2)]
         first = torch.stack([part[:, 0].sum() for part in parts]).sum()
         gradients = torch.autograd.grad(first, floating, allow_unused=True)

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import bounds, randomness
 from pvae import terms as t
-from pvae.data import Source
 from pvae.errors import UndefinedError, check_int
 from pvae.latent.checks import mean_of, only_site
+from pvae.options import Options, tool
+from pvae.pair import PairLike
 
 __all__ = ["codes", "means_and_noise"]
 
 
+@tool
 def codes(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     *,
     site: str | None = None,
     num_samples: int | None = None,
     num_particles: int = 32,
-    plate: str | None = None,
-    structure: t.Structure | None = None,
-    max_rows: int = 8192,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Tensor:
     r"""The code of each datum, :math:`E_q[z | x_n]`, or draws from q(z | x).
 
@@ -38,16 +35,12 @@ def codes(
     of the site itself where its mean isn't known.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         site: The latent; None if the pair has one.
         num_samples: S draws from the guide; None for the mean.
         num_particles: Draws for the mean, where it isn't exact.
-        plate: Name of the data plate, where the batch's length doesn't tell.
-        structure: What `pvae.terms.inspect_pair` found, if it is known.
-        max_rows: Bound on the rows in memory at once, counting each draw of a datum as one.
-        seed: Of the draws; the caller's generators are left as they are.
+        options: As in `pvae.options.Options`.
 
     Returns:
         Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
@@ -57,38 +50,33 @@ def codes(
 
     Example:
         >>> autoencoder = pvae.recipes.ae(64, 2)
-        >>> codes(autoencoder.model, autoencoder.guide, torch.zeros(5, 64)).shape
+        >>> codes(autoencoder, torch.zeros(5, 64)).shape
         torch.Size([5, 2])
     """
     check_int("num_particles", num_particles)
     if num_samples is not None:
         check_int("num_samples", num_samples)
-    with randomness.forked(seed):
-        source, structure = bounds.prepare(model, guide, data, structure, plate)
+    with t.prepared(pair, data, options, "codes") as evaluation:
+        structure = evaluation.structure
         site = only_site("codes", "latent of the data", structure.latents, site)
 
         if num_samples is not None:
-            passes = t.stream(model, guide, source, structure, num_samples, max_rows)
+            passes = t.stream(evaluation, num_samples)
             draws = _by_rows(passes, lambda terms: terms.sites[site].value)
             return torch.cat([torch.cat(parts) for parts in draws], 1)
-        means, _ = means_and_noise(model, guide, source, structure, site, num_particles, max_rows)
+        means, _ = means_and_noise(evaluation, site, num_particles)
     return means
 
 
 def means_and_noise(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    structure: t.Structure,
-    site: str,
-    num_particles: int,
-    max_rows: int,
+    evaluation: t.Evaluation, site: str, num_particles: int
 ) -> tuple[Tensor, Tensor]:
     """:math:`E_q[z | x_n]` as `codes` has it, and its variance from being one over draws."""
 
     def passes(k: int) -> Any:
-        return t.stream(model, guide, source, structure, k, max_rows)
+        return t.stream(evaluation, k)
 
+    structure = evaluation.structure
     drawn = (*structure.latents, *structure.global_latents, *structure.auxiliary)
     with contextlib.closing(passes(1 if drawn == (site,) else num_particles)) as looking:
         _, terms = next(looking)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
 from pvae.latent.checks import as_matrix
-from pvae.terms.messages import log_density_of_delta
+from pvae.pair.messages import log_density_of_delta
 
 __all__ = ["jeffreys", "nearest", "precision_at_k"]
 
@@ -47,7 +47,6 @@ def nearest(
         raise DataError("gallery", f"codes of {codes.shape[1]} dimensions", f"{gallery.shape[1]}")
     if check_int("k", k) > len(gallery):
         raise ArgumentError("k", f"at most {len(gallery)}, the gallery's size", str(k))
-    check_int("max_rows", max_rows)
     if metric == "cosine":
         codes, gallery = F.normalize(codes, dim=1), F.normalize(gallery, dim=1)
     elif metric != "euclidean":

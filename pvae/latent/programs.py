@@ -14,13 +14,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pvae import randomness
-from pvae import terms as t
 from pvae.conditional import as_conditional
 from pvae.data import as_source
 from pvae.errors import PairError, UndefinedError, check_int, oxford
 from pvae.latent.checks import mean_of, only_site
+from pvae.pair import Pair, is_penalty, probing
+from pvae.pair.messages import is_factor, sample_sites
 from pvae.sites import LATENT, announce_parameters
-from pvae.terms.messages import is_factor, sample_sites
 
 __all__ = ["is_simulated", "sample", "simulated", "with_prior"]
 
@@ -143,8 +143,8 @@ def sample(
         >>> sample(pvae.recipes.vae(64, 2).model, torch.zeros(1, 64), 3).shape
         torch.Size([3, 64])
     """
-    like = t.home_of((model,), data)
-    with t.probing((model,)), randomness.forked(seed):
+    like = Pair(model, model).home(data)
+    with probing((model,)), randomness.forked(seed):
         source = as_source(data, like.device, like.dtype)
         size = source.num_rows if num_samples is None else check_int("num_samples", num_samples)
         batch = source.rows(torch.arange(size, device=source.device) % source.num_rows)
@@ -165,7 +165,7 @@ def simulated(
     with poutine.trace() as run, _AtMeans() if mean else contextlib.nullcontext():
         poutine.uncondition(model)(*batch)
     sites = {s["name"]: s for s in sample_sites(run.trace)}
-    factors = [name for name, s in sites.items() if is_factor(s) and not t.is_penalty(s)]
+    factors = [name for name, s in sites.items() if is_factor(s) and not is_penalty(s)]
     if factors:
         raise UndefinedError(
             where,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pvae import terms as t
 from pvae.errors import check_int, check_number
 from pvae.objectives.refusals import REFUSALS, Need
+from pvae.pair import Pair
 from pvae.schedules import Constant, Schedule, as_schedule
 
 __all__ = ["MovingAverage", "Objective", "ObjectiveState", "as_weight"]
@@ -231,17 +232,13 @@ class Objective(PyroELBO):
 
     def compute_terms(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        batch: tuple[Tensor, ...],
         structure: t.Structure,
+        batch: tuple[Tensor, ...],
     ) -> t.Terms:
         """The terms that this objective needs."""
         return t.compute(
-            model,
-            guide,
+            structure,
             batch,
-            structure=structure,
             num_particles=self.num_particles,
             vectorize=self.vectorize_particles,
             **self.pass_options,
@@ -287,7 +284,7 @@ class Objective(PyroELBO):
         Schedules advance by one step when it is differentiated, and by nothing else.
         """
         run = self._run_for(model, guide, batch, kwargs)
-        loss = self.surrogate(self.compute_terms(*run.programs, batch, run.structure), run.state)
+        loss = self.surrogate(self.compute_terms(run.structure, batch), run.state)
         if loss.requires_grad:
             loss.register_hook(lambda _: run.state.advance())
         return loss
@@ -316,7 +313,7 @@ class Objective(PyroELBO):
         known = self._runs.get((model, guide))
         live = None if known is None else _live(known[0], model, guide)
         if known is None or live != {id(p) for p in known[0].parameters.values()}:
-            structure = t.inspect_pair(*programs, batch, self.plate)
+            structure = Pair(*programs, plate=self.plate).inspect(batch)
             self.check(structure)
             now = {id(p) for p in structure.parameters.values()}
             is_same = known is not None and bool(now & (live or set()))  # some frozen, or freed

@@ -21,8 +21,8 @@ from pvae.objectives.base import (
     as_weight,
 )
 from pvae.objectives.refusals import REFUSALS
+from pvae.pair.messages import is_penalty, log_density_of_delta
 from pvae.schedules import Constant, Schedule
-from pvae.terms.messages import log_density_of_delta
 
 __all__ = ["ELBO", "as_objective"]
 
@@ -122,7 +122,7 @@ class ELBO(Objective):
     def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         beta, factor = self.value_at("beta", state), self.value_at("penalty_weight", state)
-        if self.beta != Constant(1.0) and "joint" in terms.notes:
+        if self.beta != Constant(1.0) and terms.is_joint:
             terms.require_split()
         rate = terms.scaled("q") - terms.scaled("prior")
         if self.analytic_kl:
@@ -228,16 +228,16 @@ def _score_function(terms: t.Terms, beta: Tensor | float, factor: Tensor | float
     log_r, surrogate = MultiFrameTensor(), terms.like.new_zeros(())
     for name, stack in model_stacks.items():
         site = model_trace.nodes[name]
-        weight = factor if t.is_penalty(site) else 1.0 if site["is_observed"] else beta
+        weight = factor if is_penalty(site) else 1.0 if site["is_observed"] else beta
         log_r.add((stack, weight * site["log_prob"].detach()))
         surrogate = surrogate + weight * site["log_prob_sum"]
     for name, stack in guide_stacks.items():
         site = guide_trace.nodes[name]
-        weight = factor if t.is_penalty(site) else beta
+        weight = factor if is_penalty(site) else beta
         log_r.add((stack, -weight * site["log_prob"].detach()))
     for name, stack in guide_stacks.items():
         site = guide_trace.nodes[name]
-        weight = factor if t.is_penalty(site) else beta
+        weight = factor if is_penalty(site) else beta
         _, score, entropy = site["score_parts"]
         if isinstance(entropy, Tensor):
             surrogate = surrogate - weight * entropy.sum()

@@ -11,8 +11,8 @@ from torch import Tensor
 from pvae import terms as t
 from pvae.errors import ArgumentError, PairError, check_number
 from pvae.objectives.base import MovingAverage, Objective, ObjectiveState, as_weight
+from pvae.pair.messages import log_density_of_delta
 from pvae.schedules import Schedule
-from pvae.terms.messages import log_density_of_delta
 
 __all__ = ["GECO", "Capacity", "FreeBits"]
 

@@ -2,82 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae.data import Source
-from pvae.data.sources import LoaderSource
-from pvae.errors import PairError, check_int
+from pvae.errors import PairError
 from pvae.modes import evaluating
+from pvae.pair import Structure
+from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import compute
-from pvae.terms.probe import inspect_pair
-from pvae.terms.structure import Structure
 
-__all__ = ["chunks_of", "first_batch", "home_of", "inspect_source", "stream"]
-
-
-def first_batch(source: Source, num_rows: int) -> tuple[Tensor, ...]:
-    """The first rows of a source; a DataLoader's first batch."""
-    return next(source.all(min(num_rows, source.num_rows)))[1]
-
-
-def home_of(programs: Iterable[Any], data: Any) -> Tensor:
-    """A floating tensor that is where a pair is: a module's; for functions, one of the data."""
-    modules = [p for p in programs if isinstance(p, nn.Module)]
-    given = data if isinstance(data, (tuple, list)) else (data,)
-    tensors = (v for m in modules for v in (*m.parameters(), *m.buffers()))
-    for tensor in (*tensors, *given):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            return tensor
-    return torch.zeros(())
-
-
-def inspect_source(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    num_rows: int = 128,
-    plate: str | None = None,
-) -> Structure:
-    """What a pair is made of, by a batch of ``num_rows`` rows, or by all rows.
-
-    All rows go to a pair that subsamples itself, to an autoguide that isn't set up yet (its first
-    batch decides how many parameters it has), and to one that doesn't run on a batch.
-    """
-    if isinstance(source, LoaderSource):
-        return inspect_pair(model, guide, first_batch(source, num_rows), plate)
-    autoguide = poutine.unwrap(guide)
-    if isinstance(autoguide, AutoGuide) and getattr(autoguide, "prototype_trace", None) is None:
-        inspect_pair(model, guide, first_batch(source, source.num_rows), plate)
-    try:
-        structure = inspect_pair(model, guide, first_batch(source, num_rows), plate)
-    except PairError:
-        if source.device.type != "cpu" or num_rows >= source.num_rows:
-            raise
-        whole: Structure | None = None
-        with contextlib.suppress(PairError):
-            whole = inspect_pair(model, guide, first_batch(source, source.num_rows), plate)
-        if whole is None or (whole.subsample_size is None and whole.tied_to is None):
-            raise
-        return whole
-    if structure.subsample_size is not None and num_rows < source.num_rows:
-        return inspect_pair(model, guide, first_batch(source, source.num_rows), plate)
-    return structure
+__all__ = ["chunks_of", "stream"]
 
 
 def stream(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    structure: Structure,
+    evaluation: Evaluation,
     num_particles: int = 1,
-    max_rows: int = 8192,
     given: Mapping[str, Tensor] | None = None,
     run: Callable[..., Any] = compute,
     **options: Any,
@@ -89,12 +32,8 @@ def stream(
     chunks, one after another, and add up to K.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
-        source: The data.
-        structure: What `inspect_pair` found.
+        evaluation: The pair and its data, as `prepared` has them.
         num_particles: K.
-        max_rows: The bound on rows.
         given: Values of guide sites that aren't to be drawn.
         run: `compute`, or what is called like it and makes a tensor of a chunk's terms, with
             the rows last.
@@ -103,7 +42,7 @@ def stream(
     Yields:
         The rows that a chunk has, and their terms.
     """
-    check_int("max_rows", max_rows)
+    structure, source, max_rows = evaluation.structure, evaluation.source, evaluation.max_rows
     with evaluating(structure.modules):
         for rows, keep, batch, indices in chunks_of(source, structure, num_particles, max_rows):
             size = structure.subsample_size or len(batch[0])
@@ -112,10 +51,8 @@ def stream(
             while done < num_particles:
                 k = min(at_once, num_particles - done)
                 terms = run(
-                    model,
-                    guide,
+                    structure,
                     batch,
-                    structure=structure,
                     num_particles=k,
                     given={**(given or {}), **indices},
                     **options,

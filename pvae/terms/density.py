@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pvae.data import Source
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
+from pvae.pair import Program, Structure, as_batch
+from pvae.pair.messages import is_factor, is_penalty, sample_sites
 from pvae.terms.chunks import chunks_of
 from pvae.terms.collect import Collector
-from pvae.terms.messages import is_factor, is_penalty, sample_sites
+from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import can_vectorize, compute, in_particles
-from pvae.terms.probe import as_batch
 from pvae.terms.result import Terms, stack
-from pvae.terms.structure import Structure
 from pvae.terms.support import with_constant_bounds
 
 __all__ = ["LatentDensity", "stream_densities"]
@@ -55,10 +54,8 @@ class LatentDensity:
     where ``torch.enable_grad`` isn't inside. Data must not meet in a batch.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
-        batch: What they are called with, N data: a tuple, or one tensor.
-        structure: What `inspect_pair` found.
+        structure: The pair, as `Pair.inspect` found it.
+        batch: What its programs are called with, N data: a tuple, or one tensor.
         given: The data plate's indices, for a pair that draws its own.
 
     Raises:
@@ -67,9 +64,8 @@ class LatentDensity:
         PairError: If model and guide have different supports, or the guide is an AutoMessenger.
 
     Example:
-        >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(5, 64)
-        >>> structure = pvae.terms.inspect_pair(pair.model, pair.guide, x)
-        >>> density = LatentDensity(pair.model, pair.guide, x, structure)
+        >>> vae, x = pvae.recipes.vae(64, 2), torch.zeros(5, 64)
+        >>> density = LatentDensity(vae.inspect(x), x)
         >>> u = density.from_guide(3)
         >>> u.shape, density.log_joint(u).shape
         (torch.Size([3, 5, 2]), torch.Size([3, 5]))
@@ -77,15 +73,13 @@ class LatentDensity:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        batch: Any,
         structure: Structure,
+        batch: Any,
         given: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.model, self.guide, self.batch = model, guide, as_batch(batch)
-        self.structure, self.given = structure, dict(given or {})
-        _check_pair(guide, structure)
+        self.structure, self.batch = structure, as_batch(batch)
+        self.given = dict(given or {})
+        _check_pair(structure)
         with torch.no_grad():
             terms = self._compute(1, {})
         self.num_rows = terms.num_rows
@@ -102,7 +96,7 @@ class LatentDensity:
     def terms(self, u: Tensor) -> Terms:
         """The pair's terms at u, shape ``(K, N, D)``; without the bijections' determinants."""
         k = len(u)
-        if k == 1 or can_vectorize(self.structure, self.model, self.guide, self.batch):
+        if k == 1 or can_vectorize(self.structure, self.batch):
             return self._compute(k, self._as_given(self.values(u)))
         return stack(self.terms(one) for one in u.split(1))
 
@@ -157,10 +151,8 @@ class LatentDensity:
     def from_guide(self, num_draws: int) -> Tensor:
         """Draws from q(u | x), shape ``(num_draws, N, D)``."""
         terms = compute(
-            self.model,
-            self.guide,
+            self.structure,
             self.batch,
-            structure=self.structure,
             num_particles=num_draws,
             given=self.given,
         )
@@ -169,7 +161,7 @@ class LatentDensity:
     def from_prior(self, num_draws: int) -> Tensor:
         """Draws from p(u), given what the model doesn't observe of the batch."""
         self.structure.require_proper("draws from the prior")
-        draws = [self._run_model(self.model, k) for k in self._passes(num_draws)]
+        draws = [self._run_model(self.structure.model, k) for k in self._passes(num_draws)]
         return torch.cat([self.flatten(_values_of(terms)) for terms in draws])
 
     def simulated(self) -> tuple[LatentDensity, Tensor]:
@@ -186,7 +178,7 @@ class LatentDensity:
         """
         self.structure.require_proper("simulated data")
         with torch.no_grad():
-            terms = self._run_model(poutine.uncondition(self.model), 1)
+            terms = self._run_model(poutine.uncondition(self.structure.model), 1)
             u = self.flatten(_values_of(terms))
         batch = list(self.batch)
         for site in sample_sites(terms.model_trace):
@@ -199,16 +191,14 @@ class LatentDensity:
                 )
             if infer.get("was_observed") and not is_factor(site):
                 batch[_place(site, infer["obs"], self.batch)] = site["value"].to(infer["obs"])
-        drawn = LatentDensity(self.model, self.guide, tuple(batch), self.structure, self.given)
+        drawn = LatentDensity(self.structure, tuple(batch), self.given)
         return drawn, u
 
     def _compute(self, num_particles: int, given: Mapping[str, Tensor]) -> Terms:
         with pyro.validation_enabled(is_validate=False):  # a trajectory may leave finite numbers
             return compute(
-                self.model,
-                self.guide,
+                self.structure,
                 self.batch,
-                structure=self.structure,
                 num_particles=num_particles,
                 vectorize=True,
                 given={**self.given, **given},
@@ -216,11 +206,11 @@ class LatentDensity:
 
     def _passes(self, num_draws: int) -> list[int]:
         """How many particles each pass has."""
-        if num_draws == 1 or can_vectorize(self.structure, self.model, self.guide, self.batch):
+        if num_draws == 1 or can_vectorize(self.structure, self.batch):
             return [num_draws]
         return [1] * num_draws
 
-    def _run_model(self, model: Callable[..., Any], num_particles: int) -> Terms:
+    def _run_model(self, model: Program, num_particles: int) -> Terms:
         """The model alone, its latents drawn from the prior."""
         program = in_particles(model, self.structure, num_particles, self.given)
         trace = poutine.trace(program).get_trace(*self.batch)
@@ -267,28 +257,26 @@ class LatentDensity:
 
 
 def stream_densities(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    structure: Structure,
-    num_particles: int = 1,
-    max_rows: int = 8192,
+    evaluation: Evaluation, num_particles: int = 1
 ) -> Generator[tuple[slice, LatentDensity]]:
     """The densities of all data in order, chunk by chunk, in evaluation mode without gradients.
 
-    A chunk has so many data that ``num_particles`` for each are at most ``max_rows`` rows. A pair
+    A chunk has so many data that ``num_particles`` for each are at most the evaluation's
+    ``max_rows``. A pair
     that runs on one number of rows alone has its last chunk filled up: only so many of its rows
     count as the slice says.
 
     Yields:
         The rows that a chunk has, and their densities.
     """
+    structure, source = evaluation.structure, evaluation.source
     with evaluating(structure.modules):
-        for rows, _, batch, indices in chunks_of(source, structure, num_particles, max_rows):
-            yield rows, LatentDensity(model, guide, batch, structure, indices)
+        chunks = chunks_of(source, structure, num_particles, evaluation.max_rows)
+        for rows, _, batch, indices in chunks:
+            yield rows, LatentDensity(structure, batch, indices)
 
 
-def _check_pair(guide: Any, structure: Structure) -> None:
+def _check_pair(structure: Structure) -> None:
     what = "densities of the latents"
     if structure.global_sites:
         raise UndefinedError(
@@ -297,7 +285,7 @@ def _check_pair(guide: Any, structure: Structure) -> None:
             f"global site {oxford(structure.global_sites)}",
             ["bounds.elbo or bounds.evidence, for the data set"],
         )
-    if isinstance(poutine.unwrap(guide), Messenger):
+    if isinstance(poutine.unwrap(structure.guide), Messenger):
         raise PairError("guide", "a guide that runs alone", "an AutoMessenger", ["AutoNormal"])
     if not structure.latents:
         raise UndefinedError(what, "a latent of the data that has a guide", "none")

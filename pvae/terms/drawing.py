@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,22 +10,21 @@ import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 
-from pvae.data import Data, Source, as_source
-from pvae.data.sources import LoaderSource
+from pvae.data import first_batch
 from pvae.errors import ArgumentError, UndefinedError, check_int, oxford
 from pvae.modes import evaluating
-from pvae.terms.chunks import first_batch, stream
+from pvae.pair import Batch, Structure
+from pvae.terms.chunks import stream
 from pvae.terms.collect import PARTICLES
+from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import compute
 from pvae.terms.result import Terms
-from pvae.terms.structure import Structure
 
 __all__ = [
     "Kind",
     "check_generative",
     "draw_globals",
     "draws",
-    "held",
     "is_inside",
     "kept_of",
     "observed",
@@ -37,36 +36,20 @@ Kind = Literal["posterior", "prior", "mixed"]
 the model given these."""
 
 
-def held(source: Source) -> Source:
-    """The same data, to be read more than once in one order: a ``DataLoader`` is read out."""
-    if not isinstance(source, LoaderSource):
-        return source
-    columns = zip(*source.batches(), strict=True)
-    return as_source(Data(tuple(torch.cat(c) for c in columns)), source.device, source.dtype)
-
-
 def draws(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    structure: Structure,
+    evaluation: Evaluation,
     num_draws: int,
-    max_rows: int = 8192,
     kind: Kind = "posterior",
 ) -> Iterator[tuple[slice, slice, Terms]]:
     """Terms of S draws for all data, a block of draws after another, in evaluation mode.
 
     A draw of what is outside the data plate is one for all data, in whatever chunks these come.
-    A block has as many draws as fit ``max_rows`` with all rows, and at least one; its chunks of
+    A block has as many draws as fit the evaluation's ``max_rows``, and at least one; its chunks of
     rows follow one another, to the last row.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
-        source: The data; `held`, if they are a loader's.
-        structure: What `inspect_pair` found.
+        evaluation: The pair and its data, these in `pvae.data.in_memory` if they are a loader's.
         num_draws: S.
-        max_rows: Bound on the rows of a pass, counting each draw of a datum as one.
         kind: Where latents come from. What the model draws has no log q.
 
     Yields:
@@ -76,9 +59,13 @@ def draws(
         UndefinedError: If the model is to draw a latent that has an improper prior.
     """
     check_int("num_draws", num_draws)
-    check_int("max_rows", max_rows)
-    outer = guide if kind in ("posterior", "mixed") else _nothing
-    inner = guide if kind == "posterior" else _nothing
+    structure = evaluation.structure
+    outer = inner = evaluation
+    if kind != "posterior":  # enumerated latents are drawn like others
+        outer = replace(evaluation, structure=replace(structure, enumerated=()))
+        inner = replace(evaluation, structure=replace(outer.structure, guide=_nothing))
+    if kind == "prior":
+        outer = inner
     by_model = {
         "posterior": (),
         "mixed": (*structure.latents, *structure.enumerated),
@@ -97,49 +84,40 @@ def draws(
                 "kind='aggregated' or 'posterior', in a predictive check",
             ],
         )
-    at_once = max(1, min(num_draws, max_rows // source.num_rows))
+    at_once = max(1, min(num_draws, evaluation.max_rows // evaluation.num_rows))
     if at_once > 1:  # the pair itself says whether particles can be vectorised
-        _first_terms(model, guide, source, structure, 2)
-    if inner is _nothing:
-        structure = replace(structure, enumerated=())  # they are drawn like other latents
+        _first_terms(evaluation, 2)
     done = 0
     while done < num_draws:
         k = min(at_once, num_draws - done)
         given: dict[str, Tensor] = {}
         if structure.global_sites:
-            given, first = draw_globals(model, outer, source, structure, k)
+            given, first = draw_globals(outer, k)
             k = first.num_particles
-        for rows, terms in stream(model, inner, source, structure, k, max_rows, given):
+        for rows, terms in stream(inner, k, given):
             yield slice(done, done + k), rows, terms
         done += k
 
 
-def _nothing(*batch: Any) -> None:
+def _nothing(*batch: object) -> None:
     """A guide that leaves all latents to the model."""
 
 
-def _first_terms(
-    model: Any, guide: Any, source: Source, structure: Structure, num_particles: int
-) -> Terms:
+def _first_terms(evaluation: Evaluation, num_particles: int) -> Terms:
+    structure, source = evaluation.structure, evaluation.source
     rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
     with evaluating(structure.modules):
         batch = first_batch(source, rows)
-        return compute(model, guide, batch, structure=structure, num_particles=num_particles)
+        return compute(structure, batch, num_particles=num_particles)
 
 
-def draw_globals(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    structure: Structure,
-    num_draws: int = 1,
-) -> tuple[dict[str, Tensor], Terms]:
+def draw_globals(evaluation: Evaluation, num_draws: int = 1) -> tuple[dict[str, Tensor], Terms]:
     """Draws of what is outside the data plate, in the form in which they can be given.
 
     Those of several particles can be given only to as many vectorised ones, so where particles
     are looped it is one; the terms, which are of the first rows, say how many.
     """
-    terms = _first_terms(model, guide, source, structure, num_draws).passes[0]
+    terms = _first_terms(evaluation, num_draws).passes[0]
     k, given = terms.num_particles, dict[str, Tensor]()
     for name, site in terms.sites.items():
         if site.is_local or site.kind not in ("latent", "auxiliary") or site.draws is None:
@@ -248,10 +226,7 @@ def _mask_of(node: Any) -> Tensor | None:
 
 def check_generative(
     what: str,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    source: Source,
-    structure: Structure,
+    evaluation: Evaluation,
     kind: Kind = "posterior",
     *,
     latents_alone: bool = False,
@@ -265,16 +240,14 @@ def check_generative(
 
     Arguments:
         what: What is refused.
-        model: A Pyro program.
-        guide: Its guide.
-        source: The data.
-        structure: What `inspect_pair` found.
+        evaluation: The pair and its data.
         kind: Where latents come from.
         latents_alone: Whether no data are to be drawn.
 
     Raises:
         UndefinedError: Naming the site.
     """
+    structure, source = evaluation.structure, evaluation.source
     if structure.enumerated and kind == "posterior":
         raise UndefinedError(
             what,
@@ -286,7 +259,7 @@ def check_generative(
     rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
     with evaluating(structure.modules):
         batch = first_batch(source, rows)
-        terms = compute(model, guide, batch, structure=structure)
+        terms = compute(structure, batch)
         factors = [name for name, site in terms.sites.items() if site.kind == "factor"]
         if factors:
             raise UndefinedError(
@@ -296,12 +269,10 @@ def check_generative(
                 ["pyro.infer.NUTS on the model"],
             )
         if not latents_alone:
-            _check_unfed(what, model, guide, batch, terms)
+            _check_unfed(what, batch, terms)
 
 
-def _check_unfed(
-    what: str, model: Any, guide: Any, batch: tuple[Tensor, ...], terms: Terms
-) -> None:
+def _check_unfed(what: str, batch: Batch, terms: Terms) -> None:
     nodes, names = terms.model_trace.nodes, terms.structure.observed
     values = [nodes[name]["value"] for name in names]
     turned = tuple(b.flip(0) if any(_is_same(b, v) for v in values) else b for b in batch)
@@ -311,7 +282,7 @@ def _check_unfed(
         for name, node in trace.nodes.items()
         if node["type"] == "sample" and not node["is_observed"]
     }
-    again = compute(model, guide, turned, structure=terms.structure, given=given)
+    again = compute(terms.structure, turned, given=given)
     for name, value in zip(names, values, strict=True):
         other = again.model_trace.nodes[name]["fn"]
         if not torch.allclose(nodes[name]["fn"].log_prob(value), other.log_prob(value)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +12,17 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
 from pvae.modes import is_recorded
+from pvae.pair import Batch, Program, Structure, as_batch, num_rows_of, probing, run_pair
+from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
-from pvae.terms.messages import is_factor, sample_sites
-from pvae.terms.probe import Batch, as_batch, inspect_pair, num_rows_of, probing, run_pair
 from pvae.terms.result import SiteTerms, Terms, joined, stack
-from pvae.terms.structure import Structure
 
 __all__ = ["can_vectorize", "compute", "draw_guide", "in_particles", "score_guide"]
 
@@ -36,7 +36,7 @@ class _Given(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
         value = self.values.get(msg["name"])
         if value is None or msg["is_observed"]:
             return
@@ -51,7 +51,7 @@ class _Given(Messenger):
 class _Detached(Messenger):
     """Cuts what a draw has of the parameters that it was made with."""
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if not msg["is_observed"] and isinstance(msg["value"], Tensor):
             msg["value"] = msg["value"].detach()
 
@@ -63,18 +63,15 @@ class _Redrawn(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
 
 
 def compute(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    batch: Any,
+    structure: Structure,
+    batch: Batch | Tensor,
     *,
-    structure: Structure | None = None,
-    plate: str | None = None,
     num_particles: int = 1,
     vectorize: bool | None = None,
     per_dimension: bool = False,
@@ -89,11 +86,8 @@ def compute(
     `evaluating` around it for the other mode.
 
     Arguments:
-        model: A Pyro program; a module, a function or a method.
-        guide: Its guide.
-        batch: What they are called with, N data: a tuple, or one tensor.
-        structure: What `inspect_pair` found; None to find it now.
-        plate: Name of the data plate, where its length doesn't tell.
+        structure: The pair, as `Pair.inspect` found it.
+        batch: What its programs are called with, N data: a tuple, or one tensor.
         num_particles: K draws from the guide.
         vectorize: Whether particles go through the networks at once. None: yes, unless a
             comparison on this batch, made once, shows that it changes the numbers, or batch norm
@@ -111,9 +105,8 @@ def compute(
     """
     check_int("num_particles", num_particles)
     batch = as_batch(batch)
-    structure = structure or inspect_pair(model, guide, batch, plate)
     if num_particles > 1 and vectorize is None:
-        vectorize = can_vectorize(structure, model, guide, batch)
+        vectorize = can_vectorize(structure, batch)
     options: dict[str, Any] = {
         "per_dimension": per_dimension,
         "stop_guide": stop_guide,
@@ -121,22 +114,18 @@ def compute(
         "given": given or {},
     }
     if share_globals and structure.global_sites and num_particles > 1:
-        shared = _draw_globals(guide, batch, structure, detach=detach)
+        shared = _draw_globals(structure, batch, detach=detach)
         options["given"] = shared | dict(given or {})
     if num_particles == 1 or vectorize:
-        return _one_pass(model, guide, batch, structure, num_particles, **options)
-    return stack(
-        _one_pass(model, guide, batch, structure, 1, **options) for _ in range(num_particles)
-    )
+        return _one_pass(structure, batch, num_particles, **options)
+    return stack(_one_pass(structure, batch, 1, **options) for _ in range(num_particles))
 
 
 def score_guide(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    batch: Any,
+    structure: Structure,
+    batch: Batch | Tensor,
     values: Mapping[str, Tensor],
     *,
-    structure: Structure,
     per_dimension: bool = False,
 ) -> dict[str, SiteTerms]:
     """log q of K given values under each of N data: every value under every datum.
@@ -145,11 +134,9 @@ def score_guide(
     yet whether the pair's networks take several values at once.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        structure: The pair, as `Pair.inspect` found it.
         batch: N data.
         values: Of every latent, shape ``(K, *event_shape)``.
-        structure: What `inspect_pair` found.
         per_dimension: Fill ``log_q_dims``.
 
     Returns:
@@ -162,7 +149,7 @@ def score_guide(
     """
     batch = as_batch(batch)
     others = structure.auxiliary + structure.fed + structure.global_sites
-    if others or structure.nesting > 1 or isinstance(poutine.unwrap(guide), Messenger):
+    if others or structure.nesting > 1 or isinstance(poutine.unwrap(structure.guide), Messenger):
         raise UndefinedError(
             "log q(z | x) of given z",
             "a guide whose latents, in the data plate alone, are all that it draws",
@@ -176,49 +163,44 @@ def score_guide(
         num = len(next(iter(given.values())))
         if num == 1:  # no plate of particles, which would expand them
             given = {name: value[0].expand(rows, *value.shape[2:]) for name, value in given.items()}
-        return _guide_pass(guide, batch, structure, num, given, per_dimension=per_dimension)
+        return _guide_pass(structure, batch, num, given, per_dimension=per_dimension)
 
-    if count == 1 or can_vectorize(structure, model, guide, batch):
+    if count == 1 or can_vectorize(structure, batch):
         return score(slice(None))
     return _joined([score(slice(k, k + 1)) for k in range(count)])
 
 
 def draw_guide(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    batch: Any,
-    *,
     structure: Structure,
+    batch: Batch | Tensor,
+    *,
     num_particles: int = 1,
     given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, SiteTerms]:
     """The guide's sites alone, as `compute` has them: K draws without a pass of the model.
 
     Arguments:
-        model: A Pyro program; it runs only as in `score_guide`.
-        guide: Its guide.
+        structure: The pair, as `Pair.inspect` found it.
         batch: N data.
-        structure: What `inspect_pair` found.
         num_particles: K.
         given: Values of sites that aren't to be drawn.
     """
     batch = as_batch(batch)
-    if num_particles == 1 or can_vectorize(structure, model, guide, batch):
-        return _guide_pass(guide, batch, structure, num_particles, given)
-    return _joined([_guide_pass(guide, batch, structure, 1, given) for _ in range(num_particles)])
+    if num_particles == 1 or can_vectorize(structure, batch):
+        return _guide_pass(structure, batch, num_particles, given)
+    return _joined([_guide_pass(structure, batch, 1, given) for _ in range(num_particles)])
 
 
 def _guide_pass(
-    guide: Any,
-    batch: Batch,
     structure: Structure,
+    batch: Batch,
     num_particles: int,
     given: Mapping[str, Tensor] | None,
     *,
     per_dimension: bool = False,
 ) -> dict[str, SiteTerms]:
-    program = in_particles(guide, structure, num_particles, given)
-    trace, _ = run_pair(None, program, batch, model_too=False)  # type: ignore[arg-type]
+    program = in_particles(structure.guide, structure, num_particles, given)
+    trace, _ = run_pair(structure.model, program, batch, model_too=False)
     collect = Collector(structure, num_particles, per_dimension)
     for site in sample_sites(trace):
         collect.guide(site, in_model=site["name"] not in structure.auxiliary)
@@ -229,16 +211,14 @@ def _joined(ones: list[dict[str, SiteTerms]]) -> dict[str, SiteTerms]:
     return {name: joined([one[name] for one in ones]) for name in ones[0]}
 
 
-def can_vectorize(
-    structure: Structure, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
-) -> bool:
+def can_vectorize(structure: Structure, batch: Batch) -> bool:
     """Whether particles may go through the networks at once; found out once, on this batch."""
     if any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in structure.modules
     ):
         return False
     if "looped_because" not in structure.notes:
-        reason = _compare(structure, model, guide, batch)
+        reason = _compare(structure, batch)
         structure.notes["looped_because"] = reason
         if reason:
             warnings.warn(
@@ -251,13 +231,13 @@ def can_vectorize(
     return not structure.notes["looped_because"]
 
 
-def _compare(structure: Structure, model: Any, guide: Any, batch: Batch) -> str:
+def _compare(structure: Structure, batch: Batch) -> str:
     """Scores the same draws vectorised and one by one; returns why they differ, or nothing."""
-    with probing((model, guide)):
+    with probing((structure.model, structure.guide)):
         try:
-            both = _one_pass(model, guide, batch, structure, 2)
+            both = _one_pass(structure, batch, 2)
             ones = [
-                _one_pass(model, guide, batch, structure, 1, given=_given_of(both, k, structure))
+                _one_pass(structure, batch, 1, given=_given_of(both, k, structure))
                 for k in range(2)
             ]
         except Exception as error:
@@ -288,17 +268,15 @@ def _given_of(terms: Terms, k: int, structure: Structure) -> dict[str, Tensor]:
     return draws | _subsample_of(terms.guide_trace, structure)
 
 
-def _subsample_of(trace: Any, structure: Structure) -> dict[str, Tensor]:
+def _subsample_of(trace: Trace, structure: Structure) -> dict[str, Tensor]:
     if structure.subsample_size is None:
         return {}
     return {structure.plate: trace.nodes[structure.plate]["value"]}
 
 
 def _one_pass(
-    model: Any,
-    guide: Any,
-    batch: Batch,
     structure: Structure,
+    batch: Batch,
     num_particles: int,
     *,
     per_dimension: bool = False,
@@ -306,15 +284,16 @@ def _one_pass(
     detach: bool = False,
     given: Mapping[str, Tensor] | None = None,
 ) -> Terms:
-    def wrapped(program: Any) -> Any:
+    def wrapped(program: Program) -> Program:
         return in_particles(program, structure, num_particles, given)
 
     rank = structure.nesting + (num_particles > 1)
-    target = model
+    target = structure.model
     if structure.enumerated:
-        target = poutine.enum(wrapped(model), first_available_dim=-rank - 1)
+        target = poutine.enum(wrapped(target), first_available_dim=-rank - 1)
     elif given or num_particles > 1:
-        target = wrapped(model)
+        target = wrapped(target)
+    guide = structure.guide
     wrapped_guide = wrapped(guide) if given or num_particles > 1 else guide
     before = randomness.get_state() if stop_guide and not is_recorded() else None
     with _Detached() if detach else contextlib.nullcontext():
@@ -332,8 +311,8 @@ def _one_pass(
 
 
 def in_particles(
-    program: Any, structure: Structure, num_particles: int, given: Mapping[str, Tensor] | None
-) -> Any:
+    program: Program, structure: Structure, num_particles: int, given: Mapping[str, Tensor] | None
+) -> Program:
     """A program under the particle plate, with the given values set."""
     if num_particles > 1:
         program = pyro.plate(PARTICLES, num_particles, dim=-structure.nesting - 1)(program)
@@ -341,7 +320,11 @@ def in_particles(
 
 
 def _score_stopped(
-    guide: Any, batch: Batch, structure: Structure, terms: Terms, before: dict[str, Tensor] | None
+    guide: Program,
+    batch: Batch,
+    structure: Structure,
+    terms: Terms,
+    before: dict[str, Tensor] | None,
 ) -> None:
     """A second guide pass at the same values, while no parameter requires a gradient.
 
@@ -376,14 +359,12 @@ def _score_stopped(
     terms.stopped_log_q, terms.stopped_global_log_q = stopped.log_q, stopped.global_log_q
 
 
-def _draw_globals(
-    guide: Any, batch: Batch, structure: Structure, *, detach: bool
-) -> dict[str, Tensor]:
+def _draw_globals(structure: Structure, batch: Batch, *, detach: bool) -> dict[str, Tensor]:
     """One draw of the guide's sites outside the data plate, by a pass of the guide alone."""
-    if isinstance(poutine.unwrap(guide), Messenger):
+    if isinstance(poutine.unwrap(structure.guide), Messenger):
         raise PairError("guide", "a guide that runs alone", "an AutoMessenger", ["AutoNormal"])
     with _statistics_kept(structure), _Detached() if detach else contextlib.nullcontext():
-        trace, _ = run_pair(None, guide, batch, model_too=False)  # type: ignore[arg-type]
+        trace, _ = run_pair(structure.model, structure.guide, batch, model_too=False)
     return {
         site["name"]: site["value"]
         for site in sample_sites(trace)
@@ -406,7 +387,7 @@ def _statistics_kept(structure: Structure) -> Iterator[None]:
 
 
 @contextmanager
-def _stopped(parameters: Any) -> Iterator[None]:
+def _stopped(parameters: Iterable[Tensor]) -> Iterator[None]:
     trainable = [p for p in parameters if p.requires_grad]
     with warnings.catch_warnings():  # pyro.module warns of each parameter that has no gradient
         warnings.filterwarnings("ignore", message=".*was not registered in the param store")

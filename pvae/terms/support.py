@@ -9,24 +9,23 @@ from typing import Any
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pvae.data import Source, check_rows
+from pvae.data import Source, check_rows, first_batch
 from pvae.errors import PairError
-from pvae.terms.chunks import first_batch
-from pvae.terms.messages import sample_sites
-from pvae.terms.probe import probing, run_pair
+from pvae.pair import Structure, probing, run_pair
+from pvae.pair.messages import sample_sites
 
 __all__ = ["check_data", "with_constant_bounds"]
 
 _Independent = type(constraints.independent(constraints.real, 1))
 
 
-def check_data(model: Any, guide: Any, source: Source, where: str = "data") -> None:
+def check_data(structure: Structure, source: Source, where: str = "data") -> None:
     """Refuses NaN, infinity, and values outside the support of the site that observes them.
 
     Raises:
         DataError: Naming the first offending row.
     """
-    found = _support(model, guide, source)
+    found = _support(structure, source)
     if found is None:
         check_rows(source, where=where)
     else:
@@ -34,13 +33,13 @@ def check_data(model: Any, guide: Any, source: Source, where: str = "data") -> N
 
 
 def _support(
-    model: Any, guide: Any, source: Source
+    structure: Structure, source: Source
 ) -> tuple[Callable[[Tensor], Tensor], str, list[str]] | None:
     """The support of the site that observes the first array as it is; None if none does."""
     batch = first_batch(source, 64)
     try:
-        with probing((model, guide)):
-            _, trace = run_pair(model, guide, batch)
+        with probing((structure.model, structure.guide)):
+            _, trace = run_pair(structure.model, structure.guide, batch)
     except PairError:  # a pair of fixed size: Pyro's validation looks at the first batch
         return None
     for site in sample_sites(trace):

@@ -1,4 +1,4 @@
-"""The pair: Model p(z) p(x | z), Guide q(z | x), and VAE, which holds both.
+"""The pair made of parts: Model p(z) p(x | z), Guide q(z | x), and VAE, which holds both.
 
 Both are plain ``nn.Module`` whose ``forward(*batch)`` runs a Pyro program, so plain Pyro works on
 them: ``SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x)``.
@@ -20,6 +20,7 @@ from pvae.conditional import as_conditional
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
 from pvae.jacobian import differentiable_twice
 from pvae.modes import evaluating
+from pvae.pair import Pair
 from pvae.penalties import Penalty, Run, on_side, penalise, recording
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
 
@@ -119,7 +120,7 @@ class Guide(nn.Module):
             return z
 
 
-class VAE(nn.Module):
+class VAE(Pair, nn.Module):
     r"""A variational autoencoder: ``vae.model`` is p(z) p(x | z), ``vae.guide`` is q(z | x).
 
     With a point-mass guide (`pvae.guides.Point`) it is a deterministic autoencoder.
@@ -158,9 +159,10 @@ class VAE(nn.Module):
         corruption: Callable[[Tensor], Tensor] | None = None,
         penalties: Penalty | Sequence[Penalty] = (),
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.model = Model(prior, likelihood, penalties)
         self.guide = Guide(guide, corruption, penalties)
+        self.plate = DATA_PLATE
         _check_bounded(self)
 
     def sample(

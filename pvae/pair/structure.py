@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.errors import UndefinedError, oxford
+from pvae.types import Program
 
 __all__ = ["Structure"]
 
@@ -18,6 +19,8 @@ class Structure:
     """What a pair is made of.
 
     Attributes:
+        model: The model.
+        guide: The guide.
         plate: Name of the data plate.
         plates: All its names; model and guide may differ.
         dim: Its dimension, counted from the right.
@@ -40,11 +43,14 @@ class Structure:
         shapes: Event shapes of latents that have a guide.
         parameters: Trainable parameters (unconstrained) by name.
         sides: By the same names: ``"model"``, ``"guide"``, or both.
-        modules: The networks that the pair runs, given or found in closures.
-        unannounced: Names of parameters in networks that a function uses without ``pyro.module``.
+        modules: The networks that the pair uses, however its programs reach them.
+        anchor: A floating tensor of the pair, or of the batch where the pair has none itself.
+        oddities: What a modeller should know of the parameters; the pair warns of each once.
         notes: What else one batch told; filled when first asked for.
     """
 
+    model: Program
+    guide: Program
     plate: str
     plates: frozenset[str]
     dim: int
@@ -68,7 +74,8 @@ class Structure:
     parameters: dict[str, Tensor]
     sides: dict[str, frozenset[str]]
     modules: tuple[nn.Module, ...]
-    unannounced: tuple[str, ...]
+    anchor: Tensor
+    oddities: tuple[str, ...]
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,17 +101,13 @@ class Structure:
 
     @property
     def device(self) -> torch.device:
-        """Where the pair lives, by its first parameter."""
-        first = next(iter(self.parameters.values()), None)
-        return torch.device("cpu") if first is None else first.device
+        """Where the pair lives."""
+        return self.anchor.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of its first floating parameter."""
-        for parameter in self.parameters.values():
-            if parameter.is_floating_point():
-                return parameter.dtype
-        return torch.get_default_dtype()
+        """The type of its first floating tensor."""
+        return self.anchor.dtype
 
     def divisor(self, num_rows: int) -> int:
         """By what a plate-scaled sum over a batch is divided to be per datum."""

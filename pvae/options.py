@@ -1,0 +1,113 @@
+"""The options that every tool takes, declared, checked and documented once."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import ParamSpec, TypedDict, TypeVar
+
+import torch
+
+from pvae.errors import ArgumentError, check_int
+
+__all__ = ["CheckedOptions", "Options", "tool"]
+
+
+class Options(TypedDict, total=False):
+    """What every tool that takes a pair and data also takes, as keywords.
+
+    Attributes:
+        max_rows: Bound on the rows that go through the pair's networks at once, counting each
+            draw of a datum as one, so that memory doesn't grow with the number of data or draws;
+            8192.
+        seed: Seed of all draws; 0. The caller's generators are left as they are.
+        progress: Whether work that takes long shows a progress bar; True.
+        device: Where to compute, such as ``"cuda"``; the pair's modules are moved there first.
+            None, the default, is where the pair is.
+    """
+
+    max_rows: int
+    seed: int
+    progress: bool
+    device: str | torch.device | None
+
+
+@dataclass(frozen=True)
+class CheckedOptions:
+    """`Options` with their defaults, checked."""
+
+    max_rows: int = 8192
+    seed: int = 0
+    progress: bool = True
+    device: str | torch.device | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, object]) -> CheckedOptions:
+        """Checks what a tool was given.
+
+        Raises:
+            TypeError: If a name isn't one of `Options`, as Python does for other arguments.
+            ArgumentError: If a value can't be used.
+
+        Example:
+            >>> CheckedOptions.of({"seed": 3}).max_rows
+            8192
+        """
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                advice = f"did you mean {near[0]}=?" if near else f"options are {', '.join(names)}"
+                if name == "plate":
+                    advice = "the pair says it: pvae.Pair(model, guide, plate=...)"
+                raise TypeError(f"unexpected keyword argument '{name}': {advice}")
+        found = cls(**options)  # type: ignore[arg-type]
+        check_int("max_rows", found.max_rows)
+        check_int("seed", found.seed, minimum=0)
+        if not isinstance(found.progress, bool):
+            raise ArgumentError("progress", "True or False", repr(found.progress))
+        return found
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def tool(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function that takes a pair first refuse two programs, with the line that works.
+
+    Raises:
+        ArgumentError: If the first two arguments are two programs, as Pyro's own order has them.
+
+    Example:
+        >>> @tool
+        ... def count(pair, data):
+        ...     return len(data)
+        >>> count(print, repr, [])
+        Traceback (most recent call last):
+        ...
+        pvae.errors.ArgumentError: count: expected a pair as the first argument; got a model and ...
+          Try: count((model, guide), ...)
+           or: count(vae, ...), as a VAE is a pair
+    """
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > 1 and all(map(_is_program, args[:2])):
+            name = function.__name__
+            raise ArgumentError(
+                name,
+                "a pair as the first argument",
+                "a model and its guide as two arguments",
+                [f"{name}((model, guide), ...)", f"{name}(vae, ...), as a VAE is a pair"],
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _is_program(thing: object) -> bool:
+    is_pair = hasattr(thing, "model") and hasattr(thing, "guide")
+    return callable(thing) and not is_pair and not isinstance(thing, type)

@@ -1,0 +1,282 @@
+"""Pair: a model and its guide, and what is found out about them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+
+from pvae.data import LoaderSource, Source, first_batch
+from pvae.errors import ArgumentError, PairError, PvaeWarning
+from pvae.pair.modules import modules_held
+from pvae.pair.probe import as_batch, inspect_pair
+from pvae.pair.structure import Structure
+from pvae.types import Program
+
+__all__ = ["Pair", "PairLike", "as_pair"]
+
+
+class Pair:
+    """A model p(x, z) and its guide q(z | x): two Pyro programs, called alike on a batch.
+
+    Every tool takes a pair first: ``pvae.fit(pair, x)``, ``pvae.bounds.evidence(pair, x)``. A
+    plain tuple ``(model, guide)`` is taken as one, and so is any object with methods ``model`` and
+    ``guide``. What tools find out about the programs by running them on a batch (the data plate,
+    latents, networks, parameters and where they are) is found out once and remembered here. It is
+    looked up by the batch at hand, and forgotten when networks or parameters are replaced, frozen
+    or moved to the store.
+
+    Arguments:
+        model: A Pyro program: a module, a function or a method, called as ``model(*batch)``.
+        guide: Its guide, called as ``guide(*batch)``.
+        plate: Name of the plate that counts the data, where its length, which is that of the
+            batch, doesn't tell.
+
+    Raises:
+        ArgumentError: If one of them can't be called.
+
+    Example:
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> pair = Pair(model, guide)
+        >>> pair.inspect(torch.zeros(3)).latents
+        ('z',)
+    """
+
+    model: Any
+    guide: Any
+    plate: str | None = None
+
+    def __init__(self, model: Program, guide: Program, *, plate: str | None = None) -> None:
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program) or isinstance(program, type):
+                raise ArgumentError(
+                    f"Pair, {name}",
+                    "a Pyro program: a function, a method or a module",
+                    f"the class {program.__name__}"
+                    if isinstance(program, type)
+                    else type(program).__name__,
+                )
+        self.model, self.guide, self.plate = model, guide, plate
+
+    def __repr__(self) -> str:
+        plate = "" if self.plate is None else f", plate='{self.plate}'"
+        return f"Pair({_named(self.model)}, {_named(self.guide)}{plate})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: not what was remembered, which is of this pair's own tensors."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_structures", "_checked")}
+
+    def inspect(self, batch: Any) -> Structure:
+        """What the pair is made of, by one traced batch, in evaluation mode; remembered.
+
+        Arguments:
+            batch: What model and guide are called with: a tuple, or one tensor; the first
+                tensor's first axis counts the data.
+
+        Raises:
+            PairError: If model and guide don't match, there is no data plate or more than one
+                candidate, a latent of the model has no guide, or data stand outside the plate.
+
+        Warns:
+            PvaeWarning: Once, of what is odd about the pair's parameters.
+        """
+        batch = as_batch(batch)
+        key = tuple(_signature(part) for part in batch)
+        known: dict[Any, tuple[Structure, Any]] = self.__dict__.setdefault("_structures", {})
+        if key in known:
+            structure, then = known[key]
+            if then == self._state(structure):
+                return structure
+        structure = inspect_pair(self.model, self.guide, batch, self.plate)
+        said = {text for old, _ in known.values() for text in old.oddities}
+        state = self._state(structure)
+        for old in [k for k, (_, then) in known.items() if then != state or len(known) > _KEPT]:
+            del known[old]
+        known[key] = structure, state
+        for text in structure.oddities:
+            if text not in said:
+                warnings.warn(text, PvaeWarning, stacklevel=_depth())
+        return structure
+
+    def inspect_source(self, source: Source, num_rows: int = 128) -> Structure:
+        """What the pair is made of, by ``num_rows`` rows of a source, or by all of them.
+
+        All rows go to a pair that subsamples itself, to an autoguide that isn't set up yet (its
+        first batch decides how many parameters it has), and to one that doesn't run on a batch.
+        """
+        if isinstance(source, LoaderSource):
+            return self.inspect(first_batch(source, num_rows))
+        autoguide = poutine.unwrap(self.guide)
+        if isinstance(autoguide, AutoGuide) and getattr(autoguide, "prototype_trace", None) is None:
+            self.inspect(first_batch(source, source.num_rows))
+        try:
+            structure = self.inspect(first_batch(source, num_rows))
+        except PairError:
+            if source.device.type != "cpu" or num_rows >= source.num_rows:
+                raise
+            whole: Structure | None = None
+            with contextlib.suppress(PairError):
+                whole = self.inspect(first_batch(source, source.num_rows))
+            if whole is None or (whole.subsample_size is None and whole.tied_to is None):
+                raise
+            return whole
+        if structure.subsample_size is not None and num_rows < source.num_rows:
+            return self.inspect(first_batch(source, source.num_rows))
+        return structure
+
+    def home(self, data: Any = None) -> Tensor:
+        """A floating tensor that is where the pair is; of the data, where it has none itself."""
+        modules = [m for p in (self.model, self.guide) for m in _roots(p)]
+        of_modules = (t for m in modules for t in (*m.parameters(), *m.buffers()))
+        parts = data if isinstance(data, (tuple, list)) else (data,)
+        for tensor in (*of_modules, *parts):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                return tensor
+        return torch.zeros(())
+
+    def place(
+        self, device: str | torch.device, data: Any = None
+    ) -> tuple[torch.device, torch.dtype]:
+        """Moves the pair's modules to a device; returns it, and the pair's floating type.
+
+        Arguments:
+            device: ``"auto"`` is CUDA where there is one; for functions, which can't be moved,
+                it is where the data are.
+            data: What the pair is to be run on.
+
+        Raises:
+            ArgumentError: If there is no such device.
+        """
+        modules = [p for p in (self.model, self.guide) if isinstance(p, nn.Module)]
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        floating = [t for t in tensors if t.is_floating_point()]
+        if device == "auto":
+            where = self.home(data).device
+            if floating:
+                where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        else:
+            where = _as_device(device)
+        for module in modules:
+            module.to(where)
+        return where, floating[0].dtype if floating else torch.get_default_dtype()
+
+    @property
+    def checked_sources(self) -> WeakSet[Source]:
+        """Sources whose values were found to be in the support of the site that observes them."""
+        found: WeakSet[Source] = self.__dict__.setdefault("_checked", WeakSet())
+        return found
+
+    def _state(self, structure: Structure) -> Any:
+        """What a structure is right for: networks, parameters, and whether these are trainable."""
+        programs = (self.model, self.guide)
+        roots = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+        modules = {id(m): m for m in (*roots, *structure.modules)}
+        store = dict(pyro.get_param_store().named_parameters())
+        return (
+            self.plate,
+            [id(m) for p in programs for m in modules_held(p)],
+            [
+                (i, *((n, id(p), p.requires_grad) for n, p in m.named_parameters(recurse=False)))
+                for i, m in modules.items()
+            ],
+            [id(b) for m in modules.values() for b in m.buffers(recurse=False)],
+            [(name, id(store[name])) for name in structure.parameters if name in store],
+        )
+
+
+PairLike = Pair | tuple[Callable[..., object], Callable[..., object]]
+"""What tools take as a pair: a `Pair` (a `VAE` is one), or a tuple of a model and its guide."""
+
+_KEPT = 8
+
+
+def as_pair(thing: object, tool: str = "pair") -> Pair:
+    """A pair of what is given for one.
+
+    Arguments:
+        thing: A `Pair`; a tuple of model and guide; an object with callables ``model``, ``guide``.
+        tool: Name of the tool that was called, for the error message.
+
+    Raises:
+        ArgumentError: If it is none of these.
+
+    Example:
+        >>> as_pair((print, repr))
+        Pair(print, repr)
+    """
+    if isinstance(thing, Pair):
+        return thing
+    if isinstance(thing, tuple) and len(thing) == 2 and all(map(callable, thing)):
+        return Pair(*thing)
+    model, guide = getattr(thing, "model", None), getattr(thing, "guide", None)
+    if callable(model) and callable(guide):
+        return Pair(model, guide)
+    call = f"{tool}((model, guide), ...)" if tool != "pair" else "pvae.Pair(model, guide)"
+    raise ArgumentError(
+        tool if tool == "pair" else f"{tool}, its first argument",
+        "a pair: pvae.Pair(model, guide), a VAE, or a tuple of model and guide",
+        "one program" if callable(thing) else type(thing).__name__,
+        [call],
+    )
+
+
+def _named(program: object) -> str:
+    if isinstance(program, nn.Module):
+        return type(program).__name__
+    return getattr(program, "__name__", type(program).__name__)
+
+
+def _signature(part: object) -> object:
+    """What of an argument a program's course may depend on: shape and type, or the value."""
+    if isinstance(part, Tensor):
+        return tuple(part.shape), part.dtype, part.device
+    if isinstance(part, (bool, int, float, str, type(None))):
+        return type(part), part
+    return id(part)
+
+
+def _roots(program: object) -> list[nn.Module]:
+    return [program] if isinstance(program, nn.Module) else modules_held(program)
+
+
+def _as_device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError("device", "'auto', 'cpu', 'cuda', ...", repr(device)) from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(
+            "device",
+            "a device of this machine",
+            "cuda, and there is none",
+            ["device='auto'", "pvae doctor"],
+        )
+    return where
+
+
+def _depth() -> int:
+    """How many frames up the first one is that isn't pvae's, which a warning should point at."""
+    import sys
+
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def _is_inner(module: str) -> bool:
+    return module == "contextlib" or module.startswith("pvae.")

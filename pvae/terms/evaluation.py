@@ -1,0 +1,94 @@
+"""A pair and data, made ready for a tool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pvae import randomness
+from pvae.data import LoaderSource, Source, as_source, check_rows, in_memory
+from pvae.errors import PairError
+from pvae.options import CheckedOptions
+from pvae.pair import Pair, PairLike, Structure, as_pair
+from pvae.terms.support import check_data
+
+__all__ = ["Evaluation", "prepared"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A pair and the data that it is evaluated on, checked, with what `Options` say.
+
+    Attributes:
+        pair: The pair.
+        structure: What it is made of.
+        source: N data, on the pair's device.
+        max_rows: Bound on the rows in the networks at once, each draw of a datum counted as one.
+        progress: Whether long work shows a bar.
+        seed: Of the draws.
+    """
+
+    pair: Pair
+    structure: Structure
+    source: Source
+    max_rows: int = 8192
+    progress: bool = True
+    seed: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.source.num_rows
+
+    def in_memory(self) -> Evaluation:
+        """The same, with the data of a ``DataLoader`` read out, so that their order is one."""
+        return replace(self, source=in_memory(self.source))
+
+    def on(self, batch: tuple[Any, ...]) -> Evaluation:
+        """The same pair on other data."""
+        return replace(self, source=as_source(batch, self.structure.device, self.structure.dtype))
+
+
+@contextmanager
+def prepared(
+    pair: PairLike, data: Any, options: Mapping[str, object], tool: str = "pair"
+) -> Iterator[Evaluation]:
+    """Looks at pair and data together, and seeds copies of the generators for a tool's draws.
+
+    Arguments:
+        pair: A pair, or a tuple of model and guide.
+        data: An array, tensor, tuple of them, data set, loader or source.
+        options: Those of `pvae.options.Options` that were given.
+        tool: Name of the tool, for error messages.
+
+    Raises:
+        ArgumentError: If an option can't be used, or there is no pair.
+        DataError: If data are missing, infinite, or outside the support of the site that observes
+            them; names the first offending row.
+        PairError: If model, guide and data don't fit each other.
+    """
+    checked, pair = CheckedOptions.of(options), as_pair(pair, tool)
+    with randomness.forked(checked.seed):
+        if checked.device is not None:
+            pair.place(checked.device, data)
+        structure, source = looked_at(pair, data)
+        yield Evaluation(pair, structure, source, checked.max_rows, checked.progress, checked.seed)
+
+
+def looked_at(pair: Pair, data: Any) -> tuple[Structure, Source]:
+    """What a pair is made of, by data, and the data as a source on its device, checked once."""
+    like = pair.home(data)
+    source = as_source(data, like.device, like.dtype)
+    try:
+        structure = pair.inspect_source(source)
+    except PairError:
+        check_rows(source)  # was it the data?
+        raise
+    source = as_source(data, structure.device, structure.dtype)
+    if source not in pair.checked_sources:
+        check_data(structure, source)
+        if not isinstance(source, LoaderSource):
+            pair.checked_sources.add(source)
+    return structure, source
