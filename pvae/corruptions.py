@@ -12,9 +12,10 @@ References:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, check_int, check_number
 from pvae.shelf import Shelf
 
@@ -35,7 +36,7 @@ def _rate(where: str, rate: float) -> float:
     return float(rate)
 
 
-class Corruption(nn.Module):
+class Corruption(Described):
     """The abstract corruption that has a name: it is made from its strength alone.
 
     To write one, define ``forward(x)``, and `for_range` where the strength is in units of x.
@@ -80,10 +81,6 @@ class Noise(Corruption):
         """The noise, its scale in units of x."""
         return cls(strength * unit)
 
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"sigma={self.sigma:g}"
-
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
         return x + self.sigma * torch.randn_like(x)
@@ -104,10 +101,6 @@ class Masking(Corruption):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = _rate("Masking.rate", rate)
-
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"rate={self.rate:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -131,16 +124,13 @@ class SaltAndPepper(Corruption):
     def __init__(self, rate: float, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
         self.rate = _rate("SaltAndPepper.rate", rate)
-        self.low, self.high = check_number("low", low), check_number("high", high)
+        self.low = check_number("SaltAndPepper.low", low)
+        self.high = check_number("SaltAndPepper.high", high)
 
     @classmethod
     def for_range(cls, strength: float, low: float, high: float, unit: float) -> SaltAndPepper:
         """Salt and pepper that are the largest and the smallest value of the data."""
         return cls(strength, low, high)
-
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"rate={self.rate:g}, low={self.low:g}, high={self.high:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -177,11 +167,8 @@ class BlockMasking(Corruption):
 
     def __init__(self, size: int, fill: float = 0.0) -> None:
         super().__init__()
-        self.size, self.fill = check_int("BlockMasking.size", size), check_number("fill", fill)
-
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"size={self.size}, fill={self.fill:g}"
+        self.size = check_int("BlockMasking.size", size)
+        self.fill = check_number("BlockMasking.fill", fill)
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -204,7 +191,7 @@ def _within(x: Tensor, length: int, size: int) -> Tensor:
 
 @named.put("downsample")
 class Downsampling(Corruption):
-    """What an image keeps at a lower resolution: the mean of each block, at the block's place.
+    """Lower resolution in the same size: each block of pixels is replaced by its mean.
 
     Nothing is random; a pair trained with it restores what a small image has lost.
 
@@ -229,12 +216,8 @@ class Downsampling(Corruption):
         small = F.avg_pool2d(images, self.factor, ceil_mode=True, count_include_pad=False)
         return small.reshape(*x.shape[:-2], *small.shape[-2:])
 
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"factor={self.factor}"
-
     def forward(self, x: Tensor) -> Tensor:
-        """The batch as a small image shows it, in the size that it had."""
+        """The corrupted batch."""
         height, width = _image("Downsampling", x)
         small = self.small(x)
         large = small.repeat_interleave(self.factor, -2).repeat_interleave(self.factor, -1)
