@@ -23,6 +23,7 @@ from pvae.corruptions import Noise
 from pvae.errors import ArgumentError, as_shape, check_int, check_number
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay
 from pvae.shelf import Shelf
+from pvae.types import Shape
 from pvae.vae import VAE
 
 __all__ = [
@@ -83,7 +84,7 @@ class PairOptions(TypedDict, total=False):
 
 @_recipe
 def vae(
-    event_shape: int | Sequence[int],
+    event_shape: Shape,
     latent_dim: int,
     *,
     prior: str | Factory = "standard_normal",
@@ -187,7 +188,7 @@ def vae(
 
 
 @_deterministic
-def ae(event_shape: int | Sequence[int], latent_dim: int, **options: Unpack[PairOptions]) -> VAE:
+def ae(event_shape: Shape, latent_dim: int, **options: Unpack[PairOptions]) -> VAE:
     r"""A plain autoencoder: the same pair with a flat prior and a point-mass guide.
 
     .. math::
@@ -213,7 +214,7 @@ def ae(event_shape: int | Sequence[int], latent_dim: int, **options: Unpack[Pair
 
 @_deterministic
 def sparse_ae(
-    event_shape: int | Sequence[int],
+    event_shape: Shape,
     latent_dim: int,
     *,
     l1: float | None = None,
@@ -258,7 +259,7 @@ def sparse_ae(
 
 @_deterministic
 def sparse_activations_ae(
-    event_shape: int | Sequence[int],
+    event_shape: Shape,
     latent_dim: int,
     *,
     l1_activations: float = 0.01,
@@ -296,7 +297,7 @@ def sparse_activations_ae(
 
 @_deterministic
 def contractive_ae(
-    event_shape: int | Sequence[int],
+    event_shape: Shape,
     latent_dim: int,
     *,
     contractive: float = 0.1,
@@ -336,9 +337,7 @@ def contractive_ae(
 
 
 @_deterministic
-def denoising_ae(
-    event_shape: int | Sequence[int], latent_dim: int, **options: Unpack[PairOptions]
-) -> VAE:
+def denoising_ae(event_shape: Shape, latent_dim: int, **options: Unpack[PairOptions]) -> VAE:
     r"""A denoising autoencoder: it sees corrupted data and reconstructs the clean ones.
 
     .. math::
@@ -360,7 +359,7 @@ def denoising_ae(
 
 @_deterministic
 def rae(
-    event_shape: int | Sequence[int],
+    event_shape: Shape,
     latent_dim: int,
     *,
     weight_decay: float = 1e-3,
@@ -390,7 +389,7 @@ def rae(
 
 @_deterministic
 def wae(
-    event_shape: int | Sequence[int],
+    event_shape: Shape,
     latent_dim: int,
     *,
     mmd: float = 10.0,
@@ -419,7 +418,7 @@ def wae(
 
 @_deterministic
 def vq_vae(
-    event_shape: int | Sequence[int],
+    event_shape: Shape,
     latent_dim: int,
     *,
     num_latents: int = 8,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pyro.distributions as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import corruptions, guides, likelihoods, objectives, penalties, priors, recipes
-from pvae.conditional import Conditional
+from pvae.conditional import Unconditional
 from pvae.config import Config, flag, options
 from pvae.corruptions import Corruption
 from pvae.errors import ArgumentError, CheckpointError, PvaeError
@@ -22,6 +22,7 @@ from pvae.objectives import DReG
 from pvae.penalties import Penalty
 from pvae.runs import open_run
 from pvae.shelf import Shelf
+from pvae.types import Dist, Shape
 from tests.test_cli import FAST, call
 
 D = 6
@@ -58,24 +59,24 @@ def test_lines_fit_a_terminal() -> None:
     assert max(map(len, call("train", "--help").splitlines())) <= 80
 
 
-class Cauchy(Conditional):
+class Cauchy(Unconditional):
     """A prior with heavy tails, as a user writes one."""
 
-    one: Tensor
+    loc: Tensor
+    scale: Tensor
 
-    def __init__(self, event_shape: int | Sequence[int]) -> None:
-        super().__init__(event_shape)
-        self.register_buffer("one", torch.ones(self.event_shape or ()))
+    def __init__(self, event_shape: Shape) -> None:
+        super().__init__(event_shape, loc=0.0, scale=1.0)
 
-    def forward(self, *context: Tensor) -> dist.Distribution:
-        return dist.Cauchy(0.0 * self.one, self.one).to_event(1)
+    def distribution(self) -> Dist:
+        return dist.Cauchy(self.loc, self.scale)
 
 
 class Smooth(Penalty):
     """The size of the mean reconstruction."""
 
-    def forward(self, run: penalties.Run) -> Tensor:
-        return run.fn.mean.square().sum(-1)
+    def forward(self, outputs: penalties.SideOutputs) -> Tensor:
+        return outputs.fn.mean.square().sum(-1)
 
 
 class Dimming(Corruption):
@@ -96,13 +97,11 @@ class Dimming(Corruption):
 class Poisson(likelihoods.Likelihood):
     """Counts without a largest one."""
 
-    def distribution(self, *params: Tensor) -> dist.Distribution:
-        return dist.Poisson(params[0].exp(), validate_args=False).to_event(1)
+    def distribution(self, *params: Tensor) -> Dist:
+        return dist.Poisson(params[0].exp())
 
 
-def tiny(
-    event_shape: int | Sequence[int], latent_dim: int, *, depth: int = 2, **options: object
-) -> pvae.VAE:
+def tiny(event_shape: Shape, latent_dim: int, *, depth: int = 2, **options: object) -> pvae.VAE:
     """A recipe of one's own.
 
     Arguments:
@@ -173,7 +172,7 @@ def test_what_has_a_name_is_an_option(
         (likelihoods.named, likelihoods, {"Likelihood"}),
         (guides.named, guides, {"CodeDelta", "NearestCode"}),
         (corruptions.named, corruptions, {"Corruption"}),
-        (penalties.named, penalties, {"Penalty", "Custom", "Commitment", "Run"}),
+        (penalties.named, penalties, {"Penalty", "Custom", "Commitment", "SideOutputs"}),
         (objectives.named, objectives, {"Objective", "ObjectiveState", "Capacity", "GECO"}),
     ],
 )

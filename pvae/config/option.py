@@ -78,7 +78,7 @@ def recipe_options() -> dict[str, Option]:
     for name in dict.fromkeys(n for build in recipes.named.values() for n in numbers_of(build)):
         owners = {r: n[name] for r, b in recipes.named.items() if name in (n := numbers_of(b))}
         recipe, parameter = next(iter(owners.items()))
-        text, _, unset = _argument_texts(recipes.named[recipe])[name][:-1].partition("; None for ")
+        text, _, unset = _text(recipes.named[recipe], name)[:-1].partition("; None for ")
         only = "." if name == "l1" else f" ({', '.join(owners)} only)."
         default = unset or str(parameter.default)
         found[name] = _number("Numbers of some recipes", text + only, parameter, default)
@@ -90,11 +90,11 @@ def part_options() -> dict[str, Option]:
     found = {}
     for name, corruption in corruptions.named.items():
         first = next(iter(inspect.signature(corruption).parameters.values()))
-        text = _argument_texts(corruption)[first.name]
+        text = _text(corruption, first.name)
         found[name] = _number("Corruption of what the encoder sees", text, first, "none")
     for name, penalty in penalties.named.items():
         first = next(iter(inspect.signature(penalty).parameters.values()))
-        text = _plain((inspect.getdoc(penalty) or "").split("\n\n")[0])
+        text = _plain((inspect.getdoc(penalty) or name).split("\n\n")[0])
         text = f"Weight of a penalty: {text[0].lower()}{text[1:]}"
         own = {r: n[name].default for r, b in recipes.named.items() if name in (n := numbers_of(b))}
         default = "; ".join(["none", *(f"{value} for {recipe}" for recipe, value in own.items())])
@@ -126,11 +126,11 @@ def numbers_of(recipe: Callable[..., VAE]) -> dict[str, inspect.Parameter]:
     }
 
 
-def _argument_texts(thing: Callable[..., object]) -> dict[str, str]:
-    """What a docstring says of each argument, without its mathematics."""
+def _text(thing: Callable[..., object], argument: str) -> str:
+    """What a docstring says of an argument, without its mathematics."""
     _, _, block = (inspect.getdoc(thing) or "").partition("Arguments:\n")
-    entries = re.findall(r"^ {4}(\w+): ((?:.+\n?(?: {8})?)+?)(?=^ {4}\w+: |^\S|^$|\Z)", block, re.M)
-    return {name: _plain(text) for name, text in entries}
+    found = re.search(rf"^ {{4}}{argument}: ((?:.+\n?)(?: {{8}}.+\n?)*)", block, re.MULTILINE)
+    return f"The number {argument}." if found is None else _plain(found[1])
 
 
 def _plain(text: str) -> str:
