@@ -79,9 +79,12 @@ def recipe_options() -> dict[str, Option]:
         owners = {r: n[name] for r, b in recipes.named.items() if name in (n := numbers_of(b))}
         recipe, parameter = next(iter(owners.items()))
         text, _, unset = _text(recipes.named[recipe], name)[:-1].partition("; None for ")
-        only = "." if name == "l1" else f" ({', '.join(owners)} only)."
         default = unset or str(parameter.default)
-        found[name] = _number("Numbers of some recipes", text + only, parameter, default)
+        if name == "l1":  # which gives any recipe a Laplace prior
+            text, default = f"{text}.", f"{default} for {recipe}"
+        else:
+            text = f"{text} ({', '.join(owners)} only)."
+        found[name] = _number("Numbers of some recipes", text, parameter, default)
     return found
 
 
