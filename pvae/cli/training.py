@@ -214,7 +214,7 @@ def _train(
     with randomness.forked(config.seed):
         vae = config.build(splits)
     where, dtype = vae.place(device)
-    test = as_source(splits.test, where, dtype)
+    test = as_source(splits.test.unlabelled(), where, dtype)
     terms.check_data(vae.inspect_source(test), test, "test data")
     with written(config, folder, splits, vae) if world.is_first else nullcontext():
         run = pvae.fit(
