@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import pvae
-from pvae.runs import Config, open_run
+from pvae.config import Config
+from pvae.runs import open_run
 from tests.test_cli import FAST, call
 
 RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -21,7 +22,7 @@ RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
         ["--l1", "0.5", "--decoder-hidden", "7", "--code-activation", "Softplus"],
         {"prior": "Laplace"},
     ),
-    "sparse_activations_ae": (["--l1", "0.01"], {"penalties": {"Activations": 0.01}}),
+    "sparse_activations_ae": (["--l1-activations", "0.02"], {"penalties": {"Activations": 0.02}}),
     "contractive_ae": (
         ["--contractive", "0.2", "--weight-decay", "0.01"],
         {"penalties": {"Contractive": 0.2, "WeightDecay": 0.01}},
