@@ -111,9 +111,7 @@ class Estimate:
         return cls(name, mean, num_particles=k, unit=unit, kind=kind, influence=draws - mean)
 
     @classmethod
-    def of_evidence(
-        cls, name: str, log_weights: Tensor, *, kind: BoundKind = "lower"
-    ) -> Estimate:
+    def of_evidence(cls, name: str, log_weights: Tensor, *, kind: BoundKind = "lower") -> Estimate:
         """The log of the mean of weights, of ``(K, N)`` log weights; errors by the delta method.
 
         Example:

@@ -59,7 +59,7 @@ def elbo(
             return with_globals(name, evaluation, k, 1)
         sums, is_split = Sums(), True
         for rows, terms in stream(evaluation, k):
-            is_split = "joint" not in terms.notes
+            is_split = not terms.is_joint
             sums.add(rows, _parts(terms, is_split=is_split))
     values, square, likelihood, rate = sums.all / k
     variances = (square - values.square()).clamp(min=0) / (k - 1) if k > 1 else None

@@ -140,9 +140,7 @@ def evidence(
         return weights.estimate(f"{what}, IWAE-{k}", k, structure)
 
 
-def _weigh(
-    weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked
-) -> None:
+def _weigh(weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked) -> None:
     """Sums up the weights of draws from the guide."""
 
     def reduced(k: int, *batch: Tensor) -> Tensor:
