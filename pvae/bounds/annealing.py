@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.bounds.density import LatentDensity, densities
+from pvae.bounds.density import LatentDensity, densities, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
 from pvae.pair import Batch
@@ -21,16 +21,7 @@ from pvae.terms import Evaluation
 __all__ = ["AIS", "Annealed", "annealed"]
 
 
-def _linear(fraction: Tensor) -> Tensor:
-    return fraction
-
-
-def _sigmoid(fraction: Tensor) -> Tensor:
-    raw = torch.sigmoid(4 * (2 * fraction - 1))
-    return (raw - raw[0]) / (raw[-1] - raw[0])
-
-
-_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"linear": _linear, "sigmoid": _sigmoid}
+_APART = 20  # transitions that part the chains which start from one draw of the posterior
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class AIS:
 
     def __post_init__(self) -> None:
         check_choice("AIS: start", self.start, ("guide", "prior"))
-        check_choice("AIS: schedule", self.schedule, _SCHEDULES)
+        check_choice("AIS: schedule", self.schedule, ("sigmoid", "linear"))
         for name in ("num_temperatures", "num_leapfrog", "num_pilot"):
             check_int(f"AIS: {name}", getattr(self, name))
         if check_number("AIS: acceptance", self.acceptance, above=0) >= 1:
@@ -84,8 +75,11 @@ class AIS:
     @property
     def betas(self) -> list[float]:
         """The T + 1 places on the path."""
-        fraction = torch.linspace(0, 1, self.num_temperatures + 1, dtype=torch.float64)
-        return _SCHEDULES[self.schedule](fraction).tolist()
+        betas = torch.linspace(0, 1, self.num_temperatures + 1, dtype=torch.float64)
+        if self.schedule == "sigmoid":
+            raw = torch.sigmoid(4 * (2 * betas - 1))
+            betas = (raw - raw[0]) / (raw[-1] - raw[0])
+        return betas.tolist()
 
 
 @dataclass(frozen=True)
@@ -145,9 +139,8 @@ def _chunk(
     if exact is not None and inner:
         transitions += len(groups) * (len(inner) + _APART)
     path, draw = _path(density, ais, lambda: bar.update(min(share / transitions, 1 - bar.n)))
-    steps = adapt(
-        path, path.state(draw(ais.num_pilot)), inner, _scale(draw, at_once), ais.acceptance
-    )
+    _, scale = spread(draw, at_once)
+    steps = adapt(path, path.state(draw(ais.num_pilot)), inner, scale, ais.acceptance)
     forward, reverse, chances = [], [], []
     for k in groups:
         log_weight, chance = _anneal(path, path.state(draw(k)), gaps, inner, steps)
@@ -184,17 +177,6 @@ def _path(
 
     path = Path(ends, ais.num_leapfrog, tick)
     return path, density.from_guide if from_guide else density.from_prior
-
-
-def _scale(draw: Callable[[int], Tensor], at_once: int) -> Tensor:
-    """Standard deviations of where chains start, ``(N, D)``, by a few draws; 1 if there is none."""
-    draws = torch.cat([draw(min(at_once, _FOR_SCALE)) for _ in range(-(-_FOR_SCALE // at_once))])
-    scale = draws.std(0)
-    return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-
-
-_FOR_SCALE = 32
-_APART = 20  # transitions
 
 
 def _anneal(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,14 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform, biject_to
+from torch.distributions.constraints import Constraint
 from tqdm import tqdm
 
+from pvae.bounds.weights import require_local
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
-from pvae.pair import Program, Structure, as_batch
+from pvae.pair import Batch, Structure, as_batch
 from pvae.pair.messages import is_factor, is_penalty, sample_sites
 from pvae.terms.chunks import chunks_of
 from pvae.terms.collect import Collector
@@ -27,8 +29,9 @@ from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import can_vectorize, compute, in_particles
 from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
+from pvae.types import Dist, Program, Site
 
-__all__ = ["LatentDensity", "densities"]
+__all__ = ["LatentDensity", "densities", "spread"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class _Site:
     """Where a latent stands in the flat vector, and how it gets into the programs."""
 
     name: str
-    transform: Any  # unconstrained -> support
+    transform: Transform  # unconstrained -> support
     shape: tuple[int, ...]  # of one datum, unconstrained
     columns: slice
     axis: int  # of the data, in a value with particles first
@@ -74,10 +77,7 @@ class LatentDensity:
     """
 
     def __init__(
-        self,
-        structure: Structure,
-        batch: Any,
-        given: Mapping[str, Tensor] | None = None,
+        self, structure: Structure, batch: Any, given: Mapping[str, Tensor] | None = None
     ) -> None:
         self.structure, self.batch = structure, as_batch(batch)
         self.given = dict(given or {})
@@ -115,20 +115,6 @@ class LatentDensity:
         """log p(x, u), shape ``(K, N)``, enumerated latents summed out."""
         return self.terms(u).log_joint + self.log_det(u)
 
-    def log_prior(self, u: Tensor) -> Tensor:
-        """log p(u), shape ``(K, N)``."""
-        self.structure.require_proper("log p(z)")
-        return self.terms(u).log_prior + self.log_det(u)
-
-    def log_q(self, u: Tensor) -> Tensor:
-        """log q(u | x), shape ``(K, N)``.
-
-        Raises:
-            UndefinedError: If the guide has a point mass, or sites that the model doesn't have.
-        """
-        self.require_guide("log q(z | x)")
-        return self.terms(u).log_q + self.log_det(u)
-
     def require_guide(self, what: str) -> None:
         """Refuses a quantity that needs the guide's density as a function of the latents."""
         self.structure.require_density(what)
@@ -152,18 +138,15 @@ class LatentDensity:
 
     def from_guide(self, num_draws: int) -> Tensor:
         """Draws from q(u | x), shape ``(num_draws, N, D)``."""
-        terms = compute(
-            self.structure,
-            self.batch,
-            num_particles=num_draws,
-            given=self.given,
-        )
+        terms = compute(self.structure, self.batch, num_particles=num_draws, given=self.given)
         return self.flatten(_values_of(terms))
 
     def from_prior(self, num_draws: int) -> Tensor:
         """Draws from p(u), given what the model doesn't observe of the batch."""
         self.structure.require_proper("draws from the prior")
-        draws = [self._run_model(self.structure.model, k) for k in self._passes(num_draws)]
+        vectorized = num_draws == 1 or can_vectorize(self.structure, self.batch)
+        passes = [num_draws] if vectorized else [1] * num_draws
+        draws = [self._run_model(self.structure.model, k) for k in passes]
         return torch.cat([self.flatten(_values_of(terms)) for terms in draws])
 
     def simulated(self) -> tuple[LatentDensity, Tensor]:
@@ -205,12 +188,6 @@ class LatentDensity:
                 vectorize=True,
                 given={**self.given, **given},
             )
-
-    def _passes(self, num_draws: int) -> list[int]:
-        """How many particles each pass has."""
-        if num_draws == 1 or can_vectorize(self.structure, self.batch):
-            return [num_draws]
-        return [1] * num_draws
 
     def _run_model(self, model: Program, num_particles: int) -> Terms:
         """The model alone, its latents drawn from the prior."""
@@ -283,22 +260,26 @@ def densities(
         yield ((rows, LatentDensity(structure, b, given)) for rows, _, b, given in chunks), bar
 
 
+def spread(draw: Callable[[int], Tensor], at_once: int = 1) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations of a few draws, ``(N, D)``; where these are none, 1."""
+    draws = torch.cat([draw(min(at_once, _FEW)) for _ in range(-(-_FEW // at_once))])
+    scale = draws.std(0)
+    return draws.mean(0), torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+
+
+_FEW = 32
+
+
 def _check_pair(structure: Structure) -> None:
     what = "densities of the latents"
-    if structure.global_sites:
-        raise UndefinedError(
-            f"{what} of single data",
-            "a pair whose sites are all inside the data plate",
-            f"global site {oxford(structure.global_sites)}",
-            ["bounds.elbo or bounds.evidence, for the data set"],
-        )
+    require_local(structure, what)
     if isinstance(poutine.unwrap(structure.guide), Messenger):
         raise PairError("guide", "a guide that runs alone", "an AutoMessenger", ["AutoNormal"])
     if not structure.latents:
         raise UndefinedError(what, "a latent of the data that has a guide", "none")
 
 
-def _support(name: str, fn: Any) -> Any:
+def _support(name: str, fn: Dist) -> Constraint:
     """A support that is the same for all data, or a refusal."""
     try:
         support = fn.support
@@ -325,7 +306,7 @@ def _no_bijection(name: str, actual: str, fixes: list[str] | None = None) -> Und
     )
 
 
-def _same_map(one: Any, other: Any, like: Tensor) -> bool:
+def _same_map(one: Constraint, other: Constraint, like: Tensor) -> bool:
     """Whether two supports are one, by the bijections that they have."""
     try:
         u = biject_to(one).inv(like)
@@ -338,7 +319,7 @@ def _values_of(terms: Terms) -> dict[str, Tensor]:
     return {name: s.value for name, s in terms.sites.items() if s.is_local and s.value is not None}
 
 
-def _place(site: Any, observed: Any, batch: tuple[Any, ...]) -> int:
+def _place(site: Site, observed: Tensor, batch: Batch) -> int:
     """Which tensor of the batch a site observes."""
     for i, tensor in enumerate(batch):
         if observed is tensor or (

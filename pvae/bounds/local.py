@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
-from pvae.bounds.density import LatentDensity, densities
+from pvae.bounds.density import LatentDensity, densities, spread
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
 from pvae.bounds.weights import require_evidence
 from pvae.errors import check_int, check_number
@@ -97,7 +97,7 @@ def fit_locally(
             refuse_masks(density)
             count = rows.stop - rows.start
             share = count / evaluation.num_rows / len(families)
-            start = full_rank(*_spread(density))
+            start = full_rank(*spread(density.from_guide))
             for family in families:
                 q, instead = start, ""
                 if family == "own":
@@ -147,11 +147,8 @@ def _maximise(q: LocalFamily, density: LatentDensity, how: LocalFit, particles: 
 def _look(q: LocalFamily, density: LatentDensity, particles: int) -> Tensor:
     """The mean ELBO of all data for each of some draws, the same at every look."""
     with torch.no_grad(), randomness.forked(0):
-        found = []
-        for _ in range(max(1, _LOOKS // particles)):
-            u, log_q = q.draw(particles)
-            found.append((density.log_joint(u) - log_q).double())
-    each = torch.cat(found)
+        draws = [q.log_weights(density, particles) for _ in range(max(1, _LOOKS // particles))]
+    each = torch.cat(draws).double()
     return torch.where(each.isfinite(), each, 0.0).sum(1) / each.isfinite().sum(1).clamp(min=1)
 
 
@@ -160,8 +157,7 @@ def _step(
 ) -> None:
     """One step of all data."""
     with torch.enable_grad():
-        u, log_q = q.draw(particles)
-        elbo = (density.log_joint(u) - log_q).mean(0)
+        elbo = q.log_weights(density, particles).mean(0)
         gradients = torch.autograd.grad(-elbo.sum(), q.parameters)
     for parameter, gradient in zip(q.parameters, gradients, strict=True):
         parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
@@ -171,18 +167,5 @@ def _step(
 def _weigh(q: LocalFamily, density: LatentDensity, num_particles: int, max_rows: int) -> Tensor:
     """log weights of fresh draws, ``(K, N)``."""
     at_once = max(1, min(num_particles, max_rows // density.num_rows))
-    found = []
-    for done in range(0, num_particles, at_once):
-        u, log_q = q.draw(min(at_once, num_particles - done))
-        found.append((density.log_joint(u) - log_q).double())
-    return torch.cat(found)
-
-
-def _spread(density: LatentDensity) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of the guide's draws, ``(N, D)``."""
-    draws = torch.cat([density.from_guide(1) for _ in range(_FOR_SPREAD)])
-    scale = draws.std(0)
-    return draws.mean(0), torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-
-
-_FOR_SPREAD = 32
+    parts = [min(at_once, num_particles - done) for done in range(0, num_particles, at_once)]
+    return torch.cat([q.log_weights(density, k).double() for k in parts])

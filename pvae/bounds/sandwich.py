@@ -80,8 +80,8 @@ def bdmc(
     .. math::
         E[\log \bar w] \le E[\log p(x)] \le E\left[-\log \tfrac1K \sum_k 1 / w_k'\right]
 
-    with :math:`w'` the weights of the chains that are sent back. The gap between both bounds what
-    AIS with these settings misses, on average over data of this kind.
+    with :math:`w'` the weights of the chains that are sent back. The gap between both is, on average
+    over data of this kind, at least what AIS with these settings misses of log p(x).
 
     References:
         Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (Grosse et al., 2015),
@@ -94,7 +94,7 @@ def bdmc(
         data: An array, tensor, tuple of them, data set or source: what the model doesn't observe
             of it (labels) is kept, and there is one simulated datum for each of its rows.
         num_particles: K, chains for each datum, there and back.
-        ais: How to anneal; None for what `AIS` is by itself.
+        ais: Settings of the annealing; None for the defaults of `AIS`.
         options: As in `pvae.options.Options`.
 
     Raises:

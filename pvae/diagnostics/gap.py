@@ -151,7 +151,7 @@ class Gap:
         if self.instead and self.verdict == "both":
             words = "encoder or family lose, which can't be told apart here"
         lines = [f"Inference gap, N = {n}: {words}", *map(str, self.findings())]
-        lines += [f"  {bound}" for bound in (*map(self.elbo, self.log_weights), self.evidence)]
+        lines += [f"  {bound.headline}" for bound in (*map(self.elbo, self.log_weights), self.evidence)]
         if self.instead:
             lines.append(f"  own: a full-rank Gaussian instead, as {self.instead}")
         lines += [f"  {q}: was still getting better at the last step" for q in self.unsettled]
@@ -220,7 +220,8 @@ def gap(
         num_particles: K, draws of a datum for each ELBO.
         evidence: log p(x) of the same data by other means, such as
             ``bounds.evidence(..., method="ais")``.
-        local: How q is fitted to each datum; None for what `bounds.LocalFit` is by itself.
+        local: Settings of the fit of q to each datum; None for the defaults of
+            `bounds.LocalFit`.
         flow: Whether to fit flows, too.
         options: As in `pvae.options.Options`.
 
