@@ -26,16 +26,16 @@ _APART = 20  # transitions that part the chains which start from one draw of the
 
 @dataclass(frozen=True)
 class AIS:
-    r"""How to anneal: from the guide, or the prior, to p(x, z), by Hamiltonian Monte Carlo.
+    r"""Settings of annealing from the guide, or the prior, to p(x, z) by Hamiltonian Monte Carlo.
 
     .. math::
         \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1})
         \left(\log p(x, z_{t-1}) - \log p_0(z_{t-1})\right), \quad
         z_t \sim T_t(\cdot | z_{t-1})
 
-    with :math:`z_0 \sim p_0` and transitions that leave :math:`p_0^{1 - \beta_t} p^{\beta_t}` as
-    it is. E[w] = p(x) exactly, as step sizes are found on chains of their own and are then kept
-    (Wu et al. adapt them as they go). Everything is in unconstrained coordinates; steps are in
+    with :math:`z_0 \sim p_0` and transitions that leave :math:`p_0^{1 - \beta_t} p^{\beta_t}`
+    invariant. E[w] = p(x) exactly, as step sizes are found on chains of their own and are then
+    kept (Wu et al. adapt them on the same chains). Everything is in unconstrained coordinates; steps are in
     units of the standard deviations of :math:`p_0`, by datum and coordinate.
 
     References:
@@ -44,13 +44,13 @@ class AIS:
         https://arxiv.org/abs/1611.04273
 
     Arguments:
-        start: Where chains begin, ``"guide"`` or ``"prior"``. The prior needs no density of q; a
-            guide that is any good needs fewer temperatures.
-        num_temperatures: T.
-        schedule: ``"sigmoid"``, denser at both ends, or ``"linear"``.
-        num_leapfrog: Steps of a trajectory; each is a gradient.
-        acceptance: What step sizes are set for.
-        num_pilot: Chains a datum to set them by.
+        start: The distribution that chains start from, ``"guide"`` or ``"prior"``. The prior needs
+            no density of q; a good guide needs fewer temperatures.
+        num_temperatures: T, the number of steps from the start to the posterior.
+        schedule: ``"sigmoid"``, whose temperatures are denser at both ends, or ``"linear"``.
+        num_leapfrog: Number of leapfrog steps of a trajectory; each takes one gradient.
+        acceptance: Mean probability of acceptance that step sizes are set for.
+        num_pilot: Number of chains of each datum by which step sizes are set.
 
     Example:
         >>> AIS(num_temperatures=4, schedule="linear").betas
@@ -84,15 +84,16 @@ class AIS:
 
 @dataclass(frozen=True)
 class Annealed:
-    """What came of a chunk of data.
+    """The weights of the annealed chains of one chunk of data.
 
     Attributes:
-        rows: The data of it.
-        forward: log weights of chains to the posterior, ``(K, n)``.
-        reverse: log weights of chains from it, or None.
+        rows: Rows of the data set that the chunk has.
+        forward: log weights of the chains that end at the posterior, ``(K, n)``.
+        reverse: log weights of the chains that start at the posterior, or None.
         acceptance: Mean probability of acceptance of each datum, ``(n,)``; NaN with one
             temperature, which has no transitions.
-        batch: What the pair was called with; with simulated data, those.
+        batch: The batch that the pair was called with, observed data replaced by simulated ones if
+            there are any.
     """
 
     rows: slice
@@ -107,9 +108,9 @@ def annealed(
 ) -> Iterator[Annealed]:
     """Anneals all data, chunk by chunk, in evaluation mode.
 
-    With ``simulate`` the data are drawn from the model, and chains are sent back, too. Those of a
-    datum start at the latents that it was drawn with, and get apart by a few transitions that
-    leave the posterior as it is.
+    With ``simulate`` the data are drawn from the model, and chains are also sent the other way,
+    from the posterior. Those of a datum start at the latents that it was drawn with, and are
+    separated first by a few transitions that leave the posterior invariant.
     """
     with densities(evaluation, num_chains, "annealing") as (chunks, bar):
         for rows, density in chunks:

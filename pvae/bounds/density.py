@@ -36,7 +36,7 @@ __all__ = ["LatentDensity", "densities", "spread"]
 
 @dataclass(frozen=True)
 class _Site:
-    """Where a latent stands in the flat vector, and how it gets into the programs."""
+    """The columns of the flat vector that hold a latent, and its shape in the programs."""
 
     name: str
     transform: Transform  # unconstrained -> support
@@ -49,14 +49,15 @@ class _Site:
 class LatentDensity:
     r"""The densities of one batch of a pair as functions of u, its latents as one flat vector.
 
-    The latents of a datum, of all sites that have a guide, go through the bijections of torch
-    from their supports to the real line, and are put in a row. Densities are those of u:
+    The latents of a datum, of all sites that have a guide, are mapped from their supports to the
+    real line by the bijections of torch, and are concatenated into one vector u. All densities are
+    densities of u:
 
     .. math:: \log p(x, u) = \log p(x, z(u)) + \log |\det \partial z / \partial u|
 
-    Gradients are meant to be taken in u alone, by ``torch.autograd.grad``. Programs run in the
-    mode that they are in; `evaluating` around it is for the other one, and switches gradients off
-    where ``torch.enable_grad`` isn't inside. Data must not meet in a batch.
+    Gradients are meant to be taken in u alone, by ``torch.autograd.grad``. The programs run in the
+    mode, training or evaluation, that their modules are in. They must treat the data of a batch
+    independently.
 
     Arguments:
         structure: The pair, as `Pair.inspect` found it.
@@ -132,7 +133,7 @@ class LatentDensity:
         return {site.name: site.transform(self._part(site, u)) for site in self._sites}
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
-        """What `values` undoes: u of shape ``(K, N, D)``."""
+        """The inverse of `values`: u of shape ``(K, N, D)``."""
         parts = [site.transform.inv(values[site.name]) for site in self._sites]
         return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], 2)
 
@@ -241,12 +242,17 @@ def densities(
 ) -> Iterator[tuple[Iterator[tuple[slice, LatentDensity]], tqdm]]:
     """The densities of all data in order, chunk by chunk, in evaluation mode without gradients.
 
-    A chunk has so many data that ``num_particles`` for each are at most the evaluation's
-    ``max_rows``. A pair that runs on one number of rows alone has its last chunk filled up: only
-    so many of its rows count as the slice says.
+    The rows of a chunk, times ``num_particles``, are at most the evaluation's ``max_rows``. A pair
+    that runs on one number of rows alone has its last chunk filled up with other rows; those that
+    count are the first, as many as the slice has.
+
+    Arguments:
+        evaluation: The pair and its data.
+        num_particles: Number of draws of each datum that will go through the networks at once.
+        title: Title of the progress bar; empty for no bar.
 
     Yields:
-        Rows and densities of each chunk; and a progress bar, which is full at 1.
+        An iterator over the rows and densities of each chunk, and a progress bar whose total is 1.
     """
     structure, source, max_rows = evaluation.structure, evaluation.source, evaluation.max_rows
     chunks = chunks_of(source, structure, num_particles, max_rows)
@@ -261,7 +267,7 @@ def densities(
 
 
 def spread(draw: Callable[[int], Tensor], at_once: int = 1) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of a few draws, ``(N, D)``; where these are none, 1."""
+    """Means and standard deviations of 32 draws, ``(N, D)``; a deviation that isn't finite is 1."""
     draws = torch.cat([draw(min(at_once, _FEW)) for _ in range(-(-_FEW // at_once))])
     scale = draws.std(0)
     return draws.mean(0), torch.where(scale.isfinite() & (scale > 0), scale, 1.0)

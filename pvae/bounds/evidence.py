@@ -44,9 +44,9 @@ def evidence(
 ) -> Estimate:
     r"""An estimate of log p(x), the log evidence, of each datum, by one of four methods.
 
-    Each is an average over K weights for every datum, with a standard error over draws by the delta
-    method and an effective sample size. Where one weight is nearly the whole sum, that error is
-    too small.
+    Each is an average over K weights for every datum, with a standard error over draws by the
+    delta method and an effective sample size. Where one weight is nearly the whole sum, that error
+    is too small.
 
     ``method="importance"``, weights of draws from the guide, a lower bound on average:
 
@@ -70,8 +70,8 @@ def evidence(
     data that the model has simulated.
 
     ``method="cubo"``, the chi upper bound :math:`\tfrac1n \log E_q[w^n]` of order n. Its estimate
-    of K draws is too low on average, and where weights vary by much it is even below log p(x): it
-    is no certain upper bound, and a sign of trouble where it rises with K.
+    of K draws is too low on average, and where weights vary by much it is even below log p(x), so
+    it is no certain upper bound. Where it rises with K, the draws are too few.
 
     With sites g outside the data plate there is no evidence of one datum; the result is the bound
     for the data set,

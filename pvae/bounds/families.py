@@ -25,7 +25,7 @@ __all__ = ["LocalFamily", "flow", "full_rank", "own_family", "refuse_masks"]
 
 @dataclass(frozen=True)
 class LocalFamily:
-    """A distribution of u, with parameters for each datum: the function makes it of them."""
+    """A family of distributions of u: parameters for each datum, and a function of them."""
 
     parameters: list[Tensor]
     distribution: Callable[[Sequence[Tensor]], Dist]
@@ -52,7 +52,7 @@ def _affine(loc: Tensor, factor: Tensor, parameters: Sequence[Tensor]) -> tuple[
 
 
 def full_rank(loc: Tensor, scale: Tensor) -> LocalFamily:
-    """Gaussians, from diagonal ones on."""
+    """Full-rank Gaussians, which start from diagonal ones."""
     start = scale.diag_embed()
 
     def distribution(parameters: Sequence[Tensor]) -> Dist:
@@ -103,8 +103,8 @@ def _spline(parameters: Sequence[Tensor]) -> Dist:
 def flow(start: LocalFamily) -> LocalFamily:
     """Two layers of splines, each followed by an affine map, the last of them the Gaussian's.
 
-    In one dimension, too, it is more than a Gaussian, and its inverse is as fast as itself. These
-    are Pyro's transforms, which take parameters with a dimension of data.
+    It is richer than a Gaussian in one dimension, too, and as fast to invert as to run. Pyro's
+    spline takes parameters with a dimension of data.
     """
     gaussian = start.distribution([p.detach() for p in start.parameters])
     zero = torch.zeros_like(gaussian.loc)

@@ -27,23 +27,24 @@ FAMILIES: tuple[Family, ...] = ("own", "full_rank", "flow")
 
 @dataclass(frozen=True)
 class LocalFit:
-    r"""How q is fitted to each datum: Adam, whose rate falls where the ELBO stands still.
+    r"""Settings of the fit of q to each datum, by Adam with a falling learning rate.
 
-    Every 50 steps the mean ELBO of all data is looked at, with the same draws each time. Where it
-    has not risen, the rate falls; where it has fallen, by two standard errors of the difference,
-    the fit goes back, so that it doesn't end below its start. After four falls of the rate it ends.
+    Every 50 steps the mean ELBO of all data is estimated, with the same draws each time. Where it
+    has not risen, the learning rate falls to 0.3 of what it was; where the ELBO has fallen by two
+    standard errors of the difference, the parameters are set back, so that a fit doesn't end below
+    its start. After four falls of the learning rate the fit ends.
 
     Gradients leave out the score of q, whose expectation is 0, so that they vanish where q is the
-    posterior. Adam works element by element, so that no datum's fit depends on another's; when to
-    stop is decided by their mean.
+    posterior. Adam works element by element, so that no datum's steps depend on another's; the
+    learning rate and the end depend on the mean over data.
 
     References:
         Sticking the Landing (Roeder et al., 2017), https://arxiv.org/abs/1703.09194
 
     Arguments:
-        num_particles: Draws of a datum for a gradient.
-        lr: The first learning rate; locations move in units of standard deviations.
-        max_steps: Steps after which a fit ends where it is.
+        num_particles: Number of draws of each datum for a gradient.
+        lr: Learning rate at the start; locations move in units of standard deviations.
+        max_steps: Number of steps after which a fit ends, settled or not.
 
     Example:
         >>> LocalFit(max_steps=500)
@@ -65,11 +66,11 @@ class Fitted:
     """One family, fitted to a chunk of data.
 
     Attributes:
-        rows: The data.
-        family: Which one.
-        log_weights: Of fresh draws from it, ``(K, n)``.
-        is_settled: Whether the ELBO stood still before the last step.
-        instead: Why the guide's own family was replaced by a full-rank Gaussian, or nothing.
+        rows: Rows of the data set that the chunk has.
+        family: The family that was fitted.
+        log_weights: log weights of fresh draws from the fitted q, ``(K, n)``.
+        is_settled: Whether the ELBO had stopped to rise before ``max_steps``.
+        instead: Why the guide's own family was replaced by a full-rank Gaussian; empty if not.
     """
 
     rows: slice
@@ -119,7 +120,7 @@ _MEMORY = (0.9, 0.95)  # short: gradients are large where a fit starts, and soon
 
 
 def _maximise(q: LocalFamily, density: LatentDensity, how: LocalFit, particles: int) -> bool:
-    """Whether the mean ELBO stood still in the end."""
+    """Fits q by gradient ascent on the ELBO; says whether it had stopped to rise in the end."""
     for parameter in q.parameters:
         parameter.requires_grad_()
     optimiser = torch.optim.Adam(q.parameters, lr=how.lr, betas=_MEMORY)
@@ -155,7 +156,7 @@ def _look(q: LocalFamily, density: LatentDensity, particles: int) -> Tensor:
 def _step(
     q: LocalFamily, density: LatentDensity, optimiser: torch.optim.Optimizer, particles: int
 ) -> None:
-    """One step of all data."""
+    """One step of Adam, for all data at once."""
     with torch.enable_grad():
         elbo = q.log_weights(density, particles).mean(0)
         gradients = torch.autograd.grad(-elbo.sum(), q.parameters)

@@ -143,7 +143,7 @@ class Sums:
 
     @property
     def all(self) -> Tensor:
-        """Those of all data."""
+        """The sums of all data, in order."""
         return torch.cat(list(self._sums.values()), -1)
 
 
@@ -160,7 +160,7 @@ class WeightSums(Sums):
         self.power = power
 
     def reduce(self, log_weight: Tensor) -> Tensor:
-        """What is summed up of log weights ``(K, n)``: ``(2, n)``."""
+        """Both sums of log weights ``(K, n)`` over their K particles, ``(2, n)``."""
         powers = self.power * log_weight.double()
         return torch.stack([powers.logsumexp(0), (2 * powers).logsumexp(0)])
 

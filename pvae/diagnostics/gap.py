@@ -151,7 +151,9 @@ class Gap:
         if self.instead and self.verdict == "both":
             words = "encoder or family lose, which can't be told apart here"
         lines = [f"Inference gap, N = {n}: {words}", *map(str, self.findings())]
-        lines += [f"  {bound.headline}" for bound in (*map(self.elbo, self.log_weights), self.evidence)]
+        lines += [
+            f"  {bound.headline}" for bound in (*map(self.elbo, self.log_weights), self.evidence)
+        ]
         if self.instead:
             lines.append(f"  own: a full-rank Gaussian instead, as {self.instead}")
         lines += [f"  {q}: was still getting better at the last step" for q in self.unsettled]
