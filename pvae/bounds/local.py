@@ -69,7 +69,7 @@ class Fitted:
         rows: Rows of the data set that the chunk has.
         family: The family that was fitted.
         log_weights: log weights of fresh draws from the fitted q, ``(K, n)``.
-        is_settled: Whether the ELBO had stopped to rise before ``max_steps``.
+        is_settled: Whether the ELBO had stopped rising before ``max_steps``.
         instead: Why the guide's own family was replaced by a full-rank Gaussian; empty if not.
     """
 
@@ -120,7 +120,7 @@ _MEMORY = (0.9, 0.95)  # short: gradients are large where a fit starts, and soon
 
 
 def _maximise(q: LocalFamily, density: LatentDensity, how: LocalFit, particles: int) -> bool:
-    """Fits q by gradient ascent on the ELBO; says whether it had stopped to rise in the end."""
+    """Fits q by gradient ascent on the ELBO; says whether it had stopped rising in the end."""
     for parameter in q.parameters:
         parameter.requires_grad_()
     optimiser = torch.optim.Adam(q.parameters, lr=how.lr, betas=_MEMORY)
