@@ -9,6 +9,7 @@ from typing import Any
 from pvae import bounds, diagnostics, latent
 from pvae import terms as t
 from pvae.errors import UndefinedError
+from pvae.estimate import Estimate
 from pvae.options import Options
 from pvae.pair import PairLike, as_pair
 
@@ -116,14 +117,14 @@ def summarize(
     return Summary(title or "pvae", tuple(lines), _advice(lower, best, active, list(history)))
 
 
-def _with_error(bound: bounds.Bound) -> str:
-    over_data = "" if bound.values is None else f" +- {bound.se_data:.2g}"
-    over_draws = "" if bound.se_draws is None else f" (draws {bound.se_draws:.2g})"
+def _with_error(bound: Estimate) -> str:
+    over_data = "" if math.isnan(bound.se_data) else f" +- {bound.se_data:.2g}"
+    over_draws = "" if math.isnan(bound.se_draws) else f" (draws {bound.se_draws:.2g})"
     return f"{bound.mean:.2f}{over_data}{over_draws}"
 
 
 def _bits(
-    bound: bounds.Bound | None, source: Any, levels: int | None, bin_width: float | None
+    bound: Estimate | None, source: Any, levels: int | None, bin_width: float | None
 ) -> list[tuple[str, str, str]]:
     if levels is None and bin_width is None:
         return []
@@ -172,8 +173,8 @@ NOTHING = "nothing stands out: sample, reconstruct, encode with it"
 
 
 def _advice(
-    lower: bounds.Bound,
-    best: bounds.Bound | None,
+    lower: Estimate,
+    best: Estimate | None,
     active: tuple[int, int] | None,
     history: list[dict[str, Any]],
 ) -> str:

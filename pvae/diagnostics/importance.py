@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pvae import bounds
-from pvae import terms as t
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.errors import DataError, check_int, check_number
+from pvae.estimate import Estimate
 from pvae.options import Options, tool
 from pvae.pair import PairLike, as_pair
+from pvae.terms import prepared
 
 __all__ = ["Importance", "importance", "khat"]
 
@@ -95,7 +96,7 @@ def _check(log_weights: Tensor) -> None:
             "log_weights",
             f"shape (K, N), K at least {FEWEST}",
             f"shape {tuple(log_weights.shape)}",
-            ["bounds.log_weights(model, guide, data, num_particles=1000)"],
+            ["bounds.log_weights(pair, data, num_particles=1000)"],
         )
     broken = log_weights.isnan() | log_weights.isposinf()
     if bool(broken.any()):
@@ -132,25 +133,24 @@ class Importance:
     @property
     def ess(self) -> Tensor:
         r"""Effective sample size of each datum, :math:`1 / \sum_k \bar w_k^2`, shape ``(N,)``."""
-        size = 1 / self.log_weights.softmax(0).square().sum(0)
-        return size.nan_to_num(0.0)  # no draw has any weight
+        found = self.evidence.ess
+        assert found is not None  # noqa: S101
+        return found
 
     @property
-    def elbo(self) -> bounds.Bound:
+    def elbo(self) -> Estimate:
         """The mean of the log weights."""
-        return bounds.Estimate.of_elbo(self.log_weights).bound("ELBO", "lower")
+        return Estimate.of_mean("ELBO", self.log_weights, kind="lower")
 
     @property
-    def evidence(self) -> bounds.Bound:
+    def evidence(self) -> Estimate:
         """The log of the mean of the weights, which is low on average."""
-        name = f"evidence, IWAE-{len(self.log_weights)}"
-        return bounds.Estimate.of_evidence(self.log_weights).bound(name, "lower")
+        return Estimate.of_evidence(f"evidence, IWAE-{len(self.log_weights)}", self.log_weights)
 
     @property
-    def gap(self) -> bounds.Bound:
+    def gap(self) -> Estimate:
         """Evidence minus ELBO; the error over draws is that of the difference."""
-        evidence = bounds.Estimate.of_evidence(self.log_weights)
-        return (evidence - bounds.Estimate.of_elbo(self.log_weights)).bound("gap")
+        return (self.evidence - self.elbo).named("gap")
 
     @property
     def unreliable(self) -> float:
@@ -270,7 +270,7 @@ def importance(
     check_int("num_particles", num_particles, minimum=FEWEST)
     pair = as_pair(pair, "importance")
     log_weights = bounds.log_weights(pair, data, num_particles, **options)
-    with t.prepared(pair, data, options, "importance") as evaluation:
+    with prepared(pair, data, options, "importance") as evaluation:
         structure = evaluation.structure
     size = float(log_weights[log_weights.isfinite()].abs().median())
     rounding = torch.finfo(structure.dtype).eps * size

@@ -64,7 +64,7 @@ class Lines:
 
 def _bound(subject: Subject) -> Lines:
     found = subject.run(bounds.elbo, num_particles=min(subject.num_particles, 16))
-    if found.values is None:
+    if found.by == "draw":
         error, meaning = found.se_draws, "a datum's share"
     else:
         error, meaning = found.se_data, "log p(x, z) - log q(z | x), averaged over q"
