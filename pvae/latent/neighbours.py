@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
-from pvae.latent.checks import as_matrix
+from pvae.latent.matrix import as_matrix
 from pvae.pair.messages import log_density_of_delta
 
 __all__ = ["jeffreys", "nearest", "precision_at_k"]

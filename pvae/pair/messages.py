@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,28 +16,34 @@ from pvae.errors import PairError
 from pvae.sites import PENALTY
 
 __all__ = [
+    "Site",
     "extra_scale",
     "is_factor",
     "is_improper",
     "is_penalty",
+    "layers",
     "log_density_of_delta",
+    "mask_of",
     "plate_scale",
     "sample_sites",
     "score",
 ]
 
+Site = dict[str, Any]
+"""One site of a run, as Pyro's messages and the nodes of its traces describe it."""
 
-def is_factor(site: Any) -> bool:
+
+def is_factor(site: Site) -> bool:
     """Whether a site is a factor statement."""
     return isinstance(site["fn"], dist.Unit)
 
 
-def is_penalty(site: Any) -> bool:
+def is_penalty(site: Site) -> bool:
     """Whether a site is a factor marked as a penalty."""
     return bool((site["infer"] or {}).get(PENALTY))
 
 
-def sample_sites(trace: Any) -> list[Any]:
+def sample_sites(trace: Any) -> list[Site]:
     """The sites that have a density: no subsampling, no deterministic ones."""
     return [
         site
@@ -65,12 +72,39 @@ def log_density_of_delta(fn: Any) -> Tensor | None:
 
 def is_improper(fn: Any) -> bool:
     """Whether a density has no finite integral, as a flat prior's."""
-    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
-        fn = fn.base_dist
+    *_, fn = layers(fn)
     return isinstance(fn, dist.ImproperUniform) or bool(getattr(fn, "is_improper", False))
 
 
-def score(site: Any) -> Tensor:
+def layers(fn: Any) -> Iterator[Any]:
+    """A distribution, and those inside it that ``.to_event(k)`` and ``.mask(...)`` wrapped."""
+    yield fn
+    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
+        fn = fn.base_dist
+        yield fn
+
+
+def mask_of(site: Site) -> Tensor | None:
+    """Which entries of a site count, of its batch and event shape; None where all do.
+
+    The others are masked out by ``obs_mask=``, by `poutine.mask`, or by ``.mask(...)`` on the
+    distribution.
+    """
+    fn, mask = site["fn"], None
+    shape = fn.batch_shape + fn.event_shape
+    masked = [layer for layer in layers(fn) if isinstance(layer, MaskedDistribution)]
+    masks = [(site["mask"], len(fn.event_shape))]
+    masks += [(layer._mask, len(layer.event_shape)) for layer in masked]
+    for part, event_dim in masks:
+        if part is None or part is True:
+            continue
+        part = torch.as_tensor(part, device=site["value"].device).bool()
+        part = part.reshape(part.shape + (1,) * event_dim).expand(shape)
+        mask = part if mask is None else mask & part
+    return mask
+
+
+def score(site: Site) -> Tensor:
     """The log density of a site's value, neither masked nor scaled.
 
     Raises:
@@ -88,12 +122,12 @@ def score(site: Any) -> Tensor:
         ) from error
 
 
-def extra_scale(site: Any) -> Any:
+def extra_scale(site: Site) -> Any:
     """The factor of a site that no plate explains."""
     return site["scale"] / plate_scale(site)
 
 
-def plate_scale(site: Any, without: frozenset[str] = frozenset()) -> float:
+def plate_scale(site: Site, without: frozenset[str] = frozenset()) -> float:
     """The factor that subsampled plates give a site, those in ``without`` left out."""
     factor = 1.0
     for frame in site["cond_indep_stack"]:
