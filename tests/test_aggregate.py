@@ -184,7 +184,7 @@ def test_the_picture_of_ranks(device: torch.device) -> None:
     model, guide = linear.pair(linear.correlated(), linear.scaled(0.6))
     options: Any = {"num_simulations": 100, "num_particles": 19}
     for tool in (diagnostics.sbc, diagnostics.tarp):
-        found = tool(model, guide, torch.zeros(2, 3, device=device), **options)
+        found = tool((model, guide), torch.zeros(2, 3, device=device), **options)
         figure = plots.calibration(found)
         figure.savefig(BytesIO(), format="png")
         lines = figure.axes[0].lines

@@ -321,7 +321,7 @@ def _require_proper(structure: Structure, given: Mapping[str, Tensor]) -> None:
         raise UndefinedError(
             f"draws of {oxford(improper)} from the model",
             "a prior that is a distribution",
-            "an improper one",
+            "an improper prior",
             [
                 "a proper prior, such as priors.StandardNormal",
                 "latent.with_prior(pair, latent.fit_density(codes)), an ex-post density",
