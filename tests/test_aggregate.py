@@ -116,12 +116,10 @@ def test_false_alarms(device: torch.device) -> None:
     """
     toy = LinearGaussian.random(4, 2, 0.5)
     model, guide = linear.pair(toy, linear.exact)
-    structure = Pair(model, guide).inspect((toy.sample(10).to(device),))
+    pair = Pair(model, guide)
     joint, single = [], []
     for seed in range(120):
-        found = diagnostics.aggregated_posterior(
-            (model, guide), toy.sample(40, seed).to(device), structure=structure, seed=seed
-        )
+        found = diagnostics.aggregated_posterior(pair, toy.sample(40, seed).to(device), seed=seed)
         joint.append(found.joint.p_value)
         single.append(float(found.ks_p.min()))
     for p_values in (np.array(joint), np.array(single)):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from pvae.data import Source
 from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.export.variables import Layout, Pick, Variable
-from pvae.pair import Program, Structure
+from pvae.pair import Structure
 from pvae.simulate import Origin, Simulation, check_generative, draws
 from pvae.terms import Evaluation, Terms
+from pvae.types import Program
 
 __all__ = ["GROUPS", "Plan", "require_whole"]
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError
-from pvae.pair import Site, Structure, is_inside
+from pvae.pair import Structure, is_inside
 from pvae.simulate import Simulation
+from pvae.types import Site
 
 __all__ = ["Layout", "Pick", "Variable", "fill"]
 

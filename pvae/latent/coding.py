@@ -62,7 +62,7 @@ def codes(
         site = t.only_site("codes", "latent of the data", structure.latents, site)
         if num_particles is not None:
             passes = t.stream(evaluation, num_particles)
-            draws = _by_rows(passes, lambda terms: terms.sites[site].value)
+            draws = _by_rows(passes, lambda terms: _draws(terms, site))
             return torch.cat([torch.cat(parts) for parts in draws], 1)
         means, _ = means_and_noise(evaluation, site, num_particles_of_mean)
     return means
@@ -97,13 +97,19 @@ def means_and_noise(
 
 
 def _by_rows(
-    passes: Iterable[tuple[slice, t.Terms]], pick: Callable[[t.Terms], Tensor | None]
+    passes: Iterable[tuple[slice, t.Terms]], pick: Callable[[t.Terms], Tensor]
 ) -> list[list[Tensor]]:
     """What each chunk of data has, pass by pass: its particles may come in several."""
     parts: dict[int, list[Tensor]] = {}
     for rows, terms in passes:
         parts.setdefault(rows.start, []).append(pick(terms))
     return list(parts.values())
+
+
+def _draws(terms: t.Terms, site: str) -> Tensor:
+    value = terms.sites[site].value
+    assert value is not None  # noqa: S101
+    return value
 
 
 def _means(terms: t.Terms, site: str) -> Tensor:

@@ -15,11 +15,12 @@ from pvae.conditional import as_conditional
 from pvae.data import as_source
 from pvae.errors import PairError, check_int, oxford
 from pvae.options import tool
-from pvae.pair import Pair, PairLike, Program, as_pair, probing
+from pvae.pair import Pair, PairLike, as_pair, probing
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.simulate import run_model
 from pvae.sites import LATENT, announce_parameters
 from pvae.terms import only_site
+from pvae.types import Program
 
 __all__ = ["sample", "with_prior"]
 

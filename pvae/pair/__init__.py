@@ -5,8 +5,8 @@ Parts build pairs, tools work on them.
 """
 
 from pvae.pair.base import Pair, PairLike, as_pair
-from pvae.pair.messages import Site, is_penalty, mask_of
-from pvae.pair.modules import Program, probing
+from pvae.pair.messages import is_penalty, mask_of
+from pvae.pair.modules import probing
 from pvae.pair.observed import Observed, is_inside, observed_sites
 from pvae.pair.probe import Batch, as_batch, num_rows_of, run_pair
 from pvae.pair.structure import Structure
@@ -16,8 +16,6 @@ __all__ = [
     "Observed",
     "Pair",
     "PairLike",
-    "Program",
-    "Site",
     "Structure",
     "as_batch",
     "as_pair",

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pvae.distributions import masks_of
 from pvae.errors import PairError
 from pvae.sites import PENALTY
+from pvae.types import Site
 
 __all__ = [
-    "Site",
     "extra_scale",
     "is_factor",
-    "is_improper",
     "is_penalty",
-    "layers",
-    "log_density_of_delta",
     "mask_of",
     "plate_scale",
     "sample_sites",
     "score",
 ]
-
-Site = dict[str, Any]
-"""One site of a run, as Pyro's messages and the nodes of its traces describe it."""
 
 
 def is_factor(site: Site) -> bool:
@@ -43,7 +34,7 @@ def is_penalty(site: Site) -> bool:
     return bool((site["infer"] or {}).get(PENALTY))
 
 
-def sample_sites(trace: Any) -> list[Site]:
+def sample_sites(trace: Trace) -> list[Site]:
     """The sites that have a density: no subsampling, no deterministic ones."""
     return [
         site
@@ -54,36 +45,6 @@ def sample_sites(trace: Any) -> list[Site]:
     ]
 
 
-def log_density_of_delta(fn: Any) -> Tensor | None:
-    """The log density that a Delta carries, also inside Independent and masks; None for others.
-
-    It is never read off by comparing values, which are unequal after any round trip.
-    """
-    if isinstance(fn, dist.Delta):
-        return fn.log_density
-    if isinstance(fn, torch.distributions.Independent):
-        inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else sum_rightmost(inner, fn.reinterpreted_batch_ndims)
-    if isinstance(fn, MaskedDistribution):
-        inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else scale_and_mask(inner, mask=fn._mask)
-    return None
-
-
-def is_improper(fn: Any) -> bool:
-    """Whether a density has no finite integral, as a flat prior's."""
-    *_, fn = layers(fn)
-    return isinstance(fn, dist.ImproperUniform) or bool(getattr(fn, "is_improper", False))
-
-
-def layers(fn: Any) -> Iterator[Any]:
-    """A distribution, and those inside it that ``.to_event(k)`` and ``.mask(...)`` wrapped."""
-    yield fn
-    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
-        fn = fn.base_dist
-        yield fn
-
-
 def mask_of(site: Site) -> Tensor | None:
     """Which entries of a site count, of its batch and event shape; None where all do.
 
@@ -92,10 +53,7 @@ def mask_of(site: Site) -> Tensor | None:
     """
     fn, mask = site["fn"], None
     shape = fn.batch_shape + fn.event_shape
-    masked = [layer for layer in layers(fn) if isinstance(layer, MaskedDistribution)]
-    masks = [(site["mask"], len(fn.event_shape))]
-    masks += [(layer._mask, len(layer.event_shape)) for layer in masked]
-    for part, event_dim in masks:
+    for part, event_dim in [(site["mask"], len(fn.event_shape)), *masks_of(fn)]:
         if part is None or part is True:
             continue
         part = torch.as_tensor(part, device=site["value"].device).bool()
@@ -122,7 +80,7 @@ def score(site: Site) -> Tensor:
         ) from error
 
 
-def extra_scale(site: Site) -> Any:
+def extra_scale(site: Site) -> float | Tensor:
     """The factor of a site that no plate explains."""
     return site["scale"] / plate_scale(site)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pvae.errors import UndefinedError
-from pvae.pair.messages import Site, is_factor, mask_of, sample_sites
+from pvae.pair.messages import is_factor, mask_of, sample_sites
 from pvae.pair.probe import Batch
 from pvae.pair.structure import Structure
+from pvae.types import Site
 
 __all__ = ["DATA", "Observed", "data_of", "is_inside", "observed_sites", "put_back"]
 

@@ -16,8 +16,6 @@ from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.pair import (
     Batch,
     Observed,
-    Program,
-    Site,
     Structure,
     as_batch,
     is_inside,
@@ -30,6 +28,7 @@ from pvae.pair.observed import DATA, put_back
 from pvae.terms import Terms, compute, mean_of
 from pvae.terms.collect import PARTICLES
 from pvae.terms.passes import can_vectorize, in_particles
+from pvae.types import Program, Site
 
 __all__ = ["Origin", "Simulation", "run_model", "simulate_batch"]
 

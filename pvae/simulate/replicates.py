@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pyro import distributions as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from pvae.distributions import base_of
 from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.pair import is_inside
-from pvae.pair.messages import layers
 from pvae.simulate.ancestral import Origin, Simulation
 from pvae.simulate.draws import check_generative, draws
 from pvae.terms import Evaluation
+from pvae.types import Dist
 
 __all__ = ["CheckKind", "Replicates"]
 
@@ -49,7 +50,7 @@ class Replicates:
     kind: CheckKind
     observed: Tensor
     mask: Tensor | None
-    fn: Any
+    fn: Dist
 
     @classmethod
     def of(
@@ -110,14 +111,14 @@ class Replicates:
 
     def labels(self) -> Callable[[Tensor], Tensor] | None:
         """From data to class numbers, where the data are classes; None where they aren't."""
-        *_, fn = layers(self.fn)
+        fn = base_of(self.fn)
         if isinstance(fn, dist.OneHotCategorical):
             return lambda x: x.argmax(-1)
         return (lambda x: x) if type(fn) is dist.Categorical else None
 
     def require_order(self, where: str) -> None:
         """Refuses values that aren't ordered: classes and angles."""
-        *_, fn = layers(self.fn)
+        fn = base_of(self.fn)
         unordered = (
             dist.Categorical,
             dist.OneHotCategorical,
