@@ -78,7 +78,7 @@ def test_a_reshaped_argument_gives_the_same_numbers(name: str, data: Tensor) -> 
     torch.testing.assert_close(back(ours.batch[0]), theirs.batch[0])
     for kind in ("mixed", "posterior"):
         found, other = (
-            diagnostics.predictive(p, d, kind=kind, num_particles=9)  # type: ignore[arg-type]
+            diagnostics.predictive(p, d, kind=kind, num_particles=9)
             for p, d in ((pair, x), (same, data))
         )
         for key, statistic in found.statistics.items():
@@ -87,8 +87,8 @@ def test_a_reshaped_argument_gives_the_same_numbers(name: str, data: Tensor) -> 
     expected = export.to_arviz(same, data, num_particles=5, progress=False)
     assert "constant_data" not in tree.children  # the argument is the observed data
     for group in expected.children:
-        for key, variable in expected[group].to_dataset().data_vars.items():
-            np.testing.assert_array_equal(tree[group][key].values, variable.values)
+        for label, variable in expected[group].data_vars.items():
+            np.testing.assert_array_equal(tree[group][str(label)].values, variable.values)
 
 
 def test_a_reshaped_argument_is_checked_like_others(data: Tensor) -> None:

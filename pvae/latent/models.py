@@ -153,7 +153,7 @@ def sample(
         source = as_source(data, like.device, like.dtype)
         size = source.num_rows if num_samples is None else check_int("num_samples", num_samples)
         batch = source.rows(torch.arange(size, device=source.device) % source.num_rows)
-        trace = run_model("sample", pair.model, batch, mean=mean, keep_masked=False)
+        trace = run_model(pair.model, batch, where="sample", mean=mean, keep_masked=False)
     sites = {s["name"]: s for s in sample_sites(trace)}
     observed = [n for n, s in sites.items() if s["is_observed"] and not is_factor(s)]
     what, names = ("observed site", observed) if site is None else ("site", [*sites])

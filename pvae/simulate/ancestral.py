@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -30,7 +31,15 @@ from pvae.terms.collect import PARTICLES
 from pvae.terms.passes import can_vectorize, in_particles
 from pvae.types import Program, Site
 
-__all__ = ["Origin", "Simulation", "run_model", "simulate_batch"]
+__all__ = [
+    "Origin",
+    "RunOptions",
+    "Simulation",
+    "no_guide",
+    "require_proper",
+    "run_model",
+    "simulate_batch",
+]
 
 Origin = Literal["posterior", "prior", "mixed"]
 """Where latents come from: all from the guide; all from the model; those outside the data plate
@@ -70,33 +79,49 @@ class _DrawData(Messenger):
         return value
 
 
+class RunOptions(TypedDict, total=False):
+    """How `run_model` runs a model.
+
+    Attributes:
+        where: The tool, for error messages; "draws of data".
+        draw_data: Whether data are drawn, and not only latents; True.
+        mean: Whether data are their distributions' means in place of draws; False.
+        keep_masked: Whether entries that are masked out are the observed ones; True.
+    """
+
+    where: str
+    draw_data: bool
+    mean: bool
+    keep_masked: bool
+
+
 def run_model(
-    where: str,
     model: Program,
     batch: Batch,
+    latents: Trace | None = None,
     *,
-    latents: Any = None,
+    where: str = "draws of data",
     draw_data: bool = True,
     mean: bool = False,
     keep_masked: bool = True,
-) -> Any:
+) -> Trace:
     """Pyro's trace of one run of a model with its data drawn, each site given those before it.
 
     Arguments:
-        where: The tool, for error messages.
         model: The program.
         batch: What it is called with; of what it observes, only the shape matters.
         latents: A trace of latents that aren't to be drawn.
-        draw_data: Whether data are drawn, and not only latents.
-        mean: Data are their distributions' means in place of draws.
-        keep_masked: Whether entries that are masked out are the observed ones.
+        where: See `RunOptions`, as for the others.
+        draw_data: Likewise.
+        mean: Likewise.
+        keep_masked: Likewise.
 
     Raises:
         UndefinedError: If the model has factors, or a distribution no mean.
     """
     program = _DrawData(mean=mean, keep_masked=keep_masked)(model) if draw_data else model
     program = program if latents is None else poutine.replay(program, trace=latents)
-    trace = run_pair(program, _nothing, batch)[1]
+    trace = run_pair(program, no_guide, batch)[1]
     factors = [s["name"] for s in sample_sites(trace) if is_factor(s) and not is_penalty(s)]
     if draw_data and factors:
         raise UndefinedError(
@@ -108,7 +133,7 @@ def run_model(
     return trace
 
 
-def _nothing(*batch: object) -> None:
+def no_guide(*batch: object) -> None:
     """A guide that leaves all latents to the model."""
 
 
@@ -130,30 +155,23 @@ class Simulation:
 
     structure: Structure
     batch: Batch
-    guides: list[Any]
+    guides: list[Trace | None]
     given: Mapping[str, Tensor]
     per_pass: int
-    draw_data: bool = True
-    mean: bool = False
+    options: RunOptions
     terms: Terms | None = None
-    where: str = "draws of data"
     num_rows: int | None = None
 
     @cached_property
-    def traces(self) -> list[Any]:
+    def traces(self) -> list[Trace]:
         """Of the model with its data drawn, by pass; run when first asked for."""
         program = in_particles(self.structure.model, self.structure, self.per_pass, self.given)
-        return [
-            run_model(
-                self.where,
-                program,
-                self.batch,
-                latents=guide,
-                draw_data=self.draw_data,
-                mean=self.mean,
-            )
-            for guide in self.guides
-        ]
+        return [run_model(program, self.batch, guide, **self.options) for guide in self.guides]
+
+    @property
+    def where(self) -> str:
+        """The tool, for error messages."""
+        return self.options.get("where", "draws of data")
 
     def site(self, name: str) -> Site:
         """A site of the model, as the first pass has it."""
@@ -234,7 +252,7 @@ class Simulation:
         """
         program = in_particles(self.structure.model, self.structure, self.per_pass, self.given)
         replayed = poutine.replay(program, trace=self.traces[0])
-        again = run_pair(replayed, _nothing, filled)[1]
+        again = run_pair(replayed, no_guide, filled)[1]
         of_guide = {} if self.guides[0] is None else self.guides[0].nodes
         for site in sample_sites(self.traces[0]):
             name = site["name"]
@@ -272,10 +290,8 @@ def simulate_batch(
     num_particles: int = 1,
     given: Mapping[str, Tensor] | None = None,
     origin: Origin = "prior",
-    draw_data: bool = True,
-    mean: bool = False,
     score: bool = False,
-    where: str = "draws of data",
+    **options: Unpack[RunOptions],
 ) -> Simulation:
     """K draws of latents and data for each row of a batch, by running a pair's model.
 
@@ -287,10 +303,8 @@ def simulate_batch(
         num_particles: K.
         given: Values of sites that aren't to be drawn.
         origin: Where latents come from; under ``"mixed"`` those of the guide have to be given.
-        draw_data: Whether data are drawn, and not only latents.
-        mean: Data are their distributions' means in place of draws.
         score: Whether `Simulation.terms` are to be there; of latents from the guide alone.
-        where: The tool, for error messages.
+        options: As in `RunOptions`.
 
     Raises:
         UndefinedError: If the model is to draw a latent that has an improper prior.
@@ -299,9 +313,10 @@ def simulate_batch(
         raise ArgumentError("origin", "'posterior', 'prior' or 'mixed'", repr(origin))
     batch, given = as_batch(batch), dict(given or {})
     if origin != "posterior":
-        _require_proper(structure, given)
+        require_proper(structure, given)
     k = num_particles if num_particles == 1 or can_vectorize(structure, batch) else 1
-    terms = None
+    terms: Terms | None = None
+    guides: list[Trace | None]
     if score and origin == "posterior":
         terms = compute(structure, batch, num_particles=num_particles, given=given)
         guides = [one.guide_trace for one in terms.passes]
@@ -311,10 +326,11 @@ def simulate_batch(
         guides = [run_pair(structure.model, guide, batch, model_too=False)[0] for _ in range(count)]
     else:
         guides = [None] * (num_particles // k)
-    return Simulation(structure, batch, guides, given, k, draw_data, mean, terms, where)
+    return Simulation(structure, batch, guides, given, k, options, terms)
 
 
-def _require_proper(structure: Structure, given: Mapping[str, Tensor]) -> None:
+def require_proper(structure: Structure, given: Container[str] = ()) -> None:
+    """Refuses draws from the model where a prior, of what isn't given, is no distribution."""
     improper = [name for name in structure.improper if name not in given]
     if improper:
         raise UndefinedError(

@@ -6,7 +6,7 @@ chunks of bounded memory.
 """
 
 from pvae.pair import Structure, run_pair
-from pvae.terms.chunks import draw_globals, stream
+from pvae.terms.chunks import draw_globals, first_rows, stream
 from pvae.terms.density import LatentDensity, stream_densities
 from pvae.terms.evaluation import Evaluation, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
@@ -24,6 +24,7 @@ __all__ = [
     "compute",
     "draw_globals",
     "draw_guide",
+    "first_rows",
     "mean_of",
     "only_site",
     "prepared",
