@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae import distributed
 from pvae import terms as t
@@ -20,6 +20,7 @@ from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
 from pvae.fitting.checks import trying
 from pvae.fitting.state import first_difference
+from pvae.internals import BatchNorm
 from pvae.objectives import Objective
 
 __all__ = ["agree", "check_parts", "warn_if_apart"]
@@ -87,7 +88,7 @@ def check_parts(
         )
     _check_objective(objective, structure)
     for module in structure.modules:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             instead = ["nn.LayerNorm or nn.GroupNorm", _ALONE]
             _refuse("pair", "data that don't meet in a batch", f"{type(module).__name__}", instead)
         if getattr(module, "couples_data", False):
