@@ -390,7 +390,7 @@ assert [line.verdict for line in replicated.findings()][1] == "bad"
 # named dimensions, for every plot and table that ArviZ has.
 
 # %%
-tree = export.to_arviz((model, good), x[:20], num_samples=500)
+tree = export.to_arviz((model, good), x[:20], num_particles=500)
 print(list(tree.children))
 means = torch.as_tensor(tree["posterior"]["z"].mean(("chain", "draw")).to_numpy())
 with torch.no_grad():

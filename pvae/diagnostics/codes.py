@@ -11,7 +11,6 @@ from torch import Tensor
 from pvae import terms as t
 from pvae.errors import UndefinedError, check_int, check_number
 from pvae.jacobian import squared_jacobian_norm
-from pvae.latent.checks import mean_of, only_site
 from pvae.modes import evaluating
 from pvae.options import Options, tool
 from pvae.pair import PairLike
@@ -92,7 +91,7 @@ def sensitivity(
     found = []
     with t.prepared(pair, data, options, "sensitivity") as evaluation:
         structure = evaluation.structure
-        name = only_site("sensitivity", "latent of the data", structure.latents, site)
+        name = t.only_site("sensitivity", "latent of the data", structure.latents, site)
         if structure.subsample_size is not None or structure.tied_to is not None:
             raise UndefinedError(
                 "sensitivity",
@@ -105,7 +104,7 @@ def sensitivity(
 
                 def code(x: Tensor, rest: tuple[Tensor, ...] = tuple(context)) -> Tensor:
                     fn = poutine.trace(structure.guide).get_trace(x, *rest).nodes[name]["fn"]
-                    mean = mean_of(fn)
+                    mean = t.mean_of(fn)
                     if mean is None:
                         raise UndefinedError(
                             f"site '{name}'",

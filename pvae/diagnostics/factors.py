@@ -11,7 +11,7 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from pvae.errors import ArgumentError, DataError, check_int, check_number
-from pvae.latent.checks import as_matrix
+from pvae.latent.coding import as_matrix
 
 __all__ = ["DCI", "Score", "as_codes_and_factors", "dci", "factor_vae_score", "irs", "mig", "sap"]
 

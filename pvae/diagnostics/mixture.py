@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from pvae import terms as t
 from pvae.data import first_batch
-from pvae.diagnostics.simulated import mask_of
 from pvae.errors import UndefinedError, oxford
 from pvae.modes import evaluating
-from pvae.pair import probing
+from pvae.pair import mask_of, probing
 
 __all__ = ["Draws", "Mixture", "draw", "require_mixture", "score_mixture", "sum_of"]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from pvae import terms as t
 from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.predictive import Function
-from pvae.diagnostics.replicates import CheckKind, Replicates
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import CheckKind, Replicates
 
 __all__ = ["Calibration", "pit"]
 
@@ -175,8 +175,8 @@ def pit(
                 below += values < own
                 equal += values == own
         u = (below + torch.rand_like(below) * (equal + 1)) / (num_particles + 1)
-    if statistic is None and found.kept is not None:
-        u[~found.kept.expand(u.shape)] = math.nan
+    if statistic is None and found.mask is not None:
+        u[~found.mask.expand(u.shape)] = math.nan
     u = u.cpu()
     reason = _reason(found)
     return Calibration(kind, found.site, u, None if reason else _uniform(u), reason, num_particles)

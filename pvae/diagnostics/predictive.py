@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pvae import terms as t
 from pvae.diagnostics.finding import Finding, Verdict
-from pvae.diagnostics.replicates import CheckKind, Replicates
 from pvae.errors import ArgumentError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import CheckKind, Replicates
 
 __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from pvae import terms as t
 from pvae.errors import check_int
-from pvae.latent.checks import only_site
 from pvae.latent.coding import means_and_noise
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.terms import only_site
 
 __all__ = ["active_units"]
 

@@ -1,20 +1,17 @@
-"""All objectives: by name, and in one table, which ``docs/objectives.md`` is made from."""
+"""All objectives in one table, which ``docs/objectives.md`` is made from."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 
-from pvae.errors import ArgumentError
 from pvae.objectives import aggregate, elbo, gradients, rate, weighted
 from pvae.objectives.base import Objective
 from pvae.objectives.refusals import NEEDS
 from pvae.objectives.two_losses import TwoLosses
 
-__all__ = ["ALL", "NAMES", "Table", "named", "table"]
+__all__ = ["ALL", "Table", "table"]
 
 ALL: tuple[type[Objective], ...] = tuple(
     kind
@@ -23,13 +20,6 @@ ALL: tuple[type[Objective], ...] = tuple(
     if isinstance(kind, type) and issubclass(kind, Objective) and kind.__name__ in module.__all__
 )
 """In the order in which their modules define them."""
-
-NAMES: dict[str, type[Objective]] = {
-    kind.__name__.lower(): kind
-    for kind in ALL
-    if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(kind))
-}
-"""By name, as on the command line: those that need no argument."""
 
 BOUNDS = {
     "lower": "lower bound",
@@ -42,40 +32,6 @@ SPECIAL = {
     "Renyi": "lower bound from alpha = 0 on; below, no bound: its estimate is biased down",
     "TVO": "lower bound, as K grows",
 }
-
-
-def named(name: str, **options: object) -> Objective:
-    """The objective of a name, as on the command line: that of its class, in lower case.
-
-    Arguments:
-        name: One of `NAMES`.
-        options: The objective's arguments, ``num_particles`` among them.
-
-    Raises:
-        ArgumentError: If there is none of that name, or it has no such argument.
-
-    Example:
-        >>> named("dreg", num_particles=3)
-        DReG(num_particles=3)
-    """
-    kind = NAMES.get(name.lower())
-    if kind is None:
-        choices = _nearest(name, NAMES)
-        expected = f"one of {', '.join(choices)}"
-        raise ArgumentError("objective", expected, repr(name), [repr(c) for c in choices[:2]])
-    known = [f.name for f in fields(kind) if f.init]
-    for option in options:
-        if option not in known:
-            choices = _nearest(option, known)
-            expected = f"an argument of the objective {name}, one of {', '.join(choices)}"
-            raise ArgumentError(option, expected)
-    return kind(**options)  # type: ignore[arg-type]
-
-
-def _nearest(word: str, choices: Iterable[str]) -> list[str]:
-    """The choices, those first that are spelt most alike."""
-    alike = {c: difflib.SequenceMatcher(None, word.lower(), c).ratio() for c in choices}
-    return sorted(alike, key=lambda c: -alike[c])
 
 
 @dataclass(frozen=True)
