@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from pvae import terms as t
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result, Verdict
 from pvae.diagnostics.simulated import (
     column_names,
     columns,
@@ -18,6 +18,7 @@ from pvae.diagnostics.simulated import (
     refuse_mask,
     require_rows,
 )
+from pvae.diagnostics.thresholds import DISTANCE, P_VALUE
 from pvae.errors import UndefinedError, check_int
 from pvae.latent.checks import only_site
 from pvae.latent.coding import means_and_noise
@@ -30,8 +31,8 @@ from pvae.pair import PairLike
 __all__ = ["AggregatedPosterior", "aggregated_posterior"]
 
 
-@dataclass(frozen=True)
-class AggregatedPosterior:
+@dataclass(frozen=True, repr=False)
+class AggregatedPosterior(Result):
     """Draws from q(z) and from p(z), and how they differ.
 
     Attributes:
@@ -54,26 +55,34 @@ class AggregatedPosterior:
     correlation: Tensor
     mean_correlation: Tensor | None
 
+    @property
+    def title(self) -> str:
+        """How many draws were compared."""
+        return f"Aggregated posterior: {len(self.draws)} draws, {len(self.names)} dimension(s)"
+
     def findings(self) -> list[Finding]:
         """Both tests, and the strongest correlation."""
         worst = int(self.ks.argmax())
         distance, p_value = float(self.ks[worst]), float(self.ks_p.min())
-        differs = min(p_value, self.joint.p_value) <= 1e-3
-        verdict: Verdict = "bad" if p_value <= 1e-3 and distance > 0.25 else "look"
+        joint: Verdict = "good" if P_VALUE.verdict(self.joint.p_value) == "good" else "look"
+        single: Verdict = "good"
+        if P_VALUE.verdict(p_value) != "good":
+            single = DISTANCE.verdict(distance)
+        differs = {joint, single} != {"good"}
         lines = [
             Finding(
-                "q(z) = p(z), joint",
+                "q(z) = p(z), p-value",
                 self.joint.p_value,
-                verdict="look" if self.joint.p_value <= 1e-3 else "good",
-                meaning="p-value, kernel two-sample test",
+                verdict=joint,
+                meaning="that codes are distributed as the prior is, all dimensions together",
                 advice="a richer prior, or latent.fit_density, for samples" if differs else "",
             ),
             Finding(
                 "q(z_d) from p(z_d)",
                 distance,
-                verdict=verdict if p_value <= 1e-3 else "good",
-                meaning=f"Kolmogorov-Smirnov distance of {self.names[worst]}, the greatest",
-                advice="diagnostics.surgery, for its size in nats" if p_value <= 1e-3 else "",
+                verdict=single,
+                meaning=f"Kolmogorov-Smirnov distance in {self.names[worst]}, the greatest",
+                advice="" if single == "good" else "diagnostics.surgery, for its size in nats",
             ),
         ]
         if len(self.names) > 1:
@@ -89,14 +98,8 @@ class AggregatedPosterior:
             "correlation",
             value,
             (1 - value**2) / (len(self.draws) - 1) ** 0.5,
-            meaning=f"of {self.names[first]} and {self.names[second]} under q(z), the strongest",
+            meaning=f"of {self.names[first]} and {self.names[second]} over all codes, the strongest",
         )
-
-    def __str__(self) -> str:
-        head = f"Aggregated posterior: {len(self.draws)} draws, {len(self.names)} dimension(s)"
-        return "\n".join([head, *map(str, self.findings())])
-
-    __repr__ = __str__
 
 
 @tool
@@ -117,8 +120,9 @@ def aggregated_posterior(
     rows one of p(z). All dimensions together, divided by their standard deviations, are compared
     by the kernel two-sample test, each by that of Kolmogorov and Smirnov. Both tests hold their
     false-alarm rate whatever the distributions are, and say nothing of size: with enough data any
-    difference is found. So a difference (p at most 0.001) is worth a "look", and "bad" where a
-    dimension's distribution function is off by more than a quarter. A point-mass guide, which has
+    difference is found. So a difference (p at most 0.05) is worth a "look" at most, unless a
+    dimension's distribution function is off by a quarter, which is "bad"; by less than a tenth it
+    is "good". A point-mass guide, which has
     codes, can be compared.
 
     References:

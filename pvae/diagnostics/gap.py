@@ -12,7 +12,7 @@ from torch import Tensor
 from pvae import bounds
 from pvae import terms as t
 from pvae.bounds import Bound, Estimate
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result, Verdict
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae import bounds
 from pvae import terms as t
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result, Verdict
 from pvae.errors import DataError, check_int, check_number
 from pvae.options import Options, tool
 from pvae.pair import PairLike, as_pair

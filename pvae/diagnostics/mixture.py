@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import terms as t
+from pvae import terms
 from pvae.data import first_batch
 from pvae.diagnostics.simulated import mask_of
 from pvae.errors import UndefinedError, oxford
@@ -19,9 +17,6 @@ from pvae.modes import evaluating
 from pvae.pair import probing
 
 __all__ = ["Draws", "Mixture", "draw", "require_mixture", "score_mixture", "sum_of"]
-
-Pair = Callable[..., Any]
-
 
 @dataclass(frozen=True)
 class Draws:
@@ -61,12 +56,12 @@ class Mixture:
     log_prob_dims: Tensor | None
 
 
-def draw(evaluation: t.Evaluation, num_particles: int) -> Draws:
+def draw(evaluation: terms.Evaluation, num_particles: int) -> Draws:
     """Draws from the guide for all data."""
     because = _why_no_dimensions(evaluation)
     chunks: dict[int, list[dict[tuple[str, str], Tensor]]] = {}
-    for rows, terms in t.stream(evaluation, num_particles, per_dimension=not because):
-        chunks.setdefault(rows.start, []).append(_kept(terms))
+    for rows, found in terms.stream(evaluation, num_particles, per_dimension=not because):
+        chunks.setdefault(rows.start, []).append(_kept(found))
     whole = {
         key: torch.cat([torch.cat([p[key] for p in parts]) for parts in chunks.values()], 1)
         for key in next(iter(chunks.values()))[0]
@@ -86,22 +81,22 @@ def draw(evaluation: t.Evaluation, num_particles: int) -> Draws:
     )
 
 
-def _kept(terms: t.Terms) -> dict[tuple[str, str], Tensor]:
+def _kept(found: terms.Terms) -> dict[tuple[str, str], Tensor]:
     """What is kept of a chunk."""
-    terms.require_split()
-    kept = {("log_q", ""): terms.log_q.double()}
-    for name, site in terms.sites.items():
+    found.require_split()
+    kept = {("log_q", ""): found.log_q.double()}
+    for name, site in found.sites.items():
         if site.kind == "penalty":
             continue
         is_drawn = site.kind in ("latent", "auxiliary")
         if is_drawn or site.log_q is not None:
-            zero = torch.zeros_like(terms.log_q)
+            zero = torch.zeros_like(found.log_q)
             log_q = zero if site.log_q is None else site.log_q
             log_p = zero if site.log_p is None or not is_drawn else site.log_p
             kept["rate", name] = (log_q - log_p).double()
         elif site.log_p is not None:
             kept["distortion", name] = -site.log_p.double()
-        if name in terms.structure.latents and site.value is not None:
+        if name in found.structure.latents and site.value is not None:
             kept["value", name] = site.value
         for key in ("log_q_dims", "log_p_dims"):
             value = getattr(site, key)
@@ -110,19 +105,19 @@ def _kept(terms: t.Terms) -> dict[tuple[str, str], Tensor]:
     return kept
 
 
-def _why_no_dimensions(evaluation: t.Evaluation) -> str:
+def _why_no_dimensions(evaluation: terms.Evaluation) -> str:
     structure, source = evaluation.structure, evaluation.source
     rows = structure.tied_to or (source.num_rows if structure.subsample_size else 2)
     batch = first_batch(source, rows)
     try:
         with probing((structure.model, structure.guide)):
-            t.compute(structure, batch, per_dimension=True)
+            terms.compute(structure, batch, per_dimension=True)
     except UndefinedError as error:
         return f"{error.where}: {error.actual}"
     return ""
 
 
-def require_mixture(evaluation: t.Evaluation) -> None:
+def require_mixture(evaluation: terms.Evaluation) -> None:
     """Refuses pairs whose q(z) isn't the mean of scores, or that have no one p(z)."""
     structure, source = evaluation.structure, evaluation.source
     if structure.subsample_size is not None or structure.tied_to is not None:
@@ -131,7 +126,7 @@ def require_mixture(evaluation: t.Evaluation) -> None:
         )
     batch = first_batch(source, 128)
     with probing((structure.model, structure.guide)):
-        first = t.compute(structure, batch)
+        first = terms.compute(structure, batch)
         values = {name: first.sites[name].value for name in structure.latents}
         drawn = {name: value[0] for name, value in values.items() if value is not None}
         for trace in (first.guide_trace, first.model_trace):
@@ -141,9 +136,9 @@ def require_mixture(evaluation: t.Evaluation) -> None:
                     "q(z)", "latents of all rows", f"a mask at site {oxford(masked)}"
                 )
         one = {name: value[:1] for name, value in drawn.items()}
-        t.score_guide(structure, batch, one)
+        terms.score_guide(structure, batch, one)
         rolled = {name: value.roll(1, 0) for name, value in drawn.items()}
-        second = t.compute(structure, batch, given=rolled)
+        second = terms.compute(structure, batch, given=rolled)
     for name in drawn:
         ours, other = second.sites[name].log_p, first.sites[name].log_p
         if ours is None or other is None or not torch.allclose(ours, other.roll(1, 1), rtol=1e-4):
@@ -155,7 +150,7 @@ def require_mixture(evaluation: t.Evaluation) -> None:
             )
 
 
-def score_mixture(evaluation: t.Evaluation, own: Draws) -> Mixture:
+def score_mixture(evaluation: terms.Evaluation, own: Draws) -> Mixture:
     """log q(z) of every draw: the log of the mean of its density under every row's guide."""
     structure, source = evaluation.structure, evaluation.source
     max_rows = max(evaluation.max_rows, _LEAST_ROWS)  # of the guide alone, which is cheap
@@ -173,7 +168,7 @@ def score_mixture(evaluation: t.Evaluation, own: Draws) -> Mixture:
             sums: list[Tensor] = []
             for others in torch.arange(n, device=own.log_q.device).split(rows):
                 batch = source.rows(others)
-                sites = t.score_guide(
+                sites = terms.score_guide(
                     structure,
                     batch,
                     chosen,
@@ -199,6 +194,6 @@ def score_mixture(evaluation: t.Evaluation, own: Draws) -> Mixture:
 _LEAST_ROWS = 65536
 
 
-def sum_of(parts: Any) -> Tensor:
+def sum_of(parts: Iterable[Tensor | None]) -> Tensor:
     """The sum of tensors, in double precision."""
     return torch.stack([p.double() for p in parts if p is not None]).sum(0)
