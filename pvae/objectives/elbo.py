@@ -122,7 +122,7 @@ class ELBO(Objective):
     def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         beta, factor = self.value_at("beta", state), self.value_at("penalty_weight", state)
-        if self.beta != Constant(1.0) and "joint" in terms.notes:
+        if self.beta != Constant(1.0) and terms.is_joint:
             terms.require_split()
         rate = terms.scaled("q") - terms.scaled("prior")
         if self.analytic_kl:

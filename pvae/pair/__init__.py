@@ -6,9 +6,10 @@ Parts build pairs, tools work on them.
 
 from pvae.pair.base import Pair, PairLike, as_pair
 from pvae.pair.messages import is_penalty
-from pvae.pair.modules import Program, probing
+from pvae.pair.modules import probing
 from pvae.pair.probe import Batch, as_batch, num_rows_of, run_pair
 from pvae.pair.structure import Structure
+from pvae.types import Program
 
 __all__ = [
     "Batch",
