@@ -115,12 +115,11 @@ def test_false_alarms(device: torch.device) -> None:
     happen less than once in 1e5. And the tests aren't idle: p-values below one half are common.
     """
     toy = LinearGaussian.random(4, 2, 0.5)
-    model, guide = linear.pair(toy, linear.exact)
-    structure = Pair(model, guide).inspect((toy.sample(10).to(device),))
+    pair = Pair(*linear.pair(toy, linear.exact))
     joint, single = [], []
     for seed in range(120):
         found = diagnostics.aggregated_posterior(
-            (model, guide), toy.sample(40, seed).to(device), structure=structure, seed=seed
+            pair, toy.sample(40, seed).to(device), seed=seed
         )
         joint.append(found.joint.p_value)
         single.append(float(found.ks_p.min()))
@@ -184,7 +183,7 @@ def test_the_picture_of_ranks(device: torch.device) -> None:
     model, guide = linear.pair(linear.correlated(), linear.scaled(0.6))
     options: Any = {"num_simulations": 100, "num_draws": 19}
     for tool in (diagnostics.sbc, diagnostics.tarp):
-        found = tool(model, guide, torch.zeros(2, 3, device=device), **options)
+        found = tool((model, guide), torch.zeros(2, 3, device=device), **options)
         figure = plots.calibration(found)
         figure.savefig(BytesIO(), format="png")
         lines = figure.axes[0].lines

@@ -6,7 +6,7 @@ Each diagnostic returns its numbers as data, and what they mean as `Finding`s.
 from pvae.diagnostics.aggregate import AggregatedPosterior, aggregated_posterior
 from pvae.diagnostics.checks import CHECKS, DEFAULT, SUMMARY, bits_per_dimension
 from pvae.diagnostics.codes import active_units, hoyer, near_zero, sensitivity
-from pvae.diagnostics.diagnose import Diagnosis, diagnose
+from pvae.diagnostics.diagnose import NOTHING, Diagnosis, diagnose
 from pvae.diagnostics.disentanglement import Disentanglement, disentanglement
 from pvae.diagnostics.factors import DCI, Score, dci, factor_vae_score, irs, mig, sap
 from pvae.diagnostics.gap import Gap, gap
@@ -31,6 +31,7 @@ __all__ = [
     "CHECKS",
     "DCI",
     "DEFAULT",
+    "NOTHING",
     "PIT",
     "SBC",
     "SUMMARY",

@@ -74,7 +74,7 @@ class AggregatedPosterior(Result):
                 "q(z) = p(z), p-value",
                 self.joint.p_value,
                 verdict=joint,
-                meaning="that codes are distributed as the prior is, all dimensions together",
+                meaning="that codes, jointly, are distributed as the prior is",
                 advice="a richer prior, or latent.fit_density, for samples" if differs else "",
             ),
             Finding(
@@ -98,7 +98,7 @@ class AggregatedPosterior(Result):
             "correlation",
             value,
             (1 - value**2) / (len(self.draws) - 1) ** 0.5,
-            meaning=f"of {self.names[first]} and {self.names[second]} over all codes, the strongest",
+            meaning=f"of {self.names[first]} and {self.names[second]} under q(z), the strongest",
         )
 
 

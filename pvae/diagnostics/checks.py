@@ -49,6 +49,37 @@ def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> fl
     return -(nats / num_dims + math.log(bin_width)) / math.log(2)
 
 
+def TEMP(b):
+    if isinstance(b, Estimate) or b is None:
+        return b
+    import torch
+
+    if b.values is None:
+        e = Estimate(
+            b.name,
+            torch.tensor([b.total - (b.se_total or 0), b.total + (b.se_total or 0)]),
+            by="draw",
+            num_data=b.num_data,
+            num_particles=b.num_particles,
+            kind=b.kind,
+            distortion=TEMP(b.distortion),
+            rate=TEMP(b.rate),
+        )
+    else:
+        v = None if b.se_total is None else torch.full_like(b.values, b.se_total**2 / b.num_data)
+        e = Estimate(
+            b.name,
+            b.values,
+            v,
+            num_particles=b.num_particles,
+            kind=b.kind,
+            distortion=TEMP(b.distortion),
+            rate=TEMP(b.rate),
+            ess=b.ess,
+        )
+    return e
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is diagnosed: a pair, some rows of data, and how much may be spent on each check.
@@ -73,7 +104,7 @@ class Subject:
     @cached_property
     def elbo(self) -> Estimate:
         """The ELBO, or what is in its place, of a few draws a datum."""
-        return self.run(bounds.elbo, num_particles=min(self.num_particles, 10))
+        return TEMP(self.run(bounds.elbo, num_particles=min(self.num_particles, 10)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,14 +133,13 @@ class Lines(Result):
 
 def _elbo(subject: Subject) -> Lines:
     found, structure = subject.elbo, subject.evaluation.structure
-    meaning = "a lower bound of log p(x)" if found.kind == "lower" else "no bound of log p(x)"
-    lines = [Finding.of(found, f"{meaning}; {_spent(found)}")]
+    lines = [Finding.of(found, _kind(found))]
     reasons = {}
     if found.distortion is not None:
         meaning = "-E[log p(x | z)]: what of x the code doesn't tell"
         lines.append(Finding.of(found.distortion, meaning))
     if found.rate is not None:
-        meaning = "KL(q(z | x) || p(z)): what the code costs beside the prior"
+        meaning = "KL(q(z | x) || p(z)): nats that the code takes"
         lines.append(Finding.of(found.rate, meaning))
     elif structure.has_points:
         reasons["rate"] = "a point mass has no density to compare with the prior's"
@@ -118,20 +148,22 @@ def _elbo(subject: Subject) -> Lines:
     return Lines(lines, found, reasons)
 
 
-def _spent(found: Estimate) -> str:
-    draws = "" if found.se_draws is None else f", error over draws {found.se_draws:.2g}"
-    return f"K = {found.num_particles}{draws}"
+def _kind(found: Estimate) -> str:
+    bound = "lower" if found.kind == "lower" else "no"
+    draws = "" if found.se_draws is None else f"; {found.se_draws:.2g} over draws"
+    return f"{bound} bound of log p(x), K = {found.num_particles}{draws}"
 
 
 def _evidence(subject: Subject) -> Lines:
     """By importance sampling; and bits per dimension, where data have bins."""
     structure, bin_width = subject.evaluation.structure, subject.bin_width
-    found, reasons = None, {}
+    found: Estimate | None = None
     lines: list[Finding] = []
+    reasons: dict[str, str] = {}
     try:
-        found = subject.run(bounds.evidence, num_particles=subject.num_particles)
+        found = TEMP(subject.run(bounds.evidence, num_particles=subject.num_particles))
     except UndefinedError as error:
-        reasons["evidence"] = error.actual
+        reasons["evidence"] = str(error.actual)
     else:
         lines.append(_of_evidence(found, subject.elbo))
     if bin_width is not None and found is not None and structure.quantity == "elbo":
@@ -146,31 +178,32 @@ def _evidence(subject: Subject) -> Lines:
 
 def _of_evidence(found: Estimate, elbo: Estimate) -> Finding:
     if found.kind != "lower" or elbo.kind != "lower" or elbo.rate is None:
-        return Finding.of(found, f"no bound of log p(x), which has a point mass; {_spent(found)}")
+        return Finding.of(found, _kind(found))
     apart = found.mean - elbo.mean
     verdict = LOOSE.verdict(apart / max(abs(elbo.rate.mean), 1e-300))
     if verdict == "good":
-        return Finding.of(found, f"a lower bound of log p(x); {_spent(found)}", verdict)
-    meaning = f"the ELBO is loose: {apart:.1f} nats below this lower bound of log p(x)"
+        return Finding.of(found, _kind(found), verdict)
+    meaning = f"lower bound of log p(x); the ELBO is {apart:.1f} nats below"
     advice = "a larger encoder, or another guide: diagnostics.gap says which"
     return Finding.of(found, meaning, verdict, advice)
 
 
 def _annealing(subject: Subject) -> Lines:
-    found = subject.run(bounds.evidence, method="ais", num_particles=16)
-    return Lines([Finding.of(found, "a lower bound of log p(x), by annealing from q")], found)
+    found = TEMP(subject.run(bounds.evidence, method="ais", num_particles=16))
+    return Lines([Finding.of(found, "lower bound of log p(x), by annealing from q")], found)
 
 
 def _units(subject: Subject) -> Lines:
     """Of each latent, how many units depend on the data."""
-    sites = subject.evaluation.structure.latents
-    lines = []
-    for site in sites:
+    structure, lines = subject.evaluation.structure, []
+    for site in structure.latents:
         active = subject.run(active_units, site=site)
         count, size = int(active.sum()), active.numel()
-        verdict = COLLAPSED.verdict(1 - count / size)
-        name = "active units" if len(sites) == 1 else f"active units, {site}"
-        meaning = f"of {size}: over data, the mean of q has a variance above {ACTIVITY:g}"
+        # without noise or a prior a code has no scale of its own
+        has_scale = not (structure.has_points or structure.improper)
+        verdict = COLLAPSED.verdict(1 - count / size) if has_scale else "none"
+        name = "active units" if len(structure.latents) == 1 else f"active units, {site}"
+        meaning = f"of {size}; the mean of q has a variance over data > {ACTIVITY:g}"
         advice = COLLAPSE_ADVICE.get(verdict, "")
         lines.append(Finding(name, count, None, "", verdict, meaning, advice))
     return Lines(lines)
@@ -185,17 +218,17 @@ def _codes(subject: Subject) -> Lines:
     lines = []
     if codes.shape[1] > 1:
         zero = float(near_zero(codes).mean())
-        meaning = f"Hoyer's measure, 0 to 1; {zero:.0%} of the codes' entries are near 0"
+        meaning = f"Hoyer's, from 0 to 1; {zero:.0%} of entries are near 0"
         lines.append(Finding("sparsity", float(hoyer(codes).mean()), meaning=meaning))
     num_probes = None if codes.shape[1] <= _EXACT else 16
     try:
         norms = subject.run(sensitivity, num_probes=num_probes)
     except UndefinedError as error:
-        return Lines(lines, reasons={"sensitivity": error.actual})
+        return Lines(lines, reasons={"sensitivity": str(error.actual)})
     spread = codes.var(0).sum().sqrt()
     if bool(spread > 0):
         value = float((norms / spread).mean())
-        meaning = "|dz/dx| in units of the codes' spread: how far a unit of x moves a code"
+        meaning = "|dz/dx| in units of the codes' spread, per unit of x"
         lines.append(Finding("sensitivity", value, meaning=meaning))
     return Lines(lines)
 

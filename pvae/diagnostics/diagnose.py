@@ -132,9 +132,9 @@ def diagnose(
     is wrong. What isn't defined for the pair is said, with its reason, and never a number. The
     default checks take less than two epochs of training of an image model, and
     ``checks=diagnostics.SUMMARY``, which is what ``pvae train`` ends with, less than that;
-    ``"gap"`` (is it the encoder or the family?) and ``"ais"`` (what is log p(x) really?) optimise and anneal for each
-    datum, ``"gradients"`` (how noisy is a step?) takes a hundred of them; these are run when they
-    are asked for: ``checks=[*DEFAULT, "gap", "ais", "gradients"]``.
+    ``"gap"`` (is it the encoder or the family?) and ``"ais"`` (what is log p(x) really?) optimise
+    and anneal for each datum, ``"gradients"`` (how noisy is a step?) takes a hundred of them; these
+    are run when they are asked for: ``checks=[*DEFAULT, "gap", "ais", "gradients"]``.
 
     Arguments:
         pair: A model and its guide.
@@ -184,7 +184,7 @@ def diagnose(
         try:
             results["learning"] = learning_curve(history)
         except UndefinedError as error:
-            undefined["learning"] = error.one_line()
+            undefined["learning"] = f"expected {error.expected}; got {error.actual}"
         spent = history[-1].get("seconds")
         if spent is not None:
             lines = [Finding("training time", spent, None, "s", meaning=f"{len(history)} epoch(s)")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from pvae.diagnostics.thresholds import CHANCE
 from pvae.errors import check_int
 
 __all__ = ["Disentanglement", "disentanglement"]
+
 
 @dataclass(frozen=True, repr=False)
 class Disentanglement(Result):

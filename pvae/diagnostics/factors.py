@@ -15,7 +15,18 @@ from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, DataError, check_int, check_number
 from pvae.latent.checks import as_matrix
 
-__all__ = ["DCI", "MEANINGS", "ArrayLike", "Score", "as_codes_and_factors", "dci", "factor_vae_score", "irs", "mig", "sap"]
+__all__ = [
+    "DCI",
+    "MEANINGS",
+    "ArrayLike",
+    "Score",
+    "as_codes_and_factors",
+    "dci",
+    "factor_vae_score",
+    "irs",
+    "mig",
+    "sap",
+]
 
 
 ArrayLike = Tensor | np.ndarray | Sequence[float] | Sequence[Sequence[float]]
@@ -97,7 +108,7 @@ def mig(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> Score:
     Example:
         >>> v = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
         >>> mig(v.double(), v)
-          MIG                 1                    gap of ... dimensions; from 1.00, 1.00
+          MIG                  1                      gap of ... dimensions; from 1.00, 1.00
     """
     from sklearn.metrics import mutual_info_score
 

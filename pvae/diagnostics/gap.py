@@ -12,19 +12,17 @@ from torch import Tensor
 from pvae import bounds
 from pvae import terms as t
 from pvae.bounds import Bound, Estimate
-from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import GAP
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
 
 __all__ = ["Gap", "gap"]
 
-SMALL, LARGE = 0.1, 1.0
-"""Nats a datum up to which a gap is good, and from which it is bad."""
 
-
-@dataclass(frozen=True)
-class Gap:
+@dataclass(frozen=True, repr=False)
+class Gap(Result):
     r"""The gap of a pair in parts, each with its errors over data and over draws.
 
     .. math::
@@ -83,9 +81,9 @@ class Gap:
         encoder's or the family's.
         """
         encoder, family = self.amortisation.mean, self.approximation.mean
-        if max(encoder, family) <= SMALL:
+        if max(encoder, family) < GAP.look:
             return "fine"
-        if self.instead and encoder > SMALL:
+        if self.instead and encoder >= GAP.look:
             return "both"
         if encoder > 2 * family:
             return "encoder"
@@ -142,19 +140,22 @@ class Gap:
         """Whose best q the parts are about."""
         return "full-rank Gaussian (not its own family)" if self.instead else "q of its family"
 
-    def __str__(self) -> str:
-        n = self.evidence.num_data
+    @property
+    def title(self) -> str:
+        """How many data were looked at, and what is to be enlarged."""
         words = _WORDS[self.verdict]
         if self.instead and self.verdict == "both":
             words = "encoder or family lose, which can't be told apart here"
-        lines = [f"Inference gap, N = {n}: {words}", *map(str, self.findings())]
-        lines += [f"  {bound}" for bound in (*map(self.elbo, self.log_weights), self.evidence)]
-        if self.instead:
-            lines.append(f"  own: a full-rank Gaussian instead, as {self.instead}")
-        lines += [f"  {q}: was still getting better at the last step" for q in self.unsettled]
-        return "\n".join(lines)
+        return f"Inference gap, N = {self.evidence.num_data}: {words}"
 
-    __repr__ = __str__
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The ELBO of each q, the evidence, and what is to be known of the fits."""
+        lines = [str(bound) for bound in (*map(self.elbo, self.log_weights), self.evidence)]
+        if self.instead:
+            lines.append(f"own: a full-rank Gaussian instead, as {self.instead}")
+        lines += [f"{q}: was still getting better at the last step" for q in self.unsettled]
+        return tuple(lines)
 
     def _gain(self, q: str, over: str) -> Estimate:
         return Estimate.of_elbo(self.log_weights[q]) - Estimate.of_elbo(self.log_weights[over])
@@ -181,7 +182,7 @@ class Gap:
 
     @staticmethod
     def _finding(part: Bound, meaning: str, advice: str) -> Finding:
-        verdict: Verdict = "good" if part.mean <= SMALL else "look" if part.mean < LARGE else "bad"
+        verdict = GAP.verdict(part.mean)
         error = None if math.isnan(part.se_data) else part.se_data
         return Finding(part.name, part.mean, error, "nats", verdict, meaning, advice)
 

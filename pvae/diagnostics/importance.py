@@ -11,15 +11,13 @@ from torch import Tensor
 
 from pvae import bounds
 from pvae import terms as t
-from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import KHAT, UNRELIABLE
 from pvae.errors import DataError, check_int, check_number
 from pvae.options import Options, tool
 from pvae.pair import PairLike, as_pair
 
 __all__ = ["Importance", "importance", "khat"]
-
-UNRELIABLE = 0.7
-"""k-hat above which importance sampling isn't to be relied on (Vehtari et al., 2024)."""
 
 FEWEST = 25
 """Draws from which there are enough in the tail, five."""
@@ -108,8 +106,8 @@ def _check(log_weights: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Importance:
+@dataclass(frozen=True, repr=False)
+class Importance(Result):
     r"""What one set of importance weights says of a guide.
 
     Attributes:
@@ -155,7 +153,7 @@ class Importance:
     @property
     def unreliable(self) -> float:
         """Share of data whose k-hat is above 0.7."""
-        return float((self.khat > UNRELIABLE).double().mean())
+        return float((self.khat > KHAT).double().mean())
 
     @property
     def se_unreliable(self) -> float:
@@ -182,7 +180,7 @@ class Importance:
         """What it means, line by line."""
         rows = ", ".join(str(int(row)) for row in self.worst())
         share = self.unreliable
-        verdict: Verdict = "good" if share <= 0.05 else "look" if share <= 0.25 else "bad"
+        verdict = UNRELIABLE.verdict(share)
         found = [
             Finding(
                 "k-hat above 0.7",
@@ -210,7 +208,7 @@ class Importance:
                 gap.mean,
                 gap.se_data,
                 "nats",
-                meaning="evidence - ELBO a datum; these weights put log p(x) too low, if anything",
+                meaning="evidence - ELBO; the evidence is too low, if anything",
             ),
             Finding(
                 "effective draws",
@@ -221,16 +219,20 @@ class Importance:
         ]
         return found
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """How many weights there are."""
         k, n = self.log_weights.shape
-        lines = [f"Importance weights, N = {n}, K = {k}", *map(str, self.findings())]
+        return f"Importance weights, N = {n}, K = {k}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which data are the worst."""
         rows = [
             f"{int(name)} ({float(self.khat[at]):.2f} +- {float(self.se_khat[at]):.2f})"
             for name, at in zip(self.worst(), self._worst(), strict=True)
         ]
-        return "\n".join([*lines, f"  rows with the largest k-hat: {', '.join(rows) or 'none'}"])
-
-    __repr__ = __str__
+        return (f"rows with the largest k-hat: {', '.join(rows) or 'none'}",)
 
 
 @tool

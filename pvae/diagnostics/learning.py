@@ -98,7 +98,7 @@ class LearningCurve(Result):
             advice = f"{MORE_EPOCHS}; or more validation data"
         lines = [Finding("learning curve", gain, error, "nats", verdict, meaning, advice)]
         if self.generalisation is not None:
-            meaning = "bound of training data less validation data; error over epochs alone"
+            meaning = "what training data have above validation data"
             lines.append(Finding("train - valid", *self.generalisation, "nats", meaning=meaning))
         return lines
 

@@ -37,7 +37,7 @@ class Finding:
 
     Example:
         >>> print(Finding("k-hat above 0.7", 0.31, 0.02, "", "bad", "q is too narrow", "widen it"))
-        ! k-hat above 0.7     0.310 +- 0.020       q is too narrow
+        ! k-hat above 0.7      0.310 +- 0.020         q is too narrow
               next: widen it
     """
 
@@ -76,7 +76,7 @@ class Finding:
         return with_error(self.value, self.error, self.unit)
 
     def __str__(self) -> str:
-        line = f"{_MARKS[self.verdict]} {self.name:<19} {self.number:<20} {self.meaning}".rstrip()
+        line = f"{_MARKS[self.verdict]} {self.name:<20} {self.number:<22} {self.meaning}".rstrip()
         return line + (f"\n      next: {self.advice}" if self.advice else "")
 
     def to_dict(self) -> dict[str, object]:

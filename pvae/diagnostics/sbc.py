@@ -73,7 +73,7 @@ class SBC(Result):
         tests, count = self.tests, len(self.names)
         verdict = P_VALUE.verdict(tests.p_value)
         bad = int((tests.p_values < 0.05).sum())
-        meaning = f"ranks of z among draws of q, in {count} dimension(s), are as an exact q's"
+        meaning = f"the ranks of {count} dimension(s) are as an exact q's"
         if verdict != "good":
             worst = f"{self.names[tests.worst]}: {self.shape_of(tests.worst)}"
             meaning = f"{worst}; {bad} of {count} dimensions are off"
@@ -91,8 +91,8 @@ class SBC(Result):
                 "coverage",
                 float(self.coverage[level, column]),
                 float(self.coverage_se[level, column]),
-                meaning=f"of z is in the central {float(self.levels[level]):.0%} of "
-                f"q({self.names[column]} | x), the furthest off",
+                meaning=f"of z in the central {float(self.levels[level]):.0%} of "
+                f"q({self.names[column]} | x), furthest off",
             ),
         ]
 

@@ -99,7 +99,7 @@ class Surgery(Result):
         """The parts, and whether the posterior has collapsed."""
         lines = [
             Finding.of(self.distortion, "-E[log p(x | z)]: what of x the code doesn't tell"),
-            Finding.of(self.rate, "KL(q(z | x) || p(z)): what the code costs beside the prior"),
+            Finding.of(self.rate, "KL(q(z | x) || p(z)): nats that the code takes"),
         ]
         if len(self.rates) > 1:
             lines += [Finding.of(part) for part in self.rates.values()]
@@ -117,7 +117,7 @@ class Surgery(Result):
         if self.information is None or self.information_upper is None:
             return []
         verdict = INFORMATION.verdict(self.information.mean)
-        meaning, advice = "mutual information of a code and its datum", ""
+        meaning, advice = "mutual information of code and datum", ""
         if verdict == "bad":
             meaning = "a code says nothing about its datum: the whole latent has collapsed"
             advice = "does q see x (testing.check_pair)? If so a warm-up of beta, free bits"
@@ -133,11 +133,11 @@ class Surgery(Result):
             return []
         value, at_most = self.marginal_kl.mean, ", at most" if self._is_near_limit else ""
         verdict: Verdict = "none" if at_most else "good"
-        meaning, advice = f"KL(q(z) || p(z)): how far all codes are from the prior{at_most}", ""
+        meaning, advice = f"KL(q(z) || p(z)), q(z) the mean of q over data{at_most}", ""
         if not at_most and value >= MARGINAL_SHARE * self.rate.mean:
             verdict = MARGINAL_KL.verdict(value)
         if verdict == "look":
-            meaning = "KL(q(z) || p(z)): samples of the prior aren't where codes are"
+            meaning = "KL(q(z) || p(z)): the prior isn't where codes are"
             advice = "a richer prior, latent.fit_density, or more rows"
         lines = [Finding.of(self.marginal_kl, meaning, verdict, advice)]
         if self.total_correlation is not None and self.dimension_kl is not None:

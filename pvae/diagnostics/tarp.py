@@ -54,7 +54,7 @@ class TARP(Result):
         """The test, and the coverage that is furthest from its level."""
         verdict = P_VALUE.verdict(self.tests.p_value)
         shift, spread = float(self.tests.shift[0]), float(self.tests.spread[0])
-        meaning, advice = "balls around reference points hold z as often as an exact q's", ""
+        meaning, advice = "balls around reference points cover what they should", ""
         if verdict != "good":
             meaning = "q and the posterior differ, perhaps in how dimensions depend on each other"
             advice = "diagnostics.sbc; where it finds nothing, a guide with dependence (a flow)"
@@ -78,7 +78,7 @@ class TARP(Result):
                 "joint coverage",
                 float(self.coverage[worst]),
                 (level * (1 - level) / len(self.ranks)) ** 0.5,
-                meaning=f"of z is in balls that hold {level:.0%} of q, the furthest off",
+                meaning=f"of z in balls that hold {level:.0%} of q, furthest off",
             ),
         ]
 
