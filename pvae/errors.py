@@ -21,6 +21,7 @@ __all__ = [
     "TrainingError",
     "UndefinedError",
     "as_shape",
+    "check_choice",
     "check_int",
     "check_number",
     "oxford",
@@ -137,6 +138,13 @@ def check_number(
     if not math.isfinite(number) or too_low:
         raise ArgumentError(where, expected, repr(value))
     return number
+
+
+def check_choice(where: str, value: object, choices: Iterable[object]) -> None:
+    """Raises an `ArgumentError` if ``value`` isn't one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise ArgumentError(where, f"one of {oxford(choices)}", repr(value))
 
 
 def as_shape(where: str, shape: int | Sequence[int]) -> tuple[int, ...]:

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from pvae import guides, likelihoods, priors, recipes
-from pvae import terms as t
+from pvae.bounds.density import LatentDensity, densities
 from pvae.data import LinearGaussian, as_source
 from pvae.errors import PairError, PvaeWarning, UndefinedError
 from pvae.pair import Pair
+from pvae.terms import Evaluation
 from pvae.vae import VAE
 from tests import pairs
 
 N, K = 7, 4
 
 
-def density_of(model: Any, guide: Any, *batch: Tensor) -> t.LatentDensity:
-    return t.LatentDensity(Pair(model, guide).inspect(batch), batch)
+def density_of(model: Any, guide: Any, *batch: Tensor) -> LatentDensity:
+    return LatentDensity(Pair(model, guide).inspect(batch), batch)
 
 
 def normal(value: Tensor, loc: Any, scale: Any) -> Tensor:
@@ -148,12 +149,14 @@ def test_weights_are_those_of_terms_for_any_pair(
     structure = Pair(model, guide).inspect(batch)
     if name in REFUSED:
         with pytest.raises(UndefinedError, match=REFUSED[name]):
-            t.LatentDensity(structure, batch)
+            LatentDensity(structure, batch)
         return
     source = as_source(batch, device, torch.float64)
     count = 0
-    for rows, density in t.stream_densities(t.Evaluation(Pair(model, guide), structure, source)):
-        u = density.from_guide(k)
+    evaluation = Evaluation(Pair(model, guide), structure, source)
+    with densities(evaluation) as (chunks, _):
+        drawn = [(rows, density, density.from_guide(k)) for rows, density in chunks]
+    for rows, density, u in drawn:
         assert u.shape == (k, density.num_rows, density.num_dims)
         values = density.values(u)
         terms = density.terms(u)

@@ -37,7 +37,7 @@ def test_a_gap_of_a_shuffling_loader_compares_the_same_rows() -> None:
         shuffled(x),
         num_particles=50,
         flow=False,
-        refinement=bounds.Refinement(max_steps=20),
+        local=bounds.LocalFit(max_steps=20),
         progress=False,
     )
     assert float(toy.log_evidence(x).std()) > 1.5
@@ -183,5 +183,5 @@ def test_bounds_are_compared_by_name() -> None:
     toy = LinearGaussian.random(3, 1)
     bound = bounds.elbo(linear.pair(toy, linear.exact), toy.sample(5), 2)
     several: Any = [bound, bound]
-    with pytest.raises(ArgumentError, match="a dictionary of bounds by name; got list"):
+    with pytest.raises(ArgumentError, match="a dictionary of estimates by name; got list"):
         bounds.compare(several)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import terms as t
+from pvae.bounds.density import LatentDensity, densities
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
-from pvae.errors import ArgumentError, check_int, check_number
+from pvae.errors import ArgumentError, check_choice, check_int, check_number
+from pvae.pair import Batch
+from pvae.terms import Evaluation
 
 __all__ = ["AIS", "Annealed", "annealed"]
 
@@ -73,10 +74,8 @@ class AIS:
     num_pilot: int = 4
 
     def __post_init__(self) -> None:
-        if self.start not in ("guide", "prior"):
-            raise ArgumentError("AIS: start", "'guide' or 'prior'", repr(self.start))
-        if self.schedule not in _SCHEDULES:
-            raise ArgumentError("AIS: schedule", "'sigmoid' or 'linear'", repr(self.schedule))
+        check_choice("AIS: start", self.start, ("guide", "prior"))
+        check_choice("AIS: schedule", self.schedule, _SCHEDULES)
         for name in ("num_temperatures", "num_leapfrog", "num_pilot"):
             check_int(f"AIS: {name}", getattr(self, name))
         if check_number("AIS: acceptance", self.acceptance, above=0) >= 1:
@@ -106,15 +105,11 @@ class Annealed:
     forward: Tensor
     reverse: Tensor | None
     acceptance: Tensor
-    batch: tuple[Any, ...]
+    batch: Batch
 
 
 def annealed(
-    evaluation: t.Evaluation,
-    ais: AIS,
-    num_chains: int,
-    *,
-    simulate: bool = False,
+    evaluation: Evaluation, ais: AIS, num_chains: int, *, simulate: bool = False
 ) -> Iterator[Annealed]:
     """Anneals all data, chunk by chunk, in evaluation mode.
 
@@ -122,8 +117,7 @@ def annealed(
     datum start at the latents that it was drawn with, and get apart by a few transitions that
     leave the posterior as it is.
     """
-    chunks = t.stream_densities(evaluation, num_chains)
-    with contextlib.closing(chunks), _bar(progress=evaluation.progress) as bar:
+    with densities(evaluation, num_chains, "annealing") as (chunks, bar):
         for rows, density in chunks:
             exact = None
             if simulate:
@@ -132,19 +126,14 @@ def annealed(
             yield _chunk(rows, density, exact, ais, num_chains, evaluation.max_rows, bar, share)
 
 
-def _bar(*, progress: bool) -> Any:
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    return tqdm(total=1.0, desc="annealing", bar_format=bar_format, disable=not progress)
-
-
 def _chunk(
     rows: slice,
-    density: t.LatentDensity,
+    density: LatentDensity,
     exact: Tensor | None,
     ais: AIS,
     num_chains: int,
     max_rows: int,
-    bar: Any,
+    bar: tqdm,
     share: float,
 ) -> Annealed:
     betas = ais.betas
@@ -181,7 +170,7 @@ def _chunk(
 
 
 def _path(
-    density: t.LatentDensity, ais: AIS, tick: Callable[[], None]
+    density: LatentDensity, ais: AIS, tick: Callable[[], None]
 ) -> tuple[Path, Callable[[int], Tensor]]:
     """The path from the guide or the prior, and how its start is drawn from."""
     from_guide = ais.start == "guide"

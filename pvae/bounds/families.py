@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributions import Independent, Transform, transform_to
 from torch.nn.functional import softplus
 
-from pvae import terms as t
+from pvae.bounds.density import LatentDensity
 from pvae.errors import UndefinedError
+from pvae.terms import Terms, compute
 
 __all__ = ["LocalFamily", "flow", "full_rank", "own_family", "refuse_masks"]
 
@@ -130,7 +131,7 @@ def flow(start: LocalFamily) -> LocalFamily:
 class _Sites:
     """Distributions of the guide's kinds at its sites, as one of u."""
 
-    def __init__(self, density: t.LatentDensity, sites: dict[str, Any]) -> None:
+    def __init__(self, density: LatentDensity, sites: dict[str, Any]) -> None:
         self.density, self.sites = density, sites
         self.dim = density.structure.dim
 
@@ -151,7 +152,7 @@ class _Sites:
         return total
 
 
-def own_family(density: t.LatentDensity, instead: LocalFamily) -> tuple[LocalFamily, str]:
+def own_family(density: LatentDensity, instead: LocalFamily) -> tuple[LocalFamily, str]:
     """The family that the guide's distributions are of; ``instead``, and why, if not known."""
     sites, again = _guides(density), _guides(density)
     if density.structure.auxiliary or density.structure.fed:
@@ -225,13 +226,13 @@ def _read(fn: Any) -> _Reading | None:
     return reading if is_same and start else None
 
 
-def _guides(density: t.LatentDensity) -> dict[str, Any]:
+def _guides(density: LatentDensity) -> dict[str, Any]:
     """The guide's distributions at the latents of one pass."""
     terms = _one_pass(density)
     return {name: terms.sites[name].guide for name in density.sites}
 
 
-def refuse_masks(density: t.LatentDensity) -> None:
+def refuse_masks(density: LatentDensity) -> None:
     """Refuses latents that are masked out, whose best q is as wide as can be."""
     terms = _one_pass(density)
     for trace in (terms.guide_trace, terms.model_trace):
@@ -246,6 +247,6 @@ def refuse_masks(density: t.LatentDensity) -> None:
                 )
 
 
-def _one_pass(density: t.LatentDensity) -> t.Terms:
+def _one_pass(density: LatentDensity) -> Terms:
     with torch.no_grad():
-        return t.compute(density.structure, density.batch, given=density.given)
+        return compute(density.structure, density.batch, given=density.given)

@@ -49,37 +49,6 @@ def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> fl
     return -(nats / num_dims + math.log(bin_width)) / math.log(2)
 
 
-def TEMP(b):
-    if isinstance(b, Estimate) or b is None:
-        return b
-    import torch
-
-    if b.values is None:
-        e = Estimate(
-            b.name,
-            torch.tensor([b.total - (b.se_total or 0), b.total + (b.se_total or 0)]),
-            by="draw",
-            num_data=b.num_data,
-            num_particles=b.num_particles,
-            kind=b.kind,
-            distortion=TEMP(b.distortion),
-            rate=TEMP(b.rate),
-        )
-    else:
-        v = None if b.se_total is None else torch.full_like(b.values, b.se_total**2 / b.num_data)
-        e = Estimate(
-            b.name,
-            b.values,
-            v,
-            num_particles=b.num_particles,
-            kind=b.kind,
-            distortion=TEMP(b.distortion),
-            rate=TEMP(b.rate),
-            ess=b.ess,
-        )
-    return e
-
-
 @dataclass(frozen=True)
 class Subject:
     """What is diagnosed: a pair, some rows of data, and how much may be spent on each check.
@@ -104,7 +73,7 @@ class Subject:
     @cached_property
     def elbo(self) -> Estimate:
         """The ELBO, or what is in its place, of a few draws a datum."""
-        return TEMP(self.run(bounds.elbo, num_particles=min(self.num_particles, 10)))
+        return self.run(bounds.elbo, num_particles=min(self.num_particles, 10))
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,7 +119,7 @@ def _elbo(subject: Subject) -> Lines:
 
 def _kind(found: Estimate) -> str:
     bound = "lower" if found.kind == "lower" else "no"
-    draws = "" if found.se_draws is None else f"; {found.se_draws:.2g} over draws"
+    draws = "" if math.isnan(found.se_draws) else f"; {found.se_draws:.2g} over draws"
     return f"{bound} bound of log p(x), K = {found.num_particles}{draws}"
 
 
@@ -161,7 +130,7 @@ def _evidence(subject: Subject) -> Lines:
     lines: list[Finding] = []
     reasons: dict[str, str] = {}
     try:
-        found = TEMP(subject.run(bounds.evidence, num_particles=subject.num_particles))
+        found = subject.run(bounds.evidence, num_particles=subject.num_particles)
     except UndefinedError as error:
         reasons["evidence"] = str(error.actual)
     else:
@@ -189,7 +158,7 @@ def _of_evidence(found: Estimate, elbo: Estimate) -> Finding:
 
 
 def _annealing(subject: Subject) -> Lines:
-    found = TEMP(subject.run(bounds.evidence, method="ais", num_particles=16))
+    found = subject.run(bounds.evidence, method="ais", num_particles=16)
     return Lines([Finding.of(found, "lower bound of log p(x), by annealing from q")], found)
 
 

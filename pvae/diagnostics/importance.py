@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from pvae import bounds
-from pvae import terms as t
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import KHAT, UNRELIABLE
 from pvae.errors import DataError, check_int, check_number
+from pvae.estimate import Estimate
 from pvae.options import Options, tool
 from pvae.pair import PairLike, as_pair
+from pvae.terms import prepared
 
 __all__ = ["Importance", "importance", "khat"]
 
@@ -93,7 +94,7 @@ def _check(log_weights: Tensor) -> None:
             "log_weights",
             f"shape (K, N), K at least {FEWEST}",
             f"shape {tuple(log_weights.shape)}",
-            ["bounds.log_weights(model, guide, data, num_particles=1000)"],
+            ["bounds.log_weights(pair, data, num_particles=1000)"],
         )
     broken = log_weights.isnan() | log_weights.isposinf()
     if bool(broken.any()):
@@ -130,25 +131,24 @@ class Importance(Result):
     @property
     def ess(self) -> Tensor:
         r"""Effective sample size of each datum, :math:`1 / \sum_k \bar w_k^2`, shape ``(N,)``."""
-        size = 1 / self.log_weights.softmax(0).square().sum(0)
-        return size.nan_to_num(0.0)  # no draw has any weight
+        found = self.evidence.ess
+        assert found is not None  # noqa: S101
+        return found
 
     @property
-    def elbo(self) -> bounds.Bound:
+    def elbo(self) -> Estimate:
         """The mean of the log weights."""
-        return bounds.Estimate.of_elbo(self.log_weights).bound("ELBO", "lower")
+        return Estimate.of_mean("ELBO", self.log_weights, kind="lower")
 
     @property
-    def evidence(self) -> bounds.Bound:
+    def evidence(self) -> Estimate:
         """The log of the mean of the weights, which is low on average."""
-        name = f"evidence, IWAE-{len(self.log_weights)}"
-        return bounds.Estimate.of_evidence(self.log_weights).bound(name, "lower")
+        return Estimate.of_evidence(f"evidence, IWAE-{len(self.log_weights)}", self.log_weights)
 
     @property
-    def gap(self) -> bounds.Bound:
+    def gap(self) -> Estimate:
         """Evidence minus ELBO; the error over draws is that of the difference."""
-        evidence = bounds.Estimate.of_evidence(self.log_weights)
-        return (evidence - bounds.Estimate.of_elbo(self.log_weights)).bound("gap")
+        return (self.evidence - self.elbo).named("gap")
 
     @property
     def unreliable(self) -> float:
@@ -176,49 +176,6 @@ class Importance(Result):
         order = ranked.argsort(descending=True, stable=True)[:count]
         return order[ranked[order] > -math.inf]
 
-    def findings(self) -> list[Finding]:
-        """What it means, line by line."""
-        rows = ", ".join(str(int(row)) for row in self.worst())
-        share = self.unreliable
-        verdict = UNRELIABLE.verdict(share)
-        found = [
-            Finding(
-                "k-hat above 0.7",
-                share,
-                self.se_unreliable,
-                "",
-                verdict,
-                "share of data for which q is too narrow somewhere",
-                ""
-                if verdict == "good"
-                else f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?",
-            )
-        ]
-        exact, tied = self.is_exact, self.khat.isnan() & ~self.is_exact
-        for name, rows_of, why in (
-            ("exact", exact, "constant weights: q is the posterior there, and has no k-hat"),
-            ("no tail", tied, "weights that repeat, as those of a discrete latent: no k-hat"),
-        ):
-            share_of = float(rows_of.double().mean())
-            found += [Finding(name, share_of, meaning=f"share of data with {why}")][: share_of > 0]
-        gap, sampled = self.gap, self.ess / len(self.log_weights)
-        found += [
-            Finding(
-                "gap, at least",
-                gap.mean,
-                gap.se_data,
-                "nats",
-                meaning="evidence - ELBO; the evidence is too low, if anything",
-            ),
-            Finding(
-                "effective draws",
-                float(sampled.mean()),
-                float(sampled.std()) / math.sqrt(len(sampled)) if len(sampled) > 1 else None,
-                meaning="ESS / K, the share of draws that count",
-            ),
-        ]
-        return found
-
     @property
     def title(self) -> str:
         """How many weights there are."""
@@ -233,6 +190,36 @@ class Importance(Result):
             for name, at in zip(self.worst(), self._worst(), strict=True)
         ]
         return (f"rows with the largest k-hat: {', '.join(rows) or 'none'}",)
+
+    def findings(self) -> list[Finding]:
+        """What it means, line by line."""
+        rows = ", ".join(str(int(row)) for row in self.worst())
+        verdict = UNRELIABLE.verdict(self.unreliable)
+        advice = f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?"
+        found = [
+            Finding(
+                f"k-hat above {KHAT}",
+                self.unreliable,
+                self.se_unreliable,
+                "",
+                verdict,
+                "share of data for which q is too narrow somewhere",
+                "" if verdict == "good" else advice,
+            )
+        ]
+        exact, tied = self.is_exact, self.khat.isnan() & ~self.is_exact
+        for name, rows_of, why in (
+            ("exact", exact, "constant weights: q is the posterior there, and has no k-hat"),
+            ("no tail", tied, "weights that repeat, as those of a discrete latent: no k-hat"),
+        ):
+            share_of = float(rows_of.double().mean())
+            found += [Finding(name, share_of, meaning=f"share of data with {why}")][: share_of > 0]
+        sampled = Estimate("effective draws", self.ess / len(self.log_weights), unit="")
+        return [
+            *found,
+            Finding.of(self.gap.named("gap, at least"), "evidence - ELBO; too low, if anything"),
+            Finding.of(sampled, "ESS / K, the share of draws that count"),
+        ]
 
 
 @tool
@@ -272,7 +259,7 @@ def importance(
     check_int("num_particles", num_particles, minimum=FEWEST)
     pair = as_pair(pair, "importance")
     log_weights = bounds.log_weights(pair, data, num_particles, **options)
-    with t.prepared(pair, data, options, "importance") as evaluation:
+    with prepared(pair, data, options, "importance") as evaluation:
         structure = evaluation.structure
     size = float(log_weights[log_weights.isfinite()].abs().median())
     rounding = torch.finfo(structure.dtype).eps * size

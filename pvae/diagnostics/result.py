@@ -56,7 +56,6 @@ class Finding:
         meaning: str = "",
         verdict: Verdict = "none",
         advice: str = "",
-        name: str = "",
     ) -> Finding:
         """The mean of an estimate, with its error over data, or over draws if it has no other.
 
@@ -65,8 +64,8 @@ class Finding:
             '2.00 +- 0.58 nats'
         """
         error = estimate.se_draws if math.isnan(estimate.se_data) else estimate.se_data
-        name = name or estimate.name
-        return cls(name, estimate.mean, error, estimate.unit, verdict, meaning, advice)
+        known = None if math.isnan(error) else error
+        return cls(estimate.name, estimate.mean, known, estimate.unit, verdict, meaning, advice)
 
     @property
     def number(self) -> str:

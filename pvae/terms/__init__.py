@@ -7,7 +7,6 @@ chunks of bounded memory, `draws` on one that shares global latents.
 
 from pvae.pair import Structure, run_pair
 from pvae.terms.chunks import stream
-from pvae.terms.density import LatentDensity, stream_densities
 from pvae.terms.drawing import (
     Kind,
     check_generative,
@@ -26,7 +25,6 @@ from pvae.terms.support import check_data
 __all__ = [
     "Evaluation",
     "Kind",
-    "LatentDensity",
     "SiteTerms",
     "Structure",
     "Terms",
@@ -44,5 +42,4 @@ __all__ = [
     "run_pair",
     "score_guide",
     "stream",
-    "stream_densities",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from tqdm import tqdm
 
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
@@ -26,7 +28,7 @@ from pvae.terms.passes import can_vectorize, compute, in_particles
 from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
 
-__all__ = ["LatentDensity", "stream_densities"]
+__all__ = ["LatentDensity", "densities"]
 
 
 @dataclass(frozen=True)
@@ -256,24 +258,29 @@ class LatentDensity:
         return given
 
 
-def stream_densities(
-    evaluation: Evaluation, num_particles: int = 1
-) -> Generator[tuple[slice, LatentDensity]]:
+@contextmanager
+def densities(
+    evaluation: Evaluation, num_particles: int = 1, title: str = ""
+) -> Iterator[tuple[Iterator[tuple[slice, LatentDensity]], tqdm]]:
     """The densities of all data in order, chunk by chunk, in evaluation mode without gradients.
 
     A chunk has so many data that ``num_particles`` for each are at most the evaluation's
-    ``max_rows``. A pair
-    that runs on one number of rows alone has its last chunk filled up: only so many of its rows
-    count as the slice says.
+    ``max_rows``. A pair that runs on one number of rows alone has its last chunk filled up: only
+    so many of its rows count as the slice says.
 
     Yields:
-        The rows that a chunk has, and their densities.
+        Rows and densities of each chunk; and a progress bar, which is full at 1.
     """
-    structure, source = evaluation.structure, evaluation.source
-    with evaluating(structure.modules):
-        chunks = chunks_of(source, structure, num_particles, evaluation.max_rows)
-        for rows, _, batch, indices in chunks:
-            yield rows, LatentDensity(structure, batch, indices)
+    structure, source, max_rows = evaluation.structure, evaluation.source, evaluation.max_rows
+    chunks = chunks_of(source, structure, num_particles, max_rows)
+    bar = tqdm(
+        total=1.0,
+        desc=title,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        disable=not (title and evaluation.progress),
+    )
+    with evaluating(structure.modules), bar:
+        yield ((rows, LatentDensity(structure, b, given)) for rows, _, b, given in chunks), bar
 
 
 def _check_pair(structure: Structure) -> None:
