@@ -152,10 +152,18 @@ def require_mixture(evaluation: terms.Evaluation) -> None:
             )
 
 
-def score_mixture(evaluation: terms.Evaluation, own: Draws) -> Mixture:
-    """log q(z) of every draw: the log of the mean of its density under every row's guide."""
+def score_mixture(
+    evaluation: terms.Evaluation, own: Draws, max_rows: int | None = None
+) -> Mixture:
+    """log q(z) of every draw: the log of the mean of its density under every row's guide.
+
+    Arguments:
+        evaluation: The pair and its rows.
+        own: The draws.
+        max_rows: Bound on the rows in the guide at once; None for what is cheap for it alone.
+    """
     structure, source = evaluation.structure, evaluation.source
-    max_rows = max(evaluation.max_rows, _LEAST_ROWS)  # of the guide alone, which is cheap
+    max_rows = max_rows or max(evaluation.max_rows, _LEAST_ROWS)
     k, n = own.log_q.shape
     values = {name: value.flatten(0, 1) for name, value in own.values.items()}
     by_dimension = len(values) == 1 and not own.because
