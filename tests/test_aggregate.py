@@ -118,9 +118,7 @@ def test_false_alarms(device: torch.device) -> None:
     pair = Pair(*linear.pair(toy, linear.exact))
     joint, single = [], []
     for seed in range(120):
-        found = diagnostics.aggregated_posterior(
-            pair, toy.sample(40, seed).to(device), seed=seed
-        )
+        found = diagnostics.aggregated_posterior(pair, toy.sample(40, seed).to(device), seed=seed)
         joint.append(found.joint.p_value)
         single.append(float(found.ks_p.min()))
     for p_values in (np.array(joint), np.array(single)):

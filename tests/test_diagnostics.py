@@ -75,8 +75,8 @@ def test_sensitivity_where_there_is_none(device: torch.device) -> None:
     x = torch.rand(12, D, device=device).round()
     point = AutoDelta(vae.model)
     point(x)
-    found = pvae.diagnose((vae.model, point), x, checks=["codes"])
-    assert "subsamples its data" in found.missing["sensitivity"]
+    screen = pvae.diagnose((vae.model, point), x, checks=["codes"])
+    assert "subsamples its data" in screen.missing["sensitivity"]
     step = recipes.ae(D, Q).to(device)
     step.guide.posterior.network = nn.Sequential(Step(), nn.Linear(D, Q)).to(device)
     assert diagnostics.sensitivity(step, x).tolist() == [0.0] * 12
@@ -157,7 +157,7 @@ def test_a_latent_fed_by_another_draw_isnt_active_by_that(device: torch.device) 
 def test_active_units_without_a_known_mean(device: torch.device) -> None:
     """By draws, whose noise is taken off: variance over data of the mean of 32 draws is 1/32."""
 
-    class Opaque(dist.Normal):  # type: ignore[misc]
+    class Opaque(dist.Normal):
         @property
         def mean(self) -> torch.Tensor:
             raise NotImplementedError

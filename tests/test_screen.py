@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -165,9 +166,9 @@ def test_a_check_that_was_made_is_not_advised() -> None:
     )
     gap = diagnostics.Finding("amortisation gap", 2.0, verdict="bad", advice="a larger encoder")
 
+    @dataclass(frozen=True, repr=False)
     class Found(diagnostics.Result):
-        def __init__(self, line: diagnostics.Finding) -> None:
-            object.__setattr__(self, "line", line)
+        line: diagnostics.Finding
 
         def findings(self) -> list[diagnostics.Finding]:
             return [self.line]

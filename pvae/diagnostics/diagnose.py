@@ -42,7 +42,7 @@ class Diagnosis(Result):
         rows: Which rows of the data these are, ``(N,)``; None for all of them.
     """
 
-    results: dict[str, Result]
+    results: dict[str, Any]  # each of its own class of Result
     undefined: dict[str, str]
     seconds: dict[str, float]
     num_data: int = 0
