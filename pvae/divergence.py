@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
+from pvae.distributions import is_point
 from pvae.errors import UndefinedError, check_int
 from pvae.estimate import Estimate
 from pvae.types import Dist
@@ -31,7 +32,7 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estim
         q: A distribution.
         p: Another, of the same event shape; batch shapes broadcast.
         num_particles: Number of draws from q, where there is no closed form.
-        seed: Of the draws; the caller's generators are left as they are.
+        seed: Seed of the draws; the caller's generators are left as they are.
 
     Returns:
         An estimate whose values have the batch shape of q and p together; where it is in closed
@@ -47,10 +48,7 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estim
     """
     check_int("num_particles", num_particles, minimum=2)
     for name, fn in (("q", q), ("p", p)):
-        inner = fn
-        while hasattr(inner, "base_dist"):
-            inner = inner.base_dist
-        if type(inner).__name__ == "Delta":
+        if is_point(fn):
             raise UndefinedError(
                 f"kl, {name}", "a distribution with a density", "a point mass (Delta)"
             )

@@ -23,7 +23,9 @@ ROOT = Path(pvae.__file__).parent
 GROUND = {  # imports the ground
     "conditional",
     "data",
+    "described",
     "distributed",
+    "distributions",
     "divergence",
     "errors",
     "estimate",

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
-from pvae.pair import Program, Structure, as_batch
+from pvae.pair import Structure, as_batch
 from pvae.pair.messages import is_factor, is_penalty, sample_sites
 from pvae.terms.chunks import chunks_of
 from pvae.terms.collect import Collector
@@ -27,6 +27,7 @@ from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import can_vectorize, compute, in_particles
 from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
+from pvae.types import Program
 
 __all__ = ["LatentDensity", "densities"]
 

@@ -13,6 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pvae import terms as t
+from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, PairError, check_int
 from pvae.objectives.base import (
     MovingAverage,
@@ -21,7 +22,7 @@ from pvae.objectives.base import (
     as_weight,
 )
 from pvae.objectives.refusals import REFUSALS
-from pvae.pair.messages import is_penalty, log_density_of_delta
+from pvae.pair.messages import is_penalty
 from pvae.schedules import Constant, Schedule
 
 __all__ = ["ELBO", "as_objective"]

@@ -9,13 +9,11 @@ from pvae.pair.messages import is_penalty
 from pvae.pair.modules import probing
 from pvae.pair.probe import Batch, as_batch, num_rows_of, run_pair
 from pvae.pair.structure import Structure
-from pvae.types import Program
 
 __all__ = [
     "Batch",
     "Pair",
     "PairLike",
-    "Program",
     "Structure",
     "as_batch",
     "as_pair",

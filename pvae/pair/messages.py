@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import pyro.distributions as dist
-import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
-from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pvae.errors import PairError
 from pvae.sites import PENALTY
-from pvae.types import Dist, Site
+from pvae.types import Site
 
 __all__ = [
     "extra_scale",
     "is_factor",
-    "is_improper",
     "is_penalty",
-    "log_density_of_delta",
     "plate_scale",
     "sample_sites",
     "score",
@@ -45,29 +40,6 @@ def sample_sites(trace: Trace) -> list[Site]:
         and not site_is_subsample(site)
         and not (site["infer"] or {}).get("_deterministic")
     ]
-
-
-def log_density_of_delta(fn: Dist) -> Tensor | None:
-    """The log density that a Delta carries, also inside Independent and masks; None for others.
-
-    It is never read off by comparing values, which are unequal after any round trip.
-    """
-    if isinstance(fn, dist.Delta):
-        return fn.log_density
-    if isinstance(fn, torch.distributions.Independent):
-        inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else sum_rightmost(inner, fn.reinterpreted_batch_ndims)
-    if isinstance(fn, MaskedDistribution):
-        inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else scale_and_mask(inner, mask=fn._mask)
-    return None
-
-
-def is_improper(fn: Dist) -> bool:
-    """Whether a density has no finite integral, as a flat prior's."""
-    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    return isinstance(fn, dist.ImproperUniform) or bool(getattr(fn, "is_improper", False))
 
 
 def score(site: Site) -> Tensor:

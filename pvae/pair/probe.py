@@ -14,15 +14,9 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pvae.distributions import is_improper, log_density_of_delta
 from pvae.errors import PairError, PvaeError, PvaeWarning, oxford
-from pvae.pair.messages import (
-    extra_scale,
-    is_factor,
-    is_improper,
-    is_penalty,
-    log_density_of_delta,
-    sample_sites,
-)
+from pvae.pair.messages import extra_scale, is_factor, is_penalty, sample_sites
 from pvae.pair.modules import probing
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, find_data_plate

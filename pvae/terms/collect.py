@@ -8,15 +8,10 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pvae.distributions import log_density_of_delta
 from pvae.errors import PairError, UndefinedError
 from pvae.pair import Structure
-from pvae.pair.messages import (
-    is_factor,
-    is_penalty,
-    log_density_of_delta,
-    plate_scale,
-    score,
-)
+from pvae.pair.messages import is_factor, is_penalty, plate_scale, score
 from pvae.terms.result import Kind, SiteTerms, Terms
 from pvae.types import Site
 

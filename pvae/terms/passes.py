@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
-from pvae.modes import is_recorded
-from pvae.pair import Batch, Program, Structure, as_batch, num_rows_of, probing, run_pair
+from pvae.modes import is_capturing_graph
+from pvae.pair import Batch, Structure, as_batch, num_rows_of, probing, run_pair
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
+from pvae.types import Program
 
 __all__ = ["can_vectorize", "compute", "draw_guide", "in_particles", "score_guide"]
 
@@ -295,7 +296,7 @@ def _one_pass(
         target = wrapped(target)
     guide = structure.guide
     wrapped_guide = wrapped(guide) if given or num_particles > 1 else guide
-    before = randomness.get_state() if stop_guide and not is_recorded() else None
+    before = randomness.get_state() if stop_guide and not is_capturing_graph() else None
     with _Detached() if detach else contextlib.nullcontext():
         guide_trace, model_trace = run_pair(target, wrapped_guide, batch)
     collect = Collector(structure, num_particles, per_dimension)
