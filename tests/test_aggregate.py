@@ -156,8 +156,8 @@ def test_refusals(device: torch.device) -> None:
     with pytest.raises(UndefinedError, match="improper prior"):
         diagnostics.aggregated_posterior(ae, x)
     vae = pvae.recipes.vae(6, 2).to(device)
-    with pytest.raises(ArgumentError, match="num_draws"):
-        diagnostics.aggregated_posterior(vae, x, num_draws=1)
+    with pytest.raises(ArgumentError, match="num_rows"):
+        diagnostics.aggregated_posterior(vae, x, num_rows=1)
     with pytest.raises(ArgumentError, match="rows of data"):
         diagnostics.aggregated_posterior(vae, x[:1])
     before = torch.get_rng_state()
@@ -179,7 +179,7 @@ def test_its_picture(device: torch.device) -> None:
 
 def test_the_picture_of_ranks(device: torch.device) -> None:
     model, guide = linear.pair(linear.correlated(), linear.scaled(0.6))
-    options: Any = {"num_simulations": 100, "num_draws": 19}
+    options: Any = {"num_simulations": 100, "num_particles": 19}
     for tool in (diagnostics.sbc, diagnostics.tarp):
         found = tool((model, guide), torch.zeros(2, 3, device=device), **options)
         figure = plots.calibration(found)

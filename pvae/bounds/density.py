@@ -20,14 +20,11 @@ from tqdm import tqdm
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
 from pvae.pair import Structure, as_batch
-from pvae.pair.messages import is_factor, is_penalty, sample_sites
 from pvae.terms.chunks import chunks_of
-from pvae.terms.collect import Collector
 from pvae.terms.evaluation import Evaluation
-from pvae.terms.passes import can_vectorize, compute, in_particles
+from pvae.terms.passes import can_vectorize, compute
 from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
-from pvae.types import Program
 
 __all__ = ["LatentDensity", "densities"]
 
@@ -163,9 +160,17 @@ class LatentDensity:
 
     def from_prior(self, num_draws: int) -> Tensor:
         """Draws from p(u), given what the model doesn't observe of the batch."""
-        self.structure.require_proper("draws from the prior")
-        draws = [self._run_model(self.structure.model, k) for k in self._passes(num_draws)]
-        return torch.cat([self.flatten(_values_of(terms)) for terms in draws])
+        from pvae.simulate import simulate_batch
+
+        run = simulate_batch(
+            self.structure,
+            self.batch,
+            num_particles=num_draws,
+            given=self.given,
+            draw_data=False,
+            where="draws from the prior",
+        )
+        return self.flatten({name: run.value(name) for name in self.sites})
 
     def simulated(self) -> tuple[LatentDensity, Tensor]:
         """Data drawn from the model, one a row, and the latents that they were drawn with.
@@ -177,25 +182,18 @@ class LatentDensity:
 
         Raises:
             UndefinedError: If the model has factors, the prior is improper, or a site observes
-                anything but a tensor of the batch as it is.
+                anything but a tensor of the batch, as it is or reshaped.
         """
-        self.structure.require_proper("simulated data")
+        from pvae.simulate import simulate_batch
+
         with torch.no_grad():
-            terms = self._run_model(poutine.uncondition(self.structure.model), 1)
-            u = self.flatten(_values_of(terms))
-        batch = list(self.batch)
-        for site in sample_sites(terms.model_trace):
-            infer = site["infer"] or {}
-            if is_factor(site) and not is_penalty(site):
-                raise UndefinedError(
-                    "simulated data",
-                    "a model without factors, which no draw follows",
-                    f"factor '{site['name']}'",
-                )
-            if infer.get("was_observed") and not is_factor(site):
-                batch[_place(site, infer["obs"], self.batch)] = site["value"].to(infer["obs"])
-        drawn = LatentDensity(self.structure, tuple(batch), self.given)
-        return drawn, u
+            run = simulate_batch(
+                self.structure, self.batch, given=self.given, where="simulated data"
+            )
+            filled = run.put_back()
+            run.check_unfed(filled)
+        u = self.flatten({name: run.value(name) for name in self.sites})
+        return LatentDensity(self.structure, filled, self.given), u
 
     def _compute(self, num_particles: int, given: Mapping[str, Tensor]) -> Terms:
         with pyro.validation_enabled(is_validate=False):  # a trajectory may leave finite numbers
@@ -206,23 +204,6 @@ class LatentDensity:
                 vectorize=True,
                 given={**self.given, **given},
             )
-
-    def _passes(self, num_draws: int) -> list[int]:
-        """How many particles each pass has."""
-        if num_draws == 1 or can_vectorize(self.structure, self.batch):
-            return [num_draws]
-        return [1] * num_draws
-
-    def _run_model(self, model: Program, num_particles: int) -> Terms:
-        """The model alone, its latents drawn from the prior."""
-        program = in_particles(model, self.structure, num_particles, self.given)
-        trace = poutine.trace(program).get_trace(*self.batch)
-        collect = Collector(self.structure, num_particles, per_dimension=False)
-        for site in sample_sites(trace):
-            collect.model(site)
-        terms = collect.terms()
-        terms.model_trace = trace
-        return terms
 
     def _add(self, name: str, terms: Terms) -> None:
         found = terms.sites[name]
@@ -337,20 +318,3 @@ def _same_map(one: Any, other: Any, like: Tensor) -> bool:
 
 def _values_of(terms: Terms) -> dict[str, Tensor]:
     return {name: s.value for name, s in terms.sites.items() if s.is_local and s.value is not None}
-
-
-def _place(site: Any, observed: Any, batch: tuple[Any, ...]) -> int:
-    """Which tensor of the batch a site observes."""
-    for i, tensor in enumerate(batch):
-        if observed is tensor or (
-            isinstance(tensor, Tensor)
-            and tensor.shape == observed.shape
-            and torch.equal(tensor.to(observed), observed)
-        ):
-            return i
-    raise UndefinedError(
-        "simulated data",
-        f"site '{site['name']}' to observe a tensor of the batch as it is",
-        "one that the model makes of it",
-        ["pyro.sample(..., obs=x) with x as the model was given it"],
-    )

@@ -151,7 +151,7 @@ def export(
     rows: Annotated[
         int | None, typer.Option("-n", min=1, help="The first rows alone; all of them.")
     ] = None,
-    num_samples: Annotated[int, typer.Option("-S", help="Draws of each datum.")] = 200,
+    num_particles: Annotated[int, typer.Option("-S", help="Draws of each datum.")] = 200,
     to: Annotated[Path | None, typer.Option(help="The .nc file; RUN/draws.nc.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Device = "auto",
@@ -162,7 +162,7 @@ def export(
     vae, x = _open_with_data(run, data, device)
     path = (to or run / "draws.nc").with_suffix(".nc")
     prepare_file(path)
-    tree = arviz.to_arviz(vae, x[:rows], num_samples=num_samples, seed=seed, progress=True)
+    tree = arviz.to_arviz(vae, x[:rows], num_particles=num_particles, seed=seed, progress=True)
     part = path.with_suffix(".part")
     tree.to_netcdf(part, engine="h5netcdf")
     part.replace(path)

@@ -9,24 +9,16 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from pvae import terms as t
+from pvae import terms
 from pvae.diagnostics.result import Finding, Result, Verdict
-from pvae.diagnostics.simulated import (
-    column_names,
-    columns,
-    of_rows,
-    refuse_mask,
-    require_rows,
-)
 from pvae.diagnostics.thresholds import DISTANCE, P_VALUE
 from pvae.errors import UndefinedError, check_int
-from pvae.latent.checks import only_site
 from pvae.latent.coding import means_and_noise
-from pvae.latent.programs import simulated
 from pvae.mmd import TwoSampleTest, two_sample_test
-from pvae.modes import evaluating
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import draws as simulated_draws
+from pvae.simulate import flat_values, names_of_dimensions, require_rows
 
 __all__ = ["AggregatedPosterior", "aggregated_posterior"]
 
@@ -107,7 +99,7 @@ def aggregated_posterior(
     pair: PairLike,
     data: Any,
     *,
-    num_draws: int = 1000,
+    num_rows: int = 1000,
     num_permutations: int = 999,
     site: str | None = None,
     **options: Unpack[Options],
@@ -134,7 +126,8 @@ def aggregated_posterior(
     Arguments:
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
-        num_draws: n at most; all rows where there are fewer. The test holds (2 n, 2 n) numbers.
+        num_rows: n at most, of which one draw each is taken; all rows where there are fewer. The
+            test holds (2 n, 2 n) numbers.
         num_permutations: Of the kernel test; 1 more is its p-value's denominator.
         site: The latent; None for all of them.
         options: As in `pvae.options.Options`.
@@ -149,35 +142,32 @@ def aggregated_posterior(
         >>> found.draws.shape, found.correlation.shape
         (torch.Size([50, 2]), torch.Size([2, 2]))
     """
-    check_int("num_draws", num_draws, minimum=2)
-    with t.prepared(pair, data, options, "aggregated_posterior") as evaluation:
+    check_int("num_rows", num_rows, minimum=2)
+    with terms.prepared(pair, data, options, "aggregated_posterior") as evaluation:
         structure, source = evaluation.structure, evaluation.in_memory().source
         check_int("aggregated_posterior, rows of data", source.num_rows, minimum=2)
         require_rows("aggregated_posterior", structure)
         sites = (
             structure.latents
             if site is None
-            else (only_site("aggregated_posterior", "latent", structure.latents, site),)
+            else (terms.only_site("aggregated_posterior", "latent", structure.latents, site),)
         )
-        chosen = torch.randperm(source.num_rows, device=source.device)[:num_draws]
+        chosen = torch.randperm(source.num_rows, device=source.device)[:num_rows]
         subset = evaluation.on(source.rows(chosen))
         draws = torch.cat(
             [
-                torch.cat([columns(terms.sites[name].value, 2)[0] for name in sites], 1)
-                for _, terms in t.stream(subset)
+                torch.cat([_flat(one.sites[name].value[0]) for name in sites], 1)
+                for _, one in terms.stream(subset)
             ]
         )
         prior = []
-        with evaluating(structure.modules):
-            for _, batch in subset.source.all(subset.max_rows):
-                run = simulated("aggregated_posterior", structure.model, batch)
-                for name in sites:
-                    refuse_mask("aggregated_posterior", run[name])
-                prior.append(torch.cat([of_rows(run[name], structure) for name in sites], 1))
+        for _, _, run in simulated_draws(subset, 1, "prior"):
+            prior.append(flat_values(run, sites))
+        names = names_of_dimensions(run, sites)
         means = []
         for name in sites:
             try:
-                means.append(columns(means_and_noise(subset, name, 32)[0], 1))
+                means.append(_flat(means_and_noise(subset, name)[0]))
             except UndefinedError:  # a distribution that has no mean, as of classes
                 break
     known = torch.cat(means, 1) if len(means) == len(sites) else None
@@ -192,7 +182,7 @@ def aggregated_posterior(
     return AggregatedPosterior(
         draws,
         of_model,
-        column_names(run, sites, structure),
+        names,
         two_sample_test(
             draws / scale,
             of_model / scale,
@@ -205,6 +195,10 @@ def aggregated_posterior(
         _correlations(draws),
         None if known is None else _correlations(known),
     )
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.flatten(1).double() if value.dim() > 1 else value[:, None].double()
 
 
 def _correlations(values: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from pvae import terms
 from pvae.diagnostics.thresholds import ACTIVITY
 from pvae.errors import UndefinedError, check_int, check_number
 from pvae.jacobian import squared_jacobian_norm
-from pvae.latent.checks import mean_of, only_site
 from pvae.latent.coding import means_and_noise
 from pvae.modes import evaluating
 from pvae.options import Options, tool
@@ -54,7 +53,7 @@ def active_units(
     check_int("num_particles", num_particles, minimum=2)
     with terms.prepared(pair, data, options, "active_units") as evaluation:
         structure = evaluation.structure
-        site = only_site("active_units", "latent of the data", structure.latents, site)
+        site = terms.only_site("active_units", "latent of the data", structure.latents, site)
         check_int("active_units, rows of data", evaluation.num_rows, minimum=2)
         means, noise = means_and_noise(evaluation, site, num_particles)
     return means.double().var(0) - noise.double().mean(0) > threshold
@@ -133,7 +132,7 @@ def sensitivity(
     found = []
     with terms.prepared(pair, data, options, "sensitivity") as evaluation:
         structure = evaluation.structure
-        name = only_site("sensitivity", "latent of the data", structure.latents, site)
+        name = terms.only_site("sensitivity", "latent of the data", structure.latents, site)
         if structure.subsample_size is not None or structure.tied_to is not None:
             raise UndefinedError(
                 "sensitivity",
@@ -146,7 +145,7 @@ def sensitivity(
 
                 def code(x: Tensor, rest: tuple[Tensor, ...] = tuple(context)) -> Tensor:
                     fn = poutine.trace(structure.guide).get_trace(x, *rest).nodes[name]["fn"]
-                    mean = mean_of(fn)
+                    mean = terms.mean_of(fn)
                     if mean is None:
                         raise UndefinedError(
                             f"site '{name}'",

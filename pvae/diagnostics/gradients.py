@@ -317,8 +317,8 @@ def _gradient(
     batch: tuple[Tensor, ...], objective: Objective, state: Any, structure: Structure
 ) -> dict[str, Tensor]:
     """Of the loss per datum, by parameter, flat and in double precision."""
-    found_terms = objective.compute_terms(structure, batch)
-    loss = objective.surrogate(found_terms, state) / structure.divisor(found_terms.num_rows)
+    evaluated = objective.compute_terms(structure, batch)
+    loss = objective.surrogate(evaluated, state) / structure.divisor(evaluated.num_rows)
     state.seen = None
     parameters = list(structure.parameters.values())
     if not loss.requires_grad:

@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from pvae import terms
 from pvae.data import first_batch
-from pvae.diagnostics.simulated import mask_of
 from pvae.errors import UndefinedError, oxford
 from pvae.modes import evaluating
-from pvae.pair import probing
+from pvae.pair import mask_of, probing
 
 __all__ = ["Draws", "Mixture", "draw", "require_mixture", "score_mixture", "sum_of"]
 
@@ -152,9 +151,7 @@ def require_mixture(evaluation: terms.Evaluation) -> None:
             )
 
 
-def score_mixture(
-    evaluation: terms.Evaluation, own: Draws, max_rows: int | None = None
-) -> Mixture:
+def score_mixture(evaluation: terms.Evaluation, own: Draws, max_rows: int | None = None) -> Mixture:
     """log q(z) of every draw: the log of the mean of its density under every row's guide.
 
     Arguments:

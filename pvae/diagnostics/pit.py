@@ -10,14 +10,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pvae import terms as t
+from pvae import terms
 from pvae.diagnostics.predictive import Function
-from pvae.diagnostics.replicates import CheckKind, Replicates
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import P_VALUE
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import CheckKind, Replicates
 
 __all__ = ["PIT", "pit"]
 
@@ -154,7 +154,7 @@ def pit(
         torch.Size([50, 3])
     """
     check_int("num_particles", num_particles)
-    with t.prepared(pair, data, options, "pit") as evaluation, torch.no_grad():
+    with terms.prepared(pair, data, options, "pit") as evaluation, torch.no_grad():
         found = Replicates.of("pit", evaluation, site, kind)
         if statistic is None:
             found.require_order("pit")
@@ -166,8 +166,8 @@ def pit(
                 below += values < own
                 equal += values == own
         u = (below + torch.rand_like(below) * (equal + 1)) / (num_particles + 1)
-    if statistic is None and found.kept is not None:
-        u[~found.kept.expand(u.shape)] = math.nan
+    if statistic is None and found.mask is not None:
+        u[~found.mask.expand(u.shape)] = math.nan
     u = u.cpu()
     reason = _reason(found)
     return PIT(kind, found.site, u, None if reason else _uniform(u), reason, num_particles)

@@ -10,13 +10,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.diagnostics.replicates import CheckKind, Replicates
+from pvae import terms
 from pvae.diagnostics.result import Finding, Result, Verdict
 from pvae.diagnostics.thresholds import P_VALUE, REPLICATES
 from pvae.errors import ArgumentError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import CheckKind, Replicates
 
 __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 
@@ -241,7 +241,7 @@ def predictive(
         (0.0, 'bad')
     """
     check_int("num_particles", num_particles)
-    with t.prepared(pair, data, options, "predictive") as evaluation, torch.no_grad():
+    with terms.prepared(pair, data, options, "predictive") as evaluation, torch.no_grad():
         found = Replicates.of("predictive", evaluation, site, kind)
         chosen = _defaults(found) if statistics is None else dict(statistics)
         observed = {name: _number(name, fn, found.observed) for name, fn in chosen.items()}
