@@ -32,7 +32,7 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estim
         q: A distribution.
         p: Another, of the same event shape; batch shapes broadcast.
         num_particles: Number of draws from q, where there is no closed form.
-        seed: Of the draws; the caller's generators are left as they are.
+        seed: Seed of the draws; the caller's generators are left as they are.
 
     Returns:
         An estimate whose values have the batch shape of q and p together; where it is in closed

@@ -42,7 +42,7 @@ def quick_gap(model: Any, guide: Any, x: Tensor, seed: int) -> Any:
 
 
 def of(check: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda model, guide, x, seed: check(model, guide, x, seed=seed)
+    return lambda model, guide, x, seed: check((model, guide), x, seed=seed)
 
 
 BAD: dict[str, tuple[linear.Make, Callable[..., Any], str]] = {

@@ -58,7 +58,7 @@ def test_the_screen_anneals_when_it_is_asked_to() -> None:
     toy = LinearGaussian.random(3, 1)
     x = toy.sample(4)
     found = pvae.diagnose(linear.pair(toy, linear.scaled(1.2)), x, checks=["ais"])
-    bound = found.results["ais"].result
+    bound = found.results["ais"].estimate
     assert bound.name == "evidence, AIS-100"
     error = bound.se_draws
     assert bound.mean == pytest.approx(float(toy.log_evidence(x).mean()), abs=4.5 * error + 1e-3)

@@ -240,7 +240,7 @@ def _train(
     if not world.is_first:
         return
     _draw_figures(folder, vae, splits, run)
-    text = summary(folder, config, vae, splits, history=run.history, seconds=run.progress.seconds)
+    text = summary(folder, config, vae, splits, history=run.history)
     pvae.checkpoint.write_atomically(folder / "summary.txt", f"{text}\n".encode())
     typer.echo(text)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pvae import bounds
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import GAP
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.estimate import Estimate
 from pvae.options import Options, tool
@@ -19,12 +19,9 @@ from pvae.terms import prepared
 
 __all__ = ["Gap", "gap"]
 
-SMALL, LARGE = 0.1, 1.0
-"""Nats a datum up to which a gap is good, and from which it is bad."""
 
-
-@dataclass(frozen=True)
-class Gap:
+@dataclass(frozen=True, repr=False)
+class Gap(Result):
     r"""The gap of a pair in parts, each with its errors over data and over draws.
 
     .. math::
@@ -82,9 +79,9 @@ class Gap:
         encoder's or the family's.
         """
         encoder, family = self.amortisation.mean, self.approximation.mean
-        if max(encoder, family) <= SMALL:
+        if max(encoder, family) < GAP.look:
             return "fine"
-        if self.instead and encoder > SMALL:
+        if self.instead and encoder >= GAP.look:
             return "both"
         if encoder > 2 * family:
             return "encoder"
@@ -145,21 +142,22 @@ class Gap:
         """Whose best q the parts are about."""
         return "full-rank Gaussian (not its own family)" if self.instead else "q of its family"
 
-    def __str__(self) -> str:
-        n = self.evidence.num_data
+    @property
+    def title(self) -> str:
+        """How many data were looked at, and what is to be enlarged."""
         words = _WORDS[self.verdict]
         if self.instead and self.verdict == "both":
             words = "encoder or family lose, which can't be told apart here"
-        lines = [f"Inference gap, N = {n}: {words}", *map(str, self.findings())]
-        lines += [
-            f"  {bound.headline}" for bound in (*map(self.elbo, self.log_weights), self.evidence)
-        ]
-        if self.instead:
-            lines.append(f"  own: a full-rank Gaussian instead, as {self.instead}")
-        lines += [f"  {q}: was still getting better at the last step" for q in self.unsettled]
-        return "\n".join(lines)
+        return f"Inference gap, N = {self.evidence.num_data}: {words}"
 
-    __repr__ = __str__
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The ELBO of each q, the evidence, and what is to be known of the fits."""
+        lines = [bound.headline for bound in (*map(self.elbo, self.log_weights), self.evidence)]
+        if self.instead:
+            lines.append(f"own: a full-rank Gaussian instead, as {self.instead}")
+        lines += [f"{q}: was still getting better at the last step" for q in self.unsettled]
+        return tuple(lines)
 
     def _best(self) -> str:
         gains = [f"a full-rank q gains {self.gain('full_rank', 'own').mean:.2g} nats"]
@@ -168,15 +166,11 @@ class Gap:
         return ", ".join(gains)
 
     def _line(self, name: str, q: str, over: str, meaning: str) -> Finding:
-        gain = self.gain(q, over)
-        error = None if math.isnan(gain.se_data) else gain.se_data
-        return Finding(name, gain.mean, error, "nats", meaning=meaning)
+        return Finding.of(self.gain(q, over).named(name), meaning)
 
     @staticmethod
     def _finding(part: Estimate, meaning: str, advice: str) -> Finding:
-        verdict: Verdict = "good" if part.mean <= SMALL else "look" if part.mean < LARGE else "bad"
-        error = None if math.isnan(part.se_data) else part.se_data
-        return Finding(part.name, part.mean, error, "nats", verdict, meaning, advice)
+        return Finding.of(part, meaning, GAP.verdict(part.mean), advice)
 
 
 _WORDS = {

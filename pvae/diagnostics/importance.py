@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pvae import bounds
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import KHAT, UNRELIABLE
 from pvae.errors import DataError, check_int, check_number
 from pvae.estimate import Estimate
 from pvae.options import Options, tool
@@ -18,9 +19,6 @@ from pvae.pair import PairLike, as_pair
 from pvae.terms import prepared
 
 __all__ = ["Importance", "importance", "khat"]
-
-UNRELIABLE = 0.7
-"""k-hat above which importance sampling isn't to be relied on (Vehtari et al., 2024)."""
 
 FEWEST = 25
 """Draws from which there are enough in the tail, five."""
@@ -109,8 +107,8 @@ def _check(log_weights: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Importance:
+@dataclass(frozen=True, repr=False)
+class Importance(Result):
     r"""What one set of importance weights says of a guide.
 
     Attributes:
@@ -155,7 +153,7 @@ class Importance:
     @property
     def unreliable(self) -> float:
         """Share of data whose k-hat is above 0.7."""
-        return float((self.khat > UNRELIABLE).double().mean())
+        return float((self.khat > KHAT).double().mean())
 
     @property
     def se_unreliable(self) -> float:
@@ -178,22 +176,35 @@ class Importance:
         order = ranked.argsort(descending=True, stable=True)[:count]
         return order[ranked[order] > -math.inf]
 
+    @property
+    def title(self) -> str:
+        """How many weights there are."""
+        k, n = self.log_weights.shape
+        return f"Importance weights, N = {n}, K = {k}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which data are the worst."""
+        rows = [
+            f"{int(name)} ({float(self.khat[at]):.2f} +- {float(self.se_khat[at]):.2f})"
+            for name, at in zip(self.worst(), self._worst(), strict=True)
+        ]
+        return (f"rows with the largest k-hat: {', '.join(rows) or 'none'}",)
+
     def findings(self) -> list[Finding]:
         """What it means, line by line."""
         rows = ", ".join(str(int(row)) for row in self.worst())
-        share = self.unreliable
-        verdict: Verdict = "good" if share <= 0.05 else "look" if share <= 0.25 else "bad"
+        verdict = UNRELIABLE.verdict(self.unreliable)
+        advice = f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?"
         found = [
             Finding(
-                "k-hat above 0.7",
-                share,
+                f"k-hat above {KHAT}",
+                self.unreliable,
                 self.se_unreliable,
                 "",
                 verdict,
                 "share of data for which q is too narrow somewhere",
-                ""
-                if verdict == "good"
-                else f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?",
+                "" if verdict == "good" else advice,
             )
         ]
         exact, tied = self.is_exact, self.khat.isnan() & ~self.is_exact
@@ -203,34 +214,12 @@ class Importance:
         ):
             share_of = float(rows_of.double().mean())
             found += [Finding(name, share_of, meaning=f"share of data with {why}")][: share_of > 0]
-        gap, sampled = self.gap, self.ess / len(self.log_weights)
-        found += [
-            Finding(
-                "gap, at least",
-                gap.mean,
-                gap.se_data,
-                "nats",
-                meaning="evidence - ELBO a datum; these weights put log p(x) too low, if anything",
-            ),
-            Finding(
-                "effective draws",
-                float(sampled.mean()),
-                float(sampled.std()) / math.sqrt(len(sampled)) if len(sampled) > 1 else None,
-                meaning="ESS / K, the share of draws that count",
-            ),
+        sampled = Estimate("effective draws", self.ess / len(self.log_weights), unit="")
+        return [
+            *found,
+            Finding.of(self.gap.named("gap, at least"), "evidence - ELBO; too low, if anything"),
+            Finding.of(sampled, "ESS / K, the share of draws that count"),
         ]
-        return found
-
-    def __str__(self) -> str:
-        k, n = self.log_weights.shape
-        lines = [f"Importance weights, N = {n}, K = {k}", *map(str, self.findings())]
-        rows = [
-            f"{int(name)} ({float(self.khat[at]):.2f} +- {float(self.se_khat[at]):.2f})"
-            for name, at in zip(self.worst(), self._worst(), strict=True)
-        ]
-        return "\n".join([*lines, f"  rows with the largest k-hat: {', '.join(rows) or 'none'}"])
-
-    __repr__ = __str__
 
 
 @tool
