@@ -249,9 +249,9 @@ def test_one_optimiser_of_any_kind(optimizer: Any, device: torch.device) -> None
     pair = vae()
     run = fit(pair, binary(), epochs=60, optimizer=optimizer, lr=1e-2, device=device)
     assert run.history[-1]["loss"] < run.history[0]["loss"]
-    assert len(run.stepper.optimizer.param_groups) == 1
-    fused = "fused" in run.stepper.optimizer.param_groups[0]
-    assert is_fused(run.stepper.optimizer) is fused
+    assert len(run.training.stepper.optimizer.param_groups) == 1
+    fused = "fused" in run.training.stepper.optimizer.param_groups[0]
+    assert is_fused(run.training.stepper.optimizer) is fused
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_the_same_data_in_any_form_give_the_same_fit(
     fit(expected, binary(), epochs=2, device=device)
     run = fit(pair, KINDS[kind](binary(), tmp_path), epochs=2, device=device)
     assert same(state(pair), state(expected))
-    assert run.source.exact
+    assert run.training.source.exact
 
 
 def test_a_data_loader_of_the_users_own(device: torch.device) -> None:
@@ -364,7 +364,7 @@ def test_a_data_loader_of_the_users_own(device: torch.device) -> None:
     loader = DataLoader(TensorDataset(binary()), batch_size=8, shuffle=True)
     run = fit(pair, loader, epochs=3, valid=loader, device=device)
     assert run.history["step"] == [5, 10, 15]
-    assert not run.source.exact
+    assert not run.training.source.exact
 
 
 def test_labels_go_along(device: torch.device) -> None:
@@ -385,4 +385,4 @@ def test_a_pair_that_subsamples_itself_gets_all_data(device: torch.device) -> No
     model, guide, (x,) = pairs.subsample_drawn(device, n=N, size=10)
     run = fit((model, guide), x, epochs=3, device=device)
     assert run.history["step"] == [4, 8, 12]
-    assert run.batches.batch_size == N
+    assert run.training.batches.batch_size == N

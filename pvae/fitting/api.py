@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from pyro.infer import ELBO as PyroELBO
 
 from pvae.engine import Asked, OptimizerLike, Precision
-from pvae.fitting.loop import Fit
-from pvae.fitting.options import Options
+from pvae.fitting.loop import train
+from pvae.fitting.result import Fit
+from pvae.fitting.settings import Settings
+from pvae.fitting.setup import set_up
 from pvae.options import tool
 from pvae.pair import PairLike, as_pair
 from pvae.schedules import Schedule
@@ -21,7 +22,7 @@ __all__ = ["fit"]
 @tool
 def fit(
     pair: PairLike,
-    data: Any,
+    data: object,
     objective: PyroELBO | None = None,
     *,
     epochs: int = 10,
@@ -30,7 +31,7 @@ def fit(
     lr: float = 1e-3,
     lr_schedule: Schedule | None = None,
     clip_norm: float | None = None,
-    valid: Any = None,
+    valid: object = None,
     patience: int | None = None,
     device: str | torch.device = "auto",
     engine: Asked = "auto",
@@ -110,7 +111,7 @@ def fit(
         >>> len(run.history), run.history[-1]["elbo"] < 0
         (2, True)
     """
-    options = Options(
+    settings = Settings(
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -129,6 +130,6 @@ def fit(
         save_steps=save_steps,
         progress=progress,
     )
-    run = Fit(as_pair(pair, "fit"), data, objective, valid, options)
-    run.train()
-    return run
+    training = set_up(as_pair(pair, "fit"), data, objective, valid, settings)
+    train(training)
+    return Fit(training)
