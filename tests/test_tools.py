@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import pvae
-from pvae import bounds, diagnostics, export, latent, recipes, testing
+from pvae import bounds, diagnostics, export, latent, objectives, recipes, testing
 from pvae.errors import ArgumentError
 
 D, Q = 4, 2
+OTHERS: dict[str, Any] = {"objectives": {"ELBO": objectives.ELBO()}, "path": "folder"}
 TOOLS: dict[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": function
     for module in (pvae, bounds, diagnostics, export, latent, testing)
@@ -41,8 +42,11 @@ def test_two_programs_are_refused_with_the_line_that_works(name: str) -> None:
 @pytest.mark.parametrize("name", TOOLS)
 def test_one_program_is_refused_likewise(name: str) -> None:
     tool, vae = TOOLS[name], recipes.vae(D, Q, hidden=(3,))
+    parameters = inspect.signature(tool).parameters.values()
+    needed = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    others = [OTHERS.get(p.name, torch.ones(2, D)) for p in needed[1:]]
     with pytest.raises(ArgumentError) as error:
-        tool(vae.model, torch.ones(2, D))
+        tool(vae.model, *others)
     short = name.rsplit(".", 1)[-1]
     assert error.value.where.startswith(f"{short}, its first argument")
     assert f"{short}((model, guide), ...)" in error.value.fixes

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro.infer import ELBO as PyroELBO
-
 from pvae import randomness
 from pvae.errors import check_int
 from pvae.fitting.history import History
@@ -14,7 +12,6 @@ from pvae.fitting.loop import train
 from pvae.fitting.saving import write_checkpoint
 from pvae.fitting.setup import warn_of_stretching
 from pvae.fitting.training import Progress, Training
-from pvae.pair import Pair, Structure
 
 if TYPE_CHECKING:
     from pvae.diagnostics import Diagnosis
@@ -26,26 +23,15 @@ class Fit:
     """A pair and its training so far; made by `pvae.fit`.
 
     Attributes:
+        pair: What is trained.
+        objective: What is maximised.
+        structure: What the pair is made of.
         training: Data, batches, settings and the stepper, for those who look closer.
     """
 
     def __init__(self, training: Training) -> None:
-        self.training = training
-
-    @property
-    def pair(self) -> Pair:
-        """What is trained."""
-        return self.training.pair
-
-    @property
-    def objective(self) -> PyroELBO:
-        """What is maximised."""
-        return self.training.objective
-
-    @property
-    def structure(self) -> Structure:
-        """What the pair is made of."""
-        return self.training.structure
+        self.pair, self.training = training.pair, training
+        self.objective, self.structure = training.objective, training.structure
 
     @property
     def progress(self) -> Progress:

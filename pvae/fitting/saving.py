@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from pvae.errors import CheckpointError, warn
 from pvae.fitting.history import History
 from pvae.fitting.identity import first_difference
 from pvae.fitting.settings import CHECKPOINT
-from pvae.fitting.training import Progress, Training
+from pvae.fitting.training import Progress, Training, buffers_of
 from pvae.options import tool
 from pvae.pair import Pair, PairLike, as_pair
 
 __all__ = [
-    "buffers_of",
     "copy_into",
     "load_parameters",
     "restore",
@@ -157,7 +155,7 @@ def load_parameters(pair: PairLike, path: str | Path, batch: object = None) -> d
         >>> all(map(torch.equal, first.parameters(), second.parameters()))
         True
     """
-    path, pair = Path(path), as_pair(pair, "load_parameters")
+    pair, path = as_pair(pair, "load_parameters"), Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
     saved = checkpoint.load(path)
     if batch is None:
@@ -188,19 +186,6 @@ def _own_parameters(pair: Pair) -> dict[str, Tensor]:
         for name, parameter in root.named_parameters():
             if parameter.requires_grad:
                 named.setdefault(id(parameter), (f"{prefix}.{name}", parameter))
-    return dict(named.values())
-
-
-def buffers_of(pair: Pair, modules: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
-    """Buffers and frozen parameters by attribute name; those in closures by their order."""
-    named: dict[int, tuple[str, Tensor]] = {}
-    roots = [("model", pair.model), ("guide", pair.guide)]
-    roots += [(f"module{i}", m) for i, m in enumerate(modules)]
-    for prefix, root in roots:
-        if isinstance(root, nn.Module):
-            frozen = [(n, p) for n, p in root.named_parameters() if not p.requires_grad]
-            for name, tensor in (*root.named_buffers(), *frozen):
-                named.setdefault(id(tensor), (f"{prefix}.{name}", tensor))
     return dict(named.values())
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import pyro
 from pyro.infer import ELBO as PyroELBO
 
 from pvae import checkpoint, distributed, randomness
@@ -20,11 +17,10 @@ from pvae.fitting.checks import (
     check_parameters,
     check_plate,
 )
-from pvae.fitting.identity import identity_of
 from pvae.fitting.processes import agree, check_parts, warn_if_apart
-from pvae.fitting.saving import buffers_of, restore
+from pvae.fitting.saving import restore
 from pvae.fitting.settings import Settings
-from pvae.fitting.training import Progress, Training
+from pvae.fitting.training import Training
 from pvae.objectives import Objective, as_objective
 from pvae.pair import Pair, Structure
 
@@ -45,25 +41,35 @@ def set_up(
             "patience", "validation data to look at", "valid=None", ["valid=x_valid"]
         )
     with randomness.forked():  # data sets and samplers may draw, too
-        inputs = _look_at(pair, data, objective, valid, settings)
-        training = _make(pair, objective, inputs, settings, world)
+        structure, source, validation = _look_at(pair, data, objective, valid, settings)
+        batches = _make_batches(objective, structure, source, settings, world)
+        optimizer = make_optimizer(
+            settings.optimizer, list(structure.parameters.values()), settings.lr
+        )
+        state = None
+        if isinstance(objective, Objective):  # Pyro's own have none
+            state = objective.make_state(structure, source.num_rows, 1, 1)  # until it has a length
+        stepper = Stepper(
+            pair.model,
+            pair.guide,
+            objective,
+            structure,
+            optimizer,
+            state,
+            settings.clip_norm,
+            precision=settings.precision,
+            world=world,
+        )
+        training = Training(pair, settings, batches, validation, stepper)
+        _warn_of_long_schedules(training)
         agree(world, training.identity, training.tensors)
         _open_folder(training)
     return training
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """A pair's structure, and its data as sources on its device."""
-
-    structure: Structure
-    source: Source
-    valid: Source | None
-
-
 def _look_at(
     pair: Pair, data: object, objective: PyroELBO, valid: object, settings: Settings
-) -> _Inputs:
+) -> tuple[Structure, Source, Source | None]:
     """Looks at pair and data together, on the device, and refuses what can't be trained."""
     where, dtype = pair.place(settings.device, data)
     source = as_source(data, where, dtype)
@@ -81,65 +87,20 @@ def _look_at(
     t.check_data(structure, source)
     check_overcomplete(structure, source)
     if valid is None:
-        return _Inputs(structure, source, None)
+        return structure, source, None
     validation = as_source(valid, structure.device, structure.dtype)
     t.check_data(structure, validation, "valid")
     pair.checked_sources.add(validation)
-    return _Inputs(structure, source, validation)
-
-
-def _make(
-    pair: Pair, objective: PyroELBO, inputs: _Inputs, settings: Settings, world: World
-) -> Training:
-    """A training at its start."""
-    structure, source = inputs.structure, inputs.source
-    batches = _make_batches(objective, inputs, settings, world)
-    steps_per_epoch = batches.steps_per_epoch
-    if structure.subsample_size is not None:  # as many as its subsamples take
-        steps_per_epoch = -(-source.num_rows // structure.subsample_size)
-    optimizer = make_optimizer(settings.optimizer, list(structure.parameters.values()), settings.lr)
-    length = steps_per_epoch, max(1, settings.epochs * steps_per_epoch)
-    state = None
-    if isinstance(objective, Objective):  # Pyro's own have none
-        state = objective.make_state(structure, source.num_rows, *length)
-    stepper = Stepper(
-        pair.model,
-        pair.guide,
-        objective,
-        structure,
-        optimizer,
-        state,
-        settings.clip_norm,
-        precision=settings.precision,
-        world=world,
-    )
-    training = Training(
-        pair=pair,
-        settings=settings,
-        objective=objective,
-        structure=structure,
-        source=source,
-        valid=inputs.valid,
-        batches=batches,
-        steps_per_epoch=steps_per_epoch,
-        stepper=stepper,
-        buffers=buffers_of(pair, structure.modules),
-        world=world,
-        identity=identity_of(pair, settings, objective, optimizer, batches),
-        progress=Progress(epochs=settings.epochs),
-        store=set(pyro.get_param_store().keys()),
-    )
-    _warn_of_long_schedules(training)
-    return training
+    return structure, source, validation
 
 
 def _make_batches(
-    objective: PyroELBO, inputs: _Inputs, settings: Settings, world: World
+    objective: PyroELBO, structure: Structure, source: Source, settings: Settings, world: World
 ) -> Batches:
     """The data cut into batches, on which the pair can be trained."""
-    structure, source = inputs.structure, inputs.source
-    is_whole = settings.batch_size is None or structure.subsample_size is not None
-    rows = source.num_rows if is_whole or settings.batch_size is None else settings.batch_size
+    rows = settings.batch_size
+    if rows is None or structure.subsample_size is not None:
+        rows = source.num_rows
     # With one batch an epoch the order is no matter, but to parameters of single rows.
     batches = Batches(source, rows, settings.seed, shuffle=rows < source.num_rows, world=world)
     size = batches.batch_size

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from pyro.infer import ELBO as PyroELBO
-from torch import Tensor
+import pyro
+from torch import Tensor, nn
 
 from pvae.data import Batches, Source
-from pvae.distributed import World
 from pvae.engine import Stepper
 from pvae.errors import DataError
 from pvae.fitting.history import History
+from pvae.fitting.identity import identity_of
 from pvae.fitting.settings import Settings
 from pvae.objectives import Objective
-from pvae.pair import Pair, Structure
+from pvae.pair import Pair
 from pvae.schedules import Constant, Schedule, Timed
 
-__all__ = ["Progress", "Training"]
+__all__ = ["Progress", "Training", "buffers_of"]
 
 
 @dataclass
@@ -51,48 +51,52 @@ class Progress:
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
 class Training:
-    """A pair, its data and its stepper, ready for the loop.
+    """A pair, its data and its stepper, ready for the loop, and how far they have come.
 
-    Attributes:
+    Arguments:
         pair: What is trained.
         settings: What `pvae.fit` was told.
+        batches: The data, cut into batches.
+        valid: The validation data, if there are any.
+        stepper: Runs a step.
+
+    Attributes:
         objective: What is maximised.
         structure: What the pair is made of.
         source: The data.
-        valid: The validation data, if there are any.
-        batches: The data, cut into batches.
-        steps_per_epoch: Number of steps in an epoch.
-        stepper: Runs a step.
-        buffers: Buffers and frozen parameters of the pair's networks, by name.
         world: The processes that train together.
+        steps_per_epoch: Number of steps in an epoch.
+        buffers: Buffers and frozen parameters of the pair's networks, by name.
         identity: What a resumed training must have in common with the first one, by name.
         progress: How far it has come.
-        generators: States of the random generators, where the training was left; None before.
-        store: Names in Pyro's parameter store that were there before the last epoch.
+        generators: States of the random generators where the training was left; None before.
         interrupted: Whether the last training was stopped by Ctrl-C, at a step's end.
+        store: Names in Pyro's parameter store that were there before the last epoch.
     """
 
-    pair: Pair
-    settings: Settings
-    objective: PyroELBO
-    structure: Structure
-    source: Source
-    valid: Source | None
-    batches: Batches
-    steps_per_epoch: int
-    stepper: Stepper
-    buffers: dict[str, Tensor]
-    world: World
-    identity: dict[str, object]
-    progress: Progress
-    generators: dict[str, Tensor] | None = None
-    store: set[str] = field(default_factory=set)
-    interrupted: bool = False
-
-    def __post_init__(self) -> None:
-        self._lrs = [float(group["lr"]) for group in self.stepper.optimizer.param_groups]
+    def __init__(
+        self,
+        pair: Pair,
+        settings: Settings,
+        batches: Batches,
+        valid: Source | None,
+        stepper: Stepper,
+    ) -> None:
+        self.pair, self.settings, self.valid = pair, settings, valid
+        self.batches, self.source = batches, batches.source
+        self.stepper, self.world = stepper, stepper.world
+        self.objective, self.structure = stepper.objective, stepper.structure
+        self.steps_per_epoch = batches.steps_per_epoch
+        if (size := self.structure.subsample_size) is not None:  # as many as its subsamples take
+            self.steps_per_epoch = -(-self.source.num_rows // size)
+        self.buffers = buffers_of(pair, self.structure.modules)
+        self.identity = identity_of(pair, settings, self.objective, stepper.optimizer, batches)
+        self.progress = Progress(epochs=settings.epochs)
+        self.generators: dict[str, Tensor] | None = None
+        self.interrupted = False
+        self.store = set(pyro.get_param_store().keys())
+        self._lrs = [float(group["lr"]) for group in stepper.optimizer.param_groups]
         self.set_length()
 
     @property
@@ -157,3 +161,16 @@ class Training:
         self.progress.step -= self.progress.global_step - step
         self.progress.global_step = step
         self.stepper.recover(step)
+
+
+def buffers_of(pair: Pair, modules: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
+    """Buffers and frozen parameters by attribute name; those in closures by their order."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    roots = [("model", pair.model), ("guide", pair.guide)]
+    roots += [(f"module{i}", m) for i, m in enumerate(modules)]
+    for prefix, root in roots:
+        if isinstance(root, nn.Module):
+            frozen = [(n, p) for n, p in root.named_parameters() if not p.requires_grad]
+            for name, tensor in (*root.named_buffers(), *frozen):
+                named.setdefault(id(tensor), (f"{prefix}.{name}", tensor))
+    return dict(named.values())
