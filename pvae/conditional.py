@@ -6,12 +6,10 @@ distribution (an instance, a function, a module, a zuko flow) becomes one with `
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -20,14 +18,18 @@ from pyro.contrib.zuko import ZukoToPyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pvae.described import Described
+from pvae.distributions import take_apart
 from pvae.errors import ArgumentError, PairError, as_shape
+from pvae.types import Dist, Shape
 
 __all__ = [
     "Conditional",
     "FromNetwork",
     "NetworkLike",
+    "Unconditional",
     "as_conditional",
-    "positive",
+    "positive_scale",
     "split_parameters",
 ]
 
@@ -35,7 +37,7 @@ NetworkLike = nn.Module | Callable[[int], nn.Module]
 """A network, or a function that builds it from the number of parameters per value."""
 
 
-class Conditional(nn.Module, ABC):
+class Conditional(Described, ABC):
     """The abstract conditional distribution: ``forward(*context)`` returns a Pyro distribution.
 
     To write one:
@@ -53,7 +55,9 @@ class Conditional(nn.Module, ABC):
         event_shape: Shape of one value; ``None`` where only a call can tell.
     """
 
-    def __init__(self, event_shape: int | Sequence[int] | None = None) -> None:
+    event_shape: tuple[int, ...] | None
+
+    def __init__(self, event_shape: Shape | None = None) -> None:
         super().__init__()
         self.event_shape = None if event_shape is None else as_shape("event_shape", event_shape)
 
@@ -63,10 +67,10 @@ class Conditional(nn.Module, ABC):
         return False
 
     @abstractmethod
-    def forward(self, *context: Tensor) -> Any:
+    def forward(self, *context: Tensor) -> Dist:
         """The distribution given the context."""
 
-    def __call__(self, *context: Tensor) -> Any:
+    def __call__(self, *context: Tensor) -> Dist:
         """The distribution given the context, its kind and event shape checked."""
         fn = super().__call__(*context)
         if not isinstance(fn, dist.Distribution):
@@ -87,11 +91,57 @@ class Conditional(nn.Module, ABC):
         return fn
 
 
+def _with_event(fn: Dist, event_shape: tuple[int, ...]) -> Dist:
+    """Takes the last dimensions of a batch as an event, as many as the event still lacks."""
+    if not isinstance(fn, dist.Distribution):
+        return fn
+    missing = len(event_shape) - len(fn.event_shape)
+    return fn.to_event(missing) if 0 < missing <= len(fn.batch_shape) else fn
+
+
+class Unconditional(Conditional):
+    """The abstract distribution that ignores the context, as most priors do.
+
+    To write one, hold parameters as ``nn.Parameter``, give constants to ``super().__init__``, and
+    define `distribution` of them; its dimensions become the event.
+
+    Arguments:
+        event_shape: Shape of one value, an integer for a vector.
+        constants: Numbers by name; each becomes a buffer of shape ``event_shape``.
+
+    Example:
+        >>> class Cauchy(Unconditional):
+        ...     def __init__(self, event_shape, scale=1.0):
+        ...         super().__init__(event_shape, loc=0.0, scale=scale)
+        ...
+        ...     def distribution(self):
+        ...         return dist.Cauchy(self.loc, self.scale)
+        >>> Cauchy(2)().log_prob(torch.zeros(2))
+        tensor(-2.2895)
+    """
+
+    event_shape: tuple[int, ...]
+
+    def __init__(self, event_shape: Shape, **constants: float) -> None:
+        super().__init__(event_shape)
+        for name, number in constants.items():
+            self.register_buffer(name, torch.full(self.event_shape, float(number)))
+
+    @abstractmethod
+    def distribution(self) -> Dist:
+        """The distribution, of shape ``event_shape``."""
+
+    def forward(self, *context: Tensor) -> Dist:
+        """The distribution, whatever the context."""
+        return _with_event(self.distribution(), self.event_shape)
+
+
 class FromNetwork(Conditional):
     """The abstract conditional whose parameters a network computes from the context.
 
     To write one, set ``self.num_params`` before ``super().__init__`` and define `distribution`,
-    which gets that many tensors of shape ``(..., *event_shape)``.
+    which gets that many tensors of shape ``(..., *event_shape)``; the last dimensions of what it
+    returns become the event.
 
     The network may return one tensor, which is split (see `split_parameters`), or a tuple of
     ``num_params`` tensors, which is taken as it is.
@@ -102,9 +152,10 @@ class FromNetwork(Conditional):
         event_shape: Shape of one value.
     """
 
+    event_shape: tuple[int, ...]
     num_params: int = 1
 
-    def __init__(self, network: NetworkLike, event_shape: int | Sequence[int]) -> None:
+    def __init__(self, network: NetworkLike, event_shape: Shape) -> None:
         super().__init__(event_shape)
         self.network = network if isinstance(network, nn.Module) else network(self.num_params)
         if not isinstance(self.network, nn.Module):
@@ -115,16 +166,14 @@ class FromNetwork(Conditional):
             )
 
     @abstractmethod
-    def distribution(self, *params: Tensor) -> Any:
+    def distribution(self, *params: Tensor) -> Dist:
         """The distribution with these parameters, each of shape ``(..., *event_shape)``."""
 
-    def forward(self, *context: Tensor) -> Any:
+    def forward(self, *context: Tensor) -> Dist:
         """The distribution given the context."""
-        assert self.event_shape is not None  # noqa: S101
         output = self.network(*context)
-        return self.distribution(
-            *split_parameters(output, self.num_params, self.event_shape, type(self).__name__)
-        )
+        params = split_parameters(output, self.num_params, self.event_shape, type(self).__name__)
+        return _with_event(self.distribution(*params), self.event_shape)
 
 
 def split_parameters(
@@ -186,136 +235,61 @@ def split_parameters(
 _AT_ONE = math.log(math.expm1(1.0))
 
 
-def positive(raw: Tensor) -> Tensor:
+def positive_scale(raw: Tensor) -> Tensor:
     r"""A positive scale from any real number: :math:`\mathrm{softplus}(r + c) + 10^{-6}`.
 
     With :math:`c = \log(e - 1)` a fresh network, whose outputs are near 0, starts near scale 1,
     which is the prior's. It neither overflows nor reaches 0, and it has a gradient everywhere.
 
     Example:
-        >>> positive(torch.tensor([-1e4, 0.0, 1e4]))
+        >>> positive_scale(torch.tensor([-1e4, 0.0, 1e4]))
         tensor([1.0000e-06, 1.0000e+00, 1.0001e+04])
     """
     return F.softplus(raw + _AT_ONE) + 1e-6
 
 
-class _Fixed(Conditional):
+class Fixed(Conditional):
     """A distribution instance, its tensors held as buffers so that they move with the module.
 
     Each call builds the distribution anew around the buffers, so nothing that it computes and
     keeps (probabilities from logits, say) outlives a move or a load.
     """
 
-    def __init__(self, fn: Any) -> None:
+    def __init__(self, fn: Dist) -> None:
         super().__init__(tuple(fn.event_shape) or None)
+        where = f"{type(fn).__name__} instance"
         if fn.batch_shape:
             raise ArgumentError(
-                f"{type(fn).__name__} instance",
+                where,
                 "batch_shape (), so that one draw is one whole value",
                 f"batch_shape {tuple(fn.batch_shape)}, event_shape {tuple(fn.event_shape)}",
                 [f".to_event({len(fn.batch_shape)})"],
             )
-        found: dict[str, Tensor] = {}
-        self.skeleton = _take_apart(fn, type(fn).__name__, "", found)
-        for name, tensor in found.items():
+        self._template, tensors = take_apart(fn, where)
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor.clone())
 
-    def forward(self, *context: Tensor) -> Any:
-        return _put_together(self.skeleton, self._buffers)
+    @property
+    def fn(self) -> Dist:
+        """The distribution of the buffers as they are."""
+        return self._template.build(self._buffers)
+
+    def forward(self, *context: Tensor) -> Dist:
+        return self.fn
 
 
-class _Slot:
-    """The place of a tensor in a distribution that was taken apart."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def _take_apart(thing: Any, what: str, path: str, found: dict[str, Tensor]) -> Any:
-    """A copy of a distribution with slots in place of tensors, which go into ``found`` by path."""
-    if isinstance(thing, nn.Module) or (isinstance(thing, Tensor) and thing.requires_grad):
-        raise ArgumentError(
-            f"{what} instance",
-            "a distribution without trainable tensors, which it would hide from the optimiser",
-            f"{type(thing).__name__} at {path or what}",
-            ["pass a Conditional, or a module that builds the distribution in forward"],
-        )
-    if isinstance(thing, Tensor):
-        found[path] = thing
-        return _Slot(path)
-    if isinstance(thing, (list, tuple)):
-        parts = [_take_apart(v, what, f"{path}_{k}", found) for k, v in enumerate(thing)]
-        return type(thing)(parts) if type(thing) in (list, tuple) else thing
-    if isinstance(thing, dict):
-        return {k: _take_apart(v, what, f"{path}_{k}", found) for k, v in thing.items()}
-    if not isinstance(thing, _WITH_TENSORS):
-        return thing
-    taken = copy.copy(thing)
-    for key, value in _own(thing).items():
-        name = f"{path}_{key.lstrip('_')}".lstrip("_")
-        taken.__dict__[key] = _take_apart(value, what, name, found)
-    for key in set(vars(thing)) - set(_own(thing)):
-        del taken.__dict__[key]
-    return taken
-
-
-_WITH_TENSORS = (
-    dist.Distribution,
-    torch.distributions.Distribution,
-    torch.distributions.Transform,
-    torch.distributions.constraints.Constraint,
-)
-
-_Inverse = torch.distributions.transforms._InverseTransform
-
-
-def _own(thing: Any) -> dict[str, Any]:
-    """What an object was made with: caches, and all lazy attributes but the first, left out."""
-    kept: dict[str, Any] = {}
-    lazy_seen = False
-    for key, value in vars(thing).items():
-        if key == "_inv" and not isinstance(thing, _Inverse):
-            kept[key] = None  # made when first asked for, and pointing back at the transform
-            continue
-        is_lazy = isinstance(
-            inspect.getattr_static(type(thing), key, None), torch.distributions.utils.lazy_property
-        )
-        if key.startswith("_cached") or (is_lazy and lazy_seen):
-            continue
-        lazy_seen |= is_lazy
-        kept[key] = value
-    return kept
-
-
-def _put_together(thing: Any, tensors: Mapping[str, Tensor | None]) -> Any:
-    """The distribution again, from what `_take_apart` returned."""
-    if isinstance(thing, _Slot):
-        return tensors[thing.name]
-    if type(thing) in (list, tuple):
-        return type(thing)(_put_together(v, tensors) for v in thing)
-    if type(thing) is dict:
-        return {k: _put_together(v, tensors) for k, v in thing.items()}
-    if not isinstance(thing, _WITH_TENSORS):
-        return thing
-    whole = copy.copy(thing)
-    whole.__dict__ = {k: _put_together(v, tensors) for k, v in vars(thing).items()}
-    if isinstance(whole, torch.distributions.Transform):
-        whole._cached_x_y = None, None
-    return whole
-
-
-class _Called(Conditional):
+class Called(Conditional):
     """A function or module that returns a distribution."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Dist]) -> None:
         super().__init__()
         self.function = function  # a module is registered by this line
-        self.takes = _num_positional(
+        self._takes = _num_positional(
             function.forward if isinstance(function, nn.Module) else function
         )
 
-    def forward(self, *context: Tensor) -> Any:
-        fn = self.function(*context[: self.takes])
+    def forward(self, *context: Tensor) -> Dist:
+        fn = self.function(*context[: self._takes])
         if isinstance(fn, (Tensor, tuple, list)):
             raise ArgumentError(
                 type(self.function).__name__,
@@ -329,14 +303,14 @@ class _Called(Conditional):
         return fn
 
 
-class _Flow(Conditional):
+class Flow(Conditional):
     """A zuko flow: its features are the event, its context the concatenated context."""
 
     def __init__(self, flow: nn.Module) -> None:
         super().__init__()
         self.flow = flow
 
-    def forward(self, *context: Tensor) -> Any:
+    def forward(self, *context: Tensor) -> Dist:
         joined = torch.cat([c.to(self._dtype()) for c in context], -1) if context else None
         return ZukoToPyro(self.flow(joined))
 
@@ -344,7 +318,7 @@ class _Flow(Conditional):
         return next(self.flow.parameters()).dtype
 
 
-def _num_positional(function: Callable[..., Any]) -> int | None:
+def _num_positional(function: Callable[..., object]) -> int | None:
     """How many positional arguments a function takes; ``None`` for any number."""
     kinds = [p.kind for p in inspect.signature(function).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
@@ -357,7 +331,7 @@ def _is_zuko(thing: object) -> bool:
     return any(t.__module__.split(".")[0] == "zuko" for t in type(thing).__mro__)
 
 
-def as_conditional(thing: Any, where: str = "distribution") -> Conditional:
+def as_conditional(thing: object, where: str = "distribution") -> Conditional:
     """Turns whatever describes a distribution into a `Conditional`.
 
     Arguments:
@@ -382,14 +356,14 @@ def as_conditional(thing: Any, where: str = "distribution") -> Conditional:
     if isinstance(thing, Conditional):
         return thing
     if isinstance(thing, dist.Distribution):
-        return _Fixed(thing)
+        return Fixed(thing)
     if isinstance(thing, nn.Module) and _is_zuko(thing):
         pyro.settings.set(
             validate_distributions_torch=pyro.settings.get("validate_distributions_pyro")
         )
-        return _Flow(thing)
+        return Flow(thing)
     if callable(thing) and not inspect.isclass(thing):
-        return _Called(thing)
+        return Called(thing)
     fixes = ["an instance, such as priors.StandardNormal(20)"] if inspect.isclass(thing) else []
     if isinstance(thing, torch.distributions.Distribution):
         fixes = [f"pyro.distributions.{type(thing).__name__}"]

@@ -12,9 +12,10 @@ References:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, check_int, check_number
 
 __all__ = ["BlockMasking", "Downsampling", "Masking", "Noise", "SaltAndPepper"]
@@ -26,7 +27,7 @@ def _rate(where: str, rate: float) -> float:
     return float(rate)
 
 
-class Noise(nn.Module):
+class Noise(Described):
     r"""Additive noise, :math:`\tilde x = x + \sigma n` with :math:`n \sim N(0, I)`.
 
     Arguments:
@@ -41,16 +42,12 @@ class Noise(nn.Module):
         super().__init__()
         self.sigma = check_number("Noise.sigma", sigma, minimum=0)
 
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"sigma={self.sigma:g}"
-
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
         return x + self.sigma * torch.randn_like(x)
 
 
-class Masking(nn.Module):
+class Masking(Described):
     r"""Masking, :math:`\tilde x = x \cdot m`: each entry is put to 0 with probability ``rate``.
 
     Arguments:
@@ -65,16 +62,12 @@ class Masking(nn.Module):
         super().__init__()
         self.rate = _rate("Masking.rate", rate)
 
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"rate={self.rate:g}"
-
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
         return x * (torch.rand_like(x) >= self.rate)
 
 
-class SaltAndPepper(nn.Module):
+class SaltAndPepper(Described):
     """Each entry is put to ``low`` or ``high``, with probability ``rate / 2`` each.
 
     Arguments:
@@ -90,11 +83,8 @@ class SaltAndPepper(nn.Module):
     def __init__(self, rate: float, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
         self.rate = _rate("SaltAndPepper.rate", rate)
-        self.low, self.high = check_number("low", low), check_number("high", high)
-
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"rate={self.rate:g}, low={self.low:g}, high={self.high:g}"
+        self.low = check_number("SaltAndPepper.low", low)
+        self.high = check_number("SaltAndPepper.high", high)
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -114,7 +104,7 @@ def _image(where: str, x: Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
-class BlockMasking(nn.Module):
+class BlockMasking(Described):
     """A square of each image is put to ``fill``; its place is drawn for each image.
 
     The square lies wholly inside, in all channels alike.
@@ -130,11 +120,8 @@ class BlockMasking(nn.Module):
 
     def __init__(self, size: int, fill: float = 0.0) -> None:
         super().__init__()
-        self.size, self.fill = check_int("BlockMasking.size", size), check_number("fill", fill)
-
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"size={self.size}, fill={self.fill:g}"
+        self.size = check_int("BlockMasking.size", size)
+        self.fill = check_number("BlockMasking.fill", fill)
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -155,8 +142,8 @@ def _within(x: Tensor, length: int, size: int) -> Tensor:
     return (place >= start) & (place < start + size)
 
 
-class Downsampling(nn.Module):
-    """What an image keeps at a lower resolution: the mean of each block, at the block's place.
+class Downsampling(Described):
+    """Lower resolution in the same size: each block of pixels is replaced by its mean.
 
     Nothing is random; a pair trained with it restores what a small image has lost.
 
@@ -180,12 +167,8 @@ class Downsampling(nn.Module):
         small = F.avg_pool2d(images, self.factor, ceil_mode=True, count_include_pad=False)
         return small.reshape(*x.shape[:-2], *small.shape[-2:])
 
-    def extra_repr(self) -> str:
-        """What it was made with."""
-        return f"factor={self.factor}"
-
     def forward(self, x: Tensor) -> Tensor:
-        """The batch as a small image shows it, in the size that it had."""
+        """The corrupted batch."""
         height, width = _image("Downsampling", x)
         small = self.small(x)
         large = small.repeat_interleave(self.factor, -2).repeat_interleave(self.factor, -1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvae import randomness
+from pvae.distributions import is_point
 from pvae.errors import UndefinedError, check_int
+from pvae.types import Dist
 
 __all__ = ["Divergence", "kl"]
 
@@ -41,7 +42,7 @@ class Divergence:
 
 
 @torch.no_grad()
-def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergence:
+def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Divergence:
     r"""How far q is from p, seen from q: 0 if they are equal, else above 0, without a bound.
 
     .. math:: KL(q \| p) = E_q[\log q(z) - \log p(z)]
@@ -57,8 +58,8 @@ def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergenc
     Arguments:
         q: A distribution.
         p: Another, of the same event shape; batch shapes broadcast.
-        num_samples: Draws, where there is no closed form.
-        seed: Of the draws; the caller's generators are left as they are.
+        num_particles: Number of draws from q, where there is no closed form.
+        seed: Seed of the draws; the caller's generators are left as they are.
 
     Raises:
         UndefinedError: If q or p is a point mass, one is discrete and the other continuous, or
@@ -68,12 +69,9 @@ def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergenc
         >>> kl(dist.Normal(1.0, 1.0), dist.Normal(0.0, 1.0))
         KL(q || p): 0.5 nats, exact
     """
-    check_int("num_samples", num_samples, minimum=2)
+    check_int("num_particles", num_particles, minimum=2)
     for name, fn in (("q", q), ("p", p)):
-        inner = fn
-        while hasattr(inner, "base_dist"):
-            inner = inner.base_dist
-        if type(inner).__name__ == "Delta":
+        if is_point(fn):
             raise UndefinedError(
                 f"kl, {name}", "a distribution with a density", "a point mass (Delta)"
             )
@@ -97,7 +95,7 @@ def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergenc
     else:
         return Divergence(exact, torch.zeros_like(exact), None)
     with randomness.forked(seed):
-        z = q.sample(torch.Size([num_samples]))
+        z = q.sample(torch.Size([num_particles]))
         batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
         z = z.reshape(z.shape[:1] + (1,) * (len(batch) - len(q.batch_shape)) + z.shape[1:])
         inside = p.support.check(z)
@@ -107,4 +105,4 @@ def kl(q: Any, p: Any, num_samples: int = 10_000, *, seed: int = 0) -> Divergenc
     draws = q.log_prob(z) - log_p
     value = draws.mean(0)
     spread = torch.where(value.isfinite(), draws.std(0), torch.inf)
-    return Divergence(value, spread / num_samples**0.5, num_samples)
+    return Divergence(value, spread / num_particles**0.5, num_particles)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pvae.conditional import FromNetwork, NetworkLike, positive
+from pvae.conditional import FromNetwork, NetworkLike, positive_scale
 from pvae.errors import ArgumentError, check_int, check_number
+from pvae.types import Dist, Shape
 
 __all__ = ["CodeDelta", "MeanField", "NearestCode", "Point"]
 
@@ -42,17 +42,16 @@ class MeanField(FromNetwork):
     def __init__(
         self,
         network: NetworkLike,
-        event_shape: int | Sequence[int],
-        to_scale: Callable[[Tensor], Tensor] = positive,
+        event_shape: Shape,
+        to_scale: Callable[[Tensor], Tensor] = positive_scale,
     ) -> None:
         super().__init__(network, event_shape)
         self.to_scale = to_scale
 
-    def distribution(self, *params: Tensor) -> Any:
+    def distribution(self, *params: Tensor) -> Dist:
         """The normal distribution with this location and raw scale."""
         loc, raw_scale = params
-        assert self.event_shape is not None  # noqa: S101
-        return dist.Normal(loc, self.to_scale(raw_scale)).to_event(len(self.event_shape))
+        return dist.Normal(loc, self.to_scale(raw_scale))
 
 
 class Point(FromNetwork):
@@ -75,9 +74,8 @@ class Point(FromNetwork):
         """True."""
         return True
 
-    def distribution(self, *params: Tensor) -> Any:
+    def distribution(self, *params: Tensor) -> Dist:
         """The point mass at the code."""
-        assert self.event_shape is not None  # noqa: S101
         return dist.Delta(params[0], event_dim=len(self.event_shape))
 
 
@@ -95,7 +93,7 @@ class CodeDelta(dist.Delta):
         through = quantised.detach() + (encoded - encoded.detach())
         super().__init__(through, event_dim=event_dim)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> CodeDelta:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CodeDelta:
         """The same point for more data."""
         shape = (*batch_shape, *self.event_shape)
         return CodeDelta(
@@ -121,8 +119,9 @@ class NearestCode(FromNetwork):
         network: The encoder, with one output for each entry of the latent.
         event_shape: Shape of the latent, ``(M, D)``: M vectors of D entries.
         num_codes: Size of the codebook.
-        decay: Of the moving averages.
-        dead: A code is put elsewhere when its average number of vectors a batch is below this.
+        decay: Decay of the moving averages, in [0, 1).
+        dead: A code that fewer vectors than this have chosen, on average over batches, is replaced
+            by an encoding of the batch.
 
     Example:
         >>> q = NearestCode(torch.nn.Linear(64, 4 * 2), (4, 2), num_codes=16)(torch.zeros(5, 64))
@@ -137,13 +136,12 @@ class NearestCode(FromNetwork):
     def __init__(
         self,
         network: NetworkLike,
-        event_shape: int | Sequence[int],
+        event_shape: Shape,
         num_codes: int = 64,
         decay: float = 0.99,
         dead: float = 0.01,
     ) -> None:
         super().__init__(network, event_shape)
-        assert self.event_shape is not None  # noqa: S101
         size = (check_int("NearestCode.num_codes", num_codes), self.event_shape[-1])
         self.decay = check_number("NearestCode.decay", decay, minimum=0)
         self.dead = check_number("NearestCode.dead", dead, minimum=0)
@@ -159,23 +157,22 @@ class NearestCode(FromNetwork):
         return True
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Numbers of the codes nearest to vectors, shape ``(..., D)`` to ``(...)``."""
+        """The index of the nearest code for each vector, from shape ``(..., D)`` to ``(...)``."""
         flat = vectors.detach().reshape(-1, vectors.shape[-1])
         distances = torch.cdist(flat, self.codes, compute_mode="donot_use_mm_for_euclid_dist")
         return distances.argmin(1).reshape(vectors.shape[:-1])
 
-    def distribution(self, *params: Tensor) -> Any:
+    def distribution(self, *params: Tensor) -> Dist:
         """The point mass at the nearest codes."""
         encoded = params[0]
         if self.training and torch.is_grad_enabled():
             self._follow(encoded.detach().reshape(-1, encoded.shape[-1]))
-        assert self.event_shape is not None  # noqa: S101
         quantised = self.codes[self.nearest(encoded)]
         return CodeDelta(encoded, quantised, len(self.event_shape))
 
     @torch.no_grad()
     def _follow(self, vectors: Tensor) -> None:
-        """Moves the codes after their vectors; nothing waits for the device."""
+        """Moves each code towards the vectors that chose it; nothing waits for the device."""
         numbers = torch.arange(len(self.codes), device=vectors.device)
         chosen = (self.nearest(vectors)[:, None] == numbers).to(vectors.dtype)
         self.counts.lerp_(chosen.sum(0), 1 - self.decay)

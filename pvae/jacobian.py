@@ -16,7 +16,7 @@ __all__ = ["differentiable_twice", "squared_jacobian_norm", "squared_norm_of"]
 
 
 def differentiable_twice() -> AbstractContextManager[None]:
-    """Networks that run inside can be differentiated twice: no fused attention, which can't."""
+    """Makes what runs inside twice differentiable, by turning torch's fused attention off."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -39,7 +39,7 @@ def squared_jacobian_norm(
         function: From data to codes, each from its own datum alone; shape ``(N, ...)`` both.
         x: Data.
         num_probes: P; None for the exact norm.
-        max_entries: Bound on the numbers of a Jacobian that are in memory at once.
+        max_entries: The most entries of the Jacobian that are in memory at once.
         create_graph: Whether the result is to be differentiated.
 
     References:
@@ -71,7 +71,7 @@ def squared_norm_of(
     max_entries: int = 2**24,
     create_graph: bool = False,
 ) -> Tensor:
-    """The same of codes that have been computed from ``x``, which requires a gradient."""
+    """The same norm for codes z that have been computed from ``x``, a tensor with a gradient."""
     if z.dim() < 1 or len(z) != len(x):
         raise PairError("Jacobian", f"codes of {len(x)} data", f"shape {tuple(z.shape)}")
     if not z.requires_grad:

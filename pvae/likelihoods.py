@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
-from pvae.conditional import FromNetwork, NetworkLike, positive
+from pvae.conditional import FromNetwork, NetworkLike, positive_scale
 from pvae.errors import ArgumentError, check_int, check_number
+from pvae.types import Dist, Shape
 
 __all__ = ["Bernoulli", "Binomial", "Categorical", "Gaussian"]
 
@@ -54,18 +56,17 @@ class Bernoulli(FromNetwork):
     def __init__(
         self,
         network: NetworkLike,
-        event_shape: int | Sequence[int],
+        event_shape: Shape,
         *,
         grey_values: bool = False,
     ) -> None:
         super().__init__(network, event_shape)
         self.grey_values = grey_values
 
-    def distribution(self, *params: Tensor) -> Any:
+    def distribution(self, *params: Tensor) -> Dist:
         """The Bernoulli distribution with these logits."""
         kind = _GreyBernoulli if self.grey_values else dist.Bernoulli
-        assert self.event_shape is not None  # noqa: S101
-        return kind(logits=params[0]).to_event(len(self.event_shape))
+        return kind(logits=params[0])
 
 
 class Binomial(FromNetwork):
@@ -87,18 +88,14 @@ class Binomial(FromNetwork):
 
     total_count: Tensor
 
-    def __init__(
-        self, network: NetworkLike, event_shape: int | Sequence[int], total_count: int
-    ) -> None:
+    def __init__(self, network: NetworkLike, event_shape: Shape, total_count: int) -> None:
         super().__init__(network, event_shape)
         count = check_int("Binomial.total_count", total_count)
         self.register_buffer("total_count", torch.tensor(float(count)))
 
-    def distribution(self, *params: Tensor) -> Any:
+    def distribution(self, *params: Tensor) -> Dist:
         """The binomial distribution with these logits."""
-        fn = dist.Binomial(self.total_count, logits=params[0])
-        assert self.event_shape is not None  # noqa: S101
-        return fn.to_event(len(self.event_shape))
+        return dist.Binomial(self.total_count, logits=params[0])
 
 
 class _Levels(dist.Categorical):
@@ -126,14 +123,13 @@ class Categorical(FromNetwork):
         (torch.Size([5, 64]), torch.Size([5, 64]))
     """
 
-    def __init__(self, network: NetworkLike, event_shape: int | Sequence[int], levels: int) -> None:
+    def __init__(self, network: NetworkLike, event_shape: Shape, levels: int) -> None:
         self.num_params = check_int("Categorical.levels", levels, minimum=2)
         super().__init__(network, event_shape)
 
-    def distribution(self, *params: Tensor) -> Any:
+    def distribution(self, *params: Tensor) -> Dist:
         """The categorical distribution with these logits, one tensor a level."""
-        assert self.event_shape is not None  # noqa: S101
-        return _Levels(logits=torch.stack(params, -1)).to_event(len(self.event_shape))
+        return _Levels(logits=torch.stack(params, -1))
 
 
 SIGMAS = ("shared", "feature", "predicted", "optimal")
@@ -183,19 +179,19 @@ class Gaussian(FromNetwork):
     def __init__(
         self,
         network: NetworkLike,
-        event_shape: int | Sequence[int],
+        event_shape: Shape,
         sigma: float | str = "optimal",
         min_sigma: float = 1e-3,
     ) -> None:
         self.num_params = 2 if sigma == "predicted" else 1
         super().__init__(network, event_shape)
-        self.sigma = sigma if isinstance(sigma, str) else check_number("sigma", sigma, above=0)
+        is_named = isinstance(sigma, str)
+        self.sigma = sigma if is_named else check_number("Gaussian.sigma", sigma, above=0)
         self.min_sigma = check_number("Gaussian.min_sigma", min_sigma, above=0)
         if isinstance(self.sigma, str) and self.sigma not in SIGMAS:
             raise ArgumentError(
                 "Gaussian.sigma", f"a positive number or one of {', '.join(SIGMAS)}", repr(sigma)
             )
-        assert self.event_shape is not None  # noqa: S101
         if isinstance(self.sigma, float):
             self.register_buffer("fixed_sigma", torch.tensor(self.sigma))
         if self.sigma in ("shared", "feature"):
@@ -210,22 +206,21 @@ class Gaussian(FromNetwork):
         """Whether sigma adapts to the data; with a point-mass guide there is then no maximum."""
         return isinstance(self.sigma, str)
 
-    def distribution(self, *params: Tensor) -> Any:
+    def distribution(self, *params: Tensor) -> Dist:
         """The normal distribution with this mean (and raw scale)."""
         loc = params[0]
-        assert self.event_shape is not None  # noqa: S101
-        event_dim = len(self.event_shape)
         if self.sigma == "optimal":
             sigma = self.mean_square.sqrt().clamp(min=self.min_sigma)
             if self.training and torch.is_grad_enabled():
+                event_dim = len(self.event_shape)
                 return _OptimalNormal(loc, sigma, event_dim, self.min_sigma, self._observe)
         elif self.sigma == "predicted":
-            sigma = positive(params[1]) + self.min_sigma
+            sigma = positive_scale(params[1]) + self.min_sigma
         elif isinstance(self.sigma, float):
             sigma = self.fixed_sigma
         else:
-            sigma = positive(self.raw_sigma) + self.min_sigma
-        return dist.Normal(loc, sigma).to_event(event_dim)
+            sigma = positive_scale(self.raw_sigma) + self.min_sigma
+        return dist.Normal(loc, sigma)
 
     def _observe(self, mean_square: Tensor) -> None:
         with torch.no_grad():
@@ -241,7 +236,7 @@ class _OptimalNormal(dist.TorchDistribution):
     since there is nothing to take an error from.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
     has_rsample = True
     couples_data = True
     """Says that a datum's density depends on the others: a mask can't leave any out."""
@@ -259,14 +254,14 @@ class _OptimalNormal(dist.TorchDistribution):
         super().__init__(loc.shape[:rank], loc.shape[rank:], validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
 
     @property
     def mean(self) -> Tensor:
         return self.loc
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> _OptimalNormal:
         if tuple(batch_shape) == tuple(self.batch_shape):
             return self
         loc = self.loc.expand(*batch_shape, *self.event_shape)

@@ -87,7 +87,7 @@ def median_kernel(x: Tensor) -> Kernel:
     r"""The Gaussian kernel :math:`\exp(-d^2 / (2 m^2))`, m the median distance between points.
 
     Arguments:
-        x: A sample, shape ``(N, D)``; the one that several others are held against.
+        x: A sample, shape ``(N, D)``.
 
     Example:
         >>> median_kernel(torch.tensor([[0.0], [1.0], [2.0]]))(torch.tensor(2.0))
@@ -103,7 +103,12 @@ def median_kernel(x: Tensor) -> Kernel:
 
 
 class TwoSampleTest(NamedTuple):
-    """The squared discrepancy, unbiased, and the share of permutations with one as great."""
+    """The result of a two-sample test.
+
+    Attributes:
+        mmd: The unbiased estimate of the squared discrepancy.
+        p_value: The share of permutations whose estimate is at least as large.
+    """
 
     mmd: float
     p_value: float
@@ -130,8 +135,8 @@ def two_sample_test(
         x: One sample, shape ``(N, D)``.
         y: The other, shape ``(M, D)``.
         kernel: As in `mmd`; None for `median_kernel` of all points.
-        num_permutations: 1 more than this is the p-value's denominator.
-        seed: Of the permutations; the caller's generators are left as they are.
+        num_permutations: Number of permutations; the p-value is at least 1 / (this + 1).
+        seed: Seed of the permutations; the caller's generators are left as they are.
 
     Example:
         >>> x = torch.arange(20.0)[:, None]

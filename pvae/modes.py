@@ -1,4 +1,4 @@
-"""Modes for a while: training, evaluation, being recorded as a graph."""
+"""Context managers for modes: training, evaluation, the capture of a graph."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "in_mode", "is_recorded", "raised", "recorded"]
+__all__ = ["capturing_graph", "evaluating", "flag_set", "in_mode", "is_capturing_graph"]
 
-_recorded: ContextVar[bool] = ContextVar("pvae_recorded", default=False)
+_capturing: ContextVar[bool] = ContextVar("pvae_capturing", default=False)
 
 
 @contextmanager
 def in_mode(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode; each module gets its own mode back, not that of its root."""
+    """Puts modules in training or evaluation mode, and each back in the mode that it had."""
     before = [(m, m.training) for m in modules]
     for module, _ in before:
         module.training = training
@@ -29,14 +29,14 @@ def in_mode(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode without gradients."""
+    """Puts modules in evaluation mode, without gradients, and each back in the mode it had."""
     with in_mode(modules, training=False), torch.no_grad():
         yield
 
 
 @contextmanager
-def raised(flag: ContextVar[bool]) -> Iterator[None]:
-    """A flag that is up for a while."""
+def flag_set(flag: ContextVar[bool]) -> Iterator[None]:
+    """Sets a context flag temporarily."""
     token = flag.set(True)
     try:
         yield
@@ -44,11 +44,11 @@ def raised(flag: ContextVar[bool]) -> Iterator[None]:
         flag.reset(token)
 
 
-def recorded() -> AbstractContextManager[None]:
-    """Says that operations are being recorded as a graph, which has no generators of its own."""
-    return raised(_recorded)
+def capturing_graph() -> AbstractContextManager[None]:
+    """Says that operations are being captured as a graph, which has no generators of its own."""
+    return flag_set(_capturing)
 
 
-def is_recorded() -> bool:
-    """Whether operations are being recorded."""
-    return _recorded.get()
+def is_capturing_graph() -> bool:
+    """Whether operations are being captured as a graph."""
+    return _capturing.get()

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, as_shape, check_int
+from pvae.types import Shape
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named", "unit_norm"]
 
@@ -28,7 +30,7 @@ def activation_named(name: str, where: str = "activation") -> type[nn.Module]:
     return found
 
 
-class _UnitColumns(nn.Module):
+class _UnitColumns(Described):
     """A weight whose columns, what one input contributes to all outputs, have norm 1."""
 
     def __init__(self, groups: int = 1, *, transposed: bool = False) -> None:
@@ -115,7 +117,7 @@ def _check_input(name: str, x: Tensor, in_shape: tuple[int, ...]) -> None:
         )
 
 
-class MLP(nn.Module):
+class MLP(Described):
     """A multi-layer perceptron, ``(..., *in_shape) -> (..., *out_shape)``.
 
     Arguments:
@@ -136,8 +138,8 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        in_shape: int | Sequence[int],
-        out_shape: int | Sequence[int],
+        in_shape: Shape,
+        out_shape: Shape,
         hidden: Sequence[int] = (256, 256),
         activation: Callable[[], nn.Module] = nn.ReLU,
         context_dim: int = 0,
@@ -212,7 +214,7 @@ def _halvings(height: int, width: int, times: int) -> list[tuple[int, int]]:
     return sizes
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(Described):
     """Strided convolutions over images of any size, ``(..., C, H, W) -> (..., out_features)``.
 
     Each entry of ``channels`` is one 3x3 convolution of stride 2, which halves height and width,
@@ -281,7 +283,7 @@ class ConvEncoder(nn.Module):
         return self.head(_join(h.reshape(*batch, -1), 1, context, self.context_dim))
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(Described):
     """The way back to images of any size, ``(..., in_features) -> (..., C, H, W)``.
 
     Each step doubles height and width (to the very sizes that `ConvEncoder` had) by repeating
@@ -321,8 +323,8 @@ class ConvDecoder(nn.Module):
         self.out_shape = _image_shape("ConvDecoder.out_shape", out_shape)
         self.context_dim = check_int("ConvDecoder.context_dim", context_dim, minimum=0)
         widths = as_shape("ConvDecoder.channels", channels)
-        self.sizes = _halvings(*self.out_shape[1:], len(widths))[::-1]
-        height, width = self.sizes[0]
+        self._sizes = _halvings(*self.out_shape[1:], len(widths))[::-1]
+        height, width = self._sizes[0]
         self.head = nn.Sequential(
             nn.Linear(in_features + context_dim, hidden),
             activation(),
@@ -341,6 +343,6 @@ class ConvDecoder(nn.Module):
         _check_input("ConvDecoder", z, (self.in_features,))
         joined = _join(z.to(_dtype(self)), 1, context, self.context_dim)
         h = self.head(joined.reshape(-1, joined.shape[-1]))
-        for size, step in zip(self.sizes[1:], self.steps, strict=True):
+        for size, step in zip(self._sizes[1:], self.steps, strict=True):
             h = step(F.interpolate(h, size=size, mode="nearest"))
         return h.reshape(*joined.shape[:-1], *self.out_shape)

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from torch.nn.utils import parametrize
 
 from pvae import sites
 from pvae.conditional import Conditional
+from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, check_int, check_number
 from pvae.jacobian import squared_norm_of
 from pvae.mmd import Kernel, mmd
+from pvae.types import Dist
 
 __all__ = [
     "MMD",
@@ -31,19 +33,19 @@ __all__ = [
     "Contractive",
     "Custom",
     "Penalty",
-    "Run",
+    "SideOutputs",
     "WeightDecay",
     "on_side",
     "penalise",
-    "recording",
+    "recorded_activations",
 ]
 
 Side = Literal["guide", "model"]
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one side of a pair has just computed; what a penalty is a function of.
+class SideOutputs:
+    """What one side of a pair has computed on a batch, which penalties are functions of.
 
     Attributes:
         side: ``"guide"`` or ``"model"``.
@@ -60,14 +62,14 @@ class Run:
     x: Tensor
     z: Tensor
     context: tuple[Tensor, ...]
-    fn: Any
+    fn: Dist
     activations: Sequence[Tensor]
 
 
-class Penalty(nn.Module, ABC):
-    r"""The abstract penalty: ``forward(run)`` returns R, one value a datum.
+class Penalty(Described, ABC):
+    r"""The abstract penalty: ``forward(outputs)`` returns R, one value a datum.
 
-    To write one as a class, name the sides of the pair that it is computed on in ``sides``, call
+    To write one as a class, say in ``sides`` which sides of the pair it is computed on, call
     ``super().__init__(weight)``, and return R of shape ``fn.batch_shape``, or one that broadcasts
     to it. A function of (x, z) needs no class: `Custom`.
 
@@ -75,29 +77,28 @@ class Penalty(nn.Module, ABC):
 
     Arguments:
         weight: :math:`\lambda`, in nats per unit of R.
+
+    Attributes:
+        sides: The sides of the pair that R is computed on, ``"guide"`` or ``"model"`` or both.
+        records_activations: Whether R needs the outputs of activations inside the network.
+        differentiates_x: Whether R needs derivatives with respect to x.
+        couples_data: Whether R of a datum depends on the other data of the batch.
     """
 
     sides: tuple[Side, ...] = ("model",)
     records_activations = False
     differentiates_x = False
     couples_data = False
-    """Whether R of a datum depends on the other data of the batch."""
     weight: Tensor
 
     def __init__(self, weight: float) -> None:
         super().__init__()
         number = check_number(f"{type(self).__name__}.weight", weight, minimum=0)
-        self.register_buffer("weight", torch.tensor(float(number)))
+        self.register_buffer("weight", torch.tensor(number))
 
     @abstractmethod
-    def forward(self, run: Run) -> Tensor:
+    def forward(self, outputs: SideOutputs) -> Tensor:
         """R for each datum, without the weight."""
-
-    def extra_repr(self) -> str:
-        """All that it was made with, so that a resumed training can be compared."""
-        shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
-        rest = "".join(f", {k}={v!r}" for k, v in sorted(shown.items()) if not callable(v))
-        return f"weight={float(self.weight):g}{rest}"
 
 
 class Custom(Penalty):
@@ -120,9 +121,9 @@ class Custom(Penalty):
             raise ArgumentError("Custom.function", "a function of (x, z)", repr(function))
         self.function = function
 
-    def forward(self, run: Run) -> Tensor:
+    def forward(self, outputs: SideOutputs) -> Tensor:
         """R(x, z, ...)."""
-        return self.function(run.x, run.z, *run.context)
+        return self.function(outputs.x, outputs.z, *outputs.context)
 
 
 class Activations(Penalty):
@@ -150,20 +151,20 @@ class Activations(Penalty):
         super().__init__(weight)
         self.code, self.output = code, output
 
-    def forward(self, run: Run) -> Tensor:
+    def forward(self, outputs: SideOutputs) -> Tensor:
         """The sum of absolute values for each datum, on this side."""
-        counted = list(run.activations)
-        if not counted and sum(1 for _ in _weights(run.part)) > 1:
+        counted = list(outputs.activations)
+        if not counted and sum(1 for _ in _weights(outputs.part)) > 1:
             raise PairError(
-                f"Activations in the {run.side}",
+                f"Activations in the {outputs.side}",
                 "a network with activations that are modules",
-                f"several layers and no such module in {type(run.part).__name__}",
+                f"several layers and no such module in {type(outputs.part).__name__}",
                 ["nn.ReLU() and the like in place of torch.relu"],
             )
-        if self.code if run.side == "guide" else self.output:
-            counted.append(_mean(run))
-        batch = tuple(run.fn.batch_shape)
-        return sum((_per_datum(a, batch) for a in counted), torch.zeros(()).to(run.z))
+        if self.code if outputs.side == "guide" else self.output:
+            counted.append(_mean(outputs))
+        batch = tuple(outputs.fn.batch_shape)
+        return sum((_per_datum(a, batch) for a in counted), torch.zeros(()).to(outputs.z))
 
 
 class Contractive(Penalty):
@@ -178,7 +179,7 @@ class Contractive(Penalty):
         num_probes: Random directions for an estimate, where the code is wide (see
             `pvae.jacobian.squared_jacobian_norm`): unbiased for the squared norm; the norm itself
             is estimated too low. None for the exact norm.
-        max_entries: Bound on the numbers of the Jacobian that are in memory at once.
+        max_entries: The most entries of the Jacobian that are in memory at once.
 
     References:
         Contractive Auto-Encoders (Rifai et al., 2011),
@@ -200,9 +201,9 @@ class Contractive(Penalty):
         self.squared, self.max_entries = squared, check_int("max_entries", max_entries)
         self.num_probes = None if num_probes is None else check_int("num_probes", num_probes)
 
-    def forward(self, run: Run) -> Tensor:
+    def forward(self, outputs: SideOutputs) -> Tensor:
         """The (squared) norm for each datum."""
-        for name, module in run.part.named_modules():
+        for name, module in outputs.part.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise PairError(
                     "Contractive",
@@ -213,8 +214,8 @@ class Contractive(Penalty):
                 )
 
         square = squared_norm_of(
-            _mean(run),
-            run.x,
+            _mean(outputs),
+            outputs.x,
             num_probes=self.num_probes,
             max_entries=self.max_entries,
             create_graph=torch.is_grad_enabled(),
@@ -238,17 +239,17 @@ class Commitment(Penalty):
 
     sides = ("guide",)
 
-    def forward(self, run: Run) -> Tensor:
+    def forward(self, outputs: SideOutputs) -> Tensor:
         """The squared distance for each datum."""
-        if not hasattr(run.fn, "quantised"):
+        if not hasattr(outputs.fn, "quantised"):
             raise PairError(
                 "Commitment",
                 "a guide with a codebook",
-                type(run.part).__name__,
+                type(outputs.part).__name__,
                 ["guides.NearestCode"],
             )
-        gap = run.fn.encoded - run.fn.quantised.detach()
-        return gap.square().flatten(len(run.fn.batch_shape)).sum(-1)
+        gap = outputs.fn.encoded - outputs.fn.quantised.detach()
+        return gap.square().flatten(len(outputs.fn.batch_shape)).sum(-1)
 
 
 class WeightDecay(Penalty):
@@ -269,10 +270,10 @@ class WeightDecay(Penalty):
         if not self.sides or set(self.sides) - {"guide", "model"}:
             raise ArgumentError("WeightDecay.sides", "'guide', 'model' or both", repr(sides))
 
-    def forward(self, run: Run) -> Tensor:
+    def forward(self, outputs: SideOutputs) -> Tensor:
         """The sum over all weights."""
-        squares = [weight.square().sum() for weight in _weights(run.part)]
-        return sum(squares, torch.zeros(()).to(run.z))
+        squares = [weight.square().sum() for weight in _weights(outputs.part)]
+        return sum(squares, torch.zeros(()).to(outputs.z))
 
 
 class MMD(Penalty):
@@ -302,12 +303,12 @@ class MMD(Penalty):
         super().__init__(weight)
         self.target, self.kernel = target, kernel
 
-    def forward(self, run: Run) -> Tensor:
+    def forward(self, outputs: SideOutputs) -> Tensor:
         """The estimate, for each particle, on all data alike."""
-        batch = run.fn.batch_shape
+        batch = outputs.fn.batch_shape
         if not batch or batch[-1] < 2:
             raise PairError("MMD", "batches of at least two data", f"batch shape {tuple(batch)}")
-        z = run.z.reshape(*batch, -1)
+        z = outputs.z.reshape(*batch, -1)
         drawn = torch.randn_like(z[0] if z.dim() > 2 else z)
         if self.target is not None:
             drawn = self.target(batch[-1]).to(z).reshape(batch[-1], -1)
@@ -335,14 +336,14 @@ def _weights(part: nn.Module) -> Iterator[Tensor]:
                 yield parameter
 
 
-def _mean(run: Run) -> Tensor:
+def _mean(outputs: SideOutputs) -> Tensor:
     try:
-        return run.fn.mean
+        return outputs.fn.mean
     except (NotImplementedError, AttributeError):
         raise PairError(
-            f"penalty on the {run.side}",
+            f"penalty on the {outputs.side}",
             "a distribution whose mean is known",
-            f"{type(run.fn).__name__}",
+            f"{type(outputs.fn).__name__}",
             ["guides.MeanField or guides.Point", "penalties.Custom, on draws of z"],
         ) from None
 
@@ -366,8 +367,8 @@ def _per_datum(activation: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def recording(part: nn.Module, penalties: Iterable[Any]) -> Iterator[list[Tensor]]:
-    """Collects the outputs of activations in a network as it runs, if a penalty wants them."""
+def recorded_activations(part: nn.Module, penalties: Iterable[Penalty]) -> Iterator[list[Tensor]]:
+    """Collects the outputs of activations in a network as it runs, if a penalty needs them."""
     found: list[Tensor] = []
     watched = part.modules() if any(p.records_activations for p in penalties) else ()
     handles = [
@@ -382,8 +383,16 @@ def recording(part: nn.Module, penalties: Iterable[Any]) -> Iterator[list[Tensor
             handle.remove()
 
 
-def on_side(side: Side, penalties: Penalty | Sequence[Penalty]) -> nn.ModuleList:
-    """Those of the penalties that are computed on one side of a pair."""
+class Penalties(nn.ModuleList):
+    """A list of penalties."""
+
+    def __iter__(self) -> Iterator[Penalty]:
+        """The penalties in their order."""
+        yield from cast("Iterator[Penalty]", super().__iter__())
+
+
+def on_side(side: Side, penalties: Penalty | Sequence[Penalty]) -> Penalties:
+    """The penalties that are computed on one side of a pair, ``"guide"`` or ``"model"``."""
     several = (penalties,) if isinstance(penalties, Penalty) else tuple(penalties)
     for penalty in several:
         if not isinstance(penalty, Penalty):
@@ -397,15 +406,15 @@ def on_side(side: Side, penalties: Penalty | Sequence[Penalty]) -> nn.ModuleList
             raise ArgumentError(
                 f"{type(penalty).__name__}.sides", "'guide', 'model' or both", repr(penalty.sides)
             )
-    return nn.ModuleList(p for p in several if side in p.sides)
+    return Penalties(p for p in several if side in p.sides)
 
 
-def penalise(run: Run, penalties: Iterable[Any]) -> None:
+def penalise(outputs: SideOutputs, penalties: Iterable[Penalty]) -> None:
     """Subtracts the penalties from the objective, each as a site of its own in the data plate."""
-    batch = tuple(run.fn.batch_shape)
+    batch = tuple(outputs.fn.batch_shape)
     for i, penalty in enumerate(penalties):
-        value = torch.as_tensor(penalty(run))
-        name = f"{type(penalty).__name__.lower()}{i or ''}_{run.side}"
+        value = torch.as_tensor(penalty(outputs))
+        name = f"{type(penalty).__name__.lower()}{i or ''}_{outputs.side}"
         try:
             value = value.expand(batch)
         except RuntimeError:
@@ -415,4 +424,4 @@ def penalise(run: Run, penalties: Iterable[Any]) -> None:
                 f"shape {tuple(value.shape)}",
                 [".sum(-1) over the axes of one datum"],
             ) from None
-        sites.penalty(name, penalty.weight * value, in_guide=run.side == "guide")
+        sites.penalty(name, penalty.weight * value, in_guide=outputs.side == "guide")

@@ -1,6 +1,6 @@
 """Priors p(z).
 
-A prior is a `Conditional` over one latent. Those here ignore their context; for a prior given
+A prior is a `pvae.Conditional` over one latent. Those here ignore their context; for a prior given
 labels use a guide family, which is the same kind of thing:
 ``guides.MeanField(nn.Embedding(10, 4), 2)`` is p(z | y) for ten classes. Any Pyro distribution or
 zuko flow may stand in a prior's place, too.
@@ -9,20 +9,22 @@ zuko flow may stand in a prior's place, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor, nn
+from torch.distributions.constraints import Constraint
 
-from pvae.conditional import Conditional
+from pvae.conditional import Unconditional
 from pvae.errors import UndefinedError, check_number
+from pvae.types import Dist, Shape
 
 __all__ = ["Flat", "Laplace", "Normal", "StandardNormal", "StudentT"]
 
 
-class StandardNormal(Conditional):
+class StandardNormal(Unconditional):
     r"""The prior :math:`p(z) = N(0, I)`.
 
     References:
@@ -39,18 +41,15 @@ class StandardNormal(Conditional):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, event_shape: int | Sequence[int]) -> None:
-        super().__init__(event_shape)
-        assert self.event_shape is not None  # noqa: S101
-        self.register_buffer("loc", torch.zeros(self.event_shape))
-        self.register_buffer("scale", torch.ones(self.event_shape))
+    def __init__(self, event_shape: Shape) -> None:
+        super().__init__(event_shape, loc=0.0, scale=1.0)
 
-    def forward(self, *context: Tensor) -> Any:
-        """N(0, I), whatever the context."""
-        return dist.Normal(self.loc, self.scale).to_event(self.loc.dim())
+    def distribution(self) -> Dist:
+        """N(0, I)."""
+        return dist.Normal(self.loc, self.scale)
 
 
-class Normal(Conditional):
+class Normal(Unconditional):
     r"""A normal prior with learned location and scale, :math:`N(\mu, \mathrm{diag}\,\sigma^2)`.
 
     Arguments:
@@ -61,18 +60,17 @@ class Normal(Conditional):
         ['loc', 'log_scale']
     """
 
-    def __init__(self, event_shape: int | Sequence[int]) -> None:
+    def __init__(self, event_shape: Shape) -> None:
         super().__init__(event_shape)
-        assert self.event_shape is not None  # noqa: S101
         self.loc = nn.Parameter(torch.zeros(self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
-    def forward(self, *context: Tensor) -> Any:
-        """The normal distribution, whatever the context."""
-        return dist.Normal(self.loc, self.log_scale.exp()).to_event(self.loc.dim())
+    def distribution(self) -> Dist:
+        """The normal distribution."""
+        return dist.Normal(self.loc, self.log_scale.exp())
 
 
-class Laplace(Conditional):
+class Laplace(Unconditional):
     r"""The sparse prior :math:`p(z) = \prod_d \tfrac{\lambda}{2} e^{-\lambda |z_d|}`.
 
     With a point-mass guide it is the L1 penalty :math:`\lambda \|z\|_1`, up to the constant
@@ -91,19 +89,16 @@ class Laplace(Conditional):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, event_shape: int | Sequence[int], rate: float = 1.0) -> None:
-        super().__init__(event_shape)
-        assert self.event_shape is not None  # noqa: S101
-        scale = 1.0 / check_number("Laplace.rate", rate, above=0)
-        self.register_buffer("loc", torch.zeros(self.event_shape))
-        self.register_buffer("scale", torch.full(self.event_shape, scale))
+    def __init__(self, event_shape: Shape, rate: float = 1.0) -> None:
+        self.rate = check_number("Laplace.rate", rate, above=0)
+        super().__init__(event_shape, loc=0.0, scale=1.0 / self.rate)
 
-    def forward(self, *context: Tensor) -> Any:
-        """The Laplace distribution, whatever the context."""
-        return dist.Laplace(self.loc, self.scale).to_event(self.loc.dim())
+    def distribution(self) -> Dist:
+        """The Laplace distribution."""
+        return dist.Laplace(self.loc, self.scale)
 
 
-class StudentT(Conditional):
+class StudentT(Unconditional):
     r"""A sparse prior with heavy tails, :math:`p(z) = \prod_d \mathrm{St}(z_d; \nu, 0, s)`.
 
     With a point-mass guide it is the penalty
@@ -129,26 +124,20 @@ class StudentT(Conditional):
     loc: Tensor
     scale: Tensor
 
-    def __init__(
-        self, event_shape: int | Sequence[int], df: float = 3.0, scale: float = 1.0
-    ) -> None:
-        super().__init__(event_shape)
-        assert self.event_shape is not None  # noqa: S101
-        shape = self.event_shape
-        self.register_buffer("df", torch.full(shape, check_number("StudentT.df", df, above=0)))
-        self.register_buffer("loc", torch.zeros(shape))
+    def __init__(self, event_shape: Shape, df: float = 3.0, scale: float = 1.0) -> None:
+        df = check_number("StudentT.df", df, above=0)
         scale = check_number("StudentT.scale", scale, above=0)
-        self.register_buffer("scale", torch.full(shape, scale))
+        super().__init__(event_shape, df=df, loc=0.0, scale=scale)
 
-    def forward(self, *context: Tensor) -> Any:
-        """Student's t distribution, whatever the context."""
-        return dist.StudentT(self.df, self.loc, self.scale).to_event(self.loc.dim())
+    def distribution(self) -> Dist:
+        """Student's t distribution."""
+        return dist.StudentT(self.df, self.loc, self.scale)
 
 
 class FlatDistribution(dist.TorchDistribution):
     """The improper density 1 on the whole space: ``log_prob`` is 0, and there is no sampling."""
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
     has_rsample = True
     is_improper = True
 
@@ -156,11 +145,11 @@ class FlatDistribution(dist.TorchDistribution):
         super().__init__(Size(batch_shape), Size(event_shape), validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> Constraint:
         """All real values."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlatDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlatDistribution:
         """The same density for more data."""
         return FlatDistribution(self.event_shape, batch_shape)
 
@@ -184,7 +173,7 @@ class FlatDistribution(dist.TorchDistribution):
     sample = rsample
 
 
-class Flat(Conditional):
+class Flat(Unconditional):
     """The improper flat prior, density 1 everywhere: the prior of a plain autoencoder.
 
     It can be scored but not sampled; to generate, fit an ex-post density to the codes and decode
@@ -202,7 +191,9 @@ class Flat(Conditional):
         tensor([0., 0., 0., 0., 0.])
     """
 
-    def forward(self, *context: Tensor) -> Any:
-        """The flat density, whatever the context."""
-        assert self.event_shape is not None  # noqa: S101
+    def __init__(self, event_shape: Shape) -> None:
+        super().__init__(event_shape)
+
+    def distribution(self) -> Dist:
+        """The flat density."""
         return FlatDistribution(self.event_shape)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +15,7 @@ from pyro.distributions import constraints
 from pyro.poutine.runtime import am_i_wrapped, apply_stack
 from torch import Tensor, nn
 
-from pvae.modes import raised
+from pvae.modes import flag_set
 
 __all__ = [
     "DATA_PLATE",
@@ -25,7 +24,7 @@ __all__ = [
     "PENALTY",
     "announce_parameters",
     "penalty",
-    "unannounced",
+    "without_announcements",
 ]
 
 DATA_PLATE = "data"
@@ -57,9 +56,9 @@ def penalty(name: str, value: Tensor, *, in_guide: bool = False) -> None:
 _silent: ContextVar[bool] = ContextVar("pvae_silent", default=False)
 
 
-def unannounced() -> AbstractContextManager[None]:
-    """Lets pairs run without announcing their parameters, to one who knows them already."""
-    return raised(_silent)
+def without_announcements() -> AbstractContextManager[None]:
+    """Lets pairs run without `announce_parameters`, for a caller that knows the parameters."""
+    return flag_set(_silent)
 
 
 def announce_parameters(module: nn.Module, prefix: str) -> None:
@@ -80,7 +79,7 @@ def announce_parameters(module: nn.Module, prefix: str) -> None:
             continue
         value = parameter.detach()
         value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-        message: dict[str, Any] = {
+        message: dict[str, object] = {
             "type": "param",
             "name": f"{prefix}.{name}",
             "fn": None,

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.conditional import as_conditional
+from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
 from pvae.jacobian import differentiable_twice
 from pvae.modes import evaluating
 from pvae.pair import Pair
-from pvae.penalties import Penalty, Run, on_side, penalise, recording
+from pvae.penalties import Penalty, SideOutputs, on_side, penalise, recorded_activations
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
 
 __all__ = ["VAE", "Guide", "Model"]
 
 
-class Model(nn.Module):
+class Model(Described):
     r"""The generative model :math:`p(x, z | y) = p(z | y)\, p(x | z, y)` as a Pyro program.
 
     Sites: ``"z"`` and ``"x"`` in the plate ``"data"``. Labels y are optional.
@@ -65,17 +66,20 @@ class Model(nn.Module):
             z = pyro.sample(LATENT, prior)
             _check_latent(z, prior)
             active = self.penalties if self.training and x is not None else ()
-            with recording(self.likelihood, active) as activations:
+            with recorded_activations(self.likelihood, active) as activations:
                 likelihood = self.likelihood(z, *context)
             _check_batch(OBSERVED, likelihood, z.shape[: z.dim() - len(prior.event_shape)])
             if x is not None:
                 _check_event(x, likelihood)
             x = pyro.sample(OBSERVED, likelihood, obs=x)
-            penalise(Run("model", self.likelihood, x, z, context, likelihood, activations), active)
+            penalise(
+                SideOutputs("model", self.likelihood, x, z, context, likelihood, activations),
+                active,
+            )
             return x
 
 
-class Guide(nn.Module):
+class Guide(Described):
     r"""The guide :math:`q(z | x)`, or :math:`q(z | x, y)`, as a Pyro program.
 
     Arguments:
@@ -106,7 +110,7 @@ class Guide(nn.Module):
         differentiates = any(p.differentiates_x for p in active)
         with pyro.plate(DATA_PLATE, len(x)):
             with (
-                recording(self.posterior, active) as activations,
+                recorded_activations(self.posterior, active) as activations,
                 torch.set_grad_enabled(torch.is_grad_enabled() or differentiates),
                 differentiable_twice() if differentiates else contextlib.nullcontext(),
             ):
@@ -116,7 +120,9 @@ class Guide(nn.Module):
                 posterior = self.posterior(x, *context)
             _check_batch(LATENT, posterior, x.shape[:1])
             z = pyro.sample(LATENT, posterior)
-            penalise(Run("guide", self.posterior, x, z, context, posterior, activations), active)
+            penalise(
+                SideOutputs("guide", self.posterior, x, z, context, posterior, activations), active
+            )
             return z
 
 

@@ -14,7 +14,7 @@ from pvae import fit, recipes
 from pvae import objectives as o
 from pvae.engine import Stepper, captured
 from pvae.errors import ArgumentError, PvaeWarning
-from pvae.modes import recorded
+from pvae.modes import capturing_graph
 from tests import test_compiled as c
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -42,7 +42,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def replay(*batch: Tensor) -> Sequence[Tensor]:
             assert [x.shape for x in batch] == [x.shape for x in example]
             counts[mine] += 1
-            with recorded():
+            with capturing_graph():
                 return function(*batch)
 
         return replay

@@ -23,7 +23,9 @@ ROOT = Path(pvae.__file__).parent
 GROUND = {  # imports the ground
     "conditional",
     "data",
+    "described",
     "distributed",
+    "distributions",
     "divergence",
     "errors",
     "estimate",
@@ -31,9 +33,11 @@ GROUND = {  # imports the ground
     "mmd",
     "modes",
     "options",
+    "pair",
     "randomness",
     "schedules",
     "sites",
+    "types",
 }
 PARTS: dict[str, set[str]] = {  # import the ground and what stands here
     "networks": set(),
@@ -42,10 +46,9 @@ PARTS: dict[str, set[str]] = {  # import the ground and what stands here
     "guides": {"networks"},
     "corruptions": set(),
     "penalties": set(),
-    "pair": {"penalties"},
 }
 PARTS["vae"] = set(PARTS)
-TOOLS = [  # import the ground, the pair, and the tools above them
+TOOLS = [  # import the ground and the tools above them
     "terms",
     "simulate",
     "objectives",
@@ -97,7 +100,7 @@ def allowed(here: str) -> set[str]:
     if here in PARTS:
         return GROUND | PARTS[here]
     if here in TOOLS:
-        return GROUND | {"pair"} | set(TOOLS[: TOOLS.index(here)])
+        return GROUND | set(TOOLS[: TOOLS.index(here)])
     return GROUND | set(PARTS) | set(TOOLS) | FACES
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import guides, likelihoods, priors, terms
-from pvae.conditional import Conditional, as_conditional, positive
+from pvae.conditional import Conditional, as_conditional, positive_scale
 from pvae.errors import PvaeError, UndefinedError
 from pvae.networks import MLP, ConvDecoder
 from pvae.pair import Pair
@@ -213,11 +213,11 @@ def test_gaussian_sigma(sigma: Any, shape: tuple[int, ...] | None) -> None:
     if shape is not None:
         part.raw_sigma.data.normal_()
         assert part.raw_sigma.shape == shape
-        scale = positive(part.raw_sigma) + 1e-3
+        scale = positive_scale(part.raw_sigma) + 1e-3
         loc = part.network(z)
     elif sigma == "predicted":
         loc, raw = part.network(z).chunk(2, -1)
-        scale = positive(raw) + 1e-3
+        scale = positive_scale(raw) + 1e-3
     else:
         loc, scale = part.network(z), torch.tensor(0.5)
     expected = torch.distributions.Normal(loc, scale).log_prob(x).sum(1)
@@ -352,15 +352,15 @@ def test_mean_field_is_reparametrised() -> None:
 
 def test_the_scale_map_is_safe_everywhere() -> None:
     raw = torch.tensor([-1e30, -800.0, -1.0, 0.0, 1.0, 800.0, 1e30], requires_grad=True)
-    scale = positive(raw)
+    scale = positive_scale(raw)
     assert bool((scale > 0).all())
     assert bool(scale.isfinite().all())
     scale.log().sum().backward()
     assert raw.grad is not None
     assert bool(raw.grad.isfinite().all())
-    assert float(positive(torch.tensor(0.0))) == pytest.approx(1.0, abs=1e-5)
+    assert float(positive_scale(torch.tensor(0.0))) == pytest.approx(1.0, abs=1e-5)
     single = torch.tensor([-1e30, -200.0, 200.0, 1e30], dtype=torch.float32)
-    assert bool((positive(single).log().isfinite()).all())
+    assert bool((positive_scale(single).log().isfinite()).all())
 
 
 def test_point_scores_its_own_density_and_has_no_randomness() -> None:

@@ -301,7 +301,9 @@ def test_weights_count_as_they_act(device: torch.device) -> None:
     torch.testing.assert_close(-found, torch.full_like(found, Q + 8.0))  # one for each column
     net = nn.Sequential(nn.Linear(Q, 4), nn.LayerNorm((5, 4)), nn.Linear(4, 4)).to(device)
     part = likelihoods.Gaussian(net, (5, 4), sigma="feature").to(device)
-    run = penalties.Run("model", part, x, x, (), part(torch.rand(2, 5, Q, device=device)), [])
+    run = penalties.SideOutputs(
+        "model", part, x, x, (), part(torch.rand(2, 5, Q, device=device)), []
+    )
     expected = sum(net.get_parameter(n).square().sum() for n in ("0.weight", "2.weight"))
     torch.testing.assert_close(penalties.WeightDecay(1.0)(run), expected)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
-from pvae import checkpoint, recipes
+from pvae import checkpoint, guides, likelihoods, networks, priors, recipes
 from pvae.errors import ArgumentError, CheckpointError, PvaeWarning
 
 SCRIPT = Path(__file__).with_name("training_process.py")
@@ -187,9 +188,40 @@ def test_another_pair_isnt_resumed(tmp_path: Path) -> None:
     fit(pair(), tmp_path)
     other = recipes.vae(6, 3, hidden=(8,))
     with pytest.raises(
-        CheckpointError, match=r"model='\(0\): Linear\(in_features=2.*got model=.*in_features=3"
+        CheckpointError,
+        match=r"StandardNormal\(event_shape=\(2,\).*got model=.*\(event_shape=\(3,\)",
     ):
         fit(other, tmp_path, 3, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (priors.Laplace(2, rate=1.0), priors.Laplace(2, rate=1.01)),
+        (priors.StudentT(2, df=3.0), priors.StudentT(2, df=4.0)),
+        (
+            dist.Normal(torch.zeros(2), 1.0).to_event(1),
+            dist.Normal(torch.zeros(2), 2.0).to_event(1),
+        ),
+    ],
+    ids=["laplace", "student", "instance"],
+)
+def test_a_part_with_another_number_isnt_resumed(
+    first: object, second: object, tmp_path: Path
+) -> None:
+    """A checkpoint would put the first pair's buffers in the second one's place."""
+
+    def vae(prior: object) -> pvae.VAE:
+        return pvae.VAE(
+            prior,
+            likelihoods.Bernoulli(networks.MLP(2, 6, (8,)), 6),
+            guides.MeanField(networks.MLP(6, 4, (8,)), 2),
+        )
+
+    fit(vae(first), tmp_path)
+    with pytest.raises(CheckpointError, match="the settings that it was made with: model='"):
+        fit(vae(second), tmp_path, 3, resume=True)
+    fit(vae(first), tmp_path, 3, resume=True)
 
 
 def test_another_machine_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,7 @@ class Scaled(pairs.Generator, pairs.Inference):
     def __init__(self, *, is_guide: bool, scale: Any) -> None:
         super().__init__()
         self.is_guide, self.scale = is_guide, scale
+        delattr(self, "decoder" if is_guide else "encoder")  # which it has no use for
 
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)), poutine.scale(scale=self.scale):
@@ -276,6 +277,7 @@ class Odd(pairs.Generator, pairs.Inference):
     def __init__(self, *, is_guide: bool) -> None:
         super().__init__()
         self.is_guide = is_guide
+        delattr(self, "decoder" if is_guide else "encoder")
 
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -475,6 +477,8 @@ class Plates(pairs.Generator):
     def __init__(self, *, is_guide: bool) -> None:
         super().__init__()
         self.is_guide = is_guide
+        if is_guide:
+            del self.decoder
 
     def forward(self, x: Tensor) -> None:
         rows, columns = pyro.plate("rows", len(x), dim=-2), pyro.plate("columns", pairs.D, dim=-1)
@@ -683,6 +687,7 @@ class Named(pairs.Generator, pairs.Inference):
     def __init__(self, *, is_guide: bool, plate: str = "data", full: int | None = None) -> None:
         super().__init__()
         self.is_guide, self.plate, self.full = is_guide, plate, full
+        delattr(self, "decoder" if is_guide else "encoder")  # which it has no use for
 
     def forward(self, x: Tensor) -> None:
         size = None if self.full is None else len(x)

@@ -74,7 +74,7 @@ class _Moments:
 
     def add(self, rows: slice, terms: t.Terms) -> None:
         log_weight = terms.log_weight.double()
-        self.is_split = "joint" not in terms.notes
+        self.is_split = not terms.is_joint
         likelihood, rate = log_weight, log_weight
         if self.is_split:
             likelihood = terms.log_likelihood.double()

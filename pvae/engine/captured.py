@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.engine.compiled import UncompilableError
-from pvae.modes import is_recorded, recorded
+from pvae.modes import capturing_graph, is_capturing_graph
 
 __all__ = ["Captured", "Fixed"]
 
@@ -54,7 +54,7 @@ class Captured:
             if len(self._graphs) >= MAX_GRAPHS:
                 return self.function(*batch)
             try:
-                with recorded():
+                with capturing_graph():
                     replay = record(self.function, batch)
             except Exception as error:
                 first, *_ = (str(error).strip() or type(error).__name__).splitlines()
@@ -118,7 +118,7 @@ class Fixed:
     def recording(self) -> Iterator[None]:
         """Learning rates are tensors, where a step is captured."""
         before = [group["lr"] for group in self.groups]
-        if is_recorded():
+        if is_capturing_graph():
             for rate, group in zip(self.rates, self.groups, strict=True):
                 group["lr"] = rate
         try:

@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae.modes import recorded
+from pvae.modes import capturing_graph
 
 __all__ = ["UncompilableError", "compile_function"]
 
@@ -61,7 +61,7 @@ def _trace_twice(function: Function, example: tuple[Tensor, ...]) -> tuple[Any, 
     from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
 
     try:
-        with pyro.validation_enabled(is_validate=False), recorded():  # it reads values
+        with pyro.validation_enabled(is_validate=False), capturing_graph():  # it reads values
             first, second = (make_fx(function, tracing_mode="real")(*example) for _ in range(2))
     except Exception as error:
         reason = _first_line(error)

@@ -25,7 +25,7 @@ from pvae.engine.optimizers import Backup, is_fused, update
 from pvae.engine.precision import PRECISIONS, Precision, check_densities, mixed
 from pvae.errors import ArgumentError, PairError, PvaeWarning, oxford
 from pvae.objectives import Objective, ObjectiveState
-from pvae.sites import unannounced
+from pvae.sites import without_announcements
 
 __all__ = ["ENGINES", "PARTS", "Engine", "Failure", "Stepper"]
 
@@ -298,7 +298,7 @@ class Stepper:
             return self._measure_pyro(batch)
         assert self.state is not None  # noqa: S101
         narrow = mixed(self.structure) if self.precision == "bf16" else contextlib.nullcontext()
-        with unannounced(), narrow:
+        with without_announcements(), narrow:
             terms = self.objective.compute_terms(self.structure, batch)
         if self.precision == "bf16":
             check_densities(terms)

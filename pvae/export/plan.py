@@ -15,7 +15,7 @@ from pvae import terms as t
 from pvae.data import Source, first_batch
 from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.export.variables import Layout, Pick, Variable
-from pvae.pair import Program
+from pvae.types import Program
 
 __all__ = ["GROUPS", "Plan", "require_whole"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
 from pvae.latent.checks import as_matrix
-from pvae.pair.messages import log_density_of_delta
 
 __all__ = ["jeffreys", "nearest", "precision_at_k"]
 

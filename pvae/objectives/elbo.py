@@ -13,6 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pvae import terms as t
+from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, PairError, check_int
 from pvae.objectives.base import (
     MovingAverage,
@@ -21,7 +22,7 @@ from pvae.objectives.base import (
     as_weight,
 )
 from pvae.objectives.refusals import REFUSALS
-from pvae.pair.messages import is_penalty, log_density_of_delta
+from pvae.pair.messages import is_penalty
 from pvae.schedules import Constant, Schedule
 
 __all__ = ["ELBO", "as_objective"]
@@ -122,7 +123,7 @@ class ELBO(Objective):
     def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         beta, factor = self.value_at("beta", state), self.value_at("penalty_weight", state)
-        if self.beta != Constant(1.0) and "joint" in terms.notes:
+        if self.beta != Constant(1.0) and terms.is_joint:
             terms.require_split()
         rate = terms.scaled("q") - terms.scaled("prior")
         if self.analytic_kl:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pvae import terms as t
+from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, PairError, check_number
 from pvae.objectives.base import MovingAverage, Objective, ObjectiveState, as_weight
-from pvae.pair.messages import log_density_of_delta
 from pvae.schedules import Schedule
 
 __all__ = ["GECO", "Capacity", "FreeBits"]

@@ -6,7 +6,7 @@ Parts build pairs, tools work on them.
 
 from pvae.pair.base import Pair, PairLike, as_pair
 from pvae.pair.messages import is_penalty
-from pvae.pair.modules import Program, probing
+from pvae.pair.modules import probing
 from pvae.pair.probe import Batch, as_batch, num_rows_of, run_pair
 from pvae.pair.structure import Structure
 
@@ -14,7 +14,6 @@ __all__ = [
     "Batch",
     "Pair",
     "PairLike",
-    "Program",
     "Structure",
     "as_batch",
     "as_pair",

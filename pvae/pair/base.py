@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.errors import ArgumentError, PairError, PvaeWarning
-from pvae.pair.modules import Program, modules_held
+from pvae.pair.modules import modules_held
 from pvae.pair.probe import as_batch, inspect_pair
 from pvae.pair.structure import Structure
+from pvae.types import Program
 
 __all__ = ["Pair", "PairLike", "as_pair"]
 

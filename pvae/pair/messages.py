@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro.distributions as dist
-import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pvae.errors import PairError
 from pvae.sites import PENALTY
+from pvae.types import Site
 
 __all__ = [
     "extra_scale",
     "is_factor",
-    "is_improper",
     "is_penalty",
-    "log_density_of_delta",
     "plate_scale",
     "sample_sites",
     "score",
 ]
 
 
-def is_factor(site: Any) -> bool:
+def is_factor(site: Site) -> bool:
     """Whether a site is a factor statement."""
     return isinstance(site["fn"], dist.Unit)
 
 
-def is_penalty(site: Any) -> bool:
+def is_penalty(site: Site) -> bool:
     """Whether a site is a factor marked as a penalty."""
     return bool((site["infer"] or {}).get(PENALTY))
 
 
-def sample_sites(trace: Any) -> list[Any]:
+def sample_sites(trace: Trace) -> list[Site]:
     """The sites that have a density: no subsampling, no deterministic ones."""
     return [
         site
@@ -47,30 +42,7 @@ def sample_sites(trace: Any) -> list[Any]:
     ]
 
 
-def log_density_of_delta(fn: Any) -> Tensor | None:
-    """The log density that a Delta carries, also inside Independent and masks; None for others.
-
-    It is never read off by comparing values, which are unequal after any round trip.
-    """
-    if isinstance(fn, dist.Delta):
-        return fn.log_density
-    if isinstance(fn, torch.distributions.Independent):
-        inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else sum_rightmost(inner, fn.reinterpreted_batch_ndims)
-    if isinstance(fn, MaskedDistribution):
-        inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else scale_and_mask(inner, mask=fn._mask)
-    return None
-
-
-def is_improper(fn: Any) -> bool:
-    """Whether a density has no finite integral, as a flat prior's."""
-    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    return isinstance(fn, dist.ImproperUniform) or bool(getattr(fn, "is_improper", False))
-
-
-def score(site: Any) -> Tensor:
+def score(site: Site) -> Tensor:
     """The log density of a site's value, neither masked nor scaled.
 
     Raises:
@@ -88,12 +60,12 @@ def score(site: Any) -> Tensor:
         ) from error
 
 
-def extra_scale(site: Any) -> Any:
+def extra_scale(site: Site) -> float | Tensor:
     """The factor of a site that no plate explains."""
     return site["scale"] / plate_scale(site)
 
 
-def plate_scale(site: Any, without: frozenset[str] = frozenset()) -> float:
+def plate_scale(site: Site, without: frozenset[str] = frozenset()) -> float:
     """The factor that subsampled plates give a site, those in ``without`` left out."""
     factor = 1.0
     for frame in site["cond_indep_stack"]:

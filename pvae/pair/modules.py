@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pyro
@@ -15,8 +15,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pvae import randomness
 
 __all__ = ["Found", "modules_held", "probing"]
-
-Program = Callable[..., object]
 
 
 class Found:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pvae.errors import oxford
 from pvae.pair.messages import sample_sites
-from pvae.pair.modules import Found, Program
+from pvae.pair.modules import Found
+from pvae.types import Program
 
 __all__ = ["Parameters"]
 
@@ -37,9 +38,9 @@ class Parameters:
         self,
         programs: Mapping[str, Program],
         found: Found,
-        traces: Mapping[str, Any],
+        traces: Mapping[str, Trace],
         stored: Mapping[str, Tensor],
-        run: Callable[[], tuple[Any, Any]],
+        run: Callable[[], tuple[Trace, Trace]],
     ) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.sides: dict[str, frozenset[str]] = {}
@@ -84,18 +85,18 @@ class Parameters:
             )
         elif missing:
             said.append(
-                f"{oxford([*missing][:4])} are used by the pair but not announced, so they won't "
-                "be trained. Call pyro.module(name, network) in the function, or make the model "
-                "or guide a module that holds the network."
+                f"The pair uses {oxford([*missing][:4])}, but no program announces them, so they "
+                "won't be trained. Call pyro.module(name, network) in the function, or make the "
+                "model or guide a module that holds the network."
             )
         if self._idle:
             said.append(
-                f"{oxford(self._idle[:4])} belong to the pair, but nothing in it uses their "
-                "parameters on this batch, so training leaves them as they are."
+                f"Nothing in the pair uses the parameters of {oxford(self._idle[:4])}, which "
+                "belong to it, on this batch, so training leaves them as they are."
             )
         return tuple(said)
 
-    def anchor(self, batch: tuple[Any, ...]) -> Tensor:
+    def anchor(self, batch: tuple[object, ...]) -> Tensor:
         """A floating tensor that is where the pair is; of the batch, where it has none itself."""
         of_modules = (t for m in self.modules for t in (*m.parameters(), *m.buffers()))
         for tensor in (*self.parameters.values(), *of_modules, *batch):
@@ -109,7 +110,7 @@ class Parameters:
             self.parameters.setdefault(known, tensor)
             self.sides[known] = self.sides.get(known, frozenset()) | {side}
 
-    def _with_gradient(self, found: Found, run: Callable[[], tuple[Any, Any]]) -> set[int]:
+    def _with_gradient(self, found: Found, run: Callable[[], tuple[Trace, Trace]]) -> set[int]:
         """Parameters of modules that were not called, but that some density or draw depends on."""
         asked = {
             id(parameter): parameter
@@ -143,9 +144,9 @@ class Parameters:
         )
 
 
-def _everything(trace: Any) -> Any:
+def _everything(trace: Trace) -> Tensor | float:
     """The sum of a trace's draws and log densities, to be differentiated."""
-    total: Any = 0.0
+    total: Tensor | float = 0.0
     for site in sample_sites(trace):
         value = site["value"]
         if isinstance(value, Tensor) and value.is_floating_point():

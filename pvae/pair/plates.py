@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
 
 from pvae.errors import PairError, oxford
+from pvae.types import Site
 
 __all__ = ["DataPlate", "find_data_plate"]
 
@@ -20,13 +22,13 @@ class DataPlate:
     size: int
     full_size: int
 
-    def holds(self, site: Any) -> bool:
+    def holds(self, site: Site) -> bool:
         """Whether a site is inside it."""
         return any(frame.name in self.names for frame in site["cond_indep_stack"])
 
 
 def find_data_plate(
-    of_model: list[Any], of_guide: list[Any], rows: int | None, plate: str | None
+    of_model: list[Site], of_guide: list[Site], rows: int | None, plate: str | None
 ) -> DataPlate:
     """The plate that is named, or else the only one that has the batch's length.
 
@@ -75,11 +77,11 @@ def find_data_plate(
     return found
 
 
-def _frames(sites: list[Any]) -> dict[str, Any]:
+def _frames(sites: list[Site]) -> dict[str, Frame]:
     return {f.name: f for s in sites for f in s["cond_indep_stack"] if f.vectorized}
 
 
-def _size(frame: Any, sites: list[Any]) -> int:
+def _size(frame: Frame, sites: list[Site]) -> int:
     """A plate's size; a plate written without one has the size of what stands in it."""
     if frame.size != -1:
         return int(frame.size)
@@ -91,18 +93,18 @@ def _size(frame: Any, sites: list[Any]) -> int:
     return max(sizes)
 
 
-def _full_size(frame: Any, sites: list[Any]) -> int:
+def _full_size(frame: Frame, sites: list[Site]) -> int:
     full = frame.full_size
     return _size(frame, sites) if full in (None, -1) else int(full)
 
 
-def _candidates(frames: dict[str, Any], sites: list[Any], rows: int) -> list[Any]:
+def _candidates(frames: dict[str, Frame], sites: list[Site], rows: int) -> list[Site]:
     by_size = [f for f in frames.values() if _size(f, sites) == rows]
     return by_size or [f for f in frames.values() if _full_size(f, sites) == rows]
 
 
 def _is_same(
-    a: Any, b: Any, in_model: dict[str, Any], in_guide: dict[str, Any], sites: list[Any]
+    a: Frame, b: Frame, in_model: dict[str, Frame], in_guide: dict[str, Frame], sites: list[Site]
 ) -> bool:
     """Whether two frames are one plate, which model and guide call by different names."""
     apart = (a.name in in_model) != (b.name in in_model) and (a.name in in_guide) != (
@@ -112,13 +114,13 @@ def _is_same(
 
 
 def _only(
-    found: list[Any],
-    in_model: dict[str, Any],
-    in_guide: dict[str, Any],
-    sites: list[Any],
+    found: list[Frame],
+    in_model: dict[str, Frame],
+    in_guide: dict[str, Frame],
+    sites: list[Site],
     rows: int,
     known: str,
-) -> Any:
+) -> Frame:
     found = sorted(found, key=lambda f: f.name not in in_model)
     two_names = len(found) == 2 and _is_same(found[0], found[1], in_model, in_guide, sites)
     if len(found) == 1 or two_names:

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pvae.distributions import is_improper, log_density_of_delta
 from pvae.errors import PairError, PvaeError, PvaeWarning, oxford
-from pvae.pair.messages import (
-    extra_scale,
-    is_factor,
-    is_improper,
-    is_penalty,
-    log_density_of_delta,
-    sample_sites,
-)
-from pvae.pair.modules import Program, probing
+from pvae.pair.messages import extra_scale, is_factor, is_penalty, sample_sites
+from pvae.pair.modules import probing
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, find_data_plate
 from pvae.pair.structure import Structure
+from pvae.types import Program, Site
 
 __all__ = ["Batch", "as_batch", "inspect_pair", "num_rows_of", "run_pair"]
 
 Batch = tuple[Any, ...]
+R = TypeVar("R")
 RERUNS = 3
 
 
@@ -81,7 +78,8 @@ def inspect_pair(
     _check_sites(of_guide, guided, in_model, unguided, data_plate)
     _check_with_pyro(model_trace, guide_trace)
     _check_locality(guided, in_model, data_plate, rows, fewer)
-    local = {s["name"] for s in sites if data_plate.holds(s)}
+    with_guide = [n for n in latents if n in guided]
+    inside, outside, global_sites = _places(sites, with_guide, data_plate)
     is_whole = data_plate.size == (rows or data_plate.size)
     return Structure(
         model=model,
@@ -94,25 +92,17 @@ def inspect_pair(
         full_size=data_plate.full_size,
         is_scaled=data_plate.full_size != data_plate.size,
         tied_to=rows if rows is not None and rows > 1 and fewer is None else None,
-        latents=tuple(n for n in latents if n in local and n in guided),
-        global_latents=tuple(n for n in latents if n not in local and n in guided),
-        global_sites=tuple(
-            dict.fromkeys(s["name"] for s in sites if s["name"] not in local and not is_penalty(s))
-        ),
+        latents=inside,
+        global_latents=outside,
+        global_sites=global_sites,
+        fed=tuple(n for n in inside if log_density_of_delta(guided[n]["fn"]) is not None),
         observed=tuple(n for n, s in in_model.items() if s["is_observed"] and not is_factor(s)),
         auxiliary=tuple(n for n in guided if n not in in_model),
         points=frozenset(
-            n
-            for n, s in guided.items()
-            if n in in_model and _is_point(s, [a.nodes[n] for a in again], guided, in_model)
+            n for n in latents if n in guided and _is_point(n, guided, in_model, again)
         ),
         improper=tuple(n for n in latents if is_improper(in_model[n]["fn"])),
         enumerated=tuple(unguided),
-        fed=tuple(
-            n
-            for n in latents
-            if n in local and n in guided and log_density_of_delta(guided[n]["fn"]) is not None
-        ),
         removed_scales=_removed_scales(sites),
         not_reparametrised=tuple(
             n for n, s in guided.items() if not is_factor(s) and not s["fn"].has_rsample
@@ -126,9 +116,22 @@ def inspect_pair(
     )
 
 
+def _places(
+    sites: list[Site], latents: list[str], data_plate: DataPlate
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Latents in the data plate, latents outside it, and all sites outside it."""
+    local = {s["name"] for s in sites if data_plate.holds(s)}
+    outside = [s["name"] for s in sites if s["name"] not in local and not is_penalty(s)]
+    return (
+        tuple(name for name in latents if name in local),
+        tuple(name for name in latents if name not in local),
+        tuple(dict.fromkeys(outside)),
+    )
+
+
 def run_pair(
     model: Program, guide: Program, batch: Batch, *, model_too: bool = True
-) -> tuple[Any, Any]:
+) -> tuple[Trace, Trace]:
     """Traces of the guide and of the model replayed against it; errors say which one failed."""
     unwrapped = poutine.unwrap(guide)
     if isinstance(unwrapped, poutine.messenger.Messenger):  # an AutoMessenger runs both itself
@@ -142,7 +145,7 @@ def run_pair(
     return guide_trace, _named("model", lambda: poutine.trace(replayed).get_trace(*batch), batch)
 
 
-def _with_rows(model: Any, guide: Any, batch: Batch, rows: int) -> Any:
+def _with_rows(model: Program, guide: Program, batch: Batch, rows: int) -> Trace | None:
     """The model's trace on fewer rows; None if the pair doesn't run on them.
 
     One with parameters for each row doesn't, for example: it draws as many as before.
@@ -155,14 +158,14 @@ def _with_rows(model: Any, guide: Any, batch: Batch, rows: int) -> Any:
     return trace if all(map(_fills_its_plates, sample_sites(trace))) else None
 
 
-def _fills_its_plates(site: Any) -> bool:
+def _fills_its_plates(site: Site) -> bool:
     shape = site["value"].shape if isinstance(site["value"], Tensor) else ()
     batch = tuple(shape)[: len(shape) - len(site["fn"].event_shape)]
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and -f.dim <= len(batch)]
     return all(batch[f.dim] in (1, f.size) or f.size < 0 for f in frames)
 
 
-def _named(what: str, run: Callable[[], Any], batch: Batch) -> Any:
+def _named(what: str, run: Callable[[], R], batch: Batch) -> R:
     try:
         return run()
     except Exception as error:
@@ -184,16 +187,16 @@ def _named(what: str, run: Callable[[], Any], batch: Batch) -> Any:
         ) from error
 
 
-def _shown(part: Any) -> str:
+def _shown(part: object) -> str:
     if isinstance(part, Tensor):
         return f"{str(part.dtype).removeprefix('torch.')} of shape {tuple(part.shape)}"
     return type(part).__name__
 
 
 def _check_sites(
-    of_guide: list[Any],
-    guided: dict[str, Any],
-    in_model: dict[str, Any],
+    of_guide: list[Site],
+    guided: dict[str, Site],
+    in_model: dict[str, Site],
     unguided: list[str],
     data_plate: DataPlate,
 ) -> None:
@@ -258,7 +261,7 @@ def _check_sites(
         )
 
 
-def _check_with_pyro(model_trace: Any, guide_trace: Any) -> None:
+def _check_with_pyro(model_trace: Trace, guide_trace: Trace) -> None:
     """Pyro's own checks of shapes, which its ELBOs make when validation is on."""
     try:
         with warnings.catch_warnings():
@@ -293,11 +296,11 @@ def _from_pyro(error: ValueError) -> PairError:
 
 
 def _check_locality(
-    guided: dict[str, Any],
-    in_model: dict[str, Any],
+    guided: dict[str, Site],
+    in_model: dict[str, Site],
     data_plate: DataPlate,
     rows: int | None,
-    fewer: Any,
+    fewer: Trace | None,
 ) -> None:
     """Refuses latents and data that stand outside the data plate and belong inside."""
     for name, site in in_model.items():
@@ -332,20 +335,19 @@ def _check_locality(
 
 
 def _is_point(
-    site: Any, again: list[Any], guided: dict[str, Any], in_model: dict[str, Any]
+    name: str, guided: dict[str, Site], in_model: dict[str, Site], again: list[Trace]
 ) -> bool:
     """A Delta is a point if its density is 1 and nothing random feeds it."""
-    log_density = log_density_of_delta(site["fn"])
+    log_density = log_density_of_delta(guided[name]["fn"])
     if log_density is None or bool((log_density != 0).any()):
         return False
-    for name, other in guided.items():  # draws of a few values may repeat by chance
-        discrete = not getattr(other["fn"], "has_rsample", True)
-        if name not in in_model and discrete:
+    for other, site in guided.items():  # draws of a few values may repeat by chance
+        if other not in in_model and not getattr(site["fn"], "has_rsample", True):
             return False
-    return all(torch.equal(site["value"], other["value"]) for other in again)
+    return all(torch.equal(guided[name]["value"], trace.nodes[name]["value"]) for trace in again)
 
 
-def _removed_scales(sites: list[Any]) -> dict[str, float]:
+def _removed_scales(sites: list[Site]) -> dict[str, float]:
     removed = {}
     for site in sites:
         scale = extra_scale(site)

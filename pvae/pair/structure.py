@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.errors import UndefinedError, oxford
-from pvae.pair.modules import Program
+from pvae.types import Program
 
 __all__ = ["Structure"]
 

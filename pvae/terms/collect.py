@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pvae.distributions import log_density_of_delta
 from pvae.errors import PairError, UndefinedError
 from pvae.pair import Structure
-from pvae.pair.messages import (
-    is_factor,
-    is_penalty,
-    log_density_of_delta,
-    plate_scale,
-    score,
-)
+from pvae.pair.messages import is_factor, is_penalty, plate_scale, score
 from pvae.terms.result import Kind, SiteTerms, Terms
+from pvae.types import Site
 
 __all__ = ["PARTICLES", "Collector"]
 
@@ -36,12 +31,12 @@ class Collector:
         self.rank = structure.nesting + self.vectorized
         self.axis = self.rank + structure.dim  # of the data, in a log density of full rank
         self.sites: dict[str, SiteTerms] = {}
-        self.summed_out: list[tuple[Any, Tensor]] = []
+        self.summed_out: list[tuple[Site, Tensor]] = []
         self.num_rows = 0
         self.data_scale = 1.0
         self.like: Tensor | None = None
 
-    def guide(self, site: Any, *, in_model: bool) -> None:
+    def guide(self, site: Site, *, in_model: bool) -> None:
         """Takes in a site of the guide."""
         if is_factor(site):
             kind: Kind = "penalty" if is_penalty(site) else "factor"
@@ -55,7 +50,7 @@ class Collector:
         if self.per_dimension and kind == "latent" and entry.is_local:
             entry.log_q_dims = self._dims(site)
 
-    def model(self, site: Any) -> None:
+    def model(self, site: Site) -> None:
         """Takes in a site of the model."""
         if getattr(site["fn"], "couples_data", False) and isinstance(site["mask"], Tensor):
             raise PairError(
@@ -78,9 +73,7 @@ class Collector:
 
     def terms(self) -> Terms:
         """What has been taken in, enumerated latents summed out."""
-        notes: dict[str, Any] = {}
-        if self.summed_out:
-            self._sum_out(notes)
+        is_joint = bool(self.summed_out) and self._sum_out()
         assert self.like is not None  # noqa: S101
         return Terms(
             self.sites,
@@ -89,10 +82,10 @@ class Collector:
             self.structure,
             self.like,
             self.data_scale,
-            notes=notes,
+            is_joint=is_joint,
         )
 
-    def _entry(self, site: Any, kind: Kind) -> SiteTerms:
+    def _entry(self, site: Site, kind: Kind) -> SiteTerms:
         name = site["name"]
         if name not in self.sites:
             frames = [f for f in site["cond_indep_stack"] if f.name in self.structure.plates]
@@ -104,7 +97,7 @@ class Collector:
             self.sites[name] = SiteTerms(name, kind, local, draws, axis)
         return self.sites[name]
 
-    def _draws(self, site: Any, *, is_local: bool) -> tuple[Tensor, int]:
+    def _draws(self, site: Site, *, is_local: bool) -> tuple[Tensor, int]:
         """The value with particles first, without plates that it isn't in; its axis of data."""
         value: Tensor = site["value"]
         batch = value.dim() - len(site["fn"].event_shape)
@@ -118,7 +111,7 @@ class Collector:
             draws = value.reshape(value.shape[:1] + value.shape[batch - own :])
         return draws, 1 + own + self.structure.dim if is_local else 1
 
-    def _both(self, site: Any, raw: Tensor, is_local: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
+    def _both(self, site: Site, raw: Tensor, is_local: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
         masked = scale_and_mask(raw, mask=site["mask"])
         scale = site["scale"]
         keep = plate_scale(site, without=self.structure.plates)
@@ -154,7 +147,7 @@ class Collector:
             full = full.expand(self.num_particles, *full.shape[1:])
         return full
 
-    def _dims(self, site: Any) -> Tensor:
+    def _dims(self, site: Site) -> Tensor:
         fn, value = site["fn"], site["value"]
         frames = [f.name for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
         alone = len(frames) == 1 and frames[0] in self.structure.plates
@@ -173,8 +166,12 @@ class Collector:
         rows = value.shape[value.dim() - len(fn.event_shape) + self.structure.dim]
         return each.reshape(self.num_particles, rows, *fn.event_shape)
 
-    def _sum_out(self, notes: dict[str, Any]) -> None:
-        """Sums out enumerated latents with everything that depends on them, datum by datum."""
+    def _sum_out(self) -> bool:
+        """Sums out enumerated latents with everything that depends on them, datum by datum.
+
+        Returns:
+            Whether data and latents are summed out together, so that they have no parts.
+        """
         names = [s["name"] for s, _ in self.summed_out]
         scale = self._common_scale(names)
         total: Tensor | None = None
@@ -195,8 +192,6 @@ class Collector:
             if s["name"] not in self.structure.enumerated
         }
         kind: Kind = "latent" if others == {"latent"} else "enumerated"
-        if len(others) > 1:
-            notes["joint"] = True
         for site, _ in self.summed_out:
             if site["name"] in self.sites:
                 self.sites[site["name"]].model = site["fn"]
@@ -204,8 +199,9 @@ class Collector:
         entry.log_p = self._reduce(summed, entry.name, is_local=True)
         entry.scaled_log_p = entry.log_p * scale
         self.sites[entry.name] = entry
+        return len(others) > 1
 
-    def _common_scale(self, names: list[str]) -> Any:
+    def _common_scale(self, names: list[str]) -> float:
         """The scale of sites summed out together: inside a logarithm there can be only one."""
         scales = [s["scale"] for s, _ in self.summed_out]
         keeps = [plate_scale(s, without=self.structure.plates) for s, _ in self.summed_out]
@@ -231,7 +227,7 @@ class Collector:
             )
         return scales[0]
 
-    def _without_padding(self, site: Any, masked: Tensor) -> Tensor:
+    def _without_padding(self, site: Site, masked: Tensor) -> Tensor:
         """Where an enumerated latent is masked out, its states count as one, not as many."""
         mask = site["mask"]
         if mask is None or mask is True:

@@ -17,7 +17,7 @@ from torch.distributions import biject_to
 
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
-from pvae.pair import Program, Structure, as_batch
+from pvae.pair import Structure, as_batch
 from pvae.pair.messages import is_factor, is_penalty, sample_sites
 from pvae.terms.chunks import chunks_of
 from pvae.terms.collect import Collector
@@ -25,6 +25,7 @@ from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import can_vectorize, compute, in_particles
 from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
+from pvae.types import Program
 
 __all__ = ["LatentDensity", "stream_densities"]
 

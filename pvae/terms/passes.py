@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,16 +12,18 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
-from pvae.modes import is_recorded
-from pvae.pair import Batch, Program, Structure, as_batch, num_rows_of, probing, run_pair
+from pvae.modes import is_capturing_graph
+from pvae.pair import Batch, Structure, as_batch, num_rows_of, probing, run_pair
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
+from pvae.types import Program
 
 __all__ = ["can_vectorize", "compute", "draw_guide", "in_particles", "score_guide"]
 
@@ -35,7 +37,7 @@ class _Given(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
         value = self.values.get(msg["name"])
         if value is None or msg["is_observed"]:
             return
@@ -50,7 +52,7 @@ class _Given(Messenger):
 class _Detached(Messenger):
     """Cuts what a draw has of the parameters that it was made with."""
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if not msg["is_observed"] and isinstance(msg["value"], Tensor):
             msg["value"] = msg["value"].detach()
 
@@ -62,14 +64,14 @@ class _Redrawn(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
 
 
 def compute(
     structure: Structure,
-    batch: Any,
+    batch: Batch | Tensor,
     *,
     num_particles: int = 1,
     vectorize: bool | None = None,
@@ -122,7 +124,7 @@ def compute(
 
 def score_guide(
     structure: Structure,
-    batch: Any,
+    batch: Batch | Tensor,
     values: Mapping[str, Tensor],
     *,
     per_dimension: bool = False,
@@ -171,7 +173,7 @@ def score_guide(
 
 def draw_guide(
     structure: Structure,
-    batch: Any,
+    batch: Batch | Tensor,
     *,
     num_particles: int = 1,
     given: Mapping[str, Tensor] | None = None,
@@ -267,7 +269,7 @@ def _given_of(terms: Terms, k: int, structure: Structure) -> dict[str, Tensor]:
     return draws | _subsample_of(terms.guide_trace, structure)
 
 
-def _subsample_of(trace: Any, structure: Structure) -> dict[str, Tensor]:
+def _subsample_of(trace: Trace, structure: Structure) -> dict[str, Tensor]:
     if structure.subsample_size is None:
         return {}
     return {structure.plate: trace.nodes[structure.plate]["value"]}
@@ -283,7 +285,7 @@ def _one_pass(
     detach: bool = False,
     given: Mapping[str, Tensor] | None = None,
 ) -> Terms:
-    def wrapped(program: Any) -> Any:
+    def wrapped(program: Program) -> Program:
         return in_particles(program, structure, num_particles, given)
 
     rank = structure.nesting + (num_particles > 1)
@@ -294,7 +296,7 @@ def _one_pass(
         target = wrapped(target)
     guide = structure.guide
     wrapped_guide = wrapped(guide) if given or num_particles > 1 else guide
-    before = randomness.get_state() if stop_guide and not is_recorded() else None
+    before = randomness.get_state() if stop_guide and not is_capturing_graph() else None
     with _Detached() if detach else contextlib.nullcontext():
         guide_trace, model_trace = run_pair(target, wrapped_guide, batch)
     collect = Collector(structure, num_particles, per_dimension)
@@ -311,7 +313,7 @@ def _one_pass(
 
 def in_particles(
     program: Program, structure: Structure, num_particles: int, given: Mapping[str, Tensor] | None
-) -> Any:
+) -> Program:
     """A program under the particle plate, with the given values set."""
     if num_particles > 1:
         program = pyro.plate(PARTICLES, num_particles, dim=-structure.nesting - 1)(program)
@@ -319,7 +321,11 @@ def in_particles(
 
 
 def _score_stopped(
-    guide: Any, batch: Batch, structure: Structure, terms: Terms, before: dict[str, Tensor] | None
+    guide: Program,
+    batch: Batch,
+    structure: Structure,
+    terms: Terms,
+    before: dict[str, Tensor] | None,
 ) -> None:
     """A second guide pass at the same values, while no parameter requires a gradient.
 
@@ -382,7 +388,7 @@ def _statistics_kept(structure: Structure) -> Iterator[None]:
 
 
 @contextmanager
-def _stopped(parameters: Any) -> Iterator[None]:
+def _stopped(parameters: Iterable[Tensor]) -> Iterator[None]:
     trainable = [p for p in parameters if p.requires_grad]
     with warnings.catch_warnings():  # pyro.module warns of each parameter that has no gradient
         warnings.filterwarnings("ignore", message=".*was not registered in the param store")

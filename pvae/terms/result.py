@@ -7,13 +7,15 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.errors import UndefinedError
 from pvae.pair import Structure
+from pvae.types import Dist
 
 __all__ = ["SiteTerms", "Terms", "joined", "stack"]
 
@@ -50,8 +52,8 @@ class SiteTerms:
     is_local: bool
     draws: Tensor | None = None
     data_axis: int = 1
-    model: Any = None
-    guide: Any = None
+    model: Dist = None
+    guide: Dist = None
     log_p: Tensor | None = None
     log_q: Tensor | None = None
     log_p_dims: Tensor | None = None
@@ -102,6 +104,8 @@ class Terms:
         model_trace: Pyro's trace of the model; likewise.
         stopped_log_q: log q with the guide's parameters stopped, ``(K, N)``, if asked for.
         stopped_global_log_q: The same of global sites, ``(K,)``.
+        is_joint: Whether data and latents share an enumerated latent that is summed out, so that
+            log p(x | z) and log p(z) aren't known apart.
     """
 
     sites: dict[str, SiteTerms]
@@ -110,11 +114,11 @@ class Terms:
     structure: Structure
     like: Tensor
     data_scale: float = 1.0
-    guide_trace: Any = None
-    model_trace: Any = None
+    guide_trace: Trace = None
+    model_trace: Trace = None
     stopped_log_q: Tensor | None = None
     stopped_global_log_q: Tensor | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    is_joint: bool = False
     looped: list[Terms] = field(default_factory=list)
 
     @property
@@ -183,7 +187,7 @@ class Terms:
         No beta, no penalty and no ``poutine.scale`` is in them. A global latent's share is divided
         by the data plate's full size.
         """
-        elbo, is_split = self.log_weight.mean(), "joint" not in self.notes
+        elbo, is_split = self.log_weight.mean(), not self.is_joint
         likelihood = self.log_likelihood.mean() if is_split else torch.full_like(elbo, math.nan)
         if not self.has_globals:
             return elbo, likelihood
@@ -225,7 +229,7 @@ class Terms:
     def require_split(self) -> None:
         """Refuses the parts where one sum over states has both data and latents in it."""
         for site in self.sites.values():
-            if site.kind == "enumerated" and "joint" in self.notes:
+            if site.kind == "enumerated" and self.is_joint:
                 raise UndefinedError(
                     "log p(x | z) and log p(z) apart",
                     "data and latents that don't share an enumerated latent",
@@ -257,7 +261,7 @@ def stack(passes: Iterable[Terms]) -> Terms:
         first.structure,
         first.like,
         first.data_scale,
-        notes=first.notes,
+        is_joint=first.is_joint,
         looped=all_terms,
     )
     for key in ("stopped_log_q", "stopped_global_log_q"):

@@ -1,0 +1,166 @@
+"""Modules that say what they were made with, so that two that differ are seen to differ."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import re
+from typing import Self, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+from torch.distributions.constraints import Constraint
+
+from pvae.distributions import arguments_of
+
+__all__ = ["Described", "description"]
+
+_LONGEST = 200  # characters of one value
+_MOST = 10  # numbers of one tensor
+_MADE = (Distribution, Transform, Constraint)
+
+
+class Described(nn.Module):
+    """A module whose ``repr`` has the arguments of its constructor, and its public attributes.
+
+    Subclasses need do nothing for it. An argument that the module keeps in an attribute, a buffer
+    or a property of the same name is shown as it is now, others as they were given. Of parameters,
+    which training changes, the shape is shown; further buffers, which may change, too, are not.
+
+    The text is the same in every process: functions are shown by their names, and large tensors by
+    a digest. So a training that goes on can compare its pair with the one that was saved.
+
+    Example:
+        >>> class Noise(Described):
+        ...     def __init__(self, sigma: float, centred: bool = True) -> None:
+        ...         super().__init__()
+        ...         self.sigma = sigma
+        >>> Noise(0.5)
+        Noise(sigma=0.5, centred=True)
+    """
+
+    _arguments: dict[str, str]
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Notes the arguments; a copy, which is made without any, gets the original's."""
+        self = super().__new__(cls)
+        signature = inspect.signature(cls.__init__)
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError:  # the constructor says it better
+            return self
+        bound.apply_defaults()
+        _, *given = bound.arguments.items()
+        named: dict[str, object] = {}
+        for name, value in given:
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                named |= value
+            elif kind is not inspect.Parameter.VAR_POSITIONAL or value:
+                named[name] = value
+        self.__dict__["_arguments"] = {name: description(value) for name, value in named.items()}
+        return self
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, and further public attributes."""
+        shown = {name: self._shown(name, text) for name, text in self._arguments.items()}
+        for name, value in vars(self).items():
+            if not name.startswith("_") and name != "training" and not isinstance(value, Tensor):
+                shown.setdefault(name, description(value))
+        return ", ".join(f"{name}={text}" for name, text in shown.items() if text)
+
+    def _shown(self, name: str, given: str) -> str:
+        """An argument as it is now, if the module has it; nothing for a part, which has a line."""
+        if name in self._modules:
+            return ""
+        if isinstance(inspect.getattr_static(type(self), name, None), property):
+            return description(getattr(self, name))
+        for store in (vars(self), self._buffers, self._parameters):
+            if name in store:
+                return description(store[name])
+        return given
+
+
+def description(value: object) -> str:
+    """A value in words that are the same in every process, and others for another value.
+
+    Example:
+        >>> description((3, torch.ones(2), torch.nn.ReLU, torch.zeros(100)))
+        '(3, full((2,), 1.0), torch.nn.modules.activation.ReLU, full((100,), 0.0))'
+    """
+    text = _text(value)
+    parts = value if isinstance(value, (list, tuple)) else (value,)
+    if len(text) <= _LONGEST or any(isinstance(part, _MADE) for part in parts):
+        return text
+    return f"{type(value).__name__} with digest {_digest(text.encode())}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return _of_numbers(value if isinstance(value, Tensor) else torch.as_tensor(value))
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, functools.partial):
+        given = [_text(value.func), *map(description, value.args), *_pairs(value.keywords)]
+        return f"partial({', '.join(given)})"
+    if inspect.isclass(value) or inspect.isroutine(value):
+        module = getattr(value, "__module__", None)
+        return f"{module}.{value.__qualname__}" if module else value.__qualname__
+    if isinstance(value, _MADE):
+        try:
+            return f"{type(value).__name__}({', '.join(_pairs(arguments_of(value)))})"
+        except AttributeError:
+            pass
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{description(k)}: {description(v)}" for k, v in value.items()) + "}"
+        )
+    if type(value) in (list, tuple, torch.Size):
+        return _of_several(tuple(value))  # type: ignore[arg-type]
+    if type(value).__repr__ is object.__repr__:
+        return f"{_text(type(value))}({', '.join(_pairs(_attributes(value)))})"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _of_several(values: tuple[object, ...]) -> str:
+    return f"({', '.join(map(description, values))}{',' if len(values) == 1 else ''})"
+
+
+def _pairs(values: dict[str, object]) -> list[str]:
+    return [f"{name}={description(value)}" for name, value in values.items()]
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """Attributes of an object that are plain values; others may lead back to the object."""
+    return {k: v for k, v in getattr(value, "__dict__", {}).items() if _is_plain(v)}
+
+
+def _is_plain(value: object) -> TypeGuard[object]:
+    return isinstance(value, (bool, int, float, str, Tensor, np.ndarray, type(None)))
+
+
+def _of_numbers(tensor: Tensor) -> str:
+    """All numbers of a small tensor; the shape and a digest of a large one."""
+    shape = tuple(tensor.shape)
+    if isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+        return f"parameter of shape {shape}"
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        tensor = tensor.float()  # numpy has no bfloat16
+    array = tensor.numpy()
+    if array.size and (array == array.flat[0]).all():
+        number = str(array.flat[0])
+        return f"full({shape}, {number})" if shape else number
+    if array.size <= _MOST:
+        return str(array.astype(str).tolist()).replace("'", "")
+    exact = array.astype(np.float64) if tensor.is_floating_point() else array
+    return f"tensor of shape {shape} with digest {_digest(exact.tobytes())}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
