@@ -11,7 +11,8 @@ from torch import nn
 
 from pvae.data import Batches, LoaderSource, Source
 from pvae.fitting.settings import Settings
-from pvae.pair import Pair, Program
+from pvae.pair import Pair
+from pvae.types import Program
 
 __all__ = ["first_difference", "identity_of"]
 

@@ -12,7 +12,6 @@ from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pvae import distributed
-from pvae import terms as t
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
@@ -20,6 +19,7 @@ from pvae.fitting.checks import trying
 from pvae.fitting.identity import first_difference
 from pvae.objectives import Objective
 from pvae.pair import Structure
+from pvae.terms import compute
 
 __all__ = ["agree", "check_parts", "warn_if_apart"]
 
@@ -117,7 +117,7 @@ def _check_pair(structure: Structure, batch: tuple[Tensor, ...]) -> None:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     with trying(structure), torch.enable_grad():
-        terms = t.compute(structure, batch)
+        terms = compute(structure, batch)
         moved = [name for name, buffer, copy in buffers if not torch.equal(buffer, copy)]
     for name, site in terms.sites.items():
         if not site.is_local and not structure.is_scaled:
@@ -146,7 +146,7 @@ def _meeting(structure: Structure, batch: tuple[Tensor, ...]) -> Iterator[bool]:
     gradients: tuple[Tensor | None, ...] = ()
     with trying(structure), torch.enable_grad(), suppress(PvaeError, RuntimeError):
         inputs = tuple(x.clone() for x in leaves)  # a pair may write into its data
-        terms = t.compute(structure, inputs)
+        terms = compute(structure, inputs)
         parts = [terms.log_weight, *(p for p in terms.penalties.values() if p.dim() == 2)]
         first = torch.stack([part[:, 0].sum() for part in parts]).sum()
         gradients = torch.autograd.grad(first, floating, allow_unused=True)

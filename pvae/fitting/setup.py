@@ -5,7 +5,6 @@ from __future__ import annotations
 from pyro.infer import ELBO as PyroELBO
 
 from pvae import checkpoint, distributed, randomness
-from pvae import terms as t
 from pvae.data import Batches, LoaderSource, Source, as_source, check_rows, first_batch
 from pvae.distributed import World
 from pvae.engine import Engine, Stepper, choose, make_optimizer
@@ -23,6 +22,7 @@ from pvae.fitting.settings import Settings
 from pvae.fitting.training import Training
 from pvae.objectives import Objective, as_objective
 from pvae.pair import Pair, Structure
+from pvae.terms import check_data
 
 __all__ = ["set_up", "warn_of_stretching"]
 
@@ -84,12 +84,12 @@ def _look_at(
     if isinstance(objective, Objective):
         objective.check(structure)
     source = as_source(data, structure.device, structure.dtype)
-    t.check_data(structure, source)
+    check_data(structure, source)
     check_overcomplete(structure, source)
     if valid is None:
         return structure, source, None
     validation = as_source(valid, structure.device, structure.dtype)
-    t.check_data(structure, validation, "valid")
+    check_data(structure, validation, "valid")
     pair.checked_sources.add(validation)
     return structure, source, validation
 
