@@ -107,7 +107,7 @@ def test_a_function_that_announces_nothing_is_warned_about(device: torch.device)
             likelihood = pyro.distributions.Normal(decoder(z), 1.0).to_event(1)
             pyro.sample("x", likelihood, obs=x)
 
-    with pytest.warns(PvaeWarning, match=r"'Linear.weight' and 'Linear.bias' are used"):
+    with pytest.warns(PvaeWarning, match=r"The pair uses 'Linear.weight' and 'Linear.bias', but"):
         fit((model, guide), x, epochs=1, device=device)
 
 
