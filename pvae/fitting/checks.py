@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -20,6 +19,7 @@ from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
 from pvae.pair import Structure, is_penalty, run_pair
+from pvae.types import Site
 
 __all__ = [
     "check_batches",
@@ -31,17 +31,11 @@ __all__ = [
 ]
 
 
-def check_batches(
-    structure: Structure,
-    source: Source,
-    batch_size: int,
-    world: World,
-) -> None:
+def check_batches(structure: Structure, source: Source, batch_size: int, world: World) -> None:
     """Refuses batches that the pair can't be trained on, or would be wrongly trained on."""
     if isinstance(source, LoaderSource) or structure.subsample_size is not None:
         return
-    is_part = batch_size < source.num_rows
-    if is_part:
+    if batch_size < source.num_rows:
         _check_minibatches(structure, source.num_rows, batch_size)
     if 1 in _sizes(source.num_rows, batch_size, world):
         _check_one_row(structure, source, batch_size)
@@ -68,7 +62,7 @@ def _check_minibatches(structure: Structure, num_rows: int, batch_size: int) -> 
             )
         warn(
             f"The pair runs on batches of {structure.tied_to} rows and on no others. If it has "
-            "parameters of its own for each row, other rows will share them: batch_size=None.",
+            "parameters of its own for each row, other rows will share them: batch_size=None."
         )
     if structure.global_sites and not structure.is_scaled:
         shared = oxford(structure.global_sites[:4])
@@ -89,7 +83,7 @@ def _check_minibatches(structure: Structure, num_rows: int, batch_size: int) -> 
             )
         warn(
             f"Site(s) {shared} are outside the data plate. {advice}. "
-            f"pyro.plate('{structure.plate}', {num_rows}, subsample_size=len(x)) counts them once.",
+            f"pyro.plate('{structure.plate}', {num_rows}, subsample_size=len(x)) counts them once."
         )
 
 
@@ -110,11 +104,7 @@ def _check_one_row(structure: Structure, source: Source, batch_size: int) -> Non
 
 
 def check_objective(
-    objective: Objective,
-    structure: Structure,
-    source: Source,
-    batch_size: int,
-    world: World,
+    objective: Objective, structure: Structure, source: Source, batch_size: int, world: World
 ) -> None:
     """Tries the objective on batches of the sizes that training will have."""
     sizes = {batch_size}
@@ -172,7 +162,7 @@ def check_overcomplete(structure: Structure, source: Source) -> None:
     )
 
 
-def _size(site: Any) -> int:
+def _size(site: Site) -> int:
     return math.prod(site["fn"].event_shape)
 
 

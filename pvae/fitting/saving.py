@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,7 @@ def _snapshot(training: Training, generators: list[dict[str, Tensor]]) -> checkp
     saved.tensors["sums"] = stepper.sums
     if stepper.state is not None:
         saved.add("objective", stepper.state.tensors())
-    numbers = asdict(progress)
-    del numbers["best_tensors"]
+    numbers = {k: v for k, v in vars(progress).items() if k not in ("history", "best_tensors")}
     saved.meta = {
         "progress": {**numbers, "history": progress.history.records},
         "optimizer": rest,
@@ -107,7 +105,7 @@ def _check_identity(theirs: dict[str, object], ours: dict[str, object], where: s
 def _restore_generators(saved: checkpoint.Checkpoint, training: Training, step: int) -> None:
     """Puts the generators back, or seeds others where there are more or fewer processes."""
     now = checkpoint.environment(training.structure.device)
-    then = {"processes": 1, **saved.meta["environment"]}  # which older ones don't say
+    then = saved.meta["environment"]
     if now["processes"] == then["processes"]:
         randomness.set_state(saved.part(_generators_of(training.world.rank)))
     else:
