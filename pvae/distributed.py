@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pvae.errors import ArgumentError
+from pvae.internals import import_compiler
 from pvae.randomness import derive_seed
 
 __all__ = ["World", "current", "is_started_by_torchrun", "job", "joined", "restarts"]
@@ -173,10 +174,7 @@ def joined(device: str | torch.device = "auto") -> Iterator[World]:
     if not is_started_by_torchrun() or dist.is_initialized():
         yield current()
         return
-    # Optimisers import this. Where there is a group by then, it is kept for good, and its threads,
-    # still there as Python ends, now and then abort the process.
-    import torch._dynamo
-
+    import_compiler()
     options: dict[str, Any] = {"backend": "gloo"}
     wants_cuda = device == "auto" or torch.device(device).type == "cuda"
     if wants_cuda and torch.cuda.is_available():

@@ -279,6 +279,6 @@ class _OptimalNormal(dist.TorchDistribution):
         return sum_rightmost(each, len(self.event_shape))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        shape = self._extended_shape(torch.Size(sample_shape))
+        shape = self.shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + self.sigma * noise

@@ -22,6 +22,7 @@ from pvae import sites
 from pvae.conditional import Conditional
 from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, check_int, check_number
+from pvae.internals import BatchNorm, Norm
 from pvae.jacobian import squared_norm_of
 from pvae.mmd import Kernel, mmd
 from pvae.types import Dist
@@ -204,7 +205,7 @@ class Contractive(Penalty):
     def forward(self, outputs: SideOutputs) -> Tensor:
         """The (squared) norm for each datum."""
         for name, module in outputs.part.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            if isinstance(module, BatchNorm) and module.training:
                 raise PairError(
                     "Contractive",
                     "codes that depend on their own datum alone",
@@ -315,7 +316,7 @@ class MMD(Penalty):
         return mmd(z, drawn, self.kernel)[..., None]
 
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (Norm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _ACTIVATIONS = tuple(
     kind
     for kind in vars(nn.modules.activation).values()

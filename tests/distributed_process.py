@@ -80,12 +80,12 @@ def save_state(pair: VAE, path: Path) -> None:
 class Dying(pvae.Guide):
     """The second process kills itself in one of its passes, unless it has been restarted."""
 
-    passes = 0
+    _passes = 0  # not public: it would be part of what the pair is made of
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            self.passes += 1
-            if self.passes == KILL_AT and distributed.current().rank and "DIE" in os.environ:
+            self._passes += 1
+            if self._passes == KILL_AT and distributed.current().rank and "DIE" in os.environ:
                 _die(Path(os.environ["DIE"]))
         return super().forward(x, *context)
 

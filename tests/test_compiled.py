@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pvae import VAE, guides, likelihoods, priors, recipes, schedules
 from pvae import objectives as o
 from pvae.engine import Stepper, choose, make_optimizer
+from pvae.engine.passes import PassResult
 from pvae.errors import ArgumentError, CheckpointError, PvaeWarning
 from pvae.pair import Pair
 from tests import fits, pairs
@@ -129,7 +130,7 @@ def test_the_numbers_are_the_eager_ones(case: str, device: torch.device) -> None
         batches = [tuple(x.roll(i, 0) for x in pair[2]) for i in range(6)]
         found[engine] = run(made, batches)
         assert made.engine == engine
-        ends[engine] = [x.detach().clone() for x in (*made.parameters, *made.changing())]
+        ends[engine] = [x.detach().clone() for x in (*made.parameters, *made.passes.changing())]
     for eager, compiled in zip(found["eager"], found["compiled"], strict=True):
         assert compiled == pytest.approx(eager, rel=1e-6, nan_ok=True)
     for a, b in zip(ends["eager"], ends["compiled"], strict=True):
@@ -206,7 +207,7 @@ def test_a_compiler_that_fails(device: torch.device, monkeypatch: pytest.MonkeyP
     def missing(*_: Any, **__: Any) -> None:
         raise RuntimeError("no C++ compiler\nmore of it")
 
-    monkeypatch.setattr("pvae.engine.compiled._compile", missing)
+    monkeypatch.setattr("pvae.engine.compiler.compile_graph", missing)
     made = stepper(vae(device), o.ELBO(), "compiled")
     with pytest.warns(PvaeWarning, match=r"fails with RuntimeError: no C\+\+ compiler\."):
         run(made, [vae(device)[2]])
@@ -216,9 +217,13 @@ def test_a_graph_with_other_numbers_is_refused(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(function: Any, example: Any) -> Any:
-        return lambda *batch: [x * 1.01 if x.dim() else x for x in function(*batch)]
+        def scaled(*batch: Tensor) -> PassResult:
+            result: PassResult = function(*batch)
+            return result._replace(gradients={n: g * 1.01 for n, g in result.gradients.items()})
 
-    monkeypatch.setattr("pvae.engine.stepper.compile_function", wrong)
+        return scaled
+
+    monkeypatch.setattr("pvae.engine.graphs.compile_function", wrong)
     made = stepper(vae(device), o.ELBO(), "compiled")
     with pytest.warns(PvaeWarning, match=r"differ from the eager ones, by 0\.01"):
         run(made, [vae(device)[2]])
@@ -233,7 +238,7 @@ def test_each_shape_has_its_graph_up_to_a_few(
         shapes.append(example[0].shape)
         return function
 
-    monkeypatch.setattr("pvae.engine.stepper.compile_function", note)
+    monkeypatch.setattr("pvae.engine.graphs.compile_function", note)
     made = stepper(vae(device), o.ELBO(), "compiled")
     x = vae(device)[2][0]
     run(made, [(x[:n],) for n in (12, 12, 5, 12, 5, 4, 3, 2, 2)])
@@ -247,10 +252,10 @@ def test_a_failed_step_changes_nothing(device: torch.device) -> None:
     bad = x.clone()
     bad[3, 2] = float("nan")
     run(made, [(x,)])
-    before = [v.detach().clone() for v in (*made.parameters, *made.buffers, made.sums)]
+    before = [v.detach().clone() for v in (*made.parameters, *made.passes.buffers, made.sums)]
     assert made.look(0) is None
     run(made, [(bad,), (x,)])
-    for now, then in zip((*made.parameters, *made.buffers, made.sums), before, strict=True):
+    for now, then in zip((*made.parameters, *made.passes.buffers, made.sums), before, strict=True):
         assert torch.equal(now, then)
     failure = made.look(1)
     assert failure is not None
@@ -299,7 +304,7 @@ def test_auto_compiles_long_trainings_alone(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = stepper(vae(device), o.ELBO(), "eager")
-    before = [x.clone() for x in (*made.parameters, *made.changing())]
+    before = [x.clone() for x in (*made.parameters, *made.passes.changing())]
     generator = torch.get_rng_state()
     batch = vae(device)[2]
     monkeypatch.setattr("pvae.engine.choice._seconds", lambda *_: 0.01)
@@ -309,7 +314,7 @@ def test_auto_compiles_long_trainings_alone(
     torch.set_rng_state(generator)
     assert choose(made, lambda: batch, 10**9) == "compiled"
     assert choose(made, lambda: batch, 1000) == "eager"
-    for now, then in zip((*made.parameters, *made.changing()), before, strict=True):
+    for now, then in zip((*made.parameters, *made.passes.changing()), before, strict=True):
         assert torch.equal(now, then)
     assert torch.equal(torch.get_rng_state(), generator)
     of_pyro = stepper(vae(device), TraceMeanField_ELBO(), "eager")

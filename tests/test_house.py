@@ -29,6 +29,7 @@ GROUND = {  # imports the ground
     "divergence",
     "errors",
     "estimate",
+    "internals",
     "jacobian",
     "mmd",
     "modes",

@@ -207,11 +207,16 @@ def _maximise(q: LocalFamily, density: t.LatentDensity, how: Refinement, particl
             optimiser.param_groups[0]["lr"] *= _FALL
         with torch.no_grad():
             if gain < -2 * error:
-                torch._foreach_copy_(q.parameters, kept)
+                _copy_into(q.parameters, kept)
             else:
                 best = now
-                torch._foreach_copy_(kept, q.parameters)
+                _copy_into(kept, q.parameters)
     return falls == _FALLS
+
+
+def _copy_into(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
 
 
 def _look(q: LocalFamily, density: t.LatentDensity, particles: int) -> Tensor:

@@ -14,6 +14,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from tqdm import tqdm
 
+from pvae import internals
 from pvae import terms as t
 from pvae.errors import PairError, UndefinedError, check_int, oxford
 from pvae.latent.checks import only_site
@@ -258,7 +259,7 @@ def mask_of(site: Any) -> Tensor | None:
     found = [(site["mask"], len(fn.event_shape))]
     while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
         if isinstance(fn, MaskedDistribution):
-            found.append((fn._mask, len(fn.event_shape)))
+            found.append((internals.mask_of(fn), len(fn.event_shape)))
         fn = fn.base_dist
     masks = [
         mask.reshape(mask.shape + (1,) * events).expand(value.shape)

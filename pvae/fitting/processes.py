@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae import distributed
 from pvae.data import LoaderSource, Source, first_batch
@@ -17,6 +17,7 @@ from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.fitting.checks import trying
 from pvae.fitting.identity import first_difference
+from pvae.internals import BatchNorm
 from pvae.objectives import Objective
 from pvae.pair import Structure
 from pvae.terms import compute
@@ -84,7 +85,7 @@ def check_parts(
         )
     _check_objective(objective, structure)
     for module in structure.modules:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             instead = ["nn.LayerNorm or nn.GroupNorm", _ALONE]
             _refuse("pair", "data that don't meet in a batch", f"{type(module).__name__}", instead)
         if getattr(module, "couples_data", False):

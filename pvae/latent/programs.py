@@ -17,6 +17,7 @@ from pvae import randomness
 from pvae.conditional import as_conditional
 from pvae.data import as_source
 from pvae.errors import PairError, UndefinedError, check_int, oxford
+from pvae.internals import mask_of
 from pvae.latent.checks import mean_of, only_site
 from pvae.pair import Pair, is_penalty, probing
 from pvae.pair.messages import is_factor, sample_sites
@@ -105,7 +106,7 @@ class _Swap(Messenger):
             )
         depths = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
         new = self.fn.expand(old.batch_shape[-max(depths, default=len(old.batch_shape)) :])
-        msg["fn"] = new.mask(old._mask) if isinstance(old, MaskedDistribution) else new
+        msg["fn"] = new.mask(mask_of(old)) if isinstance(old, MaskedDistribution) else new
 
 
 def sample(

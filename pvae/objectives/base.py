@@ -326,8 +326,8 @@ def _live(structure: t.Structure, model: Any, guide: Any) -> set[int]:
     """Trainable parameters that a pair has now, as far as it is known where they are."""
     roots = [p for p in (model, guide) if isinstance(p, nn.Module)]
     found = {id(p) for root in roots for p in root.parameters() if p.requires_grad}
-    store = pyro.get_param_store()
-    stored = [store._params.get(name) for name in structure.parameters]
+    store = dict(pyro.get_param_store().named_parameters())
+    stored = [store.get(name) for name in structure.parameters]
     return found | {id(p) for p in stored if p is not None and p.requires_grad}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pvae.data import first_batch
 from pvae.errors import ArgumentError, UndefinedError, check_int, oxford
+from pvae.internals import mask_of
 from pvae.modes import evaluating
 from pvae.pair import Batch, Structure
 from pvae.terms.chunks import stream
@@ -212,7 +213,7 @@ def _mask_of(node: Any) -> Tensor | None:
     masks = [(node["mask"], len(fn.event_shape))]
     while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
         if isinstance(fn, MaskedDistribution):
-            masks.append((fn._mask, len(fn.event_shape)))
+            masks.append((mask_of(fn), len(fn.event_shape)))
         fn = fn.base_dist
     for mask, event_dim in masks:
         if mask is None or mask is True:
