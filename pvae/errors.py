@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "check_int",
     "check_number",
     "oxford",
+    "warn",
 ]
 
 
@@ -105,6 +108,18 @@ def oxford(names: Iterable[object]) -> str:
     """
     quoted = [f"'{name}'" for name in names]
     return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+
+
+def warn(text: str) -> None:
+    """Warns with a `PvaeWarning` that points at the line of a user's code that led to it."""
+    depth, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(text, PvaeWarning, stacklevel=depth)
+
+
+def _is_inner(module: str) -> bool:
+    return module == "contextlib" or module.startswith("pvae.")
 
 
 def check_int(where: str, value: object, minimum: int = 1) -> int:

@@ -278,7 +278,7 @@ def test_a_compiled_training_resumes_bit_for_bit(device: torch.device, tmp_path:
     options |= {"folder": tmp_path}
     fits.fit(halves.model, halves.guide, fits.binary(), engine="compiled", epochs=2, **options)
     again = fits.fit(halves.model, halves.guide, fits.binary(), epochs=4, resume=True, **options)
-    assert again.stepper.engine == "compiled"
+    assert again.training.stepper.engine == "compiled"
     assert fits.same(fits.state(whole), fits.state(halves))
     with pytest.raises(CheckpointError, match="engine='compiled'"):
         fits.fit(halves.model, halves.guide, fits.binary(), engine="eager", resume=True, **options)

@@ -231,8 +231,8 @@ def test_tcvae_wants_the_size_of_the_data_set(device: torch.device) -> None:
     with pytest.raises(ArgumentError, match="at least the batch's 12"):
         o.TCVAE(num_data=5).loss(vae.model, vae.guide, x)
     run = pvae.fit(vae, x, o.TCVAE(), epochs=1, progress=False, device=device)
-    assert run.stepper.state is not None
-    assert run.stepper.state.num_data == N
+    assert run.training.stepper.state is not None
+    assert run.training.stepper.state.num_data == N
 
 
 def test_infovae_written_out(device: torch.device) -> None:

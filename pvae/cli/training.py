@@ -138,7 +138,7 @@ def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, boo
     job's is no more touched than at the first start.
     """
     from pvae import checkpoint, distributed
-    from pvae.fitting.options import CHECKPOINT
+    from pvae.fitting.settings import CHECKPOINT
     from pvae.runs import job_of
 
     mine = distributed.job()
