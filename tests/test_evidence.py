@@ -426,7 +426,7 @@ def test_what_a_result_says() -> None:
     ("options", "message"),
     [
         ({"start": "posterior"}, "'guide' and 'prior'"),
-        ({"schedule": "cosine"}, "'linear' and 'sigmoid'"),
+        ({"schedule": "cosine"}, "'sigmoid' and 'linear'"),
         ({"num_temperatures": 0}, "num_temperatures"),
         ({"num_leapfrog": 0}, "num_leapfrog"),
         ({"num_pilot": 0}, "num_pilot"),

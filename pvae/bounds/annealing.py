@@ -140,8 +140,9 @@ def _chunk(
     if exact is not None and inner:
         transitions += len(groups) * (len(inner) + _APART)
     path, draw = _path(density, ais, lambda: bar.update(min(share / transitions, 1 - bar.n)))
+    pilots = path.state(draw(ais.num_pilot))
     _, scale = spread(draw, at_once)
-    steps = adapt(path, path.state(draw(ais.num_pilot)), inner, scale, ais.acceptance)
+    steps = adapt(path, pilots, inner, scale, ais.acceptance)
     forward, reverse, chances = [], [], []
     for k in groups:
         log_weight, chance = _anneal(path, path.state(draw(k)), gaps, inner, steps)

@@ -156,7 +156,8 @@ class Gap(Result):
         lines = [bound.headline for bound in (*map(self.elbo, self.log_weights), self.evidence)]
         if self.instead:
             lines.append(f"own: a full-rank Gaussian instead, as {self.instead}")
-        lines += [f"{q}: was still getting better at the last step" for q in self.unsettled]
+        fits = [q.replace("_", "-") for q in self.unsettled]
+        lines += [f"{q}: was still getting better at the last step" for q in fits]
         return tuple(lines)
 
     def _best(self) -> str:
