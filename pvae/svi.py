@@ -63,7 +63,7 @@ class SVI:
         plate: str | None = None,
     ) -> None:
         self.model, self.guide, self.optim, self.engine = model, guide, optim, engine
-        self.objective = as_objective(loss, plate)
+        self.objective = as_objective(loss)
         self.plate = plate or getattr(self.objective, "plate", None)
         self.optimizer: torch.optim.Optimizer | None = None
         self._stepper: Stepper | None = None

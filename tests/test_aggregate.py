@@ -115,8 +115,7 @@ def test_false_alarms(device: torch.device) -> None:
     happen less than once in 1e5. And the tests aren't idle: p-values below one half are common.
     """
     toy = LinearGaussian.random(4, 2, 0.5)
-    model, guide = linear.pair(toy, linear.exact)
-    pair = Pair(model, guide)
+    pair = Pair(*linear.pair(toy, linear.exact))
     joint, single = [], []
     for seed in range(120):
         found = diagnostics.aggregated_posterior(pair, toy.sample(40, seed).to(device), seed=seed)

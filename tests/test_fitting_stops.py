@@ -432,9 +432,9 @@ def test_an_optimiser_that_changes_its_rate_is_left_to_it(device: torch.device) 
         ({"optimizer": torch.optim.LBFGS}, "its step needs a closure"),
         ({"optimizer": pyro.optim.Adam({"lr": 1e-3})}, "a torch optimiser class"),
         ({"objective": ReweightedWakeSleep(num_particles=2)}, "one that returns one loss"),
-        ({"objective": ELBO(plate="data"), "plate": "other"}, "the objective's, 'data'"),
+        ({"objective": ELBO(plate="other")}, "the pair's data plate, 'data'; got 'other'"),
     ],
-    ids=["LBFGS", "Pyro's optimiser", "two losses", "two plates"],
+    ids=["LBFGS", "Pyro's optimiser", "two losses", "another plate"],
 )
 def test_what_cant_train_is_refused(
     options: dict[str, Any], words: str, device: torch.device

@@ -9,8 +9,9 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae import terms
+from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.thresholds import DISTANCE, P_VALUE
 from pvae.errors import UndefinedError, check_int
 from pvae.latent.coding import means_and_noise
 from pvae.mmd import TwoSampleTest, two_sample_test
@@ -22,8 +23,8 @@ from pvae.simulate import flat_values, names_of_dimensions, require_rows
 __all__ = ["AggregatedPosterior", "aggregated_posterior"]
 
 
-@dataclass(frozen=True)
-class AggregatedPosterior:
+@dataclass(frozen=True, repr=False)
+class AggregatedPosterior(Result):
     """Draws from q(z) and from p(z), and how they differ.
 
     Attributes:
@@ -46,26 +47,34 @@ class AggregatedPosterior:
     correlation: Tensor
     mean_correlation: Tensor | None
 
+    @property
+    def title(self) -> str:
+        """How many draws were compared."""
+        return f"Aggregated posterior: {len(self.draws)} draws, {len(self.names)} dimension(s)"
+
     def findings(self) -> list[Finding]:
         """Both tests, and the strongest correlation."""
         worst = int(self.ks.argmax())
         distance, p_value = float(self.ks[worst]), float(self.ks_p.min())
-        differs = min(p_value, self.joint.p_value) <= 1e-3
-        verdict: Verdict = "bad" if p_value <= 1e-3 and distance > 0.25 else "look"
+        joint: Verdict = "good" if P_VALUE.verdict(self.joint.p_value) == "good" else "look"
+        single: Verdict = "good"
+        if P_VALUE.verdict(p_value) != "good":
+            single = DISTANCE.verdict(distance)
+        differs = {joint, single} != {"good"}
         lines = [
             Finding(
-                "q(z) = p(z), joint",
+                "q(z) = p(z), p-value",
                 self.joint.p_value,
-                verdict="look" if self.joint.p_value <= 1e-3 else "good",
-                meaning="p-value, kernel two-sample test",
+                verdict=joint,
+                meaning="that codes, jointly, are distributed as the prior is",
                 advice="a richer prior, or latent.fit_density, for samples" if differs else "",
             ),
             Finding(
                 "q(z_d) from p(z_d)",
                 distance,
-                verdict=verdict if p_value <= 1e-3 else "good",
-                meaning=f"Kolmogorov-Smirnov distance of {self.names[worst]}, the greatest",
-                advice="diagnostics.surgery, for its size in nats" if p_value <= 1e-3 else "",
+                verdict=single,
+                meaning=f"Kolmogorov-Smirnov distance in {self.names[worst]}, the greatest",
+                advice="" if single == "good" else "diagnostics.surgery, for its size in nats",
             ),
         ]
         if len(self.names) > 1:
@@ -83,12 +92,6 @@ class AggregatedPosterior:
             (1 - value**2) / (len(self.draws) - 1) ** 0.5,
             meaning=f"of {self.names[first]} and {self.names[second]} under q(z), the strongest",
         )
-
-    def __str__(self) -> str:
-        head = f"Aggregated posterior: {len(self.draws)} draws, {len(self.names)} dimension(s)"
-        return "\n".join([head, *map(str, self.findings())])
-
-    __repr__ = __str__
 
 
 @tool
@@ -109,8 +112,9 @@ def aggregated_posterior(
     rows one of p(z). All dimensions together, divided by their standard deviations, are compared
     by the kernel two-sample test, each by that of Kolmogorov and Smirnov. Both tests hold their
     false-alarm rate whatever the distributions are, and say nothing of size: with enough data any
-    difference is found. So a difference (p at most 0.001) is worth a "look", and "bad" where a
-    dimension's distribution function is off by more than a quarter. A point-mass guide, which has
+    difference is found. So a difference (p at most 0.05) is worth a "look" at most, unless a
+    dimension's distribution function is off by a quarter, which is "bad"; by less than a tenth it
+    is "good". A point-mass guide, which has
     codes, can be compared.
 
     References:
@@ -139,21 +143,21 @@ def aggregated_posterior(
         (torch.Size([50, 2]), torch.Size([2, 2]))
     """
     check_int("num_rows", num_rows, minimum=2)
-    with t.prepared(pair, data, options, "aggregated_posterior") as evaluation:
+    with terms.prepared(pair, data, options, "aggregated_posterior") as evaluation:
         structure, source = evaluation.structure, evaluation.in_memory().source
         check_int("aggregated_posterior, rows of data", source.num_rows, minimum=2)
         require_rows("aggregated_posterior", structure)
         sites = (
             structure.latents
             if site is None
-            else (t.only_site("aggregated_posterior", "latent", structure.latents, site),)
+            else (terms.only_site("aggregated_posterior", "latent", structure.latents, site),)
         )
         chosen = torch.randperm(source.num_rows, device=source.device)[:num_rows]
         subset = evaluation.on(source.rows(chosen))
         draws = torch.cat(
             [
-                torch.cat([_flat(terms.sites[name].value[0]) for name in sites], 1)
-                for _, terms in t.stream(subset)
+                torch.cat([_flat(one.sites[name].value[0]) for name in sites], 1)
+                for _, one in terms.stream(subset)
             ]
         )
         prior = []

@@ -7,7 +7,6 @@ chunks of bounded memory.
 
 from pvae.pair import Structure, run_pair
 from pvae.terms.chunks import draw_globals, first_rows, stream
-from pvae.terms.density import LatentDensity, stream_densities
 from pvae.terms.evaluation import Evaluation, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
@@ -16,7 +15,6 @@ from pvae.terms.support import check_data
 
 __all__ = [
     "Evaluation",
-    "LatentDensity",
     "SiteTerms",
     "Structure",
     "Terms",
@@ -31,5 +29,4 @@ __all__ = [
     "run_pair",
     "score_guide",
     "stream",
-    "stream_densities",
 ]

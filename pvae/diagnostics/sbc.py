@@ -9,9 +9,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding
-from pvae.diagnostics.uniformity import Uniformity, judged, uniformity
+from pvae import terms
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import P_VALUE
+from pvae.diagnostics.uniformity import Uniformity, uniformity
 from pvae.errors import ArgumentError, check_int, check_number
 from pvae.options import Options, tool
 from pvae.pair import PairLike
@@ -20,8 +21,8 @@ from pvae.simulate import draw_jointly, random_rank
 __all__ = ["SBC", "sbc"]
 
 
-@dataclass(frozen=True)
-class SBC:
+@dataclass(frozen=True, repr=False)
+class SBC(Result):
     r"""Ranks of simulated latents among the guide's draws.
 
     Attributes:
@@ -62,10 +63,15 @@ class SBC:
             return "q is too narrow" if spread > 0 else "q is too wide"
         return "q is too low" if shift > 0 else "q is too high"
 
+    @property
+    def title(self) -> str:
+        """How much was simulated."""
+        return f"SBC: {len(self.ranks)} simulations, {self.num_particles} draws of q each"
+
     def findings(self) -> list[Finding]:
         """Uniformity over all dimensions, and the coverage that is furthest off."""
         tests, count = self.tests, len(self.names)
-        verdict = judged(tests.p_value)
+        verdict = P_VALUE.verdict(tests.p_value)
         bad = int((tests.p_values < 0.05).sum())
         meaning = f"the ranks of {count} dimension(s) are as an exact q's"
         if verdict != "good":
@@ -85,16 +91,10 @@ class SBC:
                 "coverage",
                 float(self.coverage[level, column]),
                 float(self.coverage_se[level, column]),
-                meaning=f"of the central {float(self.levels[level]):.0%} of q({self.names[column]} "
-                "| x), the furthest off",
+                meaning=f"of z in the central {float(self.levels[level]):.0%} of "
+                f"q({self.names[column]} | x), furthest off",
             ),
         ]
-
-    def __str__(self) -> str:
-        head = f"SBC: {len(self.ranks)} simulations, {self.num_particles} draws of q each"
-        return "\n".join([head, *map(str, self.findings())])
-
-    __repr__ = __str__
 
 
 @tool
@@ -123,7 +123,7 @@ def sbc(
 
     Ranks are tested by chi-squared over bins and by their distribution function with its
     simultaneous band. p-values are corrected for both tests and all D dimensions (Bonferroni); the
-    verdict is "look" below 0.05 and "bad" below 0.001, which is how often an exact q gets it.
+    verdict is "look" up to 0.05 and "bad" up to 0.001, which is how often an exact q gets it.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration
@@ -155,7 +155,7 @@ def sbc(
     """
     check_int("num_particles", num_particles, minimum=2)
     cuts = _cuts(levels, num_particles)
-    with t.prepared(pair, data, options, "sbc") as evaluation:
+    with terms.prepared(pair, data, options, "sbc") as evaluation:
         joint = draw_jointly("sbc", evaluation, num_simulations, site=site, arguments=arguments)
         less = torch.zeros(joint.latents.shape, dtype=torch.long, device=joint.latents.device)
         equal = less.clone()

@@ -9,9 +9,10 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding
-from pvae.diagnostics.uniformity import Uniformity, judged, uniformity
+from pvae import terms
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import P_VALUE
+from pvae.diagnostics.uniformity import Uniformity, uniformity
 from pvae.errors import ArgumentError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
@@ -20,8 +21,8 @@ from pvae.simulate import JointDraws, draw_jointly, random_rank
 __all__ = ["TARP", "tarp"]
 
 
-@dataclass(frozen=True)
-class TARP:
+@dataclass(frozen=True, repr=False)
+class TARP(Result):
     """Coverage of the joint posterior, in balls around reference points.
 
     Attributes:
@@ -44,9 +45,14 @@ class TARP:
         """Of the tests' only column."""
         return ("all latents together",)
 
+    @property
+    def title(self) -> str:
+        """How much was simulated."""
+        return f"TARP: {len(self.ranks)} simulations, {self.num_particles} draws of q each"
+
     def findings(self) -> list[Finding]:
         """The test, and the coverage that is furthest from its level."""
-        verdict = judged(self.tests.p_value)
+        verdict = P_VALUE.verdict(self.tests.p_value)
         shift, spread = float(self.tests.shift[0]), float(self.tests.spread[0])
         meaning, advice = "balls around reference points cover what they should", ""
         if verdict != "good":
@@ -72,15 +78,9 @@ class TARP:
                 "joint coverage",
                 float(self.coverage[worst]),
                 (level * (1 - level) / len(self.ranks)) ** 0.5,
-                meaning=f"at level {level:.0%}, the furthest off",
+                meaning=f"of z in balls that hold {level:.0%} of q, furthest off",
             ),
         ]
-
-    def __str__(self) -> str:
-        head = f"TARP: {len(self.ranks)} simulations, {self.num_particles} draws of q each"
-        return "\n".join([head, *map(str, self.findings())])
-
-    __repr__ = __str__
 
 
 @tool
@@ -136,7 +136,7 @@ def tarp(
     check_int("num_particles", num_particles, minimum=2)
     if reference not in ("data", "prior"):
         raise ArgumentError("reference", "'data' or 'prior'", repr(reference))
-    with t.prepared(pair, data, options, "tarp") as evaluation:
+    with terms.prepared(pair, data, options, "tarp") as evaluation:
         joint, others = (
             draw_jointly("tarp", evaluation, num_simulations, site=site, arguments=arguments)
             for _ in range(2)
