@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -45,38 +46,7 @@ Origin = Literal["posterior", "prior", "mixed"]
 """Where latents come from: all from the guide; all from the model; those outside the data plate
 from the guide, and those of data from the model given these."""
 
-
-class _DrawData(Messenger):
-    """Draws what a model observes from its distribution, or sets it to the distribution's mean."""
-
-    def __init__(self, *, mean: bool, keep_masked: bool) -> None:
-        super().__init__()
-        self.mean, self.keep_masked = mean, keep_masked
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] or is_factor(msg):
-            return
-        value, data = self._value(msg), msg["value"]
-        mask = mask_of(msg) if self.keep_masked else None
-        if mask is not None:
-            value = torch.where(mask, value, torch.as_tensor(data).to(value.dtype))
-        msg["infer"] = {**(msg["infer"] or {}), DATA: data}
-        msg["value"] = value
-
-    def _value(self, msg: Any) -> Tensor:
-        fn = msg["fn"]
-        try:
-            value = mean_of(fn) if self.mean else fn(*msg["args"], **msg["kwargs"])
-        except NotImplementedError:
-            value = None
-        if value is None:
-            raise UndefinedError(
-                f"site '{msg['name']}'",
-                "a distribution whose mean is known" if self.mean else "one that can draw",
-                type(fn).__name__,
-                ["mean=False"] if self.mean else [".sample() on the distribution"],
-            )
-        return value
+WHERE = "draws of data"
 
 
 class RunOptions(TypedDict, total=False):
@@ -95,15 +65,41 @@ class RunOptions(TypedDict, total=False):
     keep_masked: bool
 
 
+class _DrawData(Messenger):
+    """Draws what a model observes from its distribution, or sets it to the distribution's mean."""
+
+    def __init__(self, options: RunOptions) -> None:
+        super().__init__()
+        self.mean = options.get("mean", False)
+        self.keep_masked = options.get("keep_masked", True)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or is_factor(msg):
+            return
+        value, data = self._value(msg), msg["value"]
+        mask = mask_of(msg) if self.keep_masked else None
+        if mask is not None:
+            value = torch.where(mask, value, torch.as_tensor(data).to(value.dtype))
+        msg["infer"] = {**(msg["infer"] or {}), DATA: data}
+        msg["value"] = value
+
+    def _value(self, msg: Any) -> Tensor:
+        fn, mean = msg["fn"], self.mean
+        value: Tensor | None = None
+        with contextlib.suppress(NotImplementedError):
+            value = mean_of(fn) if mean else fn(*msg["args"], **msg["kwargs"])
+        if value is None:
+            expected = "a distribution whose mean is known" if mean else "one that can draw"
+            fixes = ["mean=False"] if mean else [".sample() on the distribution"]
+            raise UndefinedError(f"site '{msg['name']}'", expected, type(fn).__name__, fixes)
+        return value
+
+
 def run_model(
     model: Program,
     batch: Batch,
     latents: Trace | None = None,
-    *,
-    where: str = "draws of data",
-    draw_data: bool = True,
-    mean: bool = False,
-    keep_masked: bool = True,
+    **options: Unpack[RunOptions],
 ) -> Trace:
     """Pyro's trace of one run of a model with its data drawn, each site given those before it.
 
@@ -111,21 +107,19 @@ def run_model(
         model: The program.
         batch: What it is called with; of what it observes, only the shape matters.
         latents: A trace of latents that aren't to be drawn.
-        where: See `RunOptions`, as for the others.
-        draw_data: Likewise.
-        mean: Likewise.
-        keep_masked: Likewise.
+        options: As in `RunOptions`.
 
     Raises:
         UndefinedError: If the model has factors, or a distribution no mean.
     """
-    program = _DrawData(mean=mean, keep_masked=keep_masked)(model) if draw_data else model
+    draws_data = options.get("draw_data", True)
+    program = _DrawData(options)(model) if draws_data else model
     program = program if latents is None else poutine.replay(program, trace=latents)
     trace = run_pair(program, no_guide, batch)[1]
     factors = [s["name"] for s in sample_sites(trace) if is_factor(s) and not is_penalty(s)]
-    if draw_data and factors:
+    if draws_data and factors:
         raise UndefinedError(
-            where,
+            options.get("where", WHERE),
             "a model without factors, which no draw follows",
             f"factor {oxford(factors)}",
             ["pyro.infer.NUTS on the model"],
@@ -147,10 +141,9 @@ class Simulation:
         guides: Traces of the guide, by pass; None where latents are the model's.
         given: Values of sites that weren't to be drawn.
         per_pass: Draws that a pass has.
-        mean: Whether data are means in place of draws.
+        options: How the model is run.
         terms: Log densities of the same latents and the batch's own data, if asked for.
-        where: The tool, for error messages.
-        num_rows: N.
+        num_rows: N; None until some rows are left out.
     """
 
     structure: Structure
@@ -171,7 +164,7 @@ class Simulation:
     @property
     def where(self) -> str:
         """The tool, for error messages."""
-        return self.options.get("where", "draws of data")
+        return self.options.get("where", WHERE)
 
     def site(self, name: str) -> Site:
         """A site of the model, as the first pass has it."""
@@ -214,29 +207,18 @@ class Simulation:
         if self.terms is not None:
             self.terms.first_rows(count)
 
-    def put_back(self, places: Mapping[str, int] | None = None, fixes: Sequence[str] = ()) -> Batch:
+    def put_back(self, places: Mapping[str, int] | None = None) -> Batch:
         """The batch with the drawn data, of one draw, in place of what the model observes.
 
         Arguments:
-            places: By observed site, its place in the batch, where it can't be told.
-            fixes: What else an error message says to try.
+            places: By observed site, its place in the batch, where a user can say so.
 
         Raises:
             UndefinedError: If some data are no entry of the batch.
         """
-        observed = {
-            name: replace(site, places=(places[name],)) if places and name in places else site
-            for name, site in self.observed.items()
-        }
-        for name, place in (places or {}).items():
-            if name not in observed or not -len(self.batch) <= place < len(self.batch):
-                raise ArgumentError(
-                    "arguments",
-                    f"places from 0 to {len(self.batch) - 1}, of {oxford(observed)}",
-                    f"{place} for '{name}'",
-                )
+        observed = self.observed
         values = {name: self.traces[0].nodes[name]["value"] for name in observed}
-        return put_back(self.where, observed, values, self.batch, fixes)
+        return put_back(self.where, observed, values, self.batch, places)
 
     def check_unfed(self, filled: Batch) -> None:
         """Refuses a model that reads its data besides observing them.
