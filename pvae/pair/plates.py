@@ -60,11 +60,7 @@ def find_data_plate(
         f.name for f in frames.values() if _is_same(f, chosen, in_model, in_guide, sites)
     }
     found = DataPlate(
-        chosen.name,
-        frozenset(names),
-        chosen.dim,
-        _size(chosen, sites),
-        _full_size(chosen, sites),
+        chosen.name, frozenset(names), chosen.dim, _size(chosen, sites), _full_size(chosen, sites)
     )
     for frame in (*in_model.values(), *in_guide.values()):
         if frame.name in names and _full_size(frame, sites) != found.full_size:

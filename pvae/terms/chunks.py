@@ -52,11 +52,7 @@ def stream(
             while done < num_particles:
                 k = min(at_once, num_particles - done)
                 terms = run(
-                    structure,
-                    batch,
-                    num_particles=k,
-                    given={**(given or {}), **indices},
-                    **options,
+                    structure, batch, num_particles=k, given={**(given or {}), **indices}, **options
                 )
                 if keep is not None and isinstance(terms, Tensor):
                     terms = terms[..., :keep]

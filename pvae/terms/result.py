@@ -80,14 +80,7 @@ class SiteTerms:
                 setattr(self, key, tensor[:, :count])
 
 
-PER_DATUM = (
-    "log_p",
-    "log_q",
-    "log_p_dims",
-    "log_q_dims",
-    "scaled_log_p",
-    "scaled_log_q",
-)
+PER_DATUM = ("log_p", "log_q", "log_p_dims", "log_q_dims", "scaled_log_p", "scaled_log_q")
 
 
 @dataclass
