@@ -5,10 +5,10 @@ Parts build pairs, tools work on them.
 """
 
 from pvae.pair.base import Pair, PairLike, as_pair
-from pvae.pair.messages import is_penalty, mask_of
+from pvae.pair.messages import is_inside, is_penalty, mask_of
 from pvae.pair.modules import probing
-from pvae.pair.observed import Observed, is_inside, observed_sites
-from pvae.pair.probe import Batch, as_batch, num_rows_of, run_pair
+from pvae.pair.observed import Observed, observed_sites
+from pvae.pair.running import Batch, as_batch, num_rows_of, run_pair
 from pvae.pair.structure import Structure
 
 __all__ = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakSet
 
 import pyro
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.errors import ArgumentError, PairError, warn
-from pvae.pair.modules import modules_held
-from pvae.pair.probe import as_batch, inspect_pair
+from pvae.pair.modules import first_floating, modules_reached, tensors_of
+from pvae.pair.probe import inspect_pair
+from pvae.pair.running import as_batch
 from pvae.pair.structure import Structure
 from pvae.types import Program
 
@@ -55,31 +55,28 @@ class Pair:
         ('z',)
     """
 
-    model: Any
-    guide: Any
+    model: Program
+    guide: Program
     plate: str | None = None
 
     def __init__(self, model: Program, guide: Program, *, plate: str | None = None) -> None:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program) or isinstance(program, type):
-                raise ArgumentError(
-                    f"Pair, {name}",
-                    "a Pyro program: a function, a method or a module",
-                    f"the class {program.__name__}"
-                    if isinstance(program, type)
-                    else type(program).__name__,
-                )
+                expected = "a Pyro program: a function, a method or a module"
+                is_class = isinstance(program, type)
+                actual = f"the class {program.__name__}" if is_class else type(program).__name__
+                raise ArgumentError(f"Pair, {name}", expected, actual)
         self.model, self.guide, self.plate = model, guide, plate
 
     def __repr__(self) -> str:
         plate = "" if self.plate is None else f", plate='{self.plate}'"
         return f"Pair({_named(self.model)}, {_named(self.guide)}{plate})"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """What a copy has: not what was remembered, which is of this pair's own tensors."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_structures", "_checked")}
 
-    def inspect(self, batch: Any) -> Structure:
+    def inspect(self, batch: object) -> Structure:
         """What the pair is made of, by one traced batch, in evaluation mode; remembered.
 
         Arguments:
@@ -95,11 +92,9 @@ class Pair:
         """
         batch = as_batch(batch)
         key = tuple(_signature(part) for part in batch)
-        known: dict[Any, tuple[Structure, Any]] = self.__dict__.setdefault("_structures", {})
-        if key in known:
-            structure, then = known[key]
-            if then == self._state(structure):
-                return structure
+        known: dict[object, tuple[Structure, object]] = self.__dict__.setdefault("_structures", {})
+        if key in known and known[key][1] == self._state(known[key][0]):
+            return known[key][0]
         structure = inspect_pair(self.model, self.guide, batch, self.plate)
         said = {text for old, _ in known.values() for text in old.oddities}
         state = self._state(structure)
@@ -125,74 +120,69 @@ class Pair:
         try:
             structure = self.inspect(first_batch(source, num_rows))
         except PairError:
-            if source.device.type != "cpu" or num_rows >= source.num_rows:
-                raise
-            whole: Structure | None = None
-            with contextlib.suppress(PairError):
-                whole = self.inspect(first_batch(source, source.num_rows))
-            if whole is None or (whole.subsample_size is None and whole.tied_to is None):
-                raise
-            return whole
+            if source.device.type == "cpu" and num_rows < source.num_rows:
+                with contextlib.suppress(PairError):
+                    whole = self.inspect(first_batch(source, source.num_rows))
+                    if whole.subsample_size is not None or whole.tied_to is not None:
+                        return whole
+            raise
         if structure.subsample_size is not None and num_rows < source.num_rows:
             return self.inspect(first_batch(source, source.num_rows))
         return structure
 
-    def home(self, data: Any = None) -> Tensor:
+    def home(self, data: object = None) -> Tensor:
         """A floating tensor that is where the pair is; of the data, where it has none itself."""
-        modules = [m for p in (self.model, self.guide) for m in _roots(p)]
-        of_modules = (t for m in modules for t in (*m.parameters(), *m.buffers()))
         parts = data if isinstance(data, (tuple, list)) else (data,)
-        for tensor in (*of_modules, *parts):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                return tensor
-        return torch.zeros(())
+        return first_floating((*tensors_of(self._modules_of()), *parts))
 
     def place(
-        self, device: str | torch.device, data: Any = None
+        self, device: str | torch.device, data: object = None
     ) -> tuple[torch.device, torch.dtype]:
         """Moves the pair's modules to a device; returns it, and the pair's floating type.
 
-        Arguments:
-            device: ``"auto"`` is CUDA where there is one; for functions, which can't be moved,
-                it is where the data are.
-            data: What the pair is to be run on.
+        ``"auto"`` is CUDA where there is one; for functions, which can't be moved, it is where
+        the data are that the pair is to be run on.
 
         Raises:
             ArgumentError: If there is no such device.
         """
         modules = [p for p in (self.model, self.guide) if isinstance(p, nn.Module)]
-        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        floating = [t for t in tensors if t.is_floating_point()]
-        if device == "auto":
-            where = self.home(data).device
-            if floating:
-                where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        else:
+        dtypes = [t.dtype for t in tensors_of(modules) if t.is_floating_point()]
+        if device != "auto":
             where = _as_device(device)
+        elif dtypes:
+            where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        else:
+            where = self.home(data).device
         for module in modules:
             module.to(where)
-        return where, floating[0].dtype if floating else torch.get_default_dtype()
+        return where, dtypes[0] if dtypes else torch.get_default_dtype()
 
     @property
     def checked_sources(self) -> WeakSet[Source]:
-        """Sources whose values were found to be in the support of the site that observes them."""
-        found: WeakSet[Source] = self.__dict__.setdefault("_checked", WeakSet())
-        return found
+        """Sources whose values are in the support of the site that observes them."""
+        sources: WeakSet[Source] = self.__dict__.setdefault("_checked", WeakSet())
+        return sources
 
-    def _state(self, structure: Structure) -> Any:
+    def _modules_of(self) -> list[nn.Module]:
+        """The programs that are modules, and the modules that the others reach."""
+        programs = (self.model, self.guide)
+        own = [[p] if isinstance(p, nn.Module) else modules_reached(p) for p in programs]
+        return [module for modules in own for module in modules]
+
+    def _state(self, structure: Structure) -> object:
         """What a structure is right for: networks, parameters, and whether these are trainable."""
         programs = (self.model, self.guide)
         roots = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
-        modules = {id(m): m for m in (*roots, *structure.modules)}
+        modules = {id(m): m for m in (*roots, *structure.modules)}.values()
+        named = [(id(m), *named) for m in modules for named in m.named_parameters(recurse=False)]
         store = dict(pyro.get_param_store().named_parameters())
         return (
             self.plate,
-            [id(m) for p in programs for m in modules_held(p)],
-            [
-                (i, *((n, id(p), p.requires_grad) for n, p in m.named_parameters(recurse=False)))
-                for i, m in modules.items()
-            ],
-            [id(b) for m in modules.values() for b in m.buffers(recurse=False)],
+            [id(m) for p in programs for m in modules_reached(p)],
+            [id(m) for m in modules],
+            [(i, name, id(p), p.requires_grad) for i, name, p in named],
+            [id(b) for m in modules for b in m.buffers(recurse=False)],
             [(name, id(store[name])) for name in structure.parameters if name in store],
         )
 
@@ -204,11 +194,7 @@ _KEPT = 8
 
 
 def as_pair(thing: object, tool: str = "pair") -> Pair:
-    """A pair of what is given for one.
-
-    Arguments:
-        thing: A `Pair`; a tuple of model and guide; an object with callables ``model``, ``guide``.
-        tool: Name of the tool that was called, for the error message.
+    """A pair of what is given for one: a `Pair`, a tuple, an object with ``model`` and ``guide``.
 
     Raises:
         ArgumentError: If it is none of these.
@@ -224,12 +210,12 @@ def as_pair(thing: object, tool: str = "pair") -> Pair:
     model, guide = getattr(thing, "model", None), getattr(thing, "guide", None)
     if callable(model) and callable(guide):
         return Pair(model, guide)
-    call = f"{tool}((model, guide), ...)" if tool != "pair" else "pvae.Pair(model, guide)"
+    expected = "a pair: pvae.Pair(model, guide), a VAE, or a tuple of model and guide"
+    actual = "one program" if callable(thing) else type(thing).__name__
+    if tool == "pair":
+        raise ArgumentError(tool, expected, actual, ["pvae.Pair(model, guide)"])
     raise ArgumentError(
-        tool if tool == "pair" else f"{tool}, its first argument",
-        "a pair: pvae.Pair(model, guide), a VAE, or a tuple of model and guide",
-        "one program" if callable(thing) else type(thing).__name__,
-        [call],
+        f"{tool}, its first argument", expected, actual, [f"{tool}((model, guide), ...)"]
     )
 
 
@@ -248,20 +234,12 @@ def _signature(part: object) -> object:
     return id(part)
 
 
-def _roots(program: object) -> list[nn.Module]:
-    return [program] if isinstance(program, nn.Module) else modules_held(program)
-
-
 def _as_device(device: str | torch.device) -> torch.device:
     try:
         where = torch.device(device)
     except RuntimeError as error:
         raise ArgumentError("device", "'auto', 'cpu', 'cuda', ...", repr(device)) from error
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(
-            "device",
-            "a device of this machine",
-            "cuda, and there is none",
-            ["device='auto'", "pvae doctor"],
-        )
+        fixes = ["device='auto'", "pvae doctor"]
+        raise ArgumentError("device", "a device of this machine", "cuda, and there is none", fixes)
     return where

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pyro.distributions as dist
 import torch
 from pyro.poutine import Trace
@@ -11,13 +13,18 @@ from torch import Tensor
 from pvae.distributions import masks_of
 from pvae.errors import PairError
 from pvae.internals import DETERMINISTIC
+from pvae.pair.plates import DataPlate
+from pvae.pair.structure import Structure
 from pvae.sites import PENALTY
 from pvae.types import Site
 
 __all__ = [
     "extra_scale",
+    "infer_of",
     "is_factor",
+    "is_inside",
     "is_penalty",
+    "log_prob_of",
     "mask_of",
     "plate_scale",
     "sample_sites",
@@ -30,20 +37,25 @@ def is_factor(site: Site) -> bool:
     return isinstance(site["fn"], dist.Unit)
 
 
+def is_inside(structure: Structure | DataPlate, site: Site) -> bool:
+    """Whether a site is inside the data plate."""
+    return any(frame.name in structure.plates for frame in site["cond_indep_stack"])
+
+
+def infer_of(site: Site) -> Mapping[str, object]:
+    """What the statement says to inference in ``infer=``."""
+    return site["infer"] or {}
+
+
 def is_penalty(site: Site) -> bool:
     """Whether a site is a factor marked as a penalty."""
-    return bool((site["infer"] or {}).get(PENALTY))
+    return bool(infer_of(site).get(PENALTY))
 
 
 def sample_sites(trace: Trace) -> list[Site]:
     """The sites that have a density: no subsampling, no deterministic ones."""
-    return [
-        site
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        and not site_is_subsample(site)
-        and not (site["infer"] or {}).get(DETERMINISTIC)
-    ]
+    sites = (s for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s))
+    return [site for site in sites if not infer_of(site).get(DETERMINISTIC)]
 
 
 def mask_of(site: Site) -> Tensor | None:
@@ -63,14 +75,15 @@ def mask_of(site: Site) -> Tensor | None:
     return mask
 
 
-def score(site: Site) -> Tensor:
-    """The log density of a site's value, neither masked nor scaled.
+def log_prob_of(site: Site) -> Tensor:
+    """The log density of a site's value, neither masked nor scaled."""
+    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
 
-    Raises:
-        PairError: If the distribution refuses the value, naming the site.
-    """
+
+def score(site: Site) -> Tensor:
+    """The same; a value that the distribution refuses is a `PairError` that names the site."""
     try:
-        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        return log_prob_of(site)
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         first, *_ = (str(error).strip() or type(error).__name__).splitlines()
         raise PairError(

@@ -1,4 +1,4 @@
-"""The networks of a pair: which its programs hold, and in which mode they run."""
+"""The networks of a pair: which its programs reach, and in which mode they run."""
 
 from __future__ import annotations
 
@@ -9,79 +9,89 @@ from contextlib import contextmanager
 
 import pyro
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae import randomness
 
-__all__ = ["Found", "modules_held", "probing"]
+__all__ = ["Networks", "first_floating", "modules_reached", "probing", "tensors_of"]
 
 
-class Found:
+class Networks:
     """The networks of a pair, as far as they are known while its programs run.
 
     Attributes:
         roots: The programs that are modules.
-        held: Modules that a program reaches in another way: in a closure, as a method's owner.
+        reached: Modules that a program reaches in another way: in a closure, as a method's owner.
         ran: Modules that were called, by identity.
     """
 
     def __init__(self, programs: Iterable[object]) -> None:
         programs = list(programs)
         self.roots = [p for p in programs if isinstance(p, nn.Module)]
-        held = {id(m): m for p in programs for m in modules_held(p)}
-        self.held = [m for m in held.values() if not any(m is root for root in self.roots)]
+        reached = {id(m): m for p in programs for m in modules_reached(p)}
+        self.reached = [m for m in reached.values() if not any(m is root for root in self.roots)]
         self.ran: dict[int, nn.Module] = {}
         self._modes: dict[int, tuple[nn.Module, bool]] = {}
-        for root in (*self.roots, *self.held):
+        for root in (*self.roots, *self.reached):
             for module in root.modules():
-                self._switch(module)
+                self._evaluate(module)
 
     def note(self, module: nn.Module, *_: object) -> None:
         """Called before a module runs."""
         self.ran.setdefault(id(module), module)
-        self._switch(module)
+        self._evaluate(module)
 
     def restore(self) -> None:
         """Gives every module its own mode back."""
         for module, training in self._modes.values():
             module.training = training
 
-    def _switch(self, module: nn.Module) -> None:
+    def _evaluate(self, module: nn.Module) -> None:
         self._modes.setdefault(id(module), (module, module.training))
         module.training = False
 
 
 @contextmanager
-def probing(programs: Iterable[object]) -> Iterator[Found]:
+def probing(programs: Iterable[object]) -> Iterator[Networks]:
     """Evaluation mode, copies of the generators, validation on; notes every module that runs."""
-    found = Found(programs)
-    handle = register_module_forward_pre_hook(found.note)
+    networks = Networks(programs)
+    handle = register_module_forward_pre_hook(networks.note)
     try:
         with randomness.forked(), torch.no_grad(), pyro.validation_enabled(is_validate=True):
-            yield found
+            yield networks
     finally:
         handle.remove()
-        found.restore()
+        networks.restore()
 
 
-def modules_held(program: object) -> list[nn.Module]:
+def tensors_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    for module in modules:
+        yield from (*module.parameters(), *module.buffers())
+
+
+def first_floating(things: Iterable[object]) -> Tensor:
+    """The first floating tensor; a number of torch's default type where there is none."""
+    tensors = (thing for thing in things if isinstance(thing, Tensor))
+    return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+
+
+def modules_reached(program: object) -> list[nn.Module]:
     """The modules that a function reaches: in closures, as a method's owner, as defaults, globals.
 
     Example:
         >>> network = torch.nn.Linear(2, 1)
-        >>> modules_held(lambda x: network.forward(x))
+        >>> modules_reached(lambda x: network.forward(x))
         [Linear(in_features=2, out_features=1, bias=True)]
     """
-    found: dict[int, nn.Module] = {}
-    seen: set[int] = set()
+    visited: dict[int, object] = {}
 
     def visit(thing: object) -> None:
-        if id(thing) in seen:
+        if id(thing) in visited:
             return
-        seen.add(id(thing))
+        visited[id(thing)] = thing
         if isinstance(thing, nn.Module):
-            found[id(thing)] = thing
             if thing is not program:
                 return
             thing = type(thing).forward
@@ -89,7 +99,7 @@ def modules_held(program: object) -> list[nn.Module]:
             visit(part)
 
     visit(program)
-    return [module for module in found.values() if module is not program]
+    return [m for m in visited.values() if isinstance(m, nn.Module) and m is not program]
 
 
 def _parts_of(thing: object) -> Iterator[object]:
@@ -99,29 +109,30 @@ def _parts_of(thing: object) -> Iterator[object]:
     elif isinstance(thing, types.MethodType):
         yield from (thing.__self__, thing.__func__)
         if not isinstance(thing.__self__, nn.Module):
-            yield from vars(thing.__self__).values() if hasattr(thing.__self__, "__dict__") else ()
+            yield from getattr(thing.__self__, "__dict__", {}).values()
     elif isinstance(thing, types.FunctionType):
-        for cell in thing.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not yet assigned
-                continue
-        yield from thing.__defaults__ or ()
-        yield from (thing.__kwdefaults__ or {}).values()
-        yield from _globals_of(thing.__code__, thing.__globals__)
+        yield from _parts_of_function(thing)
     elif isinstance(thing, dict):
         yield from thing.values()
     elif isinstance(thing, list | tuple):
         yield from thing
 
 
+def _parts_of_function(function: types.FunctionType) -> Iterator[object]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not yet assigned
+            continue
+    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    yield from _globals_of(function.__code__, function.__globals__)
+
+
 def _globals_of(code: types.CodeType, names: dict[str, object]) -> Iterator[object]:
     """Modules, and functions of the same file, that a function's code names."""
-    for name in code.co_names:
-        value = names.get(name)
-        if isinstance(value, nn.Module) or (
-            isinstance(value, types.FunctionType) and value.__globals__ is names
-        ):
+    for value in map(names.get, code.co_names):
+        is_ours = isinstance(value, types.FunctionType) and value.__globals__ is names
+        if is_ours or isinstance(value, nn.Module):
             yield value
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

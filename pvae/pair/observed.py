@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.errors import ArgumentError, UndefinedError, oxford
-from pvae.pair.messages import is_factor, mask_of, sample_sites
-from pvae.pair.probe import Batch
+from pvae.pair.messages import infer_of, is_factor, is_inside, mask_of, sample_sites
+from pvae.pair.running import Batch
 from pvae.pair.structure import Structure
-from pvae.types import Site
 
-__all__ = ["DATA", "Observed", "data_of", "is_inside", "observed_sites", "put_back"]
+__all__ = ["DATA", "Observed", "observed_sites", "put_back"]
 
 DATA = "pvae_data"
 """Key in the ``infer`` of an observed site whose value was drawn: the data that it observes."""
@@ -54,41 +53,28 @@ class Observed:
         return value.reshape(like.shape).to(like.dtype)
 
 
-def observed_sites(structure: Structure, trace: Any, batch: Batch) -> dict[str, Observed]:
-    """What the observed sites of a model's trace observe, by name; factors aren't among them.
+def observed_sites(structure: Structure, trace: Trace, batch: Batch) -> dict[str, Observed]:
+    """What the observed sites of a trace of the model observe, by name; no factors.
 
-    Arguments:
-        structure: The pair, as `Pair.inspect` found it.
-        trace: Of one run of its model on the batch, with or without data drawn by `DATA`.
-        batch: What the model was called with.
+    Their values may have been drawn: `DATA` then says what the data are.
     """
     rows = None
     if structure.subsample_size is not None and structure.plate in trace.nodes:
         rows = trace.nodes[structure.plate]["value"]
-    found = {}
+    observed = {}
     for site in sample_sites(trace):
         if not site["is_observed"] or is_factor(site):
             continue
-        data, axis = data_of(site), None
+        data, axis = torch.as_tensor(infer_of(site).get(DATA, site["value"])), None
         if is_inside(structure, site):
             axis = max(0, data.dim() - len(site["fn"].event_shape) + structure.dim)
             data = data.movedim(axis, 0) if data.dim() else data
         itself = tuple(i for i, part in enumerate(batch) if _is_view(part, data))
         equal = tuple(i for i, part in enumerate(batch) if _is_equal(part, data, rows))
-        found[site["name"]] = Observed(
+        observed[site["name"]] = Observed(
             site["name"], data, axis, mask_of(site), itself or equal, bool(itself), rows
         )
-    return found
-
-
-def is_inside(structure: Structure, site: Site) -> bool:
-    """Whether a site is inside the data plate."""
-    return any(frame.name in structure.plates for frame in site["cond_indep_stack"])
-
-
-def data_of(site: Site) -> Tensor:
-    """What an observed site observes, also where its value was drawn."""
-    return torch.as_tensor((site["infer"] or {}).get(DATA, site["value"]))
+    return observed
 
 
 def put_back(
@@ -100,13 +86,8 @@ def put_back(
 ) -> Batch:
     """The batch with other data: each site's value in place of what the site observes.
 
-    Arguments:
-        where: The tool, for error messages.
-        observed: From `observed_sites`.
-        values: By observed site, as the program has them.
-        batch: What the pair was called with.
-        places: The user's ``arguments=``: places in the batch that can't be told; None where the
-            tool has no such option.
+    ``values`` are as the program has them; ``places`` are the user's ``arguments=``, the places in
+    the batch that can't be told, and None where the tool has no such option.
 
     Raises:
         ArgumentError: If there is no such site or place.
@@ -118,20 +99,19 @@ def put_back(
             known = f"places from 0 to {len(batch) - 1}, of {oxford(observed)}"
             raise ArgumentError("arguments", known, f"{place} for '{name}'")
     for name, site in observed.items():
-        found = asked.get(name, site.place)
-        if found is None or site.rows is not None or batch[found].numel() != values[name].numel():
+        at = asked.get(name, site.place)
+        if at is None or site.rows is not None or batch[at].numel() != values[name].numel():
+            expected = "one argument of the pair that is these data, as it is or reshaped"
             equal = f"arguments {', '.join(map(str, site.places))}, which are equal"
-            by_hand = f"arguments={{'{name}': 0}}, the place of the argument"
-            raise UndefinedError(
-                f"{where}: data of site '{name}'",
-                "one argument of the pair that is these data, as it is or reshaped",
-                equal if len(site.places) > 1 else "none",
-                ["obs=x, with x as the model was given it", *([] if places is None else [by_hand])],
-            )
-        if filled[found] is not batch[found]:
-            what = f"'{name}' and another, which share argument {found}"
-            raise UndefinedError(where, "observed sites with an argument each", what)
-        filled[found] = site.as_entry(values[name], batch[found])
+            fixes = ["obs=x, with x as the model was given it"]
+            if places is not None:
+                fixes.append(f"arguments={{'{name}': 0}}, the place of the argument")
+            actual = equal if len(site.places) > 1 else "none"
+            raise UndefinedError(f"{where}: data of site '{name}'", expected, actual, fixes)
+        if filled[at] is not batch[at]:
+            shared = f"'{name}' and another, which share argument {at}"
+            raise UndefinedError(where, "observed sites with an argument each", shared)
+        filled[at] = site.as_entry(values[name], batch[at])
     return tuple(filled)
 
 

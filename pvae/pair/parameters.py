@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pvae.errors import oxford
-from pvae.pair.messages import sample_sites
-from pvae.pair.modules import Found
+from pvae.pair.messages import log_prob_of, sample_sites
+from pvae.pair.modules import Networks
 from pvae.types import Program
 
 __all__ = ["Parameters"]
@@ -21,31 +21,24 @@ class Parameters:
 
     Those of modules are named by attribute, those of Pyro's store as there; each tensor once.
 
-    Arguments:
-        programs: Model and guide.
-        found: The modules that ran, and that the programs hold.
-        traces: Of model and guide.
-        stored: What Pyro's parameter store had before.
-        run: Runs the pair again and returns the traces of its guide and model.
-
     Attributes:
-        parameters: Unconstrained, by name.
+        by_name: Unconstrained parameters.
         sides: By the same names: ``"model"``, ``"guide"``, or both.
         modules: The networks that the pair uses.
+        oddities: What a modeller should know of the parameters, a sentence or two each.
     """
 
     def __init__(
         self,
         programs: Mapping[str, Program],
-        found: Found,
+        networks: Networks,
         traces: Mapping[str, Trace],
         stored: Mapping[str, Tensor],
         run: Callable[[], tuple[Trace, Trace]],
     ) -> None:
-        self.parameters: dict[str, Tensor] = {}
+        self.by_name: dict[str, Tensor] = {}
         self.sides: dict[str, frozenset[str]] = {}
         self._names: dict[int, str] = {}
-        self._stored = stored
         for side, program in programs.items():
             if isinstance(program, nn.Module):
                 for name, parameter in program.named_parameters():
@@ -54,106 +47,85 @@ class Parameters:
             for site in traces[side].nodes.values():
                 if site["type"] == "param":
                     self._add(site["name"], site["value"].unconstrained(), side)
-        self._differentiated = self._with_gradient(found, run)
-        used = [m for root in found.held if self._is_used(root, found) for m in root.modules()]
-        rooted = [m for root in found.roots for m in root.modules()]
-        unique = {id(m): m for m in (*rooted, *found.ran.values(), *used)}
-        self.modules = tuple(unique.values())
-        self._idle = [
-            name
-            for root in found.roots
-            for name, module in root.named_modules()
-            if self._is_idle(module, found)
-        ]
-
-    def oddities(self) -> tuple[str, ...]:
-        """What a modeller should know of the parameters, a sentence or two each."""
-        missing = {
-            f"{type(m).__name__}.{name}": parameter
-            for m in self.modules
-            for name, parameter in m.named_parameters(recurse=False)
-            if parameter.requires_grad and id(parameter) not in self._names
-        }
-        shapes = {p.shape for p in missing.values()}
-        taken = [n for n, p in self.parameters.items() if n in self._stored and p.shape in shapes]
-        said = []
-        if missing and taken:
-            said.append(
-                f"Pyro's parameter store had {oxford(taken[:4])} before this pair ran, so the pair "
-                "uses and trains those tensors and not its networks' own. Call "
-                "pyro.clear_param_store() before the second pair, or give its networks other names."
-            )
-        elif missing:
-            said.append(
-                f"The pair uses {oxford([*missing][:4])}, but no program announces them, so they "
-                "won't be trained. Call pyro.module(name, network) in the function, or make the "
-                "model or guide a module that holds the network."
-            )
-        if self._idle:
-            said.append(
-                f"Nothing in the pair uses the parameters of {oxford(self._idle[:4])}, which "
-                "belong to it, on this batch, so training leaves them as they are."
-            )
-        return tuple(said)
-
-    def anchor(self, batch: tuple[object, ...]) -> Tensor:
-        """A floating tensor that is where the pair is; of the batch, where it has none itself."""
-        of_modules = (t for m in self.modules for t in (*m.parameters(), *m.buffers()))
-        for tensor in (*self.parameters.values(), *of_modules, *batch):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                return tensor
-        return torch.zeros(())
+        active = _with_gradient(networks, run)
+        used = active | {id(p) for p in self.by_name.values()} | {*networks.ran}
+        reached = [root for root in networks.reached if _has_any(used, root)]
+        rooted = [m for root in networks.roots for m in root.modules()]
+        inner = [m for root in reached for m in root.modules()]
+        self.modules = (*{id(m): m for m in (*rooted, *networks.ran.values(), *inner)}.values(),)
+        self.oddities = (*self._unannounced(stored), *_idle(networks, active))
 
     def _add(self, name: str, tensor: Tensor, side: str) -> None:
         if tensor.requires_grad:
             known = self._names.setdefault(id(tensor), name)
-            self.parameters.setdefault(known, tensor)
+            self.by_name.setdefault(known, tensor)
             self.sides[known] = self.sides.get(known, frozenset()) | {side}
 
-    def _with_gradient(self, found: Found, run: Callable[[], tuple[Trace, Trace]]) -> set[int]:
-        """Parameters of modules that were not called, but that some density or draw depends on."""
-        asked = {
-            id(parameter): parameter
-            for root in (*found.roots, *found.held)
-            for module in root.modules()
-            if id(module) not in found.ran
-            for parameter in module.parameters(recurse=False)
-            if parameter.requires_grad
+    def _unannounced(self, stored: Mapping[str, Tensor]) -> list[str]:
+        missing = {
+            f"{type(m).__name__}.{name}": parameter.shape
+            for m in self.modules
+            for name, parameter in m.named_parameters(recurse=False)
+            if parameter.requires_grad and id(parameter) not in self._names
         }
-        if not asked:
-            return set()
-        with torch.enable_grad():
-            total = sum(_everything(trace) for trace in run())
-        if not isinstance(total, Tensor) or not total.requires_grad:
-            return set()
-        found_gradients = torch.autograd.grad(total, [*asked.values()], allow_unused=True)
-        return {i for i, g in zip(asked, found_gradients, strict=True) if g is not None}
-
-    def _is_used(self, root: nn.Module, found: Found) -> bool:
-        if any(id(m) in found.ran for m in root.modules()):
-            return True
-        announced = {id(p) for p in self.parameters.values()}
-        return any(id(p) in self._differentiated | announced for p in root.parameters())
-
-    def _is_idle(self, module: nn.Module, found: Found) -> bool:
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        return (
-            bool(own)
-            and id(module) not in found.ran
-            and not any(id(p) in self._differentiated for p in own)
-        )
+        shapes = {*missing.values()}
+        taken = [n for n, p in self.by_name.items() if n in stored and p.shape in shapes]
+        if taken:
+            return [
+                f"Pyro's parameter store had {oxford(taken[:4])} before this pair ran, so the pair "
+                "uses and trains those tensors and not its networks' own. Call "
+                "pyro.clear_param_store() before the second pair, or give its networks other names."
+            ]
+        if missing:
+            return [
+                f"The pair uses {oxford([*missing][:4])}, but no program announces them, so they "
+                "won't be trained. Call pyro.module(name, network) in the function, or make the "
+                "model or guide a module that holds the network."
+            ]
+        return []
 
 
-def _everything(trace: Trace) -> Tensor | float:
-    """The sum of a trace's draws and log densities, to be differentiated."""
-    total: Tensor | float = 0.0
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters(recurse=False) if p.requires_grad]
+
+
+def _has_any(used: set[int], root: nn.Module) -> bool:
+    return any(id(thing) in used for thing in (*root.modules(), *root.parameters()))
+
+
+def _idle(networks: Networks, active: set[int]) -> list[str]:
+    """What of the programs' own modules nothing uses."""
+    modules = [named for root in networks.roots for named in root.named_modules()]
+    not_run = [(name, _trainable(m)) for name, m in modules if id(m) not in networks.ran]
+    idle = [name for name, own in not_run if own and active.isdisjoint(map(id, own))]
+    if not idle:
+        return []
+    return [
+        f"Nothing in the pair uses the parameters of {oxford(idle[:4])}, which "
+        "belong to it, on this batch, so training leaves them as they are."
+    ]
+
+
+def _with_gradient(networks: Networks, run: Callable[[], tuple[Trace, Trace]]) -> set[int]:
+    """Parameters of modules that were not called, but that some density or draw depends on."""
+    modules = [m for root in (*networks.roots, *networks.reached) for m in root.modules()]
+    not_run = [p for m in modules if id(m) not in networks.ran for p in _trainable(m)]
+    asked = [*{id(p): p for p in not_run}.values()]
+    if not asked:
+        return set()
+    with torch.enable_grad():
+        total = sum(part.sum() for trace in run() for part in _draws_and_densities(trace))
+    if not isinstance(total, Tensor) or not total.requires_grad:
+        return set()
+    gradients = torch.autograd.grad(total, asked, allow_unused=True)
+    return {id(p) for p, g in zip(asked, gradients, strict=True) if g is not None}
+
+
+def _draws_and_densities(trace: Trace) -> Iterable[Tensor]:
     for site in sample_sites(trace):
-        value = site["value"]
-        if isinstance(value, Tensor) and value.is_floating_point():
-            total = total + value.sum()
+        if isinstance(site["value"], Tensor) and site["value"].is_floating_point():
+            yield site["value"]
         try:
-            log_prob = site["fn"].log_prob(value, *site["args"], **site["kwargs"])
+            yield log_prob_of(site)
         except (ValueError, RuntimeError, NotImplementedError, KeyError):
             continue  # outside the support: the look at the sites says so
-        total = total + log_prob.sum()
-    return total

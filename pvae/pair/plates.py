@@ -17,14 +17,10 @@ class DataPlate:
     """The plate that counts the data; model and guide may call it by different names."""
 
     name: str
-    names: frozenset[str]
+    plates: frozenset[str]
     dim: int
     size: int
     full_size: int
-
-    def holds(self, site: Site) -> bool:
-        """Whether a site is inside it."""
-        return any(frame.name in self.names for frame in site["cond_indep_stack"])
 
 
 def find_data_plate(
@@ -36,112 +32,78 @@ def find_data_plate(
         PairError: If there is none, or more than one, or the two programs scale it differently.
     """
     sites = [*of_model, *of_guide]
-    in_model, in_guide = _frames(of_model), _frames(of_guide)
-    frames = {**in_guide, **in_model}
-    known = ", ".join(f"'{n}' of size {_size(f, sites)}" for n, f in frames.items()) or "none"
+    in_model, in_guide = _frames(of_model, sites), _frames(of_guide, sites)
+    frames = in_guide | in_model
+
+    def is_same(a: Frame, b: Frame) -> bool:
+        """Whether two frames are one plate, which model and guide call by different names."""
+        apart = all((a.name in own) != (b.name in own) for own in (in_model, in_guide))
+        return apart and (a.dim, a.size) == (b.dim, b.size)
+
     if plate is not None:
         if plate not in frames:
-            raise PairError(
-                "plate",
-                "the name of a vectorised plate of the pair",
-                f"{plate!r}; the plates are: {known}",
-            )
+            expected = "the name of a vectorised plate of the pair"
+            raise PairError("plate", expected, f"{plate!r}; the plates are: {_words(frames)}")
         chosen = frames[plate]
-    elif rows is None:
-        raise PairError(
-            "batch",
-            "a tensor with a row for each datum, or plate=NAME",
-            "no tensor with rows",
-            ["the data as the first argument of model and guide"],
-        )
     else:
-        chosen = _only(_candidates(frames, sites, rows), in_model, in_guide, sites, rows, known)
-    names = {chosen.name} | {
-        f.name for f in frames.values() if _is_same(f, chosen, in_model, in_guide, sites)
-    }
-    found = DataPlate(
-        chosen.name, frozenset(names), chosen.dim, _size(chosen, sites), _full_size(chosen, sites)
-    )
+        candidates = _of_length(frames, rows)
+        candidates.sort(key=lambda f: f.name not in in_model)
+        if len(candidates) != 1 and not (len(candidates) == 2 and is_same(*candidates)):
+            raise _undecided(candidates, frames, sites, rows)
+        chosen = candidates[0]
+    names = {chosen.name} | {f.name for f in frames.values() if is_same(f, chosen)}
     for frame in (*in_model.values(), *in_guide.values()):
-        if frame.name in names and _full_size(frame, sites) != found.full_size:
+        if frame.name in names and frame.full_size != chosen.full_size:
             raise PairError(
                 f"data plate '{frame.name}'",
                 "one full size in model and guide, by which both are scaled",
-                f"{found.full_size} and {_full_size(frame, sites)}",
+                f"{chosen.full_size} and {frame.full_size}",
                 [f"pyro.plate('{frame.name}', N, subsample_size=len(x)) in both"],
             )
-    return found
+    return DataPlate(chosen.name, frozenset(names), chosen.dim, chosen.size, chosen.full_size)
 
 
-def _frames(sites: list[Site]) -> dict[str, Frame]:
-    return {f.name: f for s in sites for f in s["cond_indep_stack"] if f.vectorized}
+def _frames(of_program: list[Site], sites: list[Site]) -> dict[str, Frame]:
+    """A program's vectorised plates; one without a size has the size of what stands in it."""
+    frames = {f.name: f for s in of_program for f in s["cond_indep_stack"] if f.vectorized}
+    for name, frame in frames.items():
+        inside = [s for s in sites if any(f.name == name for f in s["cond_indep_stack"])]
+        shapes = [s["fn"].batch_shape for s in inside]
+        sizes = [shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim]
+        size = max([1, *sizes]) if frame.size == -1 else int(frame.size)
+        full_size = size if frame.full_size in (None, -1) else int(frame.full_size)
+        frames[name] = frame._replace(size=size, full_size=full_size)
+    return frames
 
 
-def _size(frame: Frame, sites: list[Site]) -> int:
-    """A plate's size; a plate written without one has the size of what stands in it."""
-    if frame.size != -1:
-        return int(frame.size)
-    sizes = [1]
-    for site in sites:
-        if any(f.name == frame.name for f in site["cond_indep_stack"]):
-            shape = site["fn"].batch_shape
-            sizes.append(shape[frame.dim] if len(shape) >= -frame.dim else 1)
-    return max(sizes)
+def _of_length(frames: dict[str, Frame], rows: int | None) -> list[Frame]:
+    if rows is None:
+        expected = "a tensor with a row for each datum, or plate=NAME"
+        fixes = ["the data as the first argument of model and guide"]
+        raise PairError("batch", expected, "no tensor with rows", fixes)
+    by_size = [f for f in frames.values() if f.size == rows]
+    return by_size or [f for f in frames.values() if f.full_size == rows]
 
 
-def _full_size(frame: Frame, sites: list[Site]) -> int:
-    full = frame.full_size
-    return _size(frame, sites) if full in (None, -1) else int(full)
+def _words(frames: dict[str, Frame]) -> str:
+    return ", ".join(f"'{name}' of size {f.size}" for name, f in frames.items()) or "none"
 
 
-def _candidates(frames: dict[str, Frame], sites: list[Site], rows: int) -> list[Site]:
-    by_size = [f for f in frames.values() if _size(f, sites) == rows]
-    return by_size or [f for f in frames.values() if _full_size(f, sites) == rows]
-
-
-def _is_same(
-    a: Frame, b: Frame, in_model: dict[str, Frame], in_guide: dict[str, Frame], sites: list[Site]
-) -> bool:
-    """Whether two frames are one plate, which model and guide call by different names."""
-    apart = (a.name in in_model) != (b.name in in_model) and (a.name in in_guide) != (
-        b.name in in_guide
-    )
-    return apart and a.dim == b.dim and _size(a, sites) == _size(b, sites)
-
-
-def _only(
-    found: list[Frame],
-    in_model: dict[str, Frame],
-    in_guide: dict[str, Frame],
-    sites: list[Site],
-    rows: int,
-    known: str,
-) -> Frame:
-    found = sorted(found, key=lambda f: f.name not in in_model)
-    two_names = len(found) == 2 and _is_same(found[0], found[1], in_model, in_guide, sites)
-    if len(found) == 1 or two_names:
-        return found[0]
-    if found:
-        raise PairError(
-            "data plate",
-            f"one plate with the batch's length {rows}",
-            oxford(f.name for f in found),
-            [f"plate='{found[0].name}'", "a batch of another length"],
-        )
+def _undecided(
+    candidates: list[Frame], frames: dict[str, Frame], sites: list[Site], rows: int | None
+) -> PairError:
+    if candidates:
+        fixes = [f"plate='{candidates[0].name}'", "a batch of another length"]
+        names = oxford(f.name for f in candidates)
+        return PairError("data plate", f"one plate with the batch's length {rows}", names, fixes)
     vectorised = "with pyro.plate('data', len(x)): z = pyro.sample('z', ...)"
-    sequential = {f.name for s in sites for f in s["cond_indep_stack"] if not f.vectorized}
-    fixes = [f"{vectorised}, in model and guide"]
-    if sequential:
+    fixes, actual = [f"{vectorised}, in model and guide"], "no plate at all"
+    if sequential := {f.name for s in sites for f in s["cond_indep_stack"] if not f.vectorized}:
         fixes = [f"{vectorised}, instead of 'for i in pyro.plate(...)'"]
-    elif known != "none":
-        fixes = ["plate=NAME, for a plate of another length", *fixes]
-    raise PairError(
-        "data plate",
-        f"a vectorised plate of the batch's length {rows}",
-        f"only the sequential plate(s) {oxford(sequential)}"
-        if sequential
-        else f"plates: {known}"
-        if known != "none"
-        else "no plate at all",
-        fixes,
+        actual = f"only the sequential plate(s) {oxford(sequential)}"
+    elif frames:
+        fixes.insert(0, "plate=NAME, for a plate of another length")
+        actual = f"plates: {_words(frames)}"
+    return PairError(
+        "data plate", f"a vectorised plate of the batch's length {rows}", actual, fixes
     )
