@@ -29,6 +29,7 @@ __all__ = [
     "is_point",
     "log_density_of_delta",
     "masks_of",
+    "mean_of",
     "take_apart",
 ]
 
@@ -85,6 +86,14 @@ def log_density_of_delta(fn: Dist) -> Tensor | None:
         inner = log_density_of_delta(fn.base_dist)
         return None if inner is None else scale_and_mask(inner, mask=mask_of(fn))
     return None
+
+
+def mean_of(fn: Dist) -> Tensor | None:
+    """A distribution's mean; None if it isn't known."""
+    try:
+        return fn.mean
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 # What a distribution was made with

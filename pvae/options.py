@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import ParamSpec, TypedDict, TypeVar
+from typing import ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 
 from pvae.errors import ArgumentError, check_int
 
-__all__ = ["CheckedOptions", "Options", "tool"]
+__all__ = ["Options", "checked_options", "tool"]
 
 
 class Options(TypedDict, total=False):
@@ -34,41 +33,33 @@ class Options(TypedDict, total=False):
     device: str | torch.device | None
 
 
-@dataclass(frozen=True)
-class CheckedOptions:
-    """`Options` with their defaults, checked."""
+_DEFAULTS: Options = {"max_rows": 8192, "seed": 0, "progress": True, "device": None}
 
-    max_rows: int = 8192
-    seed: int = 0
-    progress: bool = True
-    device: str | torch.device | None = None
 
-    @classmethod
-    def of(cls, options: Mapping[str, object]) -> CheckedOptions:
-        """Checks what a tool was given.
+def checked_options(given: Mapping[str, object]) -> Options:
+    """All of `Options`: what a tool was given, checked, and defaults.
 
-        Raises:
-            TypeError: If a name isn't one of `Options`, as Python does for other arguments.
-            ArgumentError: If a value can't be used.
+    Raises:
+        TypeError: If a name isn't one of `Options`, as Python does for other arguments.
+        ArgumentError: If a value can't be used.
 
-        Example:
-            >>> CheckedOptions.of({"seed": 3}).max_rows
-            8192
-        """
-        names = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                advice = f"did you mean {near[0]}=?" if near else f"options are {', '.join(names)}"
-                if name == "plate":
-                    advice = "the pair says it: pvae.Pair(model, guide, plate=...)"
-                raise TypeError(f"unexpected keyword argument '{name}': {advice}")
-        found = cls(**options)  # type: ignore[arg-type]
-        check_int("max_rows", found.max_rows)
-        check_int("seed", found.seed, minimum=0)
-        if not isinstance(found.progress, bool):
-            raise ArgumentError("progress", "True or False", repr(found.progress))
-        return found
+    Example:
+        >>> checked_options({"seed": 3})["max_rows"]
+        8192
+    """
+    for name in given:
+        if name not in _DEFAULTS:
+            near = difflib.get_close_matches(name, _DEFAULTS, 1)
+            advice = f"did you mean {near[0]}=?" if near else f"options are {', '.join(_DEFAULTS)}"
+            if name == "plate":
+                advice = "the pair says it: pvae.Pair(model, guide, plate=...)"
+            raise TypeError(f"unexpected keyword argument '{name}': {advice}")
+    options = cast("Options", {**_DEFAULTS, **given})
+    check_int("max_rows", options["max_rows"])
+    check_int("seed", options["seed"], minimum=0)
+    if not isinstance(options["progress"], bool):
+        raise ArgumentError("progress", "True or False", repr(options["progress"]))
+    return options
 
 
 P = ParamSpec("P")
@@ -97,12 +88,12 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if len(args) > 1 and all(map(_is_program, args[:2])):
             name = function.__name__
-            raise ArgumentError(
-                name,
+            fixes = [f"{name}((model, guide), ...)", f"{name}(vae, ...), as a VAE is a pair"]
+            expected, actual = (
                 "a pair as the first argument",
                 "a model and its guide as two arguments",
-                [f"{name}((model, guide), ...)", f"{name}(vae, ...), as a VAE is a pair"],
             )
+            raise ArgumentError(name, expected, actual, fixes)
         return function(*args, **kwargs)
 
     return checked

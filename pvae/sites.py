@@ -79,20 +79,8 @@ def announce_parameters(module: nn.Module, prefix: str) -> None:
             continue
         value = parameter.detach()
         value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-        message: dict[str, object] = {
-            "type": "param",
-            "name": f"{prefix}.{name}",
-            "fn": None,
-            "args": (),
-            "kwargs": {"constraint": constraints.real},
-            "infer": {},
-            "scale": 1.0,
-            "mask": None,
-            "cond_indep_stack": (),
-            "done": True,
-            "stop": False,
-            "continuation": None,
-            "value": value,
-            "is_observed": False,
-        }
+        message: dict[str, object] = {"type": "param", "name": f"{prefix}.{name}", "value": value}
+        message |= {"fn": None, "args": (), "kwargs": {"constraint": constraints.real}}
+        message |= {"infer": {}, "scale": 1.0, "mask": None, "cond_indep_stack": ()}
+        message |= {"done": True, "stop": False, "continuation": None, "is_observed": False}
         apply_stack(message)

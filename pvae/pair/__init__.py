@@ -9,7 +9,7 @@ from pvae.pair.messages import is_inside, is_penalty, mask_of
 from pvae.pair.modules import probing
 from pvae.pair.observed import Observed, observed_sites
 from pvae.pair.running import Batch, as_batch, num_rows_of, run_pair
-from pvae.pair.structure import Structure
+from pvae.pair.structure import Structure, only_site
 
 __all__ = [
     "Batch",
@@ -24,6 +24,7 @@ __all__ = [
     "mask_of",
     "num_rows_of",
     "observed_sites",
+    "only_site",
     "probing",
     "run_pair",
 ]

@@ -20,8 +20,9 @@ R = TypeVar("R")
 
 def as_batch(batch: object) -> Batch:
     """What a pair is called with, as a tuple; one tensor is a batch of one."""
-    is_one = isinstance(batch, Tensor) or not isinstance(batch, Iterable)
-    return (batch,) if is_one else tuple(batch)
+    if isinstance(batch, Iterable) and not isinstance(batch, Tensor):
+        return tuple(batch)
+    return (batch,)
 
 
 def num_rows_of(batch: Batch) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from pvae.errors import UndefinedError, oxford
 from pvae.types import Program
 
-__all__ = ["Structure"]
+__all__ = ["Structure", "only_site"]
 
 
 @dataclass(frozen=True)
@@ -117,23 +118,29 @@ class Structure:
         """Refuses a quantity that needs a density of q where a local latent is a point mass."""
         local_points = [name for name in self.latents if name in self.points]
         if local_points:
-            raise UndefinedError(
-                what,
-                "a guide with a density",
-                f"a point mass (Delta) at site {oxford(local_points)}",
-                [
-                    "read the reconstruction log p(x | z) instead: bounds.elbo(...).distortion",
-                    "a stochastic guide, such as guides.MeanField",
-                    "an ex-post density on the codes, for sampling",
-                ],
-            )
+            fixes = [
+                "read the reconstruction log p(x | z) instead: bounds.elbo(...).distortion",
+                "a stochastic guide, such as guides.MeanField",
+                "an ex-post density on the codes, for sampling",
+            ]
+            actual = f"a point mass (Delta) at site {oxford(local_points)}"
+            raise UndefinedError(what, "a guide with a density", actual, fixes)
 
     def require_proper(self, what: str) -> None:
         """Refuses a quantity that needs p(z) to be a distribution."""
         if self.improper:
-            raise UndefinedError(
-                what,
-                "a prior that is a distribution",
-                f"an improper prior at site {oxford(self.improper)}",
-                ["a proper prior, such as priors.StandardNormal"],
-            )
+            fixes = ["a proper prior, such as priors.StandardNormal"]
+            actual = f"an improper prior at site {oxford(self.improper)}"
+            raise UndefinedError(what, "a prior that is a distribution", actual, fixes)
+
+
+def only_site(where: str, what: str, names: Sequence[str], chosen: str | None) -> str:
+    """The site that was chosen, or the only one there is."""
+    if chosen is None and len(names) == 1:
+        return names[0]
+    if chosen is not None and chosen in names:
+        return chosen
+    expected, actual = f"site=NAME, as there isn't exactly one {what}", oxford(names) or "none"
+    if chosen:
+        expected, actual = f"the name of a {what}", f"'{chosen}'; there are: {actual}"
+    raise UndefinedError(where, expected, actual, [f"site='{name}'" for name in names[:2]])

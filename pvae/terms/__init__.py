@@ -5,12 +5,12 @@ Every tool (objectives, bounds, diagnostics, export) reads these; nobody else tr
 chunks of bounded memory.
 """
 
-from pvae.pair import Structure, run_pair
+from pvae.distributions import mean_of
+from pvae.pair import Structure, only_site
 from pvae.terms.chunks import draw_globals, first_rows, stream
 from pvae.terms.evaluation import Evaluation, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
-from pvae.terms.sites import mean_of, only_site
 from pvae.terms.support import check_data
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "mean_of",
     "only_site",
     "prepared",
-    "run_pair",
     "score_guide",
     "stream",
 ]

@@ -43,23 +43,22 @@ def stream(
     Yields:
         The rows that a chunk has, and their terms.
     """
-    structure, source, max_rows = evaluation.structure, evaluation.source, evaluation.max_rows
+    structure, max_rows = evaluation.structure, evaluation.max_rows
     with evaluating(structure.modules):
-        for rows, keep, batch, indices in chunks_of(source, structure, num_particles, max_rows):
+        for rows, keep, batch, indices in chunks_of(
+            evaluation.source, structure, num_particles, max_rows
+        ):
+            values = {**(given or {}), **indices}
             size = structure.subsample_size or len(batch[0])
             at_once = max(1, min(num_particles, max_rows // size))
-            done = 0
-            while done < num_particles:
+            for done in range(0, num_particles, at_once):
                 k = min(at_once, num_particles - done)
-                terms = run(
-                    structure, batch, num_particles=k, given={**(given or {}), **indices}, **options
-                )
+                terms = run(structure, batch, num_particles=k, given=values, **options)
                 if keep is not None and isinstance(terms, Tensor):
                     terms = terms[..., :keep]
                 elif keep is not None:
                     terms.first_rows(keep)
                 yield rows, terms
-                done += k
 
 
 Chunk = tuple[slice, int | None, tuple[Tensor, ...], dict[str, Tensor]]
@@ -68,49 +67,33 @@ Chunk = tuple[slice, int | None, tuple[Tensor, ...], dict[str, Tensor]]
 def chunks_of(
     source: Source, structure: Structure, num_particles: int, max_rows: int
 ) -> Iterator[Chunk]:
-    """Each chunk's rows, how many of them count (None for all), its batch, and plate indices."""
-    if structure.subsample_size is not None:
-        return _self_subsampled(source, structure)
-    if structure.tied_to is not None:
-        return _of_one_length(source, structure.tied_to)
-    return _chunks(source, max(1, min(1024, max_rows // num_particles)))
+    """Each chunk's rows, how many of them count (None for all), its batch, and plate indices.
 
-
-def _chunks(source: Source, size: int) -> Iterator[Chunk]:
-    for start, batch in source.all(size):
-        yield slice(start, start + len(batch[0])), None, batch, {}
-
-
-def _self_subsampled(source: Source, structure: Structure) -> Iterator[Chunk]:
-    """Visits every datum of a pair that subsamples itself, by setting its plate's indices.
-
-    The plate insists on its subsample size, so the last chunk is filled up with rows that are
-    dropped afterwards.
+    A pair that subsamples itself visits every datum by setting its plate's indices. There, and
+    for a pair that runs on one number of rows alone, the last chunk is filled up with rows that
+    don't count.
     """
-    size, total = structure.subsample_size or 1, source.num_rows
+    is_subsampled = structure.subsample_size is not None
+    size, total = structure.subsample_size or structure.tied_to, source.num_rows
+    if size is None:
+        at_once = max(1, min(1024, max_rows // num_particles))
+        for start, batch in source.all(at_once):
+            yield slice(start, start + len(batch[0])), None, batch, {}
+        return
+    if size > total and not is_subsampled:
+        expected = f"at least {size} rows, the only length that the pair runs on"
+        fixes = ["plates of length len(x)", "parameters that don't belong to single rows"]
+        raise PairError("data", expected, f"{total} rows", fixes)
     everything = torch.arange(total, device=source.device)
-    batch = source.rows(everything)
+    whole = source.rows(everything) if is_subsampled else ()
     for start in range(0, total, size):
         stop = min(start + size, total)
+        keep = stop - start if stop - start < size else None
         indices = torch.arange(start, start + size, device=source.device) % total
-        keep = stop - start if stop - start < size else None
-        yield slice(start, stop), keep, batch, {structure.plate: indices}
-
-
-def _of_one_length(source: Source, size: int) -> Iterator[Chunk]:
-    """Chunks of the only length that the pair runs on, the last one filled up."""
-    if size > source.num_rows:
-        raise PairError(
-            "data",
-            f"at least {size} rows, the only length that the pair runs on",
-            f"{source.num_rows} rows",
-            ["plates of length len(x)", "parameters that don't belong to single rows"],
-        )
-    for start in range(0, source.num_rows, size):
-        stop = min(start + size, source.num_rows)
-        indices = torch.arange(start, start + size, device=source.device) % source.num_rows
-        keep = stop - start if stop - start < size else None
-        yield slice(start, stop), keep, source.rows(indices), {}
+        if is_subsampled:
+            yield slice(start, stop), keep, whole, {structure.plate: indices}
+        else:
+            yield slice(start, stop), keep, source.rows(indices), {}
 
 
 def first_rows(evaluation: Evaluation) -> Batch:
@@ -131,10 +114,9 @@ def draw_globals(evaluation: Evaluation, num_draws: int = 1) -> tuple[dict[str, 
         terms = compute(structure, first_rows(evaluation), num_particles=num_draws).passes[0]
     k, given = terms.num_particles, dict[str, Tensor]()
     for name, site in terms.sites.items():
-        if site.is_local or site.kind not in ("latent", "auxiliary") or site.draws is None:
-            continue
-        event_dim = len((site.guide or site.model).event_shape)
-        padding = structure.nesting + event_dim + 1 - site.draws.dim()
-        shape = (k, *(1,) * padding, *site.draws.shape[1:])
-        given[name] = site.draws.reshape(shape) if k > 1 else site.draws[0]
+        if not site.is_local and site.is_drawn and site.draws is not None:
+            event_dim = len((site.guide or site.model).event_shape)
+            padding = structure.nesting + event_dim + 1 - site.draws.dim()
+            shape = (k, *(1,) * padding, *site.draws.shape[1:])
+            given[name] = site.draws.reshape(shape) if k > 1 else site.draws[0]
     return given, terms

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -11,8 +13,8 @@ from torch import Tensor
 from pvae.distributions import log_density_of_delta
 from pvae.errors import PairError, UndefinedError
 from pvae.internals import ENUMERATE_DIM
-from pvae.pair import Structure
-from pvae.pair.messages import is_factor, is_penalty, plate_scale, score
+from pvae.pair import Structure, is_inside, is_penalty
+from pvae.pair.messages import is_factor, plate_scale, score
 from pvae.terms.result import Kind, SiteTerms, Terms
 from pvae.types import Site
 
@@ -39,36 +41,33 @@ class Collector:
 
     def guide(self, site: Site, *, in_model: bool) -> None:
         """Takes in a site of the guide."""
+        kind: Kind = "latent" if in_model else "auxiliary"
         if is_factor(site):
-            kind: Kind = "penalty" if is_penalty(site) else "factor"
-        else:
-            kind = "latent" if in_model else "auxiliary"
+            kind = "penalty" if is_penalty(site) else "factor"
+        raw = log_density_of_delta(site["fn"])
         entry = self._entry(site, kind)
         entry.guide = site["fn"]
-        raw = log_density_of_delta(site["fn"])
-        raw = score(site) if raw is None else raw
-        entry.log_q, entry.scaled_log_q = self._both(site, raw, entry.is_local)
+        entry.log_q, entry.scaled_log_q = self._both(site, score(site) if raw is None else raw)
         if self.per_dimension and kind == "latent" and entry.is_local:
             entry.log_q_dims = self._dims(site)
 
     def model(self, site: Site) -> None:
         """Takes in a site of the model."""
         if getattr(site["fn"], "couples_data", False) and isinstance(site["mask"], Tensor):
-            raise PairError(
-                f"site '{site['name']}'",
-                "no mask on data whose scale is estimated from the batch",
-                "a mask, whose padding would count",
-                ["likelihoods.Gaussian(..., sigma='shared')", "batches without padding"],
-            )
+            expected = "no mask on data whose scale is estimated from the batch"
+            fixes = ["likelihoods.Gaussian(..., sigma='shared')", "batches without padding"]
+            actual = "a mask, whose padding would count"
+            raise PairError(f"site '{site['name']}'", expected, actual, fixes)
         raw = score(site)
         if raw.dim() > self.rank and self.structure.enumerated:
             self.summed_out.append((site, raw))
             return
-        kind: Kind = "penalty" if is_penalty(site) else "factor" if is_factor(site) else "observed"
-        kind = kind if site["is_observed"] else "latent"
+        kind: Kind = "observed" if site["is_observed"] else "latent"
+        if is_factor(site):
+            kind = "penalty" if is_penalty(site) else "factor"
         entry = self._entry(site, kind)
         entry.model = site["fn"]
-        entry.log_p, entry.scaled_log_p = self._both(site, raw, entry.is_local)
+        entry.log_p, entry.scaled_log_p = self._both(site, raw)
         if self.per_dimension and kind == "latent" and entry.is_local:
             entry.log_p_dims = self._dims(site)
 
@@ -76,26 +75,19 @@ class Collector:
         """What has been taken in, enumerated latents summed out."""
         is_joint = bool(self.summed_out) and self._sum_out()
         assert self.like is not None  # noqa: S101
-        return Terms(
-            self.sites,
-            self.num_particles,
-            self.num_rows,
-            self.structure,
-            self.like,
-            self.data_scale,
-            is_joint=is_joint,
-        )
+        sizes = (self.num_particles, self.num_rows)
+        scale = self.data_scale
+        return Terms(self.sites, *sizes, self.structure, self.like, scale, is_joint=is_joint)
 
     def _entry(self, site: Site, kind: Kind) -> SiteTerms:
         name = site["name"]
         if name not in self.sites:
-            frames = [f for f in site["cond_indep_stack"] if f.name in self.structure.plates]
-            local = bool(frames)
-            for frame in frames:
-                if frame.full_size not in (None, -1):
+            for frame in site["cond_indep_stack"]:
+                if frame.name in self.structure.plates and frame.full_size not in (None, -1):
                     self.data_scale = frame.full_size / frame.size
-            draws, axis = self._draws(site, is_local=local)
-            self.sites[name] = SiteTerms(name, kind, local, draws, axis)
+            is_local = is_inside(self.structure, site)
+            draws, axis = self._draws(site, is_local=is_local)
+            self.sites[name] = SiteTerms(name, kind, is_local, draws, axis)
         return self.sites[name]
 
     def _draws(self, site: Site, *, is_local: bool) -> tuple[Tensor, int]:
@@ -112,7 +104,9 @@ class Collector:
             draws = value.reshape(value.shape[:1] + value.shape[batch - own :])
         return draws, 1 + own + self.structure.dim if is_local else 1
 
-    def _both(self, site: Site, raw: Tensor, is_local: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
+    def _both(self, site: Site, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """A log density without scales, and with all of them."""
+        is_local = self.sites[site["name"]].is_local
         masked = scale_and_mask(raw, mask=site["mask"])
         scale = site["scale"]
         keep = plate_scale(site, without=self.structure.plates)
@@ -125,20 +119,16 @@ class Collector:
     def _reduce(self, log_prob: Tensor, name: str, *, is_local: bool) -> Tensor:
         """Sums out all dimensions but particles and, inside the data plate, data."""
         if log_prob.dim() > self.rank:
-            raise PairError(
-                f"site '{name}'",
-                f"a log density with at most {self.rank} dimension(s), one a plate",
-                f"shape {tuple(log_prob.shape)}",
-                [".to_event(k) on the site's distribution", "a plate around the site"],
-            )
+            expected = f"a log density with at most {self.rank} dimension(s), one a plate"
+            fixes = [".to_event(k) on the site's distribution", "a plate around the site"]
+            raise PairError(f"site '{name}'", expected, f"shape {tuple(log_prob.shape)}", fixes)
         if self.like is None:
             self.like = log_prob.detach()
         if is_local and log_prob.dim() == self.rank and self.structure.nesting == 1:
             full = log_prob if self.vectorized else log_prob.unsqueeze(0)
         else:
             full = log_prob.reshape((1,) * (self.rank - log_prob.dim()) + log_prob.shape)
-            kept = {0} if self.vectorized else set()
-            kept |= {self.axis} if is_local else set()
+            kept = [0] * self.vectorized + [self.axis] * is_local
             out = [i for i in range(self.rank) if i not in kept]
             full = full.sum(out) if out else full
             full = full if self.vectorized else full.unsqueeze(0)
@@ -153,11 +143,13 @@ class Collector:
         frames = [f.name for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
         alone = len(frames) == 1 and frames[0] in self.structure.plates
         if not (isinstance(fn, torch.distributions.Independent) and alone):
+            what = f"terms per dimension at site '{site['name']}'"
+            expected = (
+                "independent dimensions: a distribution made with .to_event(k), in the data plate"
+            )
+            actual = f"{type(fn).__name__} in plates {', '.join(frames)}"
             raise UndefinedError(
-                f"terms per dimension at site '{site['name']}'",
-                "independent dimensions: a distribution made with .to_event(k), in the data plate",
-                f"{type(fn).__name__} in plates {', '.join(frames)}",
-                ["the sum over dimensions, log_p and log_q"],
+                what, expected, actual, ["the sum over dimensions, log_p and log_q"]
             )
         each = fn.base_dist.log_prob(value)
         mask = site["mask"]
@@ -173,66 +165,52 @@ class Collector:
         Returns:
             Whether data and latents are summed out together, so that they have no parts.
         """
-        names = [s["name"] for s, _ in self.summed_out]
-        scale = self._common_scale(names)
-        total: Tensor | None = None
-        for site, raw in self.summed_out:
-            masked = scale_and_mask(raw, mask=site["mask"])
-            if site["name"] in self.structure.enumerated:
-                masked = self._without_padding(site, masked)
-            extra = masked.dim() - self.rank
-            kept = {*range(extra), extra + self.axis} | ({extra} if self.vectorized else set())
-            out = [i for i in range(masked.dim()) if i not in kept]
-            part = masked.sum(out, keepdim=True) if out else masked
-            total = part if total is None else total + part
-        assert total is not None  # noqa: S101
-        summed = total.logsumexp(tuple(range(total.dim() - self.rank)))
-        others = {
-            "observed" if s["is_observed"] else "latent"
-            for s, _ in self.summed_out
-            if s["name"] not in self.structure.enumerated
-        }
-        kind: Kind = "latent" if others == {"latent"} else "enumerated"
-        for site, _ in self.summed_out:
+        sites = [site for site, _ in self.summed_out]
+        enumerated = [s for s in sites if s["name"] in self.structure.enumerated]
+        scale = self._common_scale(sites, enumerated)
+        parts = [self._without_plates(site, raw) for site, raw in self.summed_out]
+        total = functools.reduce(operator.add, parts)
+        for site in sites:
             if site["name"] in self.sites:
                 self.sites[site["name"]].model = site["fn"]
-        entry = SiteTerms("+".join(names), kind, is_local=True)
+        others = {
+            "observed" if s["is_observed"] else "latent" for s in sites if s not in enumerated
+        }
+        kind: Kind = "latent" if others == {"latent"} else "enumerated"
+        entry = SiteTerms("+".join(s["name"] for s in sites), kind, is_local=True)
+        summed = total.logsumexp(tuple(range(total.dim() - self.rank)))
         entry.log_p = self._reduce(summed, entry.name, is_local=True)
         entry.scaled_log_p = entry.log_p * scale
         self.sites[entry.name] = entry
         return len(others) > 1
 
-    def _common_scale(self, names: list[str]) -> float:
-        """The scale of sites summed out together: inside a logarithm there can be only one."""
-        scales = [s["scale"] for s, _ in self.summed_out]
-        keeps = [plate_scale(s, without=self.structure.plates) for s, _ in self.summed_out]
-        numbers = [s for s in scales if not isinstance(s, Tensor)]
-        if len(numbers) != len(scales) or len({*numbers}) > 1 or any(k != 1.0 for k in keeps):
-            raise PairError(
-                f"sites {', '.join(names)}, summed out together",
-                "one common scale, a number",
-                f"scales {', '.join(map(str, scales))}",
-                ["no poutine.scale and no subsampled inner plate there", "a guide for the latent"],
-            )
-        dims = [
-            s["infer"].get(ENUMERATE_DIM)
-            for s, _ in self.summed_out
-            if s["name"] in self.structure.enumerated
-        ]
-        if len(set(dims)) != len(dims):
-            raise PairError(
-                "enumerated sites",
-                "one dimension each",
-                f"a shared one in {', '.join(names)}",
-                ["no pyro.markov around them"],
-            )
-        return scales[0]
+    def _without_plates(self, site: Site, raw: Tensor) -> Tensor:
+        """A log density whose plates, but those of particles and data, are summed."""
+        masked, mask = scale_and_mask(raw, mask=site["mask"]), site["mask"]
+        if site["name"] in self.structure.enumerated and mask is not None and mask is not True:
+            # where a latent is masked out, its states count as one, not as many
+            count = masked.shape[masked.dim() + site["infer"][ENUMERATE_DIM]]
+            masked_out = torch.as_tensor(mask, device=masked.device).logical_not()
+            masked = masked - masked_out.to(masked.dtype) * math.log(count)
+        extra = masked.dim() - self.rank
+        kept = [*range(extra), extra + self.axis] + [extra] * self.vectorized
+        out = [i for i in range(masked.dim()) if i not in kept]
+        return masked.sum(out, keepdim=True) if out else masked
 
-    def _without_padding(self, site: Site, masked: Tensor) -> Tensor:
-        """Where an enumerated latent is masked out, its states count as one, not as many."""
-        mask = site["mask"]
-        if mask is None or mask is True:
-            return masked
-        count = masked.shape[masked.dim() + site["infer"][ENUMERATE_DIM]]
-        masked_out = torch.as_tensor(mask, device=masked.device).logical_not()
-        return masked - masked_out.to(masked.dtype) * math.log(count)
+    def _common_scale(self, sites: list[Site], enumerated: list[Site]) -> float:
+        """The scale of sites summed out together: inside a logarithm there can be only one."""
+        names = ", ".join(s["name"] for s in sites)
+        scales = [s["scale"] for s in sites]
+        has_one = not any(isinstance(s, Tensor) for s in scales) and len({*scales}) == 1
+        if not has_one or any(plate_scale(s, self.structure.plates) != 1.0 for s in sites):
+            where, expected = f"sites {names}, summed out together", "one common scale, a number"
+            fixes = [
+                "no poutine.scale and no subsampled inner plate there",
+                "a guide for the latent",
+            ]
+            raise PairError(where, expected, f"scales {', '.join(map(str, scales))}", fixes)
+        dims = [s["infer"].get(ENUMERATE_DIM) for s in enumerated]
+        if len({*dims}) != len(dims):
+            actual, fixes = f"a shared one in {names}", ["no pyro.markov around them"]
+            raise PairError("enumerated sites", "one dimension each", actual, fixes)
+        return scales[0]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pvae import randomness
 from pvae.data import LoaderSource, Source, as_source, check_rows, in_memory
 from pvae.errors import PairError
-from pvae.options import CheckedOptions
-from pvae.pair import Pair, PairLike, Structure, as_pair
+from pvae.options import checked_options
+from pvae.pair import Batch, Pair, PairLike, Structure, as_pair
 from pvae.terms.support import check_data
 
 __all__ = ["Evaluation", "prepared"]
@@ -19,15 +18,12 @@ __all__ = ["Evaluation", "prepared"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A pair and the data that it is evaluated on, checked, with what `Options` say.
+    """A pair and the data that it is evaluated on, checked, with its `Options`.
 
     Attributes:
         pair: The pair.
         structure: What it is made of.
         source: N data, on the pair's device.
-        max_rows: Bound on the rows in the networks at once, each draw of a datum counted as one.
-        progress: Whether long work shows a bar.
-        seed: Of the draws.
     """
 
     pair: Pair
@@ -46,21 +42,21 @@ class Evaluation:
         """The same, with the data of a ``DataLoader`` read out, so that their order is one."""
         return replace(self, source=in_memory(self.source))
 
-    def on(self, batch: tuple[Any, ...]) -> Evaluation:
+    def on(self, batch: Batch) -> Evaluation:
         """The same pair on other data."""
         return replace(self, source=as_source(batch, self.structure.device, self.structure.dtype))
 
 
 @contextmanager
 def prepared(
-    pair: PairLike, data: Any, options: Mapping[str, object], tool: str = "pair"
+    pair: PairLike, data: object, options: Mapping[str, object], tool: str = "pair"
 ) -> Iterator[Evaluation]:
     """Looks at pair and data together, and seeds copies of the generators for a tool's draws.
 
     Arguments:
         pair: A pair, or a tuple of model and guide.
         data: An array, tensor, tuple of them, data set, loader or source.
-        options: Those of `pvae.options.Options` that were given.
+        options: As in `pvae.options.Options`.
         tool: Name of the tool, for error messages.
 
     Raises:
@@ -69,15 +65,16 @@ def prepared(
             them; names the first offending row.
         PairError: If model, guide and data don't fit each other.
     """
-    checked, pair = CheckedOptions.of(options), as_pair(pair, tool)
-    with randomness.forked(checked.seed):
-        if checked.device is not None:
-            pair.place(checked.device, data)
-        structure, source = looked_at(pair, data)
-        yield Evaluation(pair, structure, source, checked.max_rows, checked.progress, checked.seed)
+    checked, pair = checked_options(options), as_pair(pair, tool)
+    with randomness.forked(checked["seed"]):
+        if checked["device"] is not None:
+            pair.place(checked["device"], data)
+        structure, source = _structure_of(pair, data)
+        rest = (checked["max_rows"], checked["progress"], checked["seed"])
+        yield Evaluation(pair, structure, source, *rest)
 
 
-def looked_at(pair: Pair, data: Any) -> tuple[Structure, Source]:
+def _structure_of(pair: Pair, data: object) -> tuple[Structure, Source]:
     """What a pair is made of, by data, and the data as a source on its device, checked once."""
     like = pair.home(data)
     source = as_source(data, like.device, like.dtype)

@@ -12,15 +12,14 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pvae import randomness
-from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
+from pvae.errors import PairError, UndefinedError, check_int, oxford, warn
 from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_capturing_graph
-from pvae.pair import Batch, Structure, as_batch, num_rows_of, probing, run_pair
+from pvae.pair import Batch, Structure, as_batch, is_inside, num_rows_of, probing, run_pair
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
@@ -32,22 +31,28 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
 class _Given(Messenger):
-    """Sets the values of some sites, expanded over particles where those are vectorised."""
+    """Sets the values of some sites, expanded over particles where those are vectorised.
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    With ``redraw``, sites first draw, which moves the generators on as a run without it does.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], *, redraw: bool = False) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.redraw = values, redraw
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         value = self.values.get(msg["name"])
-        if value is None or msg["is_observed"]:
+        if value is None or msg["is_observed"] or self.redraw:
             return
         inside = any(f.name == PARTICLES for f in msg["cond_indep_stack"])
         if inside and isinstance(msg["fn"], TorchDistributionMixin):
             shape = msg["fn"].batch_shape + msg["fn"].event_shape
             value = value.reshape((1,) * (len(shape) - value.dim()) + value.shape).expand(shape)
-        msg["value"] = value
-        msg["done"] = True
+        msg["value"], msg["done"] = value, True
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if self.redraw and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
 
 
 class _Detached(Messenger):
@@ -56,18 +61,6 @@ class _Detached(Messenger):
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if not msg["is_observed"] and isinstance(msg["value"], Tensor):
             msg["value"] = msg["value"].detach()
-
-
-class _Redrawn(Messenger):
-    """Lets sites draw, which moves the generators on as it did before, and then replaces values."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values:
-            msg["value"] = self.values[msg["name"]]
 
 
 def compute(
@@ -109,18 +102,15 @@ def compute(
     batch = as_batch(batch)
     if num_particles > 1 and vectorize is None:
         vectorize = can_vectorize(structure, batch)
-    options: dict[str, Any] = {
-        "per_dimension": per_dimension,
-        "stop_guide": stop_guide,
-        "detach": detach,
-        "given": given or {},
-    }
     if share_globals and structure.global_sites and num_particles > 1:
-        shared = _draw_globals(structure, batch, detach=detach)
-        options["given"] = shared | dict(given or {})
+        given = _draw_globals(structure, batch, detach=detach) | dict(given or {})
+
+    def one_pass(k: int) -> Terms:
+        return _one_pass(structure, batch, k, given, per_dimension, stop_guide, detach)
+
     if num_particles == 1 or vectorize:
-        return _one_pass(structure, batch, num_particles, **options)
-    return stack(_one_pass(structure, batch, 1, **options) for _ in range(num_particles))
+        return one_pass(num_particles)
+    return stack(one_pass(1) for _ in range(num_particles))
 
 
 def score_guide(
@@ -179,14 +169,7 @@ def draw_guide(
     num_particles: int = 1,
     given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, SiteTerms]:
-    """The guide's sites alone, as `compute` has them: K draws without a pass of the model.
-
-    Arguments:
-        structure: The pair, as `Pair.inspect` found it.
-        batch: N data.
-        num_particles: K.
-        given: Values of sites that aren't to be drawn.
-    """
+    """The guide's sites alone, as `compute` has them: K draws without a pass of the model."""
     batch = as_batch(batch)
     if num_particles == 1 or can_vectorize(structure, batch):
         return _guide_pass(structure, batch, num_particles, given)
@@ -221,12 +204,10 @@ def can_vectorize(structure: Structure, batch: Batch) -> bool:
         reason = _compare(structure, batch)
         structure.notes["looped_because"] = reason
         if reason:
-            warnings.warn(
+            warn(
                 f"Particles are looped, not vectorised: {reason}. The numbers are right, the "
                 "speed is that of one pass a particle. Networks that take any leading "
-                "dimensions, (K, N, ...), can be vectorised.",
-                PvaeWarning,
-                stacklevel=3,
+                "dimensions, (K, N, ...), can be vectorised."
             )
     return not structure.notes["looped_because"]
 
@@ -236,10 +217,8 @@ def _compare(structure: Structure, batch: Batch) -> str:
     with probing((structure.model, structure.guide)):
         try:
             both = _one_pass(structure, batch, 2)
-            ones = [
-                _one_pass(structure, batch, 1, given=_given_of(both, k, structure))
-                for k in range(2)
-            ]
+            given = [_draws_of(both, k, structure) for k in range(2)]
+            ones = [_one_pass(structure, batch, 1, values) for values in given]
         except Exception as error:
             first, *_ = (str(error).strip() or type(error).__name__).splitlines()
             return f"two particles at once fail with {first}"
@@ -247,57 +226,46 @@ def _compare(structure: Structure, batch: Batch) -> str:
         for name, site in both.sites.items():
             for key in ("log_p", "log_q"):
                 ours, theirs = getattr(site, key), getattr(one.sites[name], key)
-                if ours is None:
-                    continue
-                # two infinities that are equal differ by nothing
-                off = torch.where(ours[k] == theirs[0], 0.0, ours[k] - theirs[0])
-                worst = off.abs().max()
-                size = theirs[0].nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0)
-                if not bool(worst <= _TOLERANCE.get(ours.dtype, 1e-2) * size):
-                    return f"at site '{name}' {key} then differs by {float(worst):.3g} nats"
+                if ours is not None and (off := _difference(ours[k], theirs[0])):
+                    return f"at site '{name}' {key} then differs by {off:.3g} nats"
     return ""
 
 
-def _given_of(terms: Terms, k: int, structure: Structure) -> dict[str, Tensor]:
-    """The draws of one particle, to be scored again."""
-    draws = {
-        name: site.draws[k]
-        for name, site in terms.sites.items()
-        if site.draws is not None and site.kind in ("latent", "auxiliary")
-    }
-    return draws | _subsample_of(terms.guide_trace, structure)
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of log densities; 0 where it is within rounding."""
+    off = torch.where(ours == theirs, 0.0, ours - theirs).abs().max()  # infinities may be equal
+    size = theirs.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0)
+    return 0.0 if bool(off <= _TOLERANCE.get(ours.dtype, 1e-2) * size) else float(off)
 
 
-def _subsample_of(trace: Trace, structure: Structure) -> dict[str, Tensor]:
-    if structure.subsample_size is None:
-        return {}
-    return {structure.plate: trace.nodes[structure.plate]["value"]}
+def _draws_of(terms: Terms, k: int, structure: Structure) -> dict[str, Tensor]:
+    """The draws of one particle, and the rows of the batch, to be scored again."""
+    drawn = [s for s in terms.sites.values() if s.is_drawn]
+    draws = {site.name: site.draws[k] for site in drawn if site.draws is not None}
+    if structure.subsample_size is not None:
+        draws[structure.plate] = terms.guide_trace.nodes[structure.plate]["value"]
+    return draws
 
 
 def _one_pass(
     structure: Structure,
     batch: Batch,
     num_particles: int,
-    *,
-    per_dimension: bool = False,
-    stop_guide: bool = False,
-    detach: bool = False,
     given: Mapping[str, Tensor] | None = None,
+    per_dimension: bool = False,  # noqa: FBT001, FBT002
+    stop_guide: bool = False,  # noqa: FBT001, FBT002
+    detach: bool = False,  # noqa: FBT001, FBT002
 ) -> Terms:
     def wrapped(program: Program) -> Program:
         return in_particles(program, structure, num_particles, given)
 
-    rank = structure.nesting + (num_particles > 1)
-    target = structure.model
+    guide, model = wrapped(structure.guide), wrapped(structure.model)
     if structure.enumerated:
-        target = poutine.enum(wrapped(target), first_available_dim=-rank - 1)
-    elif given or num_particles > 1:
-        target = wrapped(target)
-    guide = structure.guide
-    wrapped_guide = wrapped(guide) if given or num_particles > 1 else guide
+        rank = structure.nesting + (num_particles > 1)
+        model = poutine.enum(model, first_available_dim=-rank - 1)
     before = randomness.get_state() if stop_guide and not is_capturing_graph() else None
     with _Detached() if detach else contextlib.nullcontext():
-        guide_trace, model_trace = run_pair(target, wrapped_guide, batch)
+        guide_trace, model_trace = run_pair(model, guide, batch)
     collect = Collector(structure, num_particles, per_dimension)
     for site in sample_sites(guide_trace):
         collect.guide(site, in_model=site["name"] in model_trace.nodes)
@@ -306,7 +274,7 @@ def _one_pass(
     terms = collect.terms()
     terms.guide_trace, terms.model_trace = guide_trace, model_trace
     if stop_guide:
-        _score_stopped(wrapped(guide), batch, structure, terms, before)
+        _score_stopped(guide, batch, terms, before)
     return terms
 
 
@@ -320,11 +288,7 @@ def in_particles(
 
 
 def _score_stopped(
-    guide: Program,
-    batch: Batch,
-    structure: Structure,
-    terms: Terms,
-    before: dict[str, Tensor] | None,
+    guide: Program, batch: Batch, terms: Terms, before: dict[str, Tensor] | None
 ) -> None:
     """A second guide pass at the same values, while no parameter requires a gradient.
 
@@ -337,20 +301,17 @@ def _score_stopped(
     """
     if isinstance(poutine.unwrap(guide), Messenger):
         raise PairError("guide", "a guide that can be replayed", "an AutoMessenger", ["AutoNormal"])
-    values = {
-        name: node["value"].view_as(node["value"])
-        for name, node in terms.guide_trace.nodes.items()
-        if node["type"] == "sample" and not node["is_observed"]
-    }
+    structure = terms.structure
+    drawn = [s for s in terms.guide_trace.nodes.values() if s["type"] == "sample"]
+    values = {s["name"]: s["value"].view_as(s["value"]) for s in drawn if not s["is_observed"]}
     collect = Collector(structure, terms.num_particles, per_dimension=False)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_stopped(structure.parameters.values()))
-        stack.enter_context(_statistics_kept(structure))
-        if before is None:
-            stack.enter_context(_Given(values))
-        else:
-            stack.enter_context(randomness.forked())
-            stack.enter_context(_Redrawn(values))
+    with (
+        _stopped(structure.parameters.values()),
+        _statistics_kept(structure),
+        contextlib.nullcontext() if before is None else randomness.forked(),
+        _Given(values, redraw=before is not None),
+    ):
+        if before is not None:
             randomness.set_state(before)
         trace = poutine.trace(guide).get_trace(*batch)
         for site in sample_sites(trace):  # a flow runs its networks only when it is scored
@@ -365,12 +326,8 @@ def _draw_globals(structure: Structure, batch: Batch, *, detach: bool) -> dict[s
         raise PairError("guide", "a guide that runs alone", "an AutoMessenger", ["AutoNormal"])
     with _statistics_kept(structure), _Detached() if detach else contextlib.nullcontext():
         trace, _ = run_pair(structure.model, structure.guide, batch, model_too=False)
-    return {
-        site["name"]: site["value"]
-        for site in sample_sites(trace)
-        if not any(f.name in structure.plates for f in site["cond_indep_stack"])
-        and not is_factor(site)
-    }
+    sites = [s for s in sample_sites(trace) if not is_inside(structure, s) and not is_factor(s)]
+    return {site["name"]: site["value"] for site in sites}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -60,6 +60,11 @@ class SiteTerms:
     log_q_dims: Tensor | None = None
     scaled_log_p: Tensor | None = None
     scaled_log_q: Tensor | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the guide draws it."""
+        return self.kind in ("latent", "auxiliary")
 
     @property
     def value(self) -> Tensor | None:
@@ -120,15 +125,14 @@ class Terms:
         return self.looped or [self]
 
     def _sum(self, pick: Callable[[SiteTerms], Tensor | None], *, local: bool) -> Tensor:
+        sites = [s for s in self.sites.values() if s.is_local == local and s.kind != "penalty"]
         shape = (self.num_particles, self.num_rows) if local else (self.num_particles,)
-        total: Tensor | None = None
-        for site in self.sites.values():
-            if site.is_local != local or site.kind == "penalty":
-                continue
-            value = pick(site)
-            if value is not None:
-                total = value if total is None else total + value
-        return self.like.new_zeros(shape) if total is None else total
+        return self._total([pick(site) for site in sites], shape)
+
+    def _total(self, parts: Iterable[Tensor | None], shape: tuple[int, ...]) -> Tensor:
+        """Their sum, in the order that they have; zeros where there are none."""
+        known = [part for part in parts if part is not None]
+        return functools.reduce(operator.add, known) if known else self.like.new_zeros(shape)
 
     def first_rows(self, count: int) -> None:
         """Keeps the first rows of what is inside the data plate."""
@@ -201,19 +205,18 @@ class Terms:
         These have every scale in them, ``poutine.scale`` too, and add up to what Pyro's ELBOs
         return: likelihood + prior - q + penalty.
         """
-        parts = []
-        for site in self.sites.values():
-            p, q = site.scaled_log_p, site.scaled_log_q
-            if site.kind == "penalty":
-                signed = [x for x in (p, None if q is None else -q) if x is not None]
-                parts += signed if pick == "penalty" else []
-            elif pick == "q":
-                parts += [] if q is None else [q]
-            elif pick == ("prior" if site.kind == "latent" else "likelihood"):
-                parts += [] if p is None else [p]
-        if not parts:
-            return self.like.new_zeros(self.num_particles)
-        return functools.reduce(operator.add, (p.sum(1) if p.dim() == 2 else p for p in parts))
+        marked = [s for s in self.sites.values() if s.kind == "penalty"]
+        density = [s for s in self.sites.values() if s.kind != "penalty"]
+        if pick == "penalty":
+            signed = ((s.scaled_log_p, _negative(s.scaled_log_q)) for s in marked)
+            parts = [part for both in signed for part in both]
+        elif pick == "q":
+            parts = [s.scaled_log_q for s in density]
+        else:
+            is_prior = pick == "prior"
+            parts = [s.scaled_log_p for s in density if (s.kind == "latent") == is_prior]
+        each = [p if p is None or p.dim() == 1 else p.sum(1) for p in parts]
+        return self._total(each, (self.num_particles,))
 
     @property
     def has_penalties(self) -> bool:
@@ -227,14 +230,16 @@ class Terms:
 
     def require_split(self) -> None:
         """Refuses the parts where one sum over states has both data and latents in it."""
-        for site in self.sites.values():
-            if site.kind == "enumerated" and self.is_joint:
-                raise UndefinedError(
-                    "log p(x | z) and log p(z) apart",
-                    "data and latents that don't share an enumerated latent",
-                    f"sites summed out together: {site.name}",
-                    ["log_joint, which is defined"],
-                )
+        summed = [s.name for s in self.sites.values() if s.kind == "enumerated" and self.is_joint]
+        if summed:
+            what, fixes = "log p(x | z) and log p(z) apart", ["log_joint, which is defined"]
+            expected = "data and latents that don't share an enumerated latent"
+            actual = f"sites summed out together: {summed[0]}"
+            raise UndefinedError(what, expected, actual, fixes)
+
+
+def _negative(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else -tensor
 
 
 def joined(sites: list[SiteTerms]) -> SiteTerms:
@@ -250,20 +255,11 @@ def joined(sites: list[SiteTerms]) -> SiteTerms:
 
 def stack(passes: Iterable[Terms]) -> Terms:
     """Puts passes of one particle each together, particle by particle."""
-    all_terms = list(passes)
-    first = all_terms[0]
-    sites = {name: joined([t.sites[name] for t in all_terms]) for name in first.sites}
-    result = Terms(
-        sites,
-        len(all_terms),
-        first.num_rows,
-        first.structure,
-        first.like,
-        first.data_scale,
-        is_joint=first.is_joint,
-        looped=all_terms,
-    )
+    first, *_ = looped = list(passes)
+    sites = {name: joined([one.sites[name] for one in looped]) for name in first.sites}
+    stacked = replace(first, sites=sites, num_particles=len(looped), looped=looped)
+    stacked.guide_trace = stacked.model_trace = None
     for key in ("stopped_log_q", "stopped_global_log_q"):
         if getattr(first, key) is not None:
-            setattr(result, key, torch.cat([getattr(t, key) for t in all_terms]))
-    return result
+            setattr(stacked, key, torch.cat([getattr(one, key) for one in looped]))
+    return stacked

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pvae.data import Source, check_rows, first_batch
 from pvae.errors import PairError
@@ -24,43 +23,36 @@ def check_data(structure: Structure, source: Source, where: str = "data") -> Non
     Raises:
         DataError: Naming the first offending row.
     """
-    found = _support(structure, source)
-    if found is None:
+    site, support = _support(structure, source)
+    if support is None:
         check_rows(source, where=where)
     else:
-        check_rows(source, *found, where=where)
+        words = f"values in the support of site '{site}', {support}"
+        check_rows(source, support.check, words, _fixes(support), where=where)
 
 
-def _support(
-    structure: Structure, source: Source
-) -> tuple[Callable[[Tensor], Tensor], str, list[str]] | None:
-    """The support of the site that observes the first array as it is; None if none does."""
+def _support(structure: Structure, source: Source) -> tuple[str, Constraint | None]:
+    """The site that observes the first array as it is, and its support; None if that isn't one."""
     batch = first_batch(source, 64)
     try:
         with probing((structure.model, structure.guide)):
             _, trace = run_pair(structure.model, structure.guide, batch)
     except PairError:  # a pair of fixed size: Pyro's validation looks at the first batch
-        return None
+        return "", None
     for name, site in observed_sites(structure, trace, batch).items():
-        if not site.is_itself or site.place != 0 or site.mask is not None:
-            continue
-        try:
-            support = trace.nodes[name]["fn"].support
-        except NotImplementedError:
-            return None
-        while isinstance(support, _Independent):
-            support = support.base_constraint
-        if constraints.is_dependent(support):
-            return None
-        general = with_constant_bounds(support)
-        if general is None:
-            return None
-        words = f"values in the support of site '{name}', {general}"
-        return general.check, words, _fixes(general)
-    return None
+        if site.is_itself and site.place == 0 and site.mask is None:
+            try:
+                support = trace.nodes[name]["fn"].support
+            except NotImplementedError:
+                return name, None
+            while isinstance(support, _Independent):
+                support = support.base_constraint
+            dependent = constraints.is_dependent(support)
+            return name, None if dependent else with_constant_bounds(support)
+    return "", None
 
 
-def with_constant_bounds(support: Any) -> Any:
+def with_constant_bounds(support: Constraint) -> Constraint | None:
     """The constraint with its bounds as numbers; None if they differ from row to row."""
     if isinstance(support, _Independent):
         base = with_constant_bounds(support.base_constraint)
@@ -74,8 +66,8 @@ def with_constant_bounds(support: Any) -> Any:
     return general
 
 
-def _fixes(support: Any) -> list[str]:
-    if support is constraints.boolean or type(support) is type(constraints.boolean):
+def _fixes(support: Constraint) -> list[str]:
+    if type(support) is type(constraints.boolean):
         return [
             "binarize='dynamic' (pvae.data.load) or (x > 0.5)",
             "likelihoods.Bernoulli(..., grey_values=True), which is no normalised density",
