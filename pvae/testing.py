@@ -63,31 +63,23 @@ def check_conditional(
     conditional = copy.deepcopy(conditional).eval()
     with randomness.forked(seed=0):
         fn = conditional(*context)
-        _require(
-            "parameters: none in Pyro's global store",
-            dict(pyro.get_param_store().named_parameters()) == before,
-            "the store has changed",
-            "nn.Parameter instead of pyro.param",
-        )
-        _require(
-            "forward: a Pyro distribution", isinstance(fn, dist.Distribution), type(fn).__name__
-        )
+        rule, fix = "parameters: none in Pyro's global store", "nn.Parameter instead of pyro.param"
+        now = dict(pyro.get_param_store().named_parameters())
+        _require(rule, now == before, "the store has changed", fix)
+        is_one = isinstance(fn, dist.Distribution)
+        _require("forward: a Pyro distribution", is_one, type(fn).__name__)
         _check_shapes(conditional, fn, context)
         drawn = _draw(fn, value)
         log_prob = fn.log_prob(drawn)
-        _require(
-            "log_prob: one number for each value of the batch",
-            log_prob.shape == fn.batch_shape,
-            f"shape {tuple(log_prob.shape)} for batch_shape {tuple(fn.batch_shape)}",
-            ".to_event(k)",
-        )
+        actual = f"shape {tuple(log_prob.shape)} for batch_shape {tuple(fn.batch_shape)}"
+        rule = "log_prob: one number for each value of the batch"
+        _require(rule, log_prob.shape == fn.batch_shape, actual, ".to_event(k)")
         _require("log_prob: finite at its own draws", log_prob.isfinite().all(), f"{log_prob}")
         expanded = fn.expand(torch.Size([2, *fn.batch_shape])).log_prob(drawn)
-        _require(
-            "expand: the same log density for each copy",
-            expanded.shape == (2, *fn.batch_shape) and _close(expanded[1], log_prob, tolerance),
-            f"{expanded} against {log_prob}",
-        )
+        is_same = expanded.shape == (2, *fn.batch_shape)
+        is_same = is_same and _close(expanded[1], log_prob, tolerance)
+        rule = "expand: the same log density for each copy"
+        _require(rule, is_same, f"{expanded} against {log_prob}")
         if context:
             _check_particles(conditional, context, drawn, tolerance)
         _check_gradients(conditional, context, drawn)
@@ -95,20 +87,12 @@ def check_conditional(
 
 
 def _check_shapes(conditional: Conditional, fn: Dist, context: tuple[Tensor, ...]) -> None:
-    if conditional.event_shape is not None:
-        _require(
-            f"event_shape: {conditional.event_shape}",
-            tuple(fn.event_shape) == conditional.event_shape,
-            f"{tuple(fn.event_shape)}",
-            ".to_event(k)",
-        )
-    allowed = [()] + ([tuple(context[0].shape[:1])] if context else [])
-    _require(
-        f"batch_shape: {' or '.join(map(str, allowed))}",
-        tuple(fn.batch_shape) in allowed,
-        f"{tuple(fn.batch_shape)}",
-        ".to_event(k)",
-    )
+    event_shape, batch_shape = tuple(fn.event_shape), tuple(fn.batch_shape)
+    if (shape := conditional.event_shape) is not None:
+        _require(f"event_shape: {shape}", event_shape == shape, f"{event_shape}", ".to_event(k)")
+    allowed = [(), *(tuple(part.shape[:1]) for part in context[:1])]
+    rule = f"batch_shape: {' or '.join(map(str, allowed))}"
+    _require(rule, batch_shape in allowed, f"{batch_shape}", ".to_event(k)")
 
 
 def _draw(fn: Dist, value: Tensor | None) -> Tensor:
@@ -127,31 +111,23 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _check_particles(
     conditional: Conditional, context: tuple[Tensor, ...], drawn: Tensor, tolerance: float
 ) -> None:
-    def shifted(part: Tensor, k: int) -> Tensor:
-        return part.roll(k, dims=0)
-
-    values = [shifted(drawn, k) if len(drawn) == len(context[0]) else drawn for k in range(3)]
+    rolled = [[part.roll(k, dims=0) for part in context] for k in range(3)]
+    has_rows = len(drawn) == len(context[0])
+    values = [drawn.roll(k, dims=0) if has_rows else drawn for k in range(3)]
+    fix = "flatten leading dimensions before the network, and restore them"
     try:
-        together = conditional(*(torch.stack([shifted(c, k) for k in range(3)]) for c in context))
+        at_once = conditional(*map(torch.stack, zip(*rolled, strict=True)))
     except (RuntimeError, ValueError) as error:
-        raise ContractError(
-            "leading dimensions",
-            "context (K, N, ...) to be taken like (N, ...)",
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            ["flatten leading dimensions before the network, and restore them"],
-        ) from error
-    looped = torch.stack(
-        [conditional(*(shifted(c, k) for c in context)).log_prob(values[k]) for k in range(3)]
-    )
-    both = together.log_prob(torch.stack(values))
-    _require(
-        "leading dimensions: context (K, N, ...) gives what a loop over K gives",
-        both.shape == looped.shape and _close(both, looped, tolerance),
-        f"shape {tuple(both.shape)} for {tuple(looped.shape)}"
-        if both.shape != looped.shape
-        else f"a difference of {float((both - looped).abs().max().detach()):.3g}",
-        "flatten leading dimensions before the network, and restore them",
-    )
+        expected = "context (K, N, ...) to be taken like (N, ...)"
+        actual = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ContractError("leading dimensions", expected, actual, [fix]) from error
+    each = [conditional(*c).log_prob(v) for c, v in zip(rolled, values, strict=True)]
+    both, looped = at_once.log_prob(torch.stack(values)), torch.stack(each)
+    rule = "leading dimensions: context (K, N, ...) gives what a loop over K gives"
+    actual = f"shape {tuple(both.shape)} for {tuple(looped.shape)}"
+    _require(rule, both.shape == looped.shape, actual, fix)
+    actual = f"a difference of {float((both - looped).abs().max().detach()):.3g}"
+    _require(rule, _close(both, looped, tolerance), actual, fix)
 
 
 def _check_gradients(conditional: Conditional, context: tuple[Tensor, ...], drawn: Tensor) -> None:
@@ -167,10 +143,10 @@ def _require_gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> None:
     gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
     if loss.requires_grad and parameters:
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    found = dict(zip(parameters, gradients, strict=True))
-    idle = [name for name, g in found.items() if g is None]
+    by_name = dict(zip(parameters, gradients, strict=True))
+    idle = [name for name, g in by_name.items() if g is None]
     _require("parameters: a gradient for each", not idle, f"none for {', '.join(idle)}")
-    bad = [name for name, g in found.items() if g is not None and not g.isfinite().all()]
+    bad = [name for name, g in by_name.items() if g is not None and not g.isfinite().all()]
     _require("gradient: finite", not bad, f"not finite for {', '.join(bad)}")
 
 
@@ -178,13 +154,10 @@ def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None
     double = copy.deepcopy(conditional).double()
     parts = [c.double() if c.is_floating_point() else c for c in context]
     fn = double(*parts)
-    log_prob = fn.log_prob(_draw(fn, None))
-    _require(
-        "dtype: everything follows .double()",
-        log_prob.dtype == torch.float64,
-        f"log_prob of type {log_prob.dtype}",
-        "register_buffer for constants; build the distribution in forward",
-    )
+    dtype = fn.log_prob(_draw(fn, None)).dtype
+    rule = "dtype: everything follows .double()"
+    fix = "register_buffer for constants; build the distribution in forward"
+    _require(rule, dtype == torch.float64, f"log_prob of type {dtype}", fix)
 
 
 @tool
@@ -239,20 +212,16 @@ def _check_elbo(batch: Batch, structure: Structure, tolerance: float) -> None:
         theirs = Trace_ELBO().loss(structure.model, structure.guide, *batch)
     with randomness.forked(seed=1):
         ours = float(_loss(structure, batch))
-    _require(
-        "ELBO: that of Pyro's Trace_ELBO",
-        abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)),
-        f"{ours:.6g} against {theirs:.6g}",
-    )
+    is_same = abs(ours - theirs) <= tolerance * max(1.0, abs(theirs))
+    _require("ELBO: that of Pyro's Trace_ELBO", is_same, f"{ours:.6g} against {theirs:.6g}")
 
 
 def _check_independence(batch: Batch, structure: Structure, tolerance: float) -> None:
     whole = compute(structure, batch)
-    rows = len(batch[0])
-    half = rows // 2
+    half = len(batch[0]) // 2
     given = {}
     for name, site in whole.sites.items():
-        if site.kind in ("latent", "auxiliary") and site.draws is not None:
+        if site.is_drawn and site.draws is not None:
             value = site.draws[0]
             given[name] = value.narrow(site.data_axis - 1, 0, half) if site.is_local else value
     try:
@@ -260,9 +229,7 @@ def _check_independence(batch: Batch, structure: Structure, tolerance: float) ->
     except PvaeError:  # a plate of fixed size
         return
     both = (whole.log_weight[:, :half], part.log_weight)
-    _require(
-        "data: a datum's terms don't depend on the rest of the batch",
-        _close(*both, tolerance),
-        f"a difference of {float((both[0] - both[1]).abs().max()):.3g}",
-        "no softmax or norm over the batch dimension",
-    )
+    rule = "data: a datum's terms don't depend on the rest of the batch"
+    actual = f"a difference of {float((both[0] - both[1]).abs().max()):.3g}"
+    fix = "no softmax or norm over the batch dimension"
+    _require(rule, _close(*both, tolerance), actual, fix)

@@ -7,8 +7,7 @@ them: ``SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyro
@@ -18,12 +17,15 @@ from torch import Tensor, nn
 from pvae import randomness
 from pvae.conditional import as_conditional
 from pvae.described import Described
+from pvae.distributions import mean_of
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
 from pvae.jacobian import differentiable_twice
 from pvae.modes import evaluating
 from pvae.pair import Pair
+from pvae.pair.modules import first_floating, tensors_of
 from pvae.penalties import Penalty, SideOutputs, on_side, penalise, recorded_activations
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
+from pvae.types import Dist
 
 __all__ = ["VAE", "Guide", "Model"]
 
@@ -40,7 +42,7 @@ class Model(Described):
     """
 
     def __init__(
-        self, prior: Any, likelihood: Any, penalties: Penalty | Sequence[Penalty] = ()
+        self, prior: object, likelihood: object, penalties: Penalty | Sequence[Penalty] = ()
     ) -> None:
         super().__init__()
         self.prior = as_conditional(prior, "prior")
@@ -72,10 +74,8 @@ class Model(Described):
             if x is not None:
                 _check_event(x, likelihood)
             x = pyro.sample(OBSERVED, likelihood, obs=x)
-            penalise(
-                SideOutputs("model", self.likelihood, x, z, context, likelihood, activations),
-                active,
-            )
+            outputs = (x, z, context, likelihood, activations)
+            penalise(SideOutputs("model", self.likelihood, *outputs), active)
             return x
 
 
@@ -90,7 +90,7 @@ class Guide(Described):
 
     def __init__(
         self,
-        posterior: Any,
+        posterior: object,
         corruption: Callable[[Tensor], Tensor] | None = None,
         penalties: Penalty | Sequence[Penalty] = (),
     ) -> None:
@@ -120,16 +120,17 @@ class Guide(Described):
                 posterior = self.posterior(x, *context)
             _check_batch(LATENT, posterior, x.shape[:1])
             z = pyro.sample(LATENT, posterior)
-            penalise(
-                SideOutputs("guide", self.posterior, x, z, context, posterior, activations), active
-            )
+            outputs = (x, z, context, posterior, activations)
+            penalise(SideOutputs("guide", self.posterior, *outputs), active)
             return z
 
 
 class VAE(Pair, nn.Module):
     r"""A variational autoencoder: ``vae.model`` is p(z) p(x | z), ``vae.guide`` is q(z | x).
 
-    With a point-mass guide (`pvae.guides.Point`) it is a deterministic autoencoder.
+    With a point-mass guide (`pvae.guides.Point`) it is a deterministic autoencoder. Of its methods,
+    ``context`` is labels and the like, N of each, and ``max_rows`` bounds the rows that are in the
+    networks at once.
 
     Arguments:
         prior: p(z), or p(z | y).
@@ -161,9 +162,9 @@ class VAE(Pair, nn.Module):
 
     def __init__(
         self,
-        prior: Any,
-        likelihood: Any,
-        guide: Any,
+        prior: object,
+        likelihood: object,
+        guide: object,
         *,
         corruption: Callable[[Tensor], Tensor] | None = None,
         penalties: Penalty | Sequence[Penalty] = (),
@@ -177,7 +178,7 @@ class VAE(Pair, nn.Module):
     def sample(
         self,
         num_samples: int,
-        *context: Any,
+        *context: object,
         mean: bool = False,
         seed: int | None = None,
         max_rows: int = 8192,
@@ -186,46 +187,38 @@ class VAE(Pair, nn.Module):
 
         Arguments:
             num_samples: N, how many.
-            context: Labels and the like, N of each.
             mean: Return the likelihood's mean instead of a draw of x. A grid of means looks
                 smoother than what the model says that data look like.
             seed: Of the draws, which then leave the caller's generators as they are; None to draw
                 from these.
-            max_rows: Bound on the rows in the networks at once.
 
         Returns:
             Shape ``(N, *event_shape)``, on the pair's device.
         """
         check_int("num_samples", num_samples)
-        with evaluating(self.model.modules()):
-            context = tuple(self._batch(*context))
-            for part in context:
-                if not part.dim() or len(part) != num_samples:
-                    raise ArgumentError(
-                        "context",
-                        f"{num_samples} labels or the like, one for each sample",
-                        f"shape {tuple(part.shape)}",
-                    )
+        arrays = self._tensors(*context)
+        for part in arrays:
+            if not part.dim() or len(part) != num_samples:
+                expected = f"{num_samples} labels or the like, one for each sample"
+                raise ArgumentError("context", expected, f"shape {tuple(part.shape)}")
 
-            def drawn(rows: Tensor, *context: Tensor) -> Tensor:
-                prior = self.model.prior(*context)
-                _check_prior(prior, context, len(rows))
-                x = self.model.likelihood(prior.expand([len(rows)])(), *context)
-                return _mean_of(OBSERVED, x) if mean else x()
+        def drawn(rows: Tensor, *context: Tensor) -> Tensor:
+            prior = self.model.prior(*context)
+            _check_prior(prior, context, len(rows))
+            x = self.model.likelihood(prior.expand([len(rows)])(), *context)
+            return _draw(OBSERVED, x, None) if mean else x()
 
-            with contextlib.nullcontext() if seed is None else randomness.forked(seed):
-                return _by_rows(drawn, (torch.arange(num_samples), *context), max_rows)
+        with contextlib.nullcontext() if seed is None else randomness.forked(seed):
+            return self._by_rows(drawn, (torch.arange(num_samples), *arrays), max_rows)
 
     def encode(
-        self, x: Any, *context: Any, num_samples: int | None = None, max_rows: int = 8192
+        self, x: object, *context: object, num_samples: int | None = None, max_rows: int = 8192
     ) -> Tensor:
         """The latent of each datum.
 
         Arguments:
             x: Data, shape ``(N, *event_shape)``.
-            context: Labels and the like, N of each.
             num_samples: S draws from q(z | x); None for its mean, which is deterministic.
-            max_rows: Bound on the rows in the networks at once.
 
         Returns:
             Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
@@ -234,21 +227,17 @@ class VAE(Pair, nn.Module):
         def encoded(*batch: Tensor) -> Tensor:
             return _draw(LATENT, self.guide.posterior(*batch), num_samples)
 
-        with evaluating(self.modules()):
-            axis = 0 if num_samples is None else 1
-            return _by_rows(encoded, tuple(self._batch(x, *context)), max_rows, axis)
+        return self._by_rows(encoded, self._tensors(x, *context), max_rows, num_samples)
 
     def decode(
-        self, z: Any, *context: Any, num_samples: int | None = None, max_rows: int = 8192
+        self, z: object, *context: object, num_samples: int | None = None, max_rows: int = 8192
     ) -> Tensor:
         """The data that a latent stands for.
 
         Arguments:
             z: Latents, shape ``(..., *latent_shape)``.
-            context: Labels and the like.
             num_samples: S draws from p(x | z); None for its mean.
-            max_rows: Bound on the rows, along the first axis, in the networks at once; with a
-                context only where z has two axes.
+            max_rows: Counted along the first axis; with a context only where z has two axes.
 
         Returns:
             Shape ``(..., *event_shape)``, or ``(S, ..., *event_shape)``.
@@ -257,22 +246,20 @@ class VAE(Pair, nn.Module):
         def decoded(*batch: Tensor) -> Tensor:
             return _draw(OBSERVED, self.model.likelihood(*batch), num_samples)
 
-        with evaluating(self.model.modules()):
-            batch = tuple(self._batch(z, *context))
-            if context and batch[0].dim() > 2:  # the first axis may be one of draws
-                return decoded(*batch)
-            return _by_rows(decoded, batch, max_rows, 0 if num_samples is None else 1)
+        batch = self._tensors(z, *context)
+        if context and batch[0].dim() > 2:  # the first axis may be one of draws
+            max_rows = max(check_int("max_rows", max_rows), len(batch[0]))
+        return self._by_rows(decoded, batch, max_rows, num_samples)
 
     def reconstruct(
-        self, x: Any, *context: Any, num_samples: int | None = None, max_rows: int = 8192
+        self, x: object, *context: object, num_samples: int | None = None, max_rows: int = 8192
     ) -> Tensor:
         """Each datum encoded and decoded: p(x | z)'s mean at q(z | x)'s mean.
 
         Arguments:
             x: Data, shape ``(N, *event_shape)``.
-            context: Labels and the like, N of each.
             num_samples: S draws of z instead of its mean, each decoded to a mean of x.
-            max_rows: Bound on the rows in the networks at once, of each draw.
+            max_rows: Counted for each draw.
 
         Returns:
             Shape ``(N, *event_shape)``, or ``(S, N, *event_shape)``.
@@ -280,145 +267,132 @@ class VAE(Pair, nn.Module):
 
         def rebuilt(*batch: Tensor) -> Tensor:
             z = _draw(LATENT, self.guide.posterior(*batch), num_samples)
-            return _mean_of(OBSERVED, self.model.likelihood(z, *batch[1:]))
+            return _draw(OBSERVED, self.model.likelihood(z, *batch[1:]), None)
 
-        with evaluating(self.modules()):
-            axis = 0 if num_samples is None else 1
-            return _by_rows(rebuilt, tuple(self._batch(x, *context)), max_rows, axis)
+        return self._by_rows(rebuilt, self._tensors(x, *context), max_rows, num_samples)
 
-    def _batch(self, *arrays: Any) -> Iterator[Tensor]:
+    def _tensors(self, *arrays: object) -> tuple[Tensor, ...]:
         """Arrays as tensors on the pair's device, floating ones in its type."""
-        anchor = next(
-            (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None
+        tensors = [torch.as_tensor(a if torch.is_tensor(a) else np.asarray(a)) for a in arrays]
+        like = first_floating((*tensors_of([self]), *tensors))
+        return tuple(
+            t.to(like.device, like.dtype if t.is_floating_point() else t.dtype) for t in tensors
         )
-        for array in arrays:
-            tensor = array if isinstance(array, Tensor) else torch.as_tensor(np.asarray(array))
-            if anchor is not None:
-                dtype = anchor.dtype if tensor.is_floating_point() else tensor.dtype
-                tensor = tensor.to(anchor.device, dtype)
-            yield tensor
+
+    def _by_rows(
+        self,
+        function: Callable[..., Tensor],
+        arrays: tuple[Tensor, ...],
+        max_rows: int,
+        num_samples: int | None = None,
+    ) -> Tensor:
+        """The function of arrays with a common first axis, some rows at a time, in evaluation mode.
+
+        With ``num_samples``, what it returns has an axis of draws before that of rows.
+        """
+        check_int("max_rows", max_rows)
+        lengths = {len(a) if a.dim() else None for a in arrays}
+        size = lengths.pop()
+        with evaluating(self.modules()):
+            if lengths or size is None or size <= max_rows:
+                return function(*arrays)
+            starts = range(0, size, max_rows)
+            parts = [function(*(a[i : i + max_rows] for a in arrays)) for i in starts]
+            return torch.cat(parts, 0 if num_samples is None else 1)
 
 
-def _by_rows(
-    function: Callable[..., Tensor], arrays: tuple[Tensor, ...], max_rows: int, axis: int = 0
-) -> Tensor:
-    """The function of arrays with a common first axis, some rows at a time."""
-    check_int("max_rows", max_rows)
-    lengths = {len(a) if a.dim() else None for a in arrays}
-    size = lengths.pop()
-    if lengths or size is None or size <= max_rows:
-        return function(*arrays)
-    parts = [function(*(a[i : i + max_rows] for a in arrays)) for i in range(0, size, max_rows)]
-    return torch.cat(parts, axis)
-
-
-def _draw(site: str, fn: Any, num_samples: int | None) -> Tensor:
-    if num_samples is None:
-        return _mean_of(site, fn)
-    return fn(torch.Size([check_int("num_samples", num_samples)]))
-
-
-def _mean_of(site: str, fn: Any) -> Tensor:
-    try:
-        return fn.mean
-    except (NotImplementedError, AttributeError):
-        raise UndefinedError(
-            f"site '{site}'",
+def _draw(site: str, fn: Dist, num_samples: int | None) -> Tensor:
+    """Draws of a distribution; its mean where no number of them is given."""
+    if num_samples is not None:
+        return fn(torch.Size([check_int("num_samples", num_samples)]))
+    mean = mean_of(fn)
+    if mean is None:
+        expected, fixes = (
             "a distribution whose mean is known",
-            type(fn).__name__,
             ["num_samples=100, and the mean over them"],
-        ) from None
+        )
+        raise UndefinedError(f"site '{site}'", expected, type(fn).__name__, fixes)
+    return mean
 
 
 def _batch_size(x: Tensor | None, context: Sequence[Tensor], size: int | None) -> int:
-    if x is not None:
-        return len(x)
-    if context:
-        return len(context[0])
+    for part in (x, *context[:1]):
+        if part is not None:
+            return len(part)
     if size is None:
         raise PairError("model", "data, a context or size=N to know how many", "none of them")
     return size
 
 
 def _corrupted(x: Tensor, corruption: Callable[[Tensor], Tensor]) -> Tensor:
-    seen = corruption(_floating(x))
-    if seen.shape != x.shape:
-        raise PairError(
-            "corruption",
-            f"data of the shape that they had, {tuple(x.shape)}",
-            f"shape {tuple(seen.shape)}",
-            ["small images in the size of the large ones, as corruptions.Downsampling has them"],
-        )
-    return seen
+    corrupted = corruption(_floating(x))
+    if corrupted.shape != x.shape:
+        expected = f"data of the shape that they had, {tuple(x.shape)}"
+        fixes = ["small images in the size of the large ones, as corruptions.Downsampling has them"]
+        raise PairError("corruption", expected, f"shape {tuple(corrupted.shape)}", fixes)
+    return corrupted
 
 
 def _floating(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
-def _check_prior(prior: Any, context: Sequence[Tensor], size: int) -> None:
+def _shapes(fn: Dist) -> str:
+    return f"batch_shape {tuple(fn.batch_shape)}, event_shape {tuple(fn.event_shape)}"
+
+
+def _check_prior(prior: Dist, context: Sequence[Tensor], size: int) -> None:
     """A prior without context must have batch_shape (): with (N,) it would pass for N priors."""
     batch = tuple(prior.batch_shape)
     if batch and not (context and batch[-1] in (1, size)):
-        raise PairError(
-            f"prior at site '{LATENT}'",
-            "batch_shape ()" + (f" or ({size},)" if context else ""),
-            f"batch_shape {batch}, event_shape {tuple(prior.event_shape)}",
-            [f".to_event({len(batch)})"],
-        )
+        expected = f"batch_shape () or ({size},)" if context else "batch_shape ()"
+        fixes = [f".to_event({len(batch)})"]
+        raise PairError(f"prior at site '{LATENT}'", expected, _shapes(prior), fixes)
 
 
-def _check_latent(z: Tensor, prior: Any) -> None:
+def _check_latent(z: Tensor, prior: Dist) -> None:
     event = tuple(prior.event_shape)
     if tuple(z.shape[z.dim() - len(event) :]) != event:
-        raise PairError(
-            f"site '{LATENT}'",
-            f"a latent of shape {event}, as the prior's event_shape says",
-            f"one of shape {tuple(z.shape)} from the guide",
-            ["the same latent_dim in prior, decoder and guide"],
-        )
+        expected = f"a latent of shape {event}, as the prior's event_shape says"
+        fixes = ["the same latent_dim in prior, decoder and guide"]
+        actual = f"one of shape {tuple(z.shape)} from the guide"
+        raise PairError(f"site '{LATENT}'", expected, actual, fixes)
 
 
-def _check_batch(site: str, fn: Any, batch_shape: Sequence[int]) -> None:
+def _check_batch(site: str, fn: Dist, batch_shape: Sequence[int]) -> None:
     if tuple(fn.batch_shape) != tuple(batch_shape):
+        expected = f"a distribution with batch_shape {tuple(batch_shape)}, one for each datum"
         extra = len(fn.batch_shape) - len(batch_shape)
-        raise PairError(
-            f"site '{site}'",
-            f"a distribution with batch_shape {tuple(batch_shape)}, one for each datum",
-            f"batch_shape {tuple(fn.batch_shape)}, event_shape {tuple(fn.event_shape)}",
-            [f".to_event({extra})"] if extra > 0 else [],
-        )
+        fixes = [f".to_event({extra})"] if extra > 0 else []
+        raise PairError(f"site '{site}'", expected, _shapes(fn), fixes)
 
 
-def _check_event(x: Tensor, fn: Any) -> None:
+def _check_event(x: Tensor, fn: Dist) -> None:
     if tuple(x.shape[1:]) != tuple(fn.event_shape):
         shape = ", ".join(map(str, fn.event_shape))
-        raise PairError(
-            f"data at site '{OBSERVED}'",
-            f"shape (N, {shape}), as the likelihood's event_shape says",
-            f"{tuple(x.shape)}",
-            [f"x.reshape(-1, {shape})", "change the likelihood's event_shape"],
-        )
+        expected = f"shape (N, {shape}), as the likelihood's event_shape says"
+        fixes = [f"x.reshape(-1, {shape})", "change the likelihood's event_shape"]
+        raise PairError(f"data at site '{OBSERVED}'", expected, f"{tuple(x.shape)}", fixes)
 
 
 def _check_bounded(vae: VAE) -> None:
     """Refuses a point-mass guide where some scale adapts: the density has no maximum."""
+    where, prior, likelihood = "VAE with a point-mass guide", vae.model.prior, vae.model.likelihood
     if not vae.guide.posterior.is_point:
         return
-    if getattr(vae.model.likelihood, "learns_scale", False):
+    if getattr(likelihood, "learns_scale", False):
         raise PairError(
-            "VAE with a point-mass guide",
+            where,
             "a likelihood with a fixed scale",
-            f"{type(vae.model.likelihood).__name__} whose sigma adapts to the data: with nothing "
+            f"{type(likelihood).__name__} whose sigma adapts to the data: with nothing "
             "random in z it shrinks to its floor as the fit improves, and there is no best fit",
             ["Gaussian(..., sigma=0.5 ** 0.5), the squared error", "guides.MeanField"],
         )
-    if any(p.requires_grad for p in vae.model.prior.parameters()):
+    if any(p.requires_grad for p in prior.parameters()):
         raise PairError(
-            "VAE with a point-mass guide",
+            where,
             "a prior without parameters to learn",
-            f"{type(vae.model.prior).__name__} with "
-            f"{sum(p.numel() for p in vae.model.prior.parameters())} of them: prior and codes "
-            "shrink together to one point, where the density is unbounded",
+            f"{type(prior).__name__} with {sum(p.numel() for p in prior.parameters())} of them: "
+            "prior and codes shrink together to one point, where the density is unbounded",
             ["priors.Flat, and an ex-post density on the codes", "guides.MeanField"],
         )
