@@ -22,7 +22,7 @@ from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
 from pvae.jacobian import differentiable_twice
 from pvae.modes import evaluating
 from pvae.pair import Pair
-from pvae.pair.modules import first_floating, tensors_of
+from pvae.pair.running import first_floating, tensors_of
 from pvae.penalties import Penalty, SideOutputs, on_side, penalise, recorded_activations
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
 from pvae.types import Dist
@@ -128,9 +128,7 @@ class Guide(Described):
 class VAE(Pair, nn.Module):
     r"""A variational autoencoder: ``vae.model`` is p(z) p(x | z), ``vae.guide`` is q(z | x).
 
-    With a point-mass guide (`pvae.guides.Point`) it is a deterministic autoencoder. Of its methods,
-    ``context`` is labels and the like, N of each, and ``max_rows`` bounds the rows that are in the
-    networks at once.
+    With a point-mass guide (`pvae.guides.Point`) it is a deterministic autoencoder.
 
     Arguments:
         prior: p(z), or p(z | y).
@@ -187,10 +185,12 @@ class VAE(Pair, nn.Module):
 
         Arguments:
             num_samples: N, how many.
+            context: Labels and the like, N of each.
             mean: Return the likelihood's mean instead of a draw of x. A grid of means looks
                 smoother than what the model says that data look like.
             seed: Of the draws, which then leave the caller's generators as they are; None to draw
                 from these.
+            max_rows: Bound on the rows in the networks at once.
 
         Returns:
             Shape ``(N, *event_shape)``, on the pair's device.
@@ -218,7 +218,9 @@ class VAE(Pair, nn.Module):
 
         Arguments:
             x: Data, shape ``(N, *event_shape)``.
+            context: Labels and the like, N of each.
             num_samples: S draws from q(z | x); None for its mean, which is deterministic.
+            max_rows: Bound on the rows in the networks at once.
 
         Returns:
             Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
@@ -236,6 +238,7 @@ class VAE(Pair, nn.Module):
 
         Arguments:
             z: Latents, shape ``(..., *latent_shape)``.
+            context: Labels and the like.
             num_samples: S draws from p(x | z); None for its mean.
             max_rows: Counted along the first axis; with a context only where z has two axes.
 
@@ -258,6 +261,7 @@ class VAE(Pair, nn.Module):
 
         Arguments:
             x: Data, shape ``(N, *event_shape)``.
+            context: Labels and the like, N of each.
             num_samples: S draws of z instead of its mean, each decoded to a mean of x.
             max_rows: Counted for each draw.
 

@@ -5,11 +5,10 @@ Parts build pairs, tools work on them.
 """
 
 from pvae.pair.base import Pair, PairLike, as_pair
-from pvae.pair.messages import is_inside, is_penalty, mask_of
-from pvae.pair.modules import probing
+from pvae.pair.messages import is_penalty, mask_of
 from pvae.pair.observed import Observed, observed_sites
-from pvae.pair.running import Batch, as_batch, num_rows_of, run_pair
-from pvae.pair.structure import Structure, only_site
+from pvae.pair.running import Batch, as_batch, num_rows_of, probing, run_pair
+from pvae.pair.structure import Structure, is_inside, only_site
 
 __all__ = [
     "Batch",

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.errors import ArgumentError, PairError, warn
-from pvae.pair.modules import first_floating, modules_reached, tensors_of
 from pvae.pair.probe import inspect_pair
-from pvae.pair.running import as_batch
+from pvae.pair.running import as_batch, first_floating, modules_reached, tensors_of
 from pvae.pair.structure import Structure
 from pvae.types import Program
 

@@ -11,8 +11,8 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pvae.errors import PairError, oxford, warn
-from pvae.pair.messages import infer_of, is_factor, is_inside, is_penalty, log_prob_of
-from pvae.pair.plates import DataPlate
+from pvae.pair.messages import infer_of, is_factor, is_penalty, log_prob_of
+from pvae.pair.plates import Sites
 from pvae.types import Site
 
 __all__ = ["check_locality", "check_sites", "check_with_pyro"]
@@ -20,38 +20,36 @@ __all__ = ["check_locality", "check_sites", "check_with_pyro"]
 SWAPPED = "model and guide in this order: are they swapped?"
 
 
-def check_sites(of_guide: list[Site], in_model: dict[str, Site], data_plate: DataPlate) -> None:
+def check_sites(sites: Sites) -> None:
     """Refuses latents without a guide, guide sites without a latent, and pairs without data."""
-    for site in of_guide:
+    for name, site in sites.in_guide.items():
         if site["is_observed"] and not is_factor(site):
             fixes = [SWAPPED, "drop obs= in the guide"]
-            where = f"guide site '{site['name']}'"
-            raise PairError(where, "draws, as a guide makes them", "observed data", fixes)
-    guided = {s["name"]: s for s in of_guide if not s["is_observed"]}
-    for name, site in in_model.items():
-        if name not in guided and not site["is_observed"]:
-            _check_unguided(name, site, guided, data_plate)
-    for name, site in guided.items():
-        _check_guided(name, site, in_model)
-    if not any(s["is_observed"] and not is_penalty(s) for s in in_model.values()):
+            expected = "draws, as a guide makes them"
+            raise PairError(f"guide site '{name}'", expected, "observed data", fixes)
+    for name, site in sites.in_model.items():
+        if name not in sites.guided and not site["is_observed"]:
+            _check_unguided(name, site, sites)
+    for name, site in sites.guided.items():
+        _check_guided(name, site, sites.in_model)
+    if not any(s["is_observed"] and not is_penalty(s) for s in sites.in_model.values()):
         expected = "at least one observed site: pyro.sample(..., obs=x)"
-        raise PairError(
-            "model", expected, f"sites: {_names(in_model)}, all of them drawn", [SWAPPED]
-        )
+        actual = f"sites: {_names(sites.in_model)}, all of them drawn"
+        raise PairError("model", expected, actual, [SWAPPED])
 
 
-def _check_unguided(name: str, site: Site, guided: dict[str, Site], data_plate: DataPlate) -> None:
+def _check_unguided(name: str, site: Site, sites: Sites) -> None:
     if infer_of(site).get("enumerate") != "parallel":
         fixes = [
             f"pyro.sample('{name}', ...) in the guide",
             "infer={'enumerate': 'parallel'} in the model, to sum a discrete latent out",
             "obs=..., if it is data",
         ]
-        actual = f"the guide's sites: {_names(guided)}"
+        actual = f"the guide's sites: {_names(sites.guided)}"
         raise PairError(f"site '{name}'", "a site of that name in the guide", actual, fixes)
     plates = [f.name for f in site["cond_indep_stack"]]
-    if plates != [data_plate.name]:
-        expected = f"the data plate '{data_plate.name}' and no other around it"
+    if plates != [sites.data_plate.name]:
+        expected = f"the data plate '{sites.data_plate.name}' and no other around it"
         actual = f"plates: {_names(plates)}"
         raise PairError(f"enumerated site '{name}'", expected, actual, ["a guide for it"])
 
@@ -104,26 +102,19 @@ def _is_scored(site: Site) -> bool:
     return True
 
 
-def check_locality(
-    guided: dict[str, Site],
-    in_model: dict[str, Site],
-    data_plate: DataPlate,
-    rows: int | None,
-    fewer: Trace | None,
-) -> None:
+def check_locality(sites: Sites, rows: int | None, fewer: Trace | None) -> None:
     """Refuses latents and data that stand outside the data plate and belong inside."""
-    for name, site in in_model.items():
-        inside = is_inside(data_plate, site)
+    plate = sites.data_plate.name
+    for name, site in sites.in_model.items():
+        inside = sites.is_inside(site)
         if site["is_observed"]:
             if rows is not None and rows > 1 and _has_rows(site, rows, fewer):
-                _check_observed(site, data_plate, rows)
-        elif name in guided and is_inside(data_plate, guided[name]) != inside:
-            raise PairError(
-                f"latent '{name}'",
-                f"the data plate '{data_plate.name}' around it in model and guide alike",
-                f"in the {'model' if inside else 'guide'} alone",
-                [f"with pyro.plate('{data_plate.name}', ...) in both"],
-            )
+                _check_observed(site, sites, rows)
+        elif name in sites.guided and sites.is_inside(sites.guided[name]) != inside:
+            expected = f"the data plate '{plate}' around it in model and guide alike"
+            actual = f"in the {'model' if inside else 'guide'} alone"
+            fixes = [f"with pyro.plate('{plate}', ...) in both"]
+            raise PairError(f"latent '{name}'", expected, actual, fixes)
 
 
 def _has_rows(site: Site, rows: int, fewer: Trace | None) -> bool:
@@ -136,18 +127,16 @@ def _has_rows(site: Site, rows: int, fewer: Trace | None) -> bool:
     return fewer.nodes[name]["value"].shape[0] == rows - 1
 
 
-def _check_observed(site: Site, data_plate: DataPlate, rows: int) -> None:
-    event_shape = tuple(site["fn"].event_shape)
-    is_event = site["value"].dim() - len(event_shape) < -data_plate.dim
-    inside = is_inside(data_plate, site)
-    if inside and not is_event:
-        return
-    raise PairError(
-        f"observed site '{site['name']}'",
-        f"the data plate '{data_plate.name}' around it: it has {rows} rows, like the batch",
-        f"event_shape {event_shape}, which holds them all" if inside else "outside of it",
-        [
+def _check_observed(site: Site, sites: Sites, rows: int) -> None:
+    event_shape, plate = tuple(site["fn"].event_shape), sites.data_plate
+    is_event = site["value"].dim() - len(event_shape) < -plate.dim
+    inside = sites.is_inside(site)
+    if is_event or not inside:
+        expected = f"the data plate '{plate.name}' around it: it has {rows} rows, like the batch"
+        whole = f"event_shape {event_shape}, which holds them all"
+        fixes = [
             f"the pyro.sample('{site['name']}', ...) indented into the plate",
             ".to_event(k) for the axes of one datum alone",
-        ],
-    )
+        ]
+        actual = whole if inside else "outside of it"
+        raise PairError(f"observed site '{site['name']}'", expected, actual, fixes)

@@ -13,16 +13,14 @@ from torch import Tensor
 from pvae.distributions import masks_of
 from pvae.errors import PairError
 from pvae.internals import DETERMINISTIC
-from pvae.pair.plates import DataPlate
-from pvae.pair.structure import Structure
 from pvae.sites import PENALTY
 from pvae.types import Site
 
 __all__ = [
     "extra_scale",
+    "in_plates",
     "infer_of",
     "is_factor",
-    "is_inside",
     "is_penalty",
     "log_prob_of",
     "mask_of",
@@ -37,9 +35,9 @@ def is_factor(site: Site) -> bool:
     return isinstance(site["fn"], dist.Unit)
 
 
-def is_inside(structure: Structure | DataPlate, site: Site) -> bool:
-    """Whether a site is inside the data plate."""
-    return any(frame.name in structure.plates for frame in site["cond_indep_stack"])
+def in_plates(names: frozenset[str], site: Site) -> bool:
+    """Whether a site is inside one of the plates."""
+    return any(frame.name in names for frame in site["cond_indep_stack"])
 
 
 def infer_of(site: Site) -> Mapping[str, object]:

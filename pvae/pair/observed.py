@@ -10,9 +10,9 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.errors import ArgumentError, UndefinedError, oxford
-from pvae.pair.messages import infer_of, is_factor, is_inside, mask_of, sample_sites
+from pvae.pair.messages import infer_of, is_factor, mask_of, sample_sites
 from pvae.pair.running import Batch
-from pvae.pair.structure import Structure
+from pvae.pair.structure import Structure, is_inside
 
 __all__ = ["DATA", "Observed", "observed_sites", "put_back"]
 

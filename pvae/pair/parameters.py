@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pvae.errors import oxford
 from pvae.pair.messages import log_prob_of, sample_sites
-from pvae.pair.modules import Networks
+from pvae.pair.running import Networks
 from pvae.types import Program
 
 __all__ = ["Parameters"]

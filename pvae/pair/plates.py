@@ -1,15 +1,18 @@
-"""The data plate of a pair."""
+"""The sites of a pair that have a density, and the plate that counts its data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
 
 from pvae.errors import PairError, oxford
+from pvae.pair.messages import in_plates, sample_sites
 from pvae.types import Site
 
-__all__ = ["DataPlate", "find_data_plate"]
+__all__ = ["DataPlate", "Sites"]
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,42 @@ class DataPlate:
     full_size: int
 
 
-def find_data_plate(
-    of_model: list[Site], of_guide: list[Site], rows: int | None, plate: str | None
-) -> DataPlate:
-    """The plate that is named, or else the only one that has the batch's length.
+class Sites:
+    """The sites of a traced pair that have a density, and its data plate.
 
-    Raises:
-        PairError: If there is none, or more than one, or the two programs scale it differently.
+    Attributes:
+        in_model: The model's, by name.
+        in_guide: The guide's.
+        guided: Those of the guide that it draws.
+        all: The guide's and then the model's.
+        latents: Names of those that the model draws, and the guide too.
+        data_plate: The plate that is named, or else the only one that has the batch's length.
     """
-    sites = [*of_model, *of_guide]
-    in_model, in_guide = _frames(of_model, sites), _frames(of_guide, sites)
+
+    def __init__(
+        self, model_trace: Trace, guide_trace: Trace, rows: int | None, plate: str | None
+    ) -> None:
+        self.in_model = {s["name"]: s for s in sample_sites(model_trace)}
+        self.in_guide = {s["name"]: s for s in sample_sites(guide_trace)}
+        self.guided = {n: s for n, s in self.in_guide.items() if not s["is_observed"]}
+        self.all = [*self.in_guide.values(), *self.in_model.values()]
+        drawn = [n for n, s in self.in_model.items() if not s["is_observed"]]
+        self.latents = [name for name in drawn if name in self.guided]
+        self.data_plate = _data_plate(self, rows, plate)
+
+    def is_inside(self, site: Site) -> bool:
+        """Whether a site is inside the data plate."""
+        return in_plates(self.data_plate.plates, site)
+
+    def outside(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the names whose sites, in model and guide, are outside the data plate."""
+        inside = {site["name"] for site in self.all if self.is_inside(site)}
+        return tuple(dict.fromkeys(name for name in names if name not in inside))
+
+
+def _data_plate(sites: Sites, rows: int | None, plate: str | None) -> DataPlate:
+    in_model = _frames(sites.in_model.values(), sites.all)
+    in_guide = _frames(sites.in_guide.values(), sites.all)
     frames = in_guide | in_model
 
     def is_same(a: Frame, b: Frame) -> bool:
@@ -49,7 +78,7 @@ def find_data_plate(
         candidates = _of_length(frames, rows)
         candidates.sort(key=lambda f: f.name not in in_model)
         if len(candidates) != 1 and not (len(candidates) == 2 and is_same(*candidates)):
-            raise _undecided(candidates, frames, sites, rows)
+            raise _undecided(candidates, frames, sites.all, rows)
         chosen = candidates[0]
     names = {chosen.name} | {f.name for f in frames.values() if is_same(f, chosen)}
     for frame in (*in_model.values(), *in_guide.values()):
@@ -63,17 +92,19 @@ def find_data_plate(
     return DataPlate(chosen.name, frozenset(names), chosen.dim, chosen.size, chosen.full_size)
 
 
-def _frames(of_program: list[Site], sites: list[Site]) -> dict[str, Frame]:
+def _frames(of_program: Iterable[Site], sites: list[Site]) -> dict[str, Frame]:
     """A program's vectorised plates; one without a size has the size of what stands in it."""
     frames = {f.name: f for s in of_program for f in s["cond_indep_stack"] if f.vectorized}
     for name, frame in frames.items():
-        inside = [s for s in sites if any(f.name == name for f in s["cond_indep_stack"])]
-        shapes = [s["fn"].batch_shape for s in inside]
-        sizes = [shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim]
-        size = max([1, *sizes]) if frame.size == -1 else int(frame.size)
+        size = _filled_size(frame, sites) if frame.size == -1 else int(frame.size)
         full_size = size if frame.full_size in (None, -1) else int(frame.full_size)
         frames[name] = frame._replace(size=size, full_size=full_size)
     return frames
+
+
+def _filled_size(frame: Frame, sites: list[Site]) -> int:
+    shapes = [s["fn"].batch_shape for s in sites if in_plates(frozenset({frame.name}), s)]
+    return max([1, *(shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim)])
 
 
 def _of_length(frames: dict[str, Frame], rows: int | None) -> list[Frame]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pyro
 import torch
@@ -12,11 +13,10 @@ from torch import Tensor
 from pvae.distributions import is_improper, log_density_of_delta
 from pvae.errors import PvaeError
 from pvae.pair.checks import check_locality, check_sites, check_with_pyro
-from pvae.pair.messages import extra_scale, is_factor, is_inside, is_penalty, sample_sites
-from pvae.pair.modules import first_floating, probing, tensors_of
+from pvae.pair.messages import extra_scale, is_factor, is_penalty, sample_sites
 from pvae.pair.parameters import Parameters
-from pvae.pair.plates import find_data_plate
-from pvae.pair.running import Batch, num_rows_of, run_pair
+from pvae.pair.plates import Sites
+from pvae.pair.running import Batch, first_floating, num_rows_of, probing, run_pair, tensors_of
 from pvae.pair.structure import Structure
 from pvae.types import Program, Site
 
@@ -43,44 +43,31 @@ def inspect_pair(
         parameters = Parameters(
             programs, networks, traces, stored, lambda: run_pair(model, guide, batch)
         )
-    of_model, of_guide = sample_sites(model_trace), sample_sites(guide_trace)
-    data_plate = find_data_plate(of_model, of_guide, rows, plate)
-    guided = {s["name"]: s for s in of_guide if not s["is_observed"]}
-    in_model = {s["name"]: s for s in of_model}
-    check_sites(of_guide, in_model, data_plate)
+    sites = Sites(model_trace, guide_trace, rows, plate)
+    check_sites(sites)
     check_with_pyro(model_trace, guide_trace)
-    check_locality(guided, in_model, data_plate, rows, fewer)
-    sites = [*of_guide, *of_model]
-    drawn = [s for s in of_model if not s["is_observed"]]
-    latents = [s["name"] for s in drawn if s["name"] in guided]
-    inside = {s["name"] for s in sites if is_inside(data_plate, s)}
-    outside = [s["name"] for s in sites if s["name"] not in inside and not is_penalty(s)]
-    deltas = {n for n, s in guided.items() if log_density_of_delta(s["fn"]) is not None}
-    tensors = (*parameters.by_name.values(), *tensors_of(parameters.modules), *batch)
+    check_locality(sites, rows, fewer)
+    data_plate, is_tied = sites.data_plate, rows is not None and rows > 1 and fewer is None
     is_whole = data_plate.size == (rows or data_plate.size)
+    tensors = (*parameters.by_name.values(), *tensors_of(parameters.modules), *batch)
     return Structure(
         model=model,
         guide=guide,
         plate=data_plate.name,
         plates=data_plate.plates,
         dim=data_plate.dim,
-        nesting=max(-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized),
+        nesting=max(-f.dim for s in sites.all for f in s["cond_indep_stack"] if f.vectorized),
         subsample_size=None if is_whole else data_plate.size,
         full_size=data_plate.full_size,
         is_scaled=data_plate.full_size != data_plate.size,
-        tied_to=rows if rows is not None and rows > 1 and fewer is None else None,
-        latents=tuple(name for name in latents if name in inside),
-        global_latents=tuple(name for name in latents if name not in inside),
-        global_sites=tuple(dict.fromkeys(outside)),
-        observed=_names(s for s in of_model if s["is_observed"] and not is_factor(s)),
-        auxiliary=tuple(name for name in guided if name not in in_model),
-        points=frozenset(n for n in latents if _is_point(n, guided, in_model, again)),
-        improper=_names(s for s in drawn if is_improper(s["fn"])),
-        enumerated=_names(s for s in drawn if s["name"] not in guided),
-        fed=tuple(n for n in latents if n in inside and n in deltas),
-        removed_scales=_removed_scales(sites),
-        not_reparametrised=_names(s for s in guided.values() if not s["fn"].has_rsample),
-        shapes={name: tuple(guided[name]["fn"].event_shape) for name in latents},
+        tied_to=rows if is_tied else None,
+        **_latents(sites, again),
+        observed=_where(sites.in_model.values(), _is_data),
+        auxiliary=_where(sites.guided.values(), lambda s: s["name"] not in sites.in_model),
+        not_reparametrised=_where(sites.guided.values(), lambda s: not s["fn"].has_rsample),
+        global_sites=sites.outside(s["name"] for s in sites.all if not is_penalty(s)),
+        removed_scales=_removed_scales(sites.all),
+        shapes={name: tuple(sites.guided[name]["fn"].event_shape) for name in sites.latents},
         parameters=parameters.by_name,
         sides=parameters.sides,
         modules=parameters.modules,
@@ -89,8 +76,27 @@ def inspect_pair(
     )
 
 
-def _names(sites: Iterable[Site]) -> tuple[str, ...]:
-    return tuple(site["name"] for site in sites)
+def _latents(sites: Sites, again: list[Trace]) -> dict[str, Any]:
+    """Names of latents by their kind, as `Structure` has them."""
+    drawn = [s for s in sites.in_model.values() if not s["is_observed"]]
+    fed = _where(sites.guided.values(), lambda s: log_density_of_delta(s["fn"]) is not None)
+    outside = sites.outside(sites.latents)
+    return {
+        "latents": tuple(name for name in sites.latents if name not in outside),
+        "global_latents": outside,
+        "points": frozenset(name for name in sites.latents if _is_point(name, sites, again)),
+        "improper": _where(drawn, lambda s: is_improper(s["fn"])),
+        "enumerated": _where(drawn, lambda s: s["name"] not in sites.guided),
+        "fed": tuple(name for name in sites.latents if name in fed and name not in outside),
+    }
+
+
+def _where(sites: Iterable[Site], holds: Callable[[Site], bool]) -> tuple[str, ...]:
+    return tuple(site["name"] for site in sites if holds(site))
+
+
+def _is_data(site: Site) -> bool:
+    return site["is_observed"] and not is_factor(site)
 
 
 def _with_rows(model: Program, guide: Program, batch: Batch, rows: int) -> Trace | None:
@@ -113,17 +119,16 @@ def _fills_its_plates(site: Site) -> bool:
     return all(batch[f.dim] in (1, f.size) or f.size < 0 for f in frames)
 
 
-def _is_point(
-    name: str, guided: dict[str, Site], in_model: dict[str, Site], again: list[Trace]
-) -> bool:
+def _is_point(name: str, sites: Sites, again: list[Trace]) -> bool:
     """A Delta is a point if its density is 1 and nothing random feeds it."""
-    log_density = log_density_of_delta(guided[name]["fn"])
+    log_density = log_density_of_delta(sites.guided[name]["fn"])
     if log_density is None or bool((log_density != 0).any()):
         return False
-    for other, site in guided.items():  # draws of a few values may repeat by chance
-        if other not in in_model and not getattr(site["fn"], "has_rsample", True):
+    for other, site in sites.guided.items():  # draws of a few values may repeat by chance
+        if other not in sites.in_model and not getattr(site["fn"], "has_rsample", True):
             return False
-    return all(torch.equal(guided[name]["value"], trace.nodes[name]["value"]) for trace in again)
+    value = sites.guided[name]["value"]
+    return all(torch.equal(value, trace.nodes[name]["value"]) for trace in again)
 
 
 def _removed_scales(sites: list[Site]) -> dict[str, float]:

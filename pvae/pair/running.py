@@ -1,18 +1,35 @@
-"""One run of a pair on a batch, as Pyro's traces."""
+"""Running a pair: on which batch, with which networks, in which mode; its runs as traces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import pyro
+import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pvae import randomness
 from pvae.errors import PairError, PvaeError
 from pvae.types import Program
 
-__all__ = ["Batch", "as_batch", "num_rows_of", "run_pair"]
+__all__ = [
+    "Batch",
+    "Networks",
+    "as_batch",
+    "first_floating",
+    "modules_reached",
+    "num_rows_of",
+    "probing",
+    "run_pair",
+    "tensors_of",
+]
 
 Batch = tuple[Any, ...]
 R = TypeVar("R")
@@ -68,3 +85,128 @@ def _words(part: object) -> str:
     if isinstance(part, Tensor):
         return f"{str(part.dtype).removeprefix('torch.')} of shape {tuple(part.shape)}"
     return type(part).__name__
+
+
+# Networks
+
+
+class Networks:
+    """The networks of a pair, as far as they are known while its programs run.
+
+    Attributes:
+        roots: The programs that are modules.
+        reached: Modules that a program reaches in another way: in a closure, as a method's owner.
+        ran: Modules that were called, by identity.
+    """
+
+    def __init__(self, programs: Iterable[object]) -> None:
+        programs = list(programs)
+        self.roots = [p for p in programs if isinstance(p, nn.Module)]
+        reached = {id(m): m for p in programs for m in modules_reached(p)}
+        self.reached = [m for m in reached.values() if not any(m is root for root in self.roots)]
+        self.ran: dict[int, nn.Module] = {}
+        self._modes: dict[int, tuple[nn.Module, bool]] = {}
+        for root in (*self.roots, *self.reached):
+            for module in root.modules():
+                self._evaluate(module)
+
+    def note(self, module: nn.Module, *_: object) -> None:
+        """Called before a module runs."""
+        self.ran.setdefault(id(module), module)
+        self._evaluate(module)
+
+    def restore(self) -> None:
+        """Gives every module its own mode back."""
+        for module, training in self._modes.values():
+            module.training = training
+
+    def _evaluate(self, module: nn.Module) -> None:
+        self._modes.setdefault(id(module), (module, module.training))
+        module.training = False
+
+
+@contextmanager
+def probing(programs: Iterable[object]) -> Iterator[Networks]:
+    """Evaluation mode, copies of the generators, validation on; notes every module that runs."""
+    networks = Networks(programs)
+    handle = register_module_forward_pre_hook(networks.note)
+    try:
+        with randomness.forked(), torch.no_grad(), pyro.validation_enabled(is_validate=True):
+            yield networks
+    finally:
+        handle.remove()
+        networks.restore()
+
+
+def tensors_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    for module in modules:
+        yield from (*module.parameters(), *module.buffers())
+
+
+def first_floating(things: Iterable[object]) -> Tensor:
+    """The first floating tensor; a number of torch's default type where there is none."""
+    tensors = (thing for thing in things if isinstance(thing, Tensor))
+    return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+
+
+def modules_reached(program: object) -> list[nn.Module]:
+    """The modules that a function reaches: in closures, as a method's owner, as defaults, globals.
+
+    Example:
+        >>> network = torch.nn.Linear(2, 1)
+        >>> modules_reached(lambda x: network.forward(x))
+        [Linear(in_features=2, out_features=1, bias=True)]
+    """
+    visited: dict[int, object] = {}
+
+    def visit(thing: object) -> None:
+        if id(thing) in visited:
+            return
+        visited[id(thing)] = thing
+        if isinstance(thing, nn.Module):
+            if thing is not program:
+                return
+            thing = type(thing).forward
+        for part in _parts_of(thing):
+            visit(part)
+
+    visit(program)
+    return [m for m in visited.values() if isinstance(m, nn.Module) and m is not program]
+
+
+def _parts_of(thing: object) -> Iterator[object]:
+    """What a function, a method, a partial or a container of them holds."""
+    if isinstance(thing, functools.partial):
+        yield from (thing.func, *thing.args, *thing.keywords.values())
+    elif isinstance(thing, types.MethodType):
+        yield from (thing.__self__, thing.__func__)
+        if not isinstance(thing.__self__, nn.Module):
+            yield from getattr(thing.__self__, "__dict__", {}).values()
+    elif isinstance(thing, types.FunctionType):
+        yield from _parts_of_function(thing)
+    elif isinstance(thing, dict):
+        yield from thing.values()
+    elif isinstance(thing, list | tuple):
+        yield from thing
+
+
+def _parts_of_function(function: types.FunctionType) -> Iterator[object]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not yet assigned
+            continue
+    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    yield from _globals_of(function.__code__, function.__globals__)
+
+
+def _globals_of(code: types.CodeType, names: dict[str, object]) -> Iterator[object]:
+    """Modules, and functions of the same file, that a function's code names."""
+    for value in map(names.get, code.co_names):
+        is_ours = isinstance(value, types.FunctionType) and value.__globals__ is names
+        if is_ours or isinstance(value, nn.Module):
+            yield value
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals_of(constant, names)

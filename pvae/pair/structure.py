@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pvae.errors import UndefinedError, oxford
-from pvae.types import Program
+from pvae.pair.messages import in_plates
+from pvae.types import Program, Site
 
-__all__ = ["Structure", "only_site"]
+__all__ = ["Structure", "is_inside", "only_site"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ class Structure:
             fixes = ["a proper prior, such as priors.StandardNormal"]
             actual = f"an improper prior at site {oxford(self.improper)}"
             raise UndefinedError(what, "a prior that is a distribution", actual, fixes)
+
+
+def is_inside(structure: Structure, site: Site) -> bool:
+    """Whether a site is inside the data plate."""
+    return in_plates(structure.plates, site)
 
 
 def only_site(where: str, what: str, names: Sequence[str], chosen: str | None) -> str:
