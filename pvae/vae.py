@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pyro
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae import randomness
-from pvae.conditional import as_conditional
+from pvae.conditional import Conditional, as_conditional
 from pvae.described import Described
 from pvae.distributions import mean_of
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
@@ -205,8 +206,10 @@ class VAE(Pair, nn.Module):
         def drawn(rows: Tensor, *context: Tensor) -> Tensor:
             prior = self.model.prior(*context)
             _check_prior(prior, context, len(rows))
-            x = self.model.likelihood(prior.expand([len(rows)])(), *context)
-            return _draw(OBSERVED, x, None) if mean else x()
+            z, likelihood = prior.expand([len(rows)])(), self.model.likelihood
+            if mean:
+                return _drawn(OBSERVED, likelihood, None, z, *context)
+            return likelihood(z, *context)()
 
         with contextlib.nullcontext() if seed is None else randomness.forked(seed):
             return self._by_rows(drawn, (torch.arange(num_samples), *arrays), max_rows)
@@ -225,10 +228,7 @@ class VAE(Pair, nn.Module):
         Returns:
             Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
         """
-
-        def encoded(*batch: Tensor) -> Tensor:
-            return _draw(LATENT, self.guide.posterior(*batch), num_samples)
-
+        encoded = partial(_drawn, LATENT, self.guide.posterior, num_samples)
         return self._by_rows(encoded, self._tensors(x, *context), max_rows, num_samples)
 
     def decode(
@@ -245,13 +245,10 @@ class VAE(Pair, nn.Module):
         Returns:
             Shape ``(..., *event_shape)``, or ``(S, ..., *event_shape)``.
         """
-
-        def decoded(*batch: Tensor) -> Tensor:
-            return _draw(OBSERVED, self.model.likelihood(*batch), num_samples)
-
         batch = self._tensors(z, *context)
         if context and batch[0].dim() > 2:  # the first axis may be one of draws
             max_rows = max(check_int("max_rows", max_rows), len(batch[0]))
+        decoded = partial(_drawn, OBSERVED, self.model.likelihood, num_samples)
         return self._by_rows(decoded, batch, max_rows, num_samples)
 
     def reconstruct(
@@ -270,8 +267,8 @@ class VAE(Pair, nn.Module):
         """
 
         def rebuilt(*batch: Tensor) -> Tensor:
-            z = _draw(LATENT, self.guide.posterior(*batch), num_samples)
-            return _draw(OBSERVED, self.model.likelihood(z, *batch[1:]), None)
+            z = _drawn(LATENT, self.guide.posterior, num_samples, *batch)
+            return _drawn(OBSERVED, self.model.likelihood, None, z, *batch[1:])
 
         return self._by_rows(rebuilt, self._tensors(x, *context), max_rows, num_samples)
 
@@ -305,8 +302,11 @@ class VAE(Pair, nn.Module):
             return torch.cat(parts, 0 if num_samples is None else 1)
 
 
-def _draw(site: str, fn: Dist, num_samples: int | None) -> Tensor:
-    """Draws of a distribution; its mean where no number of them is given."""
+def _drawn(
+    site: str, conditional: Conditional, num_samples: int | None, *context: Tensor
+) -> Tensor:
+    """Draws of a distribution given a context; its mean where no number of them is given."""
+    fn = conditional(*context)
     if num_samples is not None:
         return fn(torch.Size([check_int("num_samples", num_samples)]))
     mean = mean_of(fn)

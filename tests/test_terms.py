@@ -17,11 +17,11 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 from pvae import VAE, guides, likelihoods, networks, priors, sites
-from pvae import terms as t
 from pvae.conditional import as_conditional
 from pvae.data import as_source
 from pvae.errors import PairError, PvaeWarning, UndefinedError
 from pvae.pair import Pair
+from pvae.terms import Evaluation, Terms, compute, stream
 from tests import pairs
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -34,9 +34,9 @@ def close(a: Tensor | None, b: Tensor | None) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def run(make: Make, device: torch.device, **options: Any) -> t.Terms:
+def run(make: Make, device: torch.device, **options: Any) -> Terms:
     model, guide, batch = make(device)
-    return t.compute(Pair(model, guide).inspect(batch), batch, **options)
+    return compute(Pair(model, guide).inspect(batch), batch, **options)
 
 
 @ALL
@@ -45,7 +45,7 @@ def test_shapes(make: Make, device: torch.device) -> None:
     structure = Pair(model, guide).inspect(batch)
     rows = structure.subsample_size or len(batch[0])
     for k in (1, 3):
-        terms = t.compute(structure, batch, num_particles=k)
+        terms = compute(structure, batch, num_particles=k)
         assert terms.log_joint.shape == terms.log_q.shape == terms.log_weight.shape == (k, rows)
         assert terms.global_log_p.shape == terms.global_log_q.shape == (k,)
         for site in terms.sites.values():
@@ -58,7 +58,7 @@ def test_vectorised_equals_looped(make: Make, device: torch.device) -> None:
     """The same draws, scored at once and one by one, give the same terms site by site."""
     model, guide, batch = make(device)
     structure = Pair(model, guide).inspect(batch)
-    both = t.compute(structure, batch, num_particles=3)
+    both = compute(structure, batch, num_particles=3)
     assert structure.notes["looped_because"] == ""
     for k in range(3):
         given = {
@@ -68,7 +68,7 @@ def test_vectorised_equals_looped(make: Make, device: torch.device) -> None:
         }
         if structure.subsample_size is not None:
             given["data"] = both.guide_trace.nodes["data"]["value"]
-        one = t.compute(structure, batch, given=given)
+        one = compute(structure, batch, given=given)
         for name, site in both.sites.items():
             for key in ("log_p", "log_q"):
                 if getattr(site, key) is not None:
@@ -79,8 +79,8 @@ def test_vectorised_equals_looped(make: Make, device: torch.device) -> None:
 def test_looping_gives_the_same_shapes_and_kinds(make: Make, device: torch.device) -> None:
     model, guide, batch = make(device)
     structure = Pair(model, guide).inspect(batch)
-    at_once = t.compute(structure, batch, num_particles=3, vectorize=True)
-    looped = t.compute(structure, batch, num_particles=3, vectorize=False)
+    at_once = compute(structure, batch, num_particles=3, vectorize=True)
+    looped = compute(structure, batch, num_particles=3, vectorize=False)
     assert at_once.sites.keys() == looped.sites.keys()
     for name, site in at_once.sites.items():
         other = looped.sites[name]
@@ -94,7 +94,7 @@ def test_the_scaled_sum_is_trace_elbo(make: Make, device: torch.device) -> None:
     model, guide, batch = make(device)
     structure = Pair(model, guide).inspect(batch)
     torch.manual_seed(1)
-    terms = t.compute(structure, batch)
+    terms = compute(structure, batch)
     ours = -(terms.scaled("likelihood") + terms.scaled("prior") - terms.scaled("q"))
     torch.manual_seed(1)
     elbo = TraceEnum_ELBO(max_plate_nesting=1) if structure.enumerated else Trace_ELBO()
@@ -106,7 +106,7 @@ def test_the_plates_scale_is_removed(device: torch.device) -> None:
     structure = Pair(model, guide).inspect(batch)
     assert (structure.full_size, structure.is_scaled) == (100, True)
     assert structure.removed_scales == {}
-    terms = t.compute(structure, batch)
+    terms = compute(structure, batch)
     z = terms.sites["z"].value
     assert z is not None
     expected = dist.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(-1)
@@ -134,7 +134,7 @@ def test_other_scales_are_removed_and_reported(scale: Any, device: torch.device)
     x = pairs.data(12, device)
     structure = Pair(model, guide).inspect((x,))
     assert structure.removed_scales == {"z": pytest.approx(0.25), "x": pytest.approx(0.25)}
-    terms = t.compute(structure, (x,))
+    terms = compute(structure, (x,))
     z = terms.sites["z"].value
     assert z is not None
     close(terms.log_prior, dist.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(-1))
@@ -143,7 +143,7 @@ def test_other_scales_are_removed_and_reported(scale: Any, device: torch.device)
 
 def test_masks_are_applied(device: torch.device) -> None:
     model, guide, batch = pairs.masked(device)
-    terms = t.compute(Pair(model, guide).inspect(batch), batch, num_particles=2)
+    terms = compute(Pair(model, guide).inspect(batch), batch, num_particles=2)
     keep = batch[1]
     assert (terms.log_joint[:, ~keep] == 0).all()
     assert (terms.log_q[:, ~keep] == 0).all()
@@ -174,7 +174,7 @@ def test_inner_plates_are_summed(device: torch.device) -> None:
     model = Nested(is_guide=False, pixels=None).to(device)
     guide = Nested(is_guide=True, pixels=None).to(device)
     x = pairs.data(12, device)
-    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=3)
+    terms = compute(Pair(model, guide).inspect((x,)), (x,), num_particles=3)
     z = terms.sites["z"].value
     assert z is not None
     assert z.shape == (3, 12, 1)
@@ -189,7 +189,7 @@ def test_a_subsampled_inner_plate_keeps_its_scale(device: torch.device) -> None:
     x = pairs.data(12, device)
     structure = Pair(model, guide).inspect((x,))
     assert structure.removed_scales == {}
-    terms = t.compute(structure, (x,))
+    terms = compute(structure, (x,))
     index = terms.model_trace.nodes["pixels"]["value"]
     z = terms.sites["z"].value
     assert z is not None
@@ -262,7 +262,7 @@ def test_a_point_is_a_delta_that_nothing_feeds(
     guide = WithDelta(kind=kind).to(device)
     structure = Pair(model, guide).inspect((x,))
     assert (structure.points == {"z"}) is is_point
-    terms = t.compute(structure, (x,), num_particles=2)
+    terms = compute(structure, (x,), num_particles=2)
     if kind == "density":
         close(terms.log_q, guide.encoder(x).sum(-1).expand(2, -1))
     if kind in ("point", "independent"):
@@ -296,7 +296,7 @@ class Odd(pairs.Generator, pairs.Inference):
 def test_factors_and_deterministic_sites(num_particles: int, device: torch.device) -> None:
     model, guide = Odd(is_guide=False).to(device), Odd(is_guide=True).to(device)
     x = pairs.data(12, device)
-    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=num_particles)
+    terms = compute(Pair(model, guide).inspect((x,)), (x,), num_particles=num_particles)
     assert set(terms.sites) == {"z", "x", "factor", "guide_penalty", "model_penalty"}
     z = terms.sites["z"].value
     assert z is not None
@@ -316,7 +316,7 @@ def test_a_guide_penalty_has_a_gradient(device: torch.device) -> None:
     """Without has_rsample the loss would be right and the gradient wrong."""
     model, guide = Odd(is_guide=False).to(device), Odd(is_guide=True).to(device)
     x = pairs.data(12, device)
-    terms = t.compute(Pair(model, guide).inspect((x,)), (x,))
+    terms = compute(Pair(model, guide).inspect((x,)), (x,))
     weight = guide.encoder.weight
     (ours,) = torch.autograd.grad(terms.scaled("penalty").sum(), weight)
     (expected,) = torch.autograd.grad(-guide.encoder(x).abs().sum(), weight)
@@ -324,7 +324,7 @@ def test_a_guide_penalty_has_a_gradient(device: torch.device) -> None:
     torch.manual_seed(3)
     (through_pyro,) = torch.autograd.grad(Trace_ELBO().differentiable_loss(model, guide, x), weight)
     torch.manual_seed(3)
-    terms = t.compute(Pair(model, guide).inspect((x,)), (x,))
+    terms = compute(Pair(model, guide).inspect((x,)), (x,))
     (all_of_ours,) = torch.autograd.grad(
         (
             terms.scaled("q")
@@ -339,7 +339,7 @@ def test_a_guide_penalty_has_a_gradient(device: torch.device) -> None:
 
 def test_enumerated_latents_are_summed_out(device: torch.device) -> None:
     model, guide, batch = pairs.enumerated(device)
-    terms = t.compute(Pair(model, guide).inspect(batch), batch, num_particles=2)
+    terms = compute(Pair(model, guide).inspect(batch), batch, num_particles=2)
     z, x = terms.sites["z"].value, batch[0]
     assert z is not None
     log_c = model.logits.log_softmax(-1)
@@ -370,7 +370,7 @@ class MixturePrior(nn.Module):
 def test_an_enumerated_prior(in_data: bool, device: torch.device) -> None:
     model = MixturePrior(in_data=in_data).to(device)
     _, guide, (x,) = pairs.enumerated(device)
-    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=2)
+    terms = compute(Pair(model, guide).inspect((x,)), (x,), num_particles=2)
     z = terms.sites["z"].value
     assert z is not None
     prior = dist.Normal(model.centers, 1.0).log_prob(z[..., None, :]).sum(-1)  # (K, N, C)
@@ -388,7 +388,7 @@ def test_an_enumerated_prior(in_data: bool, device: torch.device) -> None:
 def test_per_dimension_terms(device: torch.device) -> None:
     model, guide, batch = pairs.masked(device)
     for k in (1, 3):
-        terms = t.compute(
+        terms = compute(
             Pair(model, guide).inspect(batch), batch, num_particles=k, per_dimension=True
         )
         z = terms.sites["z"]
@@ -412,7 +412,7 @@ def test_per_dimension_is_refused_by_name(device: torch.device) -> None:
 
     model, _, (x,) = pairs.functions(device)
     with pytest.raises(UndefinedError, match=r"site 'z'.*MultivariateNormal"):
-        t.compute(Pair(model, FullRank().to(device)).inspect((x,)), (x,), per_dimension=True)
+        compute(Pair(model, FullRank().to(device)).inspect((x,)), (x,), per_dimension=True)
 
 
 def through_latents(
@@ -427,7 +427,7 @@ def through_latents(
 def test_the_stopped_guide_keeps_the_path_through_z(device: torch.device) -> None:
     """q(z1) q(z2 | z1): only the parameters are stopped, not what z1 does to q(z2)."""
     model, guide, (x,) = pairs.two_sites(device)
-    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=2, stop_guide=True)
+    terms = compute(Pair(model, guide).inspect((x,)), (x,), num_particles=2, stop_guide=True)
     close(terms.stopped_log_q, terms.log_q)
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False)
 
@@ -456,7 +456,7 @@ def test_the_stopped_guide_of_a_flow(device: torch.device) -> None:
     decoder = likelihoods.Gaussian(networks.MLP(pairs.Q, pairs.D, (8,)), pairs.D, sigma=1.0)
     vae = VAE(priors.StandardNormal(pairs.Q), decoder, flow).to(device)
     x = pairs.data(12, device)
-    terms = t.compute(vae.inspect((x,)), (x,), stop_guide=True)
+    terms = compute(vae.inspect((x,)), (x,), stop_guide=True)
     torch.testing.assert_close(terms.stopped_log_q, terms.log_q, rtol=1e-5, atol=1e-5)
     frozen = copy.deepcopy(vae.guide).requires_grad_(requires_grad=False)
     values = [terms.guide_trace.nodes["z"]["value"]]
@@ -574,7 +574,7 @@ def test_a_decoder_that_cant_take_particles_is_looped(
     _, guide, (x,) = pairs.functions(device)
     structure = Pair(model, guide).inspect((x,))
     with pytest.warns(PvaeWarning, match="looped, not vectorised"):
-        terms = t.compute(structure, (x,), num_particles=3)
+        terms = compute(structure, (x,), num_particles=3)
     assert len(terms.passes) == 3
     z = terms.sites["z"].value
     assert z is not None
@@ -583,7 +583,7 @@ def test_a_decoder_that_cant_take_particles_is_looped(
     close(terms.log_likelihood, dist.Normal(loc, 0.1).log_prob(x).sum(-1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        t.compute(structure, (x,), num_particles=3)
+        compute(structure, (x,), num_particles=3)
 
 
 def test_training_batch_norm_is_looped(device: torch.device) -> None:
@@ -603,9 +603,9 @@ def test_training_batch_norm_is_looped(device: torch.device) -> None:
         guides.MeanField(encoder, pairs.Q),
     ).to(device)
     x = pairs.data(12, device)
-    assert len(t.compute(vae.inspect((x,)), (x,), num_particles=3).passes) == 3
+    assert len(compute(vae.inspect((x,)), (x,), num_particles=3).passes) == 3
     vae.eval()
-    assert len(t.compute(vae.inspect((x,)), (x,), num_particles=3).passes) == 1
+    assert len(compute(vae.inspect((x,)), (x,), num_particles=3).passes) == 1
 
 
 # Probes and streams
@@ -638,8 +638,8 @@ def test_streams_visit_every_datum_once(make: Make, device: torch.device) -> Non
     source = as_source(batch, device, torch.float64)
     structure = Pair(model, guide).inspect_source(source)
     seen = torch.zeros(source.num_rows)
-    for rows, terms in t.stream(
-        t.Evaluation(Pair(model, guide), structure, source, 15), num_particles=3
+    for rows, terms in stream(
+        Evaluation(Pair(model, guide), structure, source, 15), num_particles=3
     ):
         size = rows.stop - rows.start
         assert terms.log_weight.shape[1] == size
@@ -656,7 +656,7 @@ def test_a_self_subsampling_pair_is_visited_in_order(device: torch.device) -> No
     structure = Pair(model, guide).inspect_source(source)
     values = torch.zeros(12, pairs.Q, device=device)
     log_q = torch.zeros(12, device=device)
-    for rows, terms in t.stream(t.Evaluation(Pair(model, guide), structure, source)):
+    for rows, terms in stream(Evaluation(Pair(model, guide), structure, source)):
         site = terms.sites["z"]
         assert site.value is not None
         values[rows], log_q[rows] = site.value[0], terms.log_q[0]
@@ -670,8 +670,8 @@ def test_memory_is_bounded_by_rows_and_not_by_particles(device: torch.device) ->
     structure = Pair(model, guide).inspect_source(source)
     sizes = [
         terms.log_weight.numel()
-        for _, terms in t.stream(
-            t.Evaluation(Pair(model, guide), structure, source, 64), num_particles=500
+        for _, terms in stream(
+            Evaluation(Pair(model, guide), structure, source, 64), num_particles=500
         )
     ]
     assert max(sizes) <= 64
@@ -702,7 +702,7 @@ def test_plates_may_have_different_names(device: torch.device) -> None:
     for plate in (None, "rows", "guide_rows"):
         structure = Pair(model, guide, plate=plate).inspect((x,))
         torch.manual_seed(0)
-        terms = t.compute(structure, (x,))
+        terms = compute(structure, (x,))
         torch.manual_seed(0)
         with pyro.validation_enabled(is_validate=False):  # Pyro warns of the names
             expected = Trace_ELBO().loss(model, guide, x)
@@ -790,7 +790,7 @@ def test_padding_under_an_enumerated_latent_counts_nothing(device: torch.device)
             c = pyro.sample("c", uniform, infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(centers[c], x.new_tensor(1.0)), obs=x)
 
-    terms = t.compute(Pair(model, lambda x: None).inspect((x,)), (x,))
+    terms = compute(Pair(model, lambda x: None).inspect((x,)), (x,))
     each = dist.Normal(centers, 1.0).log_prob(x[:2, None]).logsumexp(1) - torch.tensor(3.0).log()
     close(terms.log_joint[0, :2], each)
     close(terms.log_joint[0, 2:], torch.zeros(2, device=device))
@@ -805,7 +805,7 @@ def test_one_scale_inside_a_logarithm(device: torch.device) -> None:
                 pyro.sample("x", dist.Normal(c.to(x.dtype), x.new_tensor(1.0)), obs=x[:, 0])
 
     with pytest.raises(PairError, match="one common scale"):
-        t.compute(
+        compute(
             Pair(model, lambda x: None).inspect((pairs.data(5, device),)), (pairs.data(5, device),)
         )
 
@@ -850,7 +850,7 @@ def test_the_stopped_guide_of_a_caching_flow(device: torch.device) -> None:
     model, _, (x,) = pairs.functions(device)
     guide = CachingFlow().to(device)
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False)
-    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), stop_guide=True)
+    terms = compute(Pair(model, guide).inspect((x,)), (x,), stop_guide=True)
     close(terms.stopped_log_q, terms.log_q)
 
     def log_q(z: Tensor) -> Tensor:
@@ -880,7 +880,7 @@ def test_the_stopped_pass_drops_the_same_units_and_moves_no_statistics(
 
     model, _, (x,) = pairs.functions(device)
     guide = Noisy().to(device)
-    terms = t.compute(Pair(model, guide).inspect((x,)), (x,), stop_guide=True)
+    terms = compute(Pair(model, guide).inspect((x,)), (x,), stop_guide=True)
     close(terms.stopped_log_q, terms.log_q)
     assert guide.norm.num_batches_tracked == 1
 
@@ -889,7 +889,7 @@ def test_a_flow_that_cant_be_inverted_is_looped(device: torch.device) -> None:
     model, _, (x,) = pairs.functions(device)
     guide = CachingFlow("planar").to(device)
     with pytest.warns(PvaeWarning, match="looped"):
-        terms = t.compute(Pair(model, guide).inspect((x,)), (x,), num_particles=3)
+        terms = compute(Pair(model, guide).inspect((x,)), (x,), num_particles=3)
     assert terms.log_q.shape == (3, 12)
 
 
@@ -911,9 +911,9 @@ def test_values_have_data_second_whatever_the_plates(device: torch.device) -> No
 
     x = pairs.data(7, device)
     for k in (1, 3):
-        z = t.compute(
-            Pair(model, guide).inspect((x,)), (x,), num_particles=k, vectorize=False
-        ).sites["z"]
+        z = compute(Pair(model, guide).inspect((x,)), (x,), num_particles=k, vectorize=False).sites[
+            "z"
+        ]
         assert z.value is not None
         assert z.value.shape == (k, 7, 4, 2)
         assert z.log_q is not None

@@ -17,7 +17,6 @@ from pvae.sites import PENALTY
 from pvae.types import Site
 
 __all__ = [
-    "extra_scale",
     "in_plates",
     "infer_of",
     "is_factor",
@@ -90,11 +89,6 @@ def score(site: Site) -> Tensor:
             first,
             ["data in the likelihood's support", "a guide whose draws are in the prior's support"],
         ) from error
-
-
-def extra_scale(site: Site) -> float | Tensor:
-    """The factor of a site that no plate explains."""
-    return site["scale"] / plate_scale(site)
 
 
 def plate_scale(site: Site, without: frozenset[str] = frozenset()) -> float:

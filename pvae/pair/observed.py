@@ -47,11 +47,6 @@ class Observed:
         """The place in the batch; None where no entry, or more than one, is these data."""
         return self.places[0] if len(self.places) == 1 else None
 
-    def as_entry(self, value: Tensor, like: Tensor) -> Tensor:
-        """A value that the site might have observed, as the entry of the batch would have it."""
-        value = value if self.axis is None else value.movedim(self.axis, 0)
-        return value.reshape(like.shape).to(like.dtype)
-
 
 def observed_sites(structure: Structure, trace: Trace, batch: Batch) -> dict[str, Observed]:
     """What the observed sites of a trace of the model observe, by name; no factors.
@@ -101,18 +96,22 @@ def put_back(
     for name, site in observed.items():
         at = asked.get(name, site.place)
         if at is None or site.rows is not None or batch[at].numel() != values[name].numel():
-            expected = "one argument of the pair that is these data, as it is or reshaped"
-            equal = f"arguments {', '.join(map(str, site.places))}, which are equal"
-            fixes = ["obs=x, with x as the model was given it"]
-            if places is not None:
-                fixes.append(f"arguments={{'{name}': 0}}, the place of the argument")
-            actual = equal if len(site.places) > 1 else "none"
-            raise UndefinedError(f"{where}: data of site '{name}'", expected, actual, fixes)
+            raise _unplaced(where, site, can_ask=places is not None)
         if filled[at] is not batch[at]:
             shared = f"'{name}' and another, which share argument {at}"
             raise UndefinedError(where, "observed sites with an argument each", shared)
-        filled[at] = site.as_entry(values[name], batch[at])
+        value = values[name] if site.axis is None else values[name].movedim(site.axis, 0)
+        filled[at] = value.reshape(batch[at].shape).to(batch[at].dtype)
     return tuple(filled)
+
+
+def _unplaced(where: str, site: Observed, *, can_ask: bool) -> UndefinedError:
+    expected = "one argument of the pair that is these data, as it is or reshaped"
+    equal = f"arguments {', '.join(map(str, site.places))}, which are equal"
+    by_hand = f"arguments={{'{site.name}': 0}}, the place of the argument"
+    fixes = ["obs=x, with x as the model was given it", by_hand][: 1 + can_ask]
+    actual = equal if len(site.places) > 1 else "none"
+    return UndefinedError(f"{where}: data of site '{site.name}'", expected, actual, fixes)
 
 
 def _is_view(part: object, data: Tensor) -> bool:

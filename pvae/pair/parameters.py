@@ -48,11 +48,10 @@ class Parameters:
                 if site["type"] == "param":
                     self._add(site["name"], site["value"].unconstrained(), side)
         active = _with_gradient(networks, run)
-        used = active | {id(p) for p in self.by_name.values()} | {*networks.ran}
+        used = active | {*map(id, self.by_name.values())} | {*networks.ran}
         reached = [root for root in networks.reached if _has_any(used, root)]
-        rooted = [m for root in networks.roots for m in root.modules()]
-        inner = [m for root in reached for m in root.modules()]
-        self.modules = (*{id(m): m for m in (*rooted, *networks.ran.values(), *inner)}.values(),)
+        modules = (*_inner(networks.roots), *networks.ran.values(), *_inner(reached))
+        self.modules = tuple(dict.fromkeys(modules))
         self.oddities = (*self._unannounced(stored), *_idle(networks, active))
 
     def _add(self, name: str, tensor: Tensor, side: str) -> None:
@@ -85,6 +84,10 @@ class Parameters:
         return []
 
 
+def _inner(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for root in roots for module in root.modules()]
+
+
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters(recurse=False) if p.requires_grad]
 
@@ -108,9 +111,9 @@ def _idle(networks: Networks, active: set[int]) -> list[str]:
 
 def _with_gradient(networks: Networks, run: Callable[[], tuple[Trace, Trace]]) -> set[int]:
     """Parameters of modules that were not called, but that some density or draw depends on."""
-    modules = [m for root in (*networks.roots, *networks.reached) for m in root.modules()]
+    modules = _inner([*networks.roots, *networks.reached])
     not_run = [p for m in modules if id(m) not in networks.ran for p in _trainable(m)]
-    asked = [*{id(p): p for p in not_run}.values()]
+    asked = [*dict.fromkeys(not_run)]
     if not asked:
         return set()
     with torch.enable_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 from pvae.distributions import is_improper, log_density_of_delta
 from pvae.errors import PvaeError
 from pvae.pair.checks import check_locality, check_sites, check_with_pyro
-from pvae.pair.messages import extra_scale, is_factor, is_penalty, sample_sites
+from pvae.pair.messages import is_factor, is_penalty, plate_scale, sample_sites
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import Sites
 from pvae.pair.running import Batch, first_floating, num_rows_of, probing, run_pair, tensors_of
@@ -132,9 +132,10 @@ def _is_point(name: str, sites: Sites, again: list[Trace]) -> bool:
 
 
 def _removed_scales(sites: list[Site]) -> dict[str, float]:
+    """Factors that no plate explains."""
     removed = {}
     for site in sites:
-        scale = extra_scale(site)
+        scale = site["scale"] / plate_scale(site)
         if isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-9:
             removed[site["name"]] = float(torch.as_tensor(scale).double().mean())
     return removed
