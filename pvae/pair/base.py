@@ -97,7 +97,9 @@ class Pair:
         structure = inspect_pair(self.model, self.guide, batch, self.plate)
         said = {text for old, _ in known.values() for text in old.oddities}
         state = self._state(structure)
-        for old in [k for k, (_, then) in known.items() if then != state or len(known) > _KEPT]:
+        if len(known) > _KEPT:
+            known.clear()
+        for old in [k for k, (_, then) in known.items() if then != state]:
             del known[old]
         known[key] = structure, state
         for text in structure.oddities:
@@ -173,17 +175,11 @@ class Pair:
         """What a structure is right for: networks, parameters, and whether these are trainable."""
         programs = (self.model, self.guide)
         roots = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
-        modules = {id(m): m for m in (*roots, *structure.modules)}.values()
-        named = [(id(m), *named) for m in modules for named in m.named_parameters(recurse=False)]
+        modules = dict.fromkeys((*roots, *structure.modules))
+        reached = [id(m) for p in programs for m in modules_reached(p)]
         store = dict(pyro.get_param_store().named_parameters())
-        return (
-            self.plate,
-            [id(m) for p in programs for m in modules_reached(p)],
-            [id(m) for m in modules],
-            [(i, name, id(p), p.requires_grad) for i, name, p in named],
-            [id(b) for m in modules for b in m.buffers(recurse=False)],
-            [(name, id(store[name])) for name in structure.parameters if name in store],
-        )
+        stored = [(name, id(store[name])) for name in structure.parameters if name in store]
+        return self.plate, reached, stored, [_module_state(m) for m in modules]
 
 
 PairLike = Pair | tuple[Callable[..., object], Callable[..., object]]
@@ -231,6 +227,12 @@ def _signature(part: object) -> object:
     if isinstance(part, (bool, int, float, str, type(None))):
         return type(part), part
     return id(part)
+
+
+def _module_state(module: nn.Module) -> object:
+    named = module.named_parameters(recurse=False)
+    parameters = [(name, id(p), p.requires_grad) for name, p in named]
+    return id(module), parameters, [*map(id, module.buffers(recurse=False))]
 
 
 def _as_device(device: str | torch.device) -> torch.device:

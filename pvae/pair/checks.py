@@ -22,14 +22,12 @@ SWAPPED = "model and guide in this order: are they swapped?"
 
 def check_sites(sites: Sites) -> None:
     """Refuses latents without a guide, guide sites without a latent, and pairs without data."""
-    for name, site in sites.in_guide.items():
-        if site["is_observed"] and not is_factor(site):
-            fixes = [SWAPPED, "drop obs= in the guide"]
-            expected = "draws, as a guide makes them"
-            raise PairError(f"guide site '{name}'", expected, "observed data", fixes)
-    for name, site in sites.in_model.items():
-        if name not in sites.guided and not site["is_observed"]:
-            _check_unguided(name, site, sites)
+    data = [n for n, s in sites.in_guide.items() if s["is_observed"] and not is_factor(s)]
+    if data:
+        fixes, expected = [SWAPPED, "drop obs= in the guide"], "draws, as a guide makes them"
+        raise PairError(f"guide site '{data[0]}'", expected, "observed data", fixes)
+    for name in sites.unguided:
+        _check_unguided(name, sites.in_model[name], sites)
     for name, site in sites.guided.items():
         _check_guided(name, site, sites.in_model)
     if not any(s["is_observed"] and not is_penalty(s) for s in sites.in_model.values()):

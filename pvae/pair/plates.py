@@ -35,6 +35,7 @@ class Sites:
         guided: Those of the guide that it draws.
         all: The guide's and then the model's.
         latents: Names of those that the model draws, and the guide too.
+        unguided: Names of those that the model alone draws.
         data_plate: The plate that is named, or else the only one that has the batch's length.
     """
 
@@ -47,6 +48,7 @@ class Sites:
         self.all = [*self.in_guide.values(), *self.in_model.values()]
         drawn = [n for n, s in self.in_model.items() if not s["is_observed"]]
         self.latents = [name for name in drawn if name in self.guided]
+        self.unguided = [name for name in drawn if name not in self.guided]
         self.data_plate = _data_plate(self, rows, plate)
 
     def is_inside(self, site: Site) -> bool:

@@ -86,7 +86,7 @@ def _latents(sites: Sites, again: list[Trace]) -> dict[str, Any]:
         "global_latents": outside,
         "points": frozenset(name for name in sites.latents if _is_point(name, sites, again)),
         "improper": _where(drawn, lambda s: is_improper(s["fn"])),
-        "enumerated": _where(drawn, lambda s: s["name"] not in sites.guided),
+        "enumerated": tuple(sites.unguided),
         "fed": tuple(name for name in sites.latents if name in fed and name not in outside),
     }
 

@@ -24,6 +24,12 @@ PARTICLES = "pvae_particles"
 """Name of the plate in which particles are vectorised."""
 
 
+def _kind_of(site: Site, unless_factor: Kind) -> Kind:
+    if not is_factor(site):
+        return unless_factor
+    return "penalty" if is_penalty(site) else "factor"
+
+
 class Collector:
     """Reduces the sites of a pass to shape (K, N) or (K,)."""
 
@@ -41,9 +47,7 @@ class Collector:
 
     def guide(self, site: Site, *, in_model: bool) -> None:
         """Takes in a site of the guide."""
-        kind: Kind = "latent" if in_model else "auxiliary"
-        if is_factor(site):
-            kind = "penalty" if is_penalty(site) else "factor"
+        kind = _kind_of(site, "latent" if in_model else "auxiliary")
         raw = log_density_of_delta(site["fn"])
         entry = self._entry(site, kind)
         entry.guide = site["fn"]
@@ -62,9 +66,7 @@ class Collector:
         if raw.dim() > self.rank and self.structure.enumerated:
             self.summed_out.append((site, raw))
             return
-        kind: Kind = "observed" if site["is_observed"] else "latent"
-        if is_factor(site):
-            kind = "penalty" if is_penalty(site) else "factor"
+        kind = _kind_of(site, "observed" if site["is_observed"] else "latent")
         entry = self._entry(site, kind)
         entry.model = site["fn"]
         entry.log_p, entry.scaled_log_p = self._both(site, raw)
@@ -124,14 +126,12 @@ class Collector:
             raise PairError(f"site '{name}'", expected, f"shape {tuple(log_prob.shape)}", fixes)
         if self.like is None:
             self.like = log_prob.detach()
-        if is_local and log_prob.dim() == self.rank and self.structure.nesting == 1:
-            full = log_prob if self.vectorized else log_prob.unsqueeze(0)
-        else:
-            full = log_prob.reshape((1,) * (self.rank - log_prob.dim()) + log_prob.shape)
+        if not is_local or log_prob.dim() != self.rank or self.structure.nesting != 1:
+            log_prob = log_prob.reshape((1,) * (self.rank - log_prob.dim()) + log_prob.shape)
             kept = [0] * self.vectorized + [self.axis] * is_local
             out = [i for i in range(self.rank) if i not in kept]
-            full = full.sum(out) if out else full
-            full = full if self.vectorized else full.unsqueeze(0)
+            log_prob = log_prob.sum(out) if out else log_prob
+        full = log_prob if self.vectorized else log_prob.unsqueeze(0)
         if is_local:
             self.num_rows = max(self.num_rows, full.shape[1])
         if full.shape[0] != self.num_particles:
@@ -166,23 +166,20 @@ class Collector:
             Whether data and latents are summed out together, so that they have no parts.
         """
         sites = [site for site, _ in self.summed_out]
-        enumerated = [s for s in sites if s["name"] in self.structure.enumerated]
-        scale = self._common_scale(sites, enumerated)
+        scale = self._common_scale(sites)
         parts = [self._without_plates(site, raw) for site, raw in self.summed_out]
         total = functools.reduce(operator.add, parts)
         for site in sites:
             if site["name"] in self.sites:
                 self.sites[site["name"]].model = site["fn"]
-        others = {
-            "observed" if s["is_observed"] else "latent" for s in sites if s not in enumerated
-        }
-        kind: Kind = "latent" if others == {"latent"} else "enumerated"
+        rest = [s["is_observed"] for s in sites if s["name"] not in self.structure.enumerated]
+        kind: Kind = "enumerated" if any(rest) or not rest else "latent"
         entry = SiteTerms("+".join(s["name"] for s in sites), kind, is_local=True)
         summed = total.logsumexp(tuple(range(total.dim() - self.rank)))
         entry.log_p = self._reduce(summed, entry.name, is_local=True)
         entry.scaled_log_p = entry.log_p * scale
         self.sites[entry.name] = entry
-        return len(others) > 1
+        return len({*rest}) > 1
 
     def _without_plates(self, site: Site, raw: Tensor) -> Tensor:
         """A log density whose plates, but those of particles and data, are summed."""
@@ -197,7 +194,7 @@ class Collector:
         out = [i for i in range(masked.dim()) if i not in kept]
         return masked.sum(out, keepdim=True) if out else masked
 
-    def _common_scale(self, sites: list[Site], enumerated: list[Site]) -> float:
+    def _common_scale(self, sites: list[Site]) -> float:
         """The scale of sites summed out together: inside a logarithm there can be only one."""
         names = ", ".join(s["name"] for s in sites)
         scales = [s["scale"] for s in sites]
@@ -209,6 +206,7 @@ class Collector:
                 "a guide for the latent",
             ]
             raise PairError(where, expected, f"scales {', '.join(map(str, scales))}", fixes)
+        enumerated = [s for s in sites if s["name"] in self.structure.enumerated]
         dims = [s["infer"].get(ENUMERATE_DIM) for s in enumerated]
         if len({*dims}) != len(dims):
             actual, fixes = f"a shared one in {names}", ["no pyro.markov around them"]

@@ -123,13 +123,8 @@ def score_guide(
     """log q of K given values under each of N data: every value under every datum.
 
     The guide alone runs, in the mode that it is in. The model is run only where it isn't known
-    yet whether the pair's networks take several values at once.
-
-    Arguments:
-        structure: The pair, as `Pair.inspect` found it.
-        batch: N data.
-        values: Of every latent, shape ``(K, *event_shape)``.
-        per_dimension: Fill ``log_q_dims``.
+    yet whether the pair's networks take several values at once. ``values`` are those of every
+    latent, shape ``(K, *event_shape)``.
 
     Returns:
         The guide's sites by name, with ``log_q`` of shape ``(K, N)``.
@@ -142,12 +137,10 @@ def score_guide(
     batch = as_batch(batch)
     others = structure.auxiliary + structure.fed + structure.global_sites
     if others or structure.nesting > 1 or isinstance(poutine.unwrap(structure.guide), Messenger):
-        raise UndefinedError(
-            "log q(z | x) of given z",
-            "a guide whose latents, in the data plate alone, are all that it draws",
-            f"other sites: {oxford(others)}" if others else "inner plates, or an AutoMessenger",
-            ["pyro.sample(latent, q) for each latent, with .to_event(k) for axes of one datum"],
-        )
+        expected = "a guide whose latents, in the data plate alone, are all that it draws"
+        actual = f"other sites: {oxford(others)}" if others else "inner plates, or an AutoMessenger"
+        fixes = ["pyro.sample(latent, q) for each latent, with .to_event(k) for axes of one datum"]
+        raise UndefinedError("log q(z | x) of given z", expected, actual, fixes)
     count, rows = len(next(iter(values.values()))), num_rows_of(batch) or 1
 
     def score(part: slice) -> dict[str, SiteTerms]:

@@ -20,6 +20,7 @@ from pvae.types import Dist
 __all__ = ["SiteTerms", "Terms", "joined", "stack"]
 
 Kind = Literal["observed", "latent", "auxiliary", "factor", "penalty", "enumerated"]
+Pick = Literal["likelihood", "prior", "q", "penalty"]
 
 
 @dataclass
@@ -72,6 +73,15 @@ class SiteTerms:
         if self.draws is None or not self.is_local:
             return self.draws
         return self.draws.movedim(self.data_axis, 1)
+
+    def scaled(self, pick: Pick) -> list[Tensor | None]:
+        """What the site has of a part of the plate-scaled objective."""
+        if self.kind == "penalty":
+            return [self.scaled_log_p, _negative(self.scaled_log_q)] if pick == "penalty" else []
+        if pick == "q":
+            return [self.scaled_log_q]
+        of_model = "prior" if self.kind == "latent" else "likelihood"
+        return [self.scaled_log_p] if pick == of_model else []
 
     def first_rows(self, count: int) -> None:
         """Keeps the first rows of what is inside the data plate."""
@@ -180,9 +190,9 @@ class Terms:
     @property
     def penalties(self) -> dict[str, Tensor]:
         """What each marked factor adds to the objective, ``(K, N)`` or ``(K,)``, by site."""
-        found = [s for s in self.sites.values() if s.kind == "penalty"]
-        of_model = {s.name: s.log_p for s in found if s.log_p is not None}
-        return of_model | {s.name: -s.log_q for s in found if s.log_q is not None}
+        marked = [s for s in self.sites.values() if s.kind == "penalty"]
+        of_model = {s.name: s.log_p for s in marked if s.log_p is not None}
+        return of_model | {s.name: -s.log_q for s in marked if s.log_q is not None}
 
     def elbo_per_datum(self) -> tuple[Tensor, Tensor]:
         """The ELBO and its log likelihood per datum, averaged over particles: two scalars.
@@ -199,22 +209,13 @@ class Terms:
         data_outside = self._sum(lambda s: None if s.kind == "latent" else s.log_p, local=False)
         return elbo + outside, likelihood + data_outside.mean() / full
 
-    def scaled(self, pick: Literal["likelihood", "prior", "q", "penalty"]) -> Tensor:
+    def scaled(self, pick: Pick) -> Tensor:
         """A part of the plate-scaled objective, local and global: one number a particle, ``(K,)``.
 
         These have every scale in them, ``poutine.scale`` too, and add up to what Pyro's ELBOs
         return: likelihood + prior - q + penalty.
         """
-        marked = [s for s in self.sites.values() if s.kind == "penalty"]
-        density = [s for s in self.sites.values() if s.kind != "penalty"]
-        if pick == "penalty":
-            signed = ((s.scaled_log_p, _negative(s.scaled_log_q)) for s in marked)
-            parts = [part for both in signed for part in both]
-        elif pick == "q":
-            parts = [s.scaled_log_q for s in density]
-        else:
-            is_prior = pick == "prior"
-            parts = [s.scaled_log_p for s in density if (s.kind == "latent") == is_prior]
+        parts = [part for site in self.sites.values() for part in site.scaled(pick)]
         each = [p if p is None or p.dim() == 1 else p.sum(1) for p in parts]
         return self._total(each, (self.num_particles,))
 
