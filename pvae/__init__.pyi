@@ -25,7 +25,6 @@ from . import plots as plots
 from . import priors as priors
 from . import randomness as randomness
 from . import recipes as recipes
-from . import report as report
 from . import schedules as schedules
 from . import sites as sites
 from . import svi as svi
@@ -40,7 +39,7 @@ from .errors import PvaeWarning as PvaeWarning
 from .estimate import Estimate as Estimate
 from .fitting import Fit as Fit
 from .fitting import fit as fit
-from .fitting import load as load
+from .fitting import load_parameters as load_parameters
 from .options import Options as Options
 from .pair import Pair as Pair
 from .svi import SVI as SVI

@@ -99,17 +99,17 @@ class World:
         """What a function returns in the first process, which alone runs it."""
         if self.size == 1:
             return function()
-        found: list[Any] = [function() if self.is_first else None]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
+        shared: list[Any] = [function() if self.is_first else None]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Gives tensors the values that the first process's have, in place."""

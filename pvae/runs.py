@@ -85,6 +85,6 @@ def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Spl
     config = Config.read(folder)
     splits = config.load_data()
     vae = config.build(splits)
-    fitting.load(folder, vae)
+    fitting.load_parameters(vae, folder)
     vae.place(device)
     return config, vae, splits

@@ -150,7 +150,7 @@ def test_export_for_arviz(run: Path, tmp_path: Path) -> None:
     """The file has the test data's first rows, and codes that scatter about the guide's means."""
     _, vae, splits = open_run(run, "cpu")
     path = tmp_path / "new" / "draws.nc"
-    said = call("export", str(run), "-n", "5", "-S", "40", "--to", str(path))
+    said = call("export", str(run), "-n", "5", "-K", "40", "--to", str(path))
     assert str(path) in said
     with xarray.open_datatree(path) as tree:
         x = torch.as_tensor(splits.test.arrays[0][:5])

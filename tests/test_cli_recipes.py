@@ -90,7 +90,7 @@ def test_an_objective_by_option(tmp_path: Path) -> None:
     )
     with pytest.raises(pvae.PvaeError, match=r"(?s)--beta: expected an option.*--objective elbo"):
         Config(objective="iwae", beta=2.0).make_objective()
-    with pytest.raises(pvae.PvaeError, match="--objective: expected one of elbo, stl"):
+    with pytest.raises(pvae.PvaeError, match="--objective: expected one of elbo, iwae"):
         call("train", "--objective", "vb", "--out", str(tmp_path / "other"))
     with pytest.raises(pvae.PvaeError, match="a point mass"):
         call("train", "--recipe", "ae", "--objective", "iwae", "--out", str(tmp_path / "third"))

@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[torch.device], Pair], o.Objective]] = {
     "flows, K particles": (flow, o.IWAE(3)),
     "masks in a flow": (coupling, o.ELBO()),
     "DReG": (vae, o.DReG(3)),
-    "a multiplier": (vae, o.GECO(5.0, speed=0.1)),
+    "a multiplier": (vae, o.GECO(tolerance=5.0, speed=0.1)),
     "a classifier": (vae, o.FactorVAE(hidden=(4,), lr=1e-2)),
     "two sites": (pairs.two_sites, o.STL(2)),
     "score functions": (pairs.discrete, o.VIMCO(3)),
@@ -278,7 +278,7 @@ def test_a_compiled_training_resumes_bit_for_bit(device: torch.device, tmp_path:
     options |= {"folder": tmp_path}
     fits.fit(halves.model, halves.guide, fits.binary(), engine="compiled", epochs=2, **options)
     again = fits.fit(halves.model, halves.guide, fits.binary(), epochs=4, resume=True, **options)
-    assert again.stepper.engine == "compiled"
+    assert again.training.stepper.engine == "compiled"
     assert fits.same(fits.state(whole), fits.state(halves))
     with pytest.raises(CheckpointError, match="engine='compiled'"):
         fits.fit(halves.model, halves.guide, fits.binary(), engine="eager", resume=True, **options)

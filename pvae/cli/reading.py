@@ -175,8 +175,8 @@ def export(
         int | None,
         typer.Option("--rows", "-n", min=1, help="Number of data, the first ones; all if none."),
     ] = None,
-    num_samples: Annotated[
-        int, typer.Option("--num-samples", "-S", help="Number of draws of z for each datum.")
+    num_particles: Annotated[
+        int, typer.Option("--num-particles", "-K", help="Number of draws of z for each datum.")
     ] = 200,
     to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/draws.nc.")] = None,
     seed: Seed = 0,
@@ -188,7 +188,7 @@ def export(
     vae, x = _open_with_data(run, data, device)
     path = (to or run / "draws.nc").with_suffix(".nc")
     prepare_file(path)
-    tree = arviz.to_arviz(vae, x[:rows], num_samples=num_samples, seed=seed, progress=True)
+    tree = arviz.to_arviz(vae, x[:rows], num_particles=num_particles, seed=seed, progress=True)
     part = path.with_suffix(".part")
     tree.to_netcdf(part, engine="h5netcdf")
     part.replace(path)

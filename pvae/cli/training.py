@@ -138,7 +138,7 @@ def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, boo
     job's is no more touched than at the first start.
     """
     from pvae import checkpoint, distributed
-    from pvae.fitting.options import CHECKPOINT
+    from pvae.fitting.settings import CHECKPOINT
     from pvae.runs import job_of
 
     mine = distributed.job()
@@ -240,7 +240,7 @@ def _train(
     if not world.is_first:
         return
     _draw_figures(folder, vae, splits, run)
-    text = summary(folder, config, vae, splits, history=run.history, seconds=run.progress.seconds)
+    text = summary(folder, config, vae, splits, history=run.history)
     pvae.checkpoint.write_atomically(folder / "summary.txt", f"{text}\n".encode())
     typer.echo(text)
 

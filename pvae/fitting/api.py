@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from pyro.infer import ELBO as PyroELBO
 
 from pvae.engine import Asked, OptimizerLike, Precision
-from pvae.fitting.loop import Fit
-from pvae.fitting.options import Options
+from pvae.fitting.loop import train
+from pvae.fitting.result import Fit
+from pvae.fitting.settings import Settings
+from pvae.fitting.setup import set_up
 from pvae.objectives import named
 from pvae.options import tool
 from pvae.pair import PairLike, as_pair
@@ -22,7 +23,7 @@ __all__ = ["fit"]
 @tool
 def fit(
     pair: PairLike,
-    data: Any,
+    data: object,
     objective: PyroELBO | str | None = None,
     *,
     epochs: int = 10,
@@ -31,7 +32,7 @@ def fit(
     lr: float = 1e-3,
     lr_schedule: Schedule | None = None,
     clip_norm: float | None = None,
-    valid: Any = None,
+    valid: object = None,
     patience: int | None = None,
     device: str | torch.device = "auto",
     engine: Asked = "auto",
@@ -112,7 +113,7 @@ def fit(
         >>> len(run.history), run.history[-1]["elbo"] < 0
         (2, True)
     """
-    options = Options(
+    settings = Settings(
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -133,6 +134,6 @@ def fit(
     )
     if isinstance(objective, str):
         objective = named(objective)()
-    run = Fit(as_pair(pair, "fit"), data, objective, valid, options)
-    run.train()
-    return run
+    training = set_up(as_pair(pair, "fit"), data, objective, valid, settings)
+    train(training)
+    return Fit(training)
