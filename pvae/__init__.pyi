@@ -25,7 +25,6 @@ from . import plots as plots
 from . import priors as priors
 from . import randomness as randomness
 from . import recipes as recipes
-from . import report as report
 from . import schedules as schedules
 from . import sites as sites
 from . import svi as svi

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pvae import randomness
 from pvae.distributions import is_point
 from pvae.errors import UndefinedError, check_int
+from pvae.estimate import Estimate
 from pvae.types import Dist
 
-__all__ = ["Divergence", "kl"]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A divergence in nats, for each of a batch of distributions.
-
-    Attributes:
-        value: Shape ``batch_shape``.
-        se: Its standard error over draws, the same shape; 0 where it is exact.
-        num_samples: Draws that it is estimated from; None if it is in closed form.
-    """
-
-    value: Tensor
-    se: Tensor
-    num_samples: int | None
-
-    def __str__(self) -> str:
-        how = "exact" if self.num_samples is None else f"{self.num_samples:,} draws"
-        if self.value.isinf().all():
-            return "KL(q || p): infinite, q has mass where p has none"
-        if self.value.numel() == 1:
-            error = "" if self.num_samples is None else f" +- {float(self.se):.2g}"
-            return f"KL(q || p): {float(self.value):.4g}{error} nats, {how}"
-        return f"KL(q || p): mean {float(self.value.mean()):.4g} nats over {len(self.value)}, {how}"
-
-    __repr__ = __str__
+__all__ = ["kl"]
 
 
 @torch.no_grad()
-def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Divergence:
+def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estimate:
     r"""How far q is from p, seen from q: 0 if they are equal, else above 0, without a bound.
 
     .. math:: KL(q \| p) = E_q[\log q(z) - \log p(z)]
@@ -60,6 +33,10 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Diver
         p: Another, of the same event shape; batch shapes broadcast.
         num_particles: Number of draws from q, where there is no closed form.
         seed: Seed of the draws; the caller's generators are left as they are.
+
+    Returns:
+        An estimate whose values have the batch shape of q and p together; where it is in closed
+        form its ``num_particles`` is None, and its error over draws 0.
 
     Raises:
         UndefinedError: If q or p is a point mass, one is discrete and the other continuous, or
@@ -93,7 +70,7 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Diver
     except NotImplementedError:
         pass
     else:
-        return Divergence(exact, torch.zeros_like(exact), None)
+        return _estimate(exact)
     with randomness.forked(seed):
         z = q.sample(torch.Size([num_particles]))
         batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
@@ -103,6 +80,20 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Diver
         safe = torch.where(inside.reshape(inside.shape + event), z, p.sample())
     log_p = torch.where(inside, p.log_prob(safe), -torch.inf)
     draws = q.log_prob(z) - log_p
-    value = draws.mean(0)
-    spread = torch.where(value.isfinite(), draws.std(0), torch.inf)
-    return Divergence(value, spread / num_particles**0.5, num_particles)
+    values = draws.mean(0)
+    variances = torch.where(values.isfinite(), draws.var(0), torch.inf) / num_particles
+    return _estimate(values, variances, num_particles)
+
+
+def _estimate(
+    values: Tensor, variances: Tensor | None = None, num_particles: int | None = None
+) -> Estimate:
+    infinite = bool(values.isinf().any())
+    return Estimate(
+        "KL(q || p)",
+        values,
+        variances,
+        by="distribution",
+        num_particles=num_particles,
+        remarks=("infinite where q has mass and p has none",) if infinite else (),
+    )

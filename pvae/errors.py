@@ -23,6 +23,7 @@ __all__ = [
     "TrainingError",
     "UndefinedError",
     "as_shape",
+    "check_choice",
     "check_int",
     "check_number",
     "oxford",
@@ -136,22 +137,34 @@ def check_int(where: str, value: object, minimum: int = 1) -> int:
 
 
 def check_number(
-    where: str, value: object, *, above: float | None = None, minimum: float | None = None
+    where: str,
+    value: object,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
 ) -> float:
-    """Returns ``value`` as a finite float, or raises an `ArgumentError`."""
-    expected = "a finite number"
-    if above is not None:
-        expected += f" above {above:g}"
-    if minimum is not None:
-        expected += f" of at least {minimum:g}"
+    """Returns ``value`` as a finite float within the limits, or raises an `ArgumentError`."""
+    limits = {"above": above, "of at least": minimum, "below": below, "of at most": maximum}
+    given = [f"{words} {limit:g}" for words, limit in limits.items() if limit is not None]
+    expected = f"a finite number {' and '.join(given)}".rstrip()
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ArgumentError(where, expected, repr(value)) from None
     too_low = (above is not None and number <= above) or (minimum is not None and number < minimum)
-    if not math.isfinite(number) or too_low:
+    too_high = (below is not None and number >= below) or (maximum is not None and number > maximum)
+    if not math.isfinite(number) or too_low or too_high:
         raise ArgumentError(where, expected, repr(value))
     return number
+
+
+def check_choice(where: str, value: object, choices: Iterable[object]) -> None:
+    """Raises an `ArgumentError` if ``value`` isn't one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise ArgumentError(where, f"one of {oxford(choices)}", repr(value))
 
 
 def as_shape(where: str, shape: int | Sequence[int]) -> tuple[int, ...]:

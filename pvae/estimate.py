@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
-from pvae.errors import UndefinedError, oxford
+from pvae.errors import ArgumentError, UndefinedError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from arviz_stats.utils import ELPDData
+    from numpy.typing import NDArray
     from pandas import DataFrame
 
 __all__ = ["BoundKind", "Estimate", "with_error"]
@@ -37,16 +40,16 @@ class Estimate:
     There are two standard errors of the mean. The one over data,
     :math:`\mathrm{sd}_n(v_n) / \sqrt N`, says how much the mean would differ on other data of the
     same kind. The one over draws, :math:`\sqrt{\sum_n \mathrm{var}_n} / N`, says how much it would
-    differ on the same data with other draws.
+    differ on the same data with other draws. Either is NaN where it isn't known.
 
     With ``by="draw"`` the values are totals over the data set, one for each of S joint draws of
     what all data share: these have an error over draws alone, and no single datum has a value.
 
     Attributes:
         name: What it is.
-        values: Shape ``(N,)`` by datum, or ``(S,)`` by draw.
-        variances: Of each datum's value over draws, ``(N,)``; None where it isn't known.
-        by: What the values count: ``"datum"`` or ``"draw"``.
+        values: Shape ``(N,)`` by datum, ``(S,)`` by draw, the batch shape by distribution.
+        variances: Of each value over draws, of the same shape; None where it isn't known.
+        by: What has a value of its own: ``"datum"``, ``"draw"`` or ``"distribution"``.
         num_data: N.
         num_particles: K, draws for each datum; None where the values are exact.
         unit: Of the values.
@@ -55,8 +58,8 @@ class Estimate:
         rate: :math:`E_q[\log q(z | x) - \log p(z)]`, likewise.
         ess: Effective sample size of each datum's K weights, ``(N,)``, or None.
         acceptance: Mean acceptance of each datum's Markov chains, ``(N,)``, or None.
-        global_sites: What is outside the data plate and in the totals.
-        removed_scales: ``poutine.scale`` factors by site that are not in it.
+        global_sites: Sites outside the data plate, whose densities are in the totals.
+        remarks: What else a reader must know of the number, a line each.
         influence: K times what each draw moves each datum's value by, ``(K, N)``, if it is kept.
             Differences of estimates from the same draws then have the right error.
 
@@ -70,7 +73,7 @@ class Estimate:
     name: str
     values: Tensor
     variances: Tensor | None = None
-    by: Literal["datum", "draw"] = "datum"
+    by: Literal["datum", "draw", "distribution"] = "datum"
     num_data: int = 0
     num_particles: int | None = 1
     unit: str = "nats"
@@ -80,44 +83,58 @@ class Estimate:
     ess: Tensor | None = None
     acceptance: Tensor | None = None
     global_sites: tuple[str, ...] = ()
-    removed_scales: Mapping[str, float] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     influence: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.by == "datum":
+        if self.by != "draw":
             object.__setattr__(self, "num_data", self.values.numel())
-        if self.influence is not None and self.variances is None:
+        if self.variances is None and self.num_particles is None:
+            object.__setattr__(self, "variances", torch.zeros_like(self.values))
+        if self.variances is None and self.influence is not None and len(self.influence) > 1:
             k = len(self.influence)
-            spread = self.influence.square().sum(0) / (k * max(k - 1, 1))
-            object.__setattr__(self, "variances", spread if k > 1 else None)
+            object.__setattr__(self, "variances", self.influence.square().sum(0) / (k * (k - 1)))
 
-    # From weights
+    # From the log weights of draws
 
     @classmethod
-    def of_mean(cls, name: str, draws: Tensor, **fields: object) -> Estimate:
-        """The mean over draws of ``(K, N)`` numbers, such as log weights (the ELBO).
+    def of_mean(
+        cls, name: str, draws: Tensor, *, kind: BoundKind = "none", unit: str = "nats"
+    ) -> Estimate:
+        """The mean over draws of ``(K, N)`` numbers; that of log weights is the ELBO.
 
         Example:
             >>> Estimate.of_mean("mean", torch.tensor([[0.0, 1.0], [2.0, 1.0]])).values
             tensor([1., 1.])
         """
-        mean = draws.mean(0)
-        return cls(name, mean, num_particles=len(draws), influence=draws - mean, **fields)  # type: ignore[arg-type]
+        mean, k = draws.mean(0), len(draws)
+        return cls(name, mean, num_particles=k, unit=unit, kind=kind, influence=draws - mean)
 
     @classmethod
-    def of_evidence(cls, name: str, log_weights: Tensor, **fields: object) -> Estimate:
-        """The log of the mean of weights, of ``(K, N)`` log weights; errors by the delta method."""
-        k = len(log_weights)
-        values = log_weights.logsumexp(0) - math.log(k)
-        influence = k * log_weights.softmax(0) - 1
-        return cls(name, values, num_particles=k, influence=influence, **fields)  # type: ignore[arg-type]
+    def of_evidence(cls, name: str, log_weights: Tensor, *, kind: BoundKind = "lower") -> Estimate:
+        """The log of the mean of weights, of ``(K, N)`` log weights; errors by the delta method.
+
+        Example:
+            >>> found = Estimate.of_evidence("evidence", torch.tensor([[0.0], [2.0]]).log())
+            >>> found.values, found.ess
+            (tensor([0.]), tensor([1.]))
+        """
+        k, shares = len(log_weights), log_weights.softmax(0)
+        return cls(
+            name,
+            log_weights.logsumexp(0) - math.log(k),
+            num_particles=k,
+            kind=kind,
+            ess=(1 / shares.square().sum(0)).nan_to_num(0.0),  # 0 where no draw has any weight
+            influence=k * shares - 1,
+        )
 
     # The mean
 
     @property
     def total(self) -> float:
         """The sum over the data set."""
-        return float(self.values.sum() if self.by == "datum" else self.values.mean())
+        return float(self.values.mean() if self.by == "draw" else self.values.sum())
 
     @property
     def mean(self) -> float:
@@ -126,24 +143,23 @@ class Estimate:
 
     @property
     def se_data(self) -> float:
-        """Standard error of the mean over data; NaN where there is no value by datum."""
-        if self.by == "draw" or self.num_data < 2:
+        """Standard error of the mean over data; NaN where no datum has a value of its own."""
+        if self.by != "datum" or self.num_data < 2:
             return math.nan
         return float(self.values.std()) / math.sqrt(self.num_data)
 
     @property
-    def se_draws(self) -> float | None:
-        """Standard error of the mean over draws, the data held fixed; None if it isn't known."""
-        error = self.se_total
-        return None if error is None else error / max(self.num_data, 1)
+    def se_draws(self) -> float:
+        """Standard error of the mean over draws, the data held fixed; NaN if it isn't known."""
+        return self.se_total / max(self.num_data, 1)
 
     @property
-    def se_total(self) -> float | None:
-        """Standard error of the total over draws."""
+    def se_total(self) -> float:
+        """Standard error of the total over draws, likewise."""
         if self.by == "draw":
             count = len(self.values)
-            return float(self.values.std()) / math.sqrt(count) if count > 1 else None
-        return None if self.variances is None else math.sqrt(float(self.variances.sum()))
+            return float(self.values.std()) / math.sqrt(count) if count > 1 else math.nan
+        return math.nan if self.variances is None else math.sqrt(float(self.variances.sum()))
 
     @property
     def per_datum(self) -> Tensor:
@@ -156,26 +172,39 @@ class Estimate:
             raise UndefinedError(
                 f"{self.name} per datum",
                 "a pair whose sites are all inside the data plate",
-                f"global site(s) {oxford(self.global_sites)}" if self.global_sites else "draws",
+                f"global site(s) {', '.join(self.global_sites)}" if self.global_sites else "draws",
                 [".total, for the whole data set"],
             )
         return self.values
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """The difference, datum by datum; draws count as common where both keep their influence."""
+        """The difference, datum by datum, of the same data in the same order.
+
+        Draws count as common, so that their noise cancels, where both keep their influence.
+
+        Raises:
+            ArgumentError: If the numbers of data differ.
+            UndefinedError: If one has no value for each datum.
+        """
         ours, theirs = self.per_datum, other.per_datum
+        if ours.shape != theirs.shape:
+            raise ArgumentError(
+                f"{self.name} - {other.name}",
+                "estimates of the same data",
+                f"{len(ours)} and {len(theirs)} data",
+            )
         influence = variances = None
-        both = self.influence is not None and other.influence is not None
-        if both and self.num_particles == other.num_particles:
-            assert self.influence is not None and other.influence is not None  # noqa: S101, PT018
-            influence = self.influence - other.influence
+        mine, its = self.influence, other.influence
+        if mine is not None and its is not None and mine.shape == its.shape:
+            influence = mine - its
         elif self.variances is not None and other.variances is not None:
             variances = self.variances + other.variances
         return Estimate(
             f"{self.name} - {other.name}",
             ours - theirs,
             variances,
-            num_particles=self.num_particles,
+            by=self.by,
+            num_particles=self.num_particles or other.num_particles,
             unit=self.unit,
             influence=influence,
         )
@@ -189,25 +218,19 @@ class Estimate:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the number, a line each."""
-        lines = [] if self.ess is None else self._of_weights()
+        lines = [] if self.ess is None else self._of_weights(self.ess)
         if self.acceptance is not None and not bool(self.acceptance.isnan().all()):
             mean, least = float(self.acceptance.mean()), float(self.acceptance.min())
             lines.append(f"acceptance: mean {mean:.2f}, least {least:.2f}")
         parts = [p for p in (self.distortion, self.rate) if p is not None]
-        lines += [f"{part.name}: {part.mean:.2f}" for part in parts]
-        scales = self.removed_scales.items()
-        lines += [
-            f"left out: poutine.scale of {scale:g} at site '{site}'" for site, scale in scales
-        ]
-        return tuple(lines)
+        return (*lines, *(f"{part.name}: {part.mean:.2f}" for part in parts), *self.remarks)
 
-    def _of_weights(self) -> list[str]:
-        assert self.ess is not None  # noqa: S101
+    def _of_weights(self, ess: Tensor) -> list[str]:
         lines, k = [_KINDS[self.kind]], self.num_particles or 1
         if k > 1:
-            middle, least = float(self.ess.median()), float(self.ess.min())
+            middle, least = float(ess.median()), float(ess.min())
             lines.append(f"ESS: median {middle:.3g} of {k}, least {least:.3g}")
-            few = int((self.ess < min(_FEW, k / 2)).sum())
+            few = int((ess < min(_FEW, k / 2)).sum())
             if few:
                 lines.append(
                     f"{few} of {self.num_data} data rest on a few draws: they are too low, by "
@@ -218,20 +241,24 @@ class Estimate:
     @property
     def headline(self) -> str:
         """Mean and standard errors on one line."""
-        draws = self.se_draws
         if self.by == "draw":
-            error = "" if self.se_total is None else f" +- {self.se_total:.2g} over draws"
+            error = "" if math.isnan(self.se_total) else f" +- {self.se_total:.2g} over draws"
+            sites = f", with global site(s) {', '.join(self.global_sites)}"
             return (
                 f"{self.name}: {self.total:.2f}{error} {self.unit}, a bound for the data set of "
-                f"{self.num_data}, with global site(s) {oxford(self.global_sites)}"
+                f"{self.num_data}{sites if self.global_sites else ''}"
             )
-        over_data = f" +- {self.se_data:.2g}" if self.num_data > 1 else ""
-        over_draws = "" if draws is None else f" (over draws {draws:.2g})"
-        how = "exact" if self.num_particles is None else f"K = {self.num_particles}"
+        exact = self.num_particles is None
+        how = "exact" if exact else f"K = {self.num_particles}"
+        if math.isinf(self.mean):
+            return f"{self.name}: {'-' if self.mean < 0 else ''}infinite, {how}"
+        data, draws = self.se_data, self.se_draws
+        over_data = "" if math.isnan(data) else f" +- {data:.2g}"
+        over_draws = "" if exact or math.isnan(draws) else f" (over draws {draws:.2g})"
         if self.num_data == 1:
             return f"{self.name}: {self.mean:.4g}{over_draws} {self.unit}, {how}"
         return (
-            f"{self.name}: {self.mean:.2f}{over_data}{over_draws} {self.unit} per datum, "
+            f"{self.name}: {self.mean:.2f}{over_data}{over_draws} {self.unit} per {self.by}, "
             f"N = {self.num_data}, {how}"
         )
 
@@ -247,21 +274,16 @@ class Estimate:
 
     def to_dict(self) -> dict[str, object]:
         """Mean, errors and what it is, as JSON has them: numbers that aren't finite are None."""
-        found: dict[str, object] = {
+        numbers = ("mean", "se_data", "se_draws", "total")
+        words = ("unit", "kind", "by", "num_data", "num_particles")
+        parts = [part for part in (self.distortion, self.rate) if part is not None]
+        return {
             "name": self.name,
-            "mean": _finite(self.mean),
-            "se_data": _finite(self.se_data),
-            "se_draws": _finite(self.se_draws),
-            "total": _finite(self.total),
-            "unit": self.unit,
-            "kind": self.kind,
-            "num_data": self.num_data,
-            "num_particles": self.num_particles,
+            **{key: _finite(getattr(self, key)) for key in numbers},
+            **{key: getattr(self, key) for key in words},
+            "notes": list(self.notes),
+            **{part.name: part.to_dict() for part in parts},
         }
-        for part in (self.distortion, self.rate):
-            if part is not None:
-                found[part.name] = part.to_dict()
-        return found
 
     def to_frame(self) -> DataFrame:
         """A pandas table with a row for each value, its error over draws, and its weights' ESS."""
@@ -272,17 +294,61 @@ class Estimate:
             columns["se_draws"] = self.variances.sqrt()
         if self.ess is not None:
             columns["ess"] = self.ess
-        rows = {
-            name: column.detach().double().cpu().flatten().numpy()
-            for name, column in columns.items()
-        }
-        frame = DataFrame(rows)
+        frame = DataFrame({name: _numbers(column) for name, column in columns.items()})
         frame.index.name = self.by
         return frame
 
+    def to_elpd(self) -> ELPDData:
+        r"""An estimate of log evidence as ArviZ's ``ELPDData``, which ``arviz.compare`` takes.
 
-def _finite(number: float | None) -> float | None:
-    return None if number is None or not math.isfinite(number) else number
+        The expected log predictive density is the sum of log p(x_n) over held-out data, in the
+        place of cross-validation's. With ArviZ 0.23 the function is ``arviz.preview.compare``.
+        Its default, stacking, needs exp(value) to be above the least double; where values are
+        below -700 nats, ``method="pseudo-bma"`` does without.
+
+        Returns:
+            ArviZ's ``ELPDData``, whose ``kind`` is this estimate's name, so that ArviZ refuses to
+            compare bounds that are loose by different amounts.
+
+        Raises:
+            UndefinedError: If it is no estimate of log evidence, or has no value for each datum.
+
+        Example:
+            >>> values = torch.tensor([-1.0, -3.0])
+            >>> Estimate("evidence", values, kind="lower").to_elpd().elpd
+            -4.0
+        """
+        if self.kind == "none":
+            raise UndefinedError(
+                "ArviZ's ELPDData",
+                "an estimate of log evidence",
+                f"{self.name}, which is {_KINDS[self.kind]}",
+                ["bounds.evidence(...).to_elpd()", "bounds.elbo(...).to_elpd()"],
+            )
+        from arviz_stats.utils import ELPDData
+        from xarray import DataArray
+
+        values = _numbers(self.per_datum)
+        return ELPDData(
+            kind=self.name,
+            elpd=float(values.sum()),
+            se=float((len(values) * values.var()) ** 0.5),  # ArviZ's divides by N
+            p=math.nan,  # no number of parameters is estimated
+            n_samples=self.num_particles or 0,
+            n_data_points=len(values),
+            scale="log",
+            warning=any("rest on a few draws" in note for note in self.notes),
+            good_k=math.nan,
+            elpd_i=DataArray(values, dims=["datum"]),
+        )
+
+
+def _numbers(column: Tensor) -> NDArray[np.float64]:
+    return column.detach().double().cpu().flatten().numpy()
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def with_error(value: float, error: float | None, unit: str = "") -> str:

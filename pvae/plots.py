@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from pvae.errors import UndefinedError, check_int
+
+if TYPE_CHECKING:
+    from pvae.diagnostics import SBC, TARP, AggregatedPosterior, LearningCurve
+    from pvae.fitting import Fit, History
+
+Array: TypeAlias = Tensor | np.ndarray
+Record: TypeAlias = Mapping[str, float | None]
 
 __all__ = [
     "Picture",
@@ -37,7 +45,7 @@ class Picture(Figure):
         return content.getvalue()
 
 
-def as_images(x: Any, event_shape: Sequence[int] | None = None) -> np.ndarray:
+def as_images(x: Array, event_shape: Sequence[int] | None = None) -> np.ndarray:
     """Data as images, shape ``(N, H, W)`` or ``(N, H, W, 3)``.
 
     Vectors whose length is a square number are taken as square images.
@@ -53,7 +61,7 @@ def as_images(x: Any, event_shape: Sequence[int] | None = None) -> np.ndarray:
         >>> as_images(np.zeros((5, 64))).shape
         (5, 8, 8)
     """
-    array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float32)
+    array = _numpy(x).astype(np.float32)
     if event_shape is not None:
         array = array.reshape(len(array), *event_shape)
     if array.ndim == 2 and math.isqrt(array.shape[1]) ** 2 == array.shape[1]:
@@ -71,8 +79,12 @@ def as_images(x: Any, event_shape: Sequence[int] | None = None) -> np.ndarray:
     )
 
 
+def _numpy(x: Array | Sequence[object]) -> np.ndarray:
+    return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
+
+
 def grid(
-    rows: Mapping[str, Any] | Sequence[Any],
+    rows: Mapping[str, Array] | Sequence[Array],
     title: str = "",
     event_shape: Sequence[int] | None = None,
 ) -> Picture:
@@ -112,7 +124,7 @@ def grid(
 
 
 def reconstructions(
-    x: Any, reconstructed: Any, num: int = 10, event_shape: Sequence[int] | None = None
+    x: Array, reconstructed: Array, num: int = 10, event_shape: Sequence[int] | None = None
 ) -> Picture:
     """Originals above their reconstructions.
 
@@ -128,7 +140,7 @@ def reconstructions(
 
 
 def samples(
-    x: Any,
+    x: Array,
     columns: int = 10,
     event_shape: Sequence[int] | None = None,
     title: str = "samples from the model (draws of x)",
@@ -146,13 +158,13 @@ def samples(
     return grid(rows, title, event_shape)
 
 
-def training_curve(history: Any) -> Picture:
+def training_curve(history: History | Fit | Sequence[Record]) -> Picture:
     """The bound (or what is in its place) over epochs, in training and validation, and its rate.
 
     Arguments:
         history: A `pvae.fitting.History`, a `pvae.Fit`, or records with the same names.
     """
-    records = list(getattr(history, "history", history))
+    records = list(history if isinstance(history, Sequence) else history.history)
     panels = [
         (("elbo", "log_joint", "unnormalised_elbo"), "nats per datum"),
         (("rate",), "rate, nats per datum"),
@@ -177,7 +189,7 @@ def training_curve(history: Any) -> Picture:
     return figure
 
 
-def learning_curve(result: Any) -> Picture:
+def learning_curve(result: LearningCurve) -> Picture:
     """A learning curve, and the line fitted to its end with two standard deviations of noise.
 
     Arguments:
@@ -200,11 +212,12 @@ def learning_curve(result: Any) -> Picture:
     return figure
 
 
-def _column(records: Sequence[Any], key: str) -> list[tuple[int, float]]:
-    return [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
+def _column(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
+    found = [(record["epoch"], record.get(key)) for record in records]
+    return [(epoch, value) for epoch, value in found if epoch is not None and value is not None]
 
 
-def _leave_out_the_start(axis: Any, epochs: int) -> None:
+def _leave_out_the_start(axis: Axes, epochs: int) -> None:
     """Where the first tenth of the epochs is off the scale of the rest, says so and cuts it off."""
     lines = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines]
     late = [v for y in lines for v in y[epochs // 10 :]]
@@ -217,8 +230,8 @@ def _leave_out_the_start(axis: Any, epochs: int) -> None:
 
 
 def latent_map(
-    codes: Any,
-    labels: Any = None,
+    codes: Array,
+    labels: Array | Sequence[object] | None = None,
     *,
     axis: Axes | None = None,
     title: str = "codes: means of q(z | x)",
@@ -231,7 +244,7 @@ def latent_map(
         axis: Where to draw, such as one of ``figure.subplots(1, 2)``; None for a new figure.
         title: Above it.
     """
-    z = np.asarray(codes.detach().cpu() if hasattr(codes, "detach") else codes)
+    z = _numpy(codes)
     if z.ndim != 2 or z.shape[1] < 2:
         raise UndefinedError("latent map", "codes of shape (N, 2 or more)", f"{z.shape}")
     if axis is None:
@@ -246,7 +259,7 @@ def latent_map(
     if labels is None:
         axis.scatter(z[:, 0], z[:, 1], s=4)
     else:
-        y = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+        y = _numpy(labels)
         names_of, codes_of = np.unique(y, return_inverse=True)
         is_classes = len(names_of) <= 20 and (y.dtype.kind not in "f" or (y == y.round()).all())
         if y.dtype.kind not in "biuf":
@@ -262,7 +275,7 @@ def latent_map(
     return figure
 
 
-def calibration(result: Any) -> Picture:
+def calibration(result: SBC | TARP) -> Picture:
     """How far the distribution function of ranks is from the uniform one, with its band.
 
     Above 0 on the left and below it on the right, q is too narrow; the other way round, too wide.
@@ -289,7 +302,7 @@ def calibration(result: Any) -> Picture:
     return figure
 
 
-def aggregated_posterior(result: Any, num: int = 6) -> Picture:
+def aggregated_posterior(result: AggregatedPosterior, num: int = 6) -> Picture:
     """Draws of q(z) over draws of p(z), for the dimensions that differ most, and correlations.
 
     Arguments:
@@ -317,7 +330,7 @@ def aggregated_posterior(result: Any, num: int = 6) -> Picture:
 
 
 def manifold(
-    decode: Callable[[Any], Any],
+    decode: Callable[[np.ndarray], Array],
     num: int = 15,
     event_shape: Sequence[int] | None = None,
 ) -> Picture:

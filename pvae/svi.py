@@ -62,7 +62,7 @@ class SVI:
         plate: str | None = None,
     ) -> None:
         self.model, self.guide, self.optim, self.engine = model, guide, optim, engine
-        self.objective = as_objective(loss, plate)
+        self.objective = as_objective(loss)
         plate = plate or getattr(self.objective, "plate", None)
         self.pair = Pair(model, guide, plate=plate)
         self.optimizer: torch.optim.Optimizer | None = None

@@ -259,8 +259,8 @@ def refusals(_: Path) -> Record:
     for kind in (objectives.TCVAE, objectives.FactorVAE, objectives.InfoVAE, objectives.DIPVAE):
         attempt(kind.__name__, vae(), kind())
     attempt("FreeBits", vae(), objectives.FreeBits())
-    attempt("Capacity", vae(), objectives.Capacity(1.0))
-    attempt("GECO", vae(), objectives.GECO(3.0))
+    attempt("Capacity", vae(), objectives.Capacity(capacity=1.0))
+    attempt("GECO", vae(), objectives.GECO(tolerance=3.0))
     attempt("baseline", vae(), objectives.ELBO(baseline="moving_average"))
     attempt("RenyiELBO", vae(), pyro.infer.RenyiELBO(num_particles=2))
     attempt("TraceMeanField_ELBO", vae(), pyro.infer.TraceMeanField_ELBO())

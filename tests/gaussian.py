@@ -87,4 +87,4 @@ def expectation(
     )
     noise = torch.as_tensor(grid).to(x)
     z = guide.a * x + guide.c + guide.log_t.exp() * noise
-    return (torch.as_tensor(mass).to(x) * what(log_weights((model, guide), x, z))).sum()
+    return (torch.as_tensor(mass).to(x) * what(log_weights(model, guide, x, z))).sum()

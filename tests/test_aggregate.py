@@ -115,13 +115,10 @@ def test_false_alarms(device: torch.device) -> None:
     happen less than once in 1e5. And the tests aren't idle: p-values below one half are common.
     """
     toy = LinearGaussian.random(4, 2, 0.5)
-    model, guide = linear.pair(toy, linear.exact)
-    structure = Pair(model, guide).inspect((toy.sample(10).to(device),))
+    pair = Pair(*linear.pair(toy, linear.exact))
     joint, single = [], []
     for seed in range(120):
-        found = diagnostics.aggregated_posterior(
-            (model, guide), toy.sample(40, seed).to(device), structure=structure, seed=seed
-        )
+        found = diagnostics.aggregated_posterior(pair, toy.sample(40, seed).to(device), seed=seed)
         joint.append(found.joint.p_value)
         single.append(float(found.ks_p.min()))
     for p_values in (np.array(joint), np.array(single)):
@@ -159,8 +156,8 @@ def test_refusals(device: torch.device) -> None:
     with pytest.raises(UndefinedError, match="improper prior"):
         diagnostics.aggregated_posterior(ae, x)
     vae = pvae.recipes.vae(6, 2).to(device)
-    with pytest.raises(ArgumentError, match="num_draws"):
-        diagnostics.aggregated_posterior(vae, x, num_draws=1)
+    with pytest.raises(ArgumentError, match="num_rows"):
+        diagnostics.aggregated_posterior(vae, x, num_rows=1)
     with pytest.raises(ArgumentError, match="rows of data"):
         diagnostics.aggregated_posterior(vae, x[:1])
     before = torch.get_rng_state()
@@ -182,9 +179,9 @@ def test_its_picture(device: torch.device) -> None:
 
 def test_the_picture_of_ranks(device: torch.device) -> None:
     model, guide = linear.pair(linear.correlated(), linear.scaled(0.6))
-    options: Any = {"num_simulations": 100, "num_draws": 19}
+    options: Any = {"num_simulations": 100, "num_particles": 19}
     for tool in (diagnostics.sbc, diagnostics.tarp):
-        found = tool(model, guide, torch.zeros(2, 3, device=device), **options)
+        found = tool((model, guide), torch.zeros(2, 3, device=device), **options)
         figure = plots.calibration(found)
         figure.savefig(BytesIO(), format="png")
         lines = figure.axes[0].lines

@@ -37,12 +37,12 @@ def lazy(mean: Tensor, covariance: Tensor) -> Any:
 def quick_gap(model: Any, guide: Any, x: Tensor, seed: int) -> Any:
     return diagnostics.gap(
         (model, guide), x[:30], num_particles=300, flow=False, progress=False, seed=seed,
-        refinement=bounds.Refinement(max_steps=400),
+        local=bounds.LocalFit(max_steps=400),
     )  # fmt: skip
 
 
 def of(check: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda model, guide, x, seed: check(model, guide, x, seed=seed)
+    return lambda model, guide, x, seed: check((model, guide), x, seed=seed)
 
 
 BAD: dict[str, tuple[linear.Make, Callable[..., Any], str]] = {

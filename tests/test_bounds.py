@@ -85,10 +85,8 @@ def test_with_the_exact_posterior_every_draw_is_the_evidence(device: torch.devic
     pair, x = exact_pair(toy, device), toy.sample(50)
     exact = toy.log_evidence(x)
     lower = bounds.elbo(pair, x)
-    assert lower.values is not None
     torch.testing.assert_close(lower.values.cpu(), exact)
     found = bounds.evidence(pair, x, 10)
-    assert found.values is not None
     torch.testing.assert_close(found.values.cpu(), exact)
     assert found.se_draws == pytest.approx(0.0, abs=1e-7)
 
@@ -100,7 +98,6 @@ def test_evidence_is_elbo_plus_the_gap(widen: float, device: torch.device) -> No
     pair, x = exact_pair(toy, device, widen), toy.sample(50)
     kl = Q * (0.5 * widen**2 - 0.5 - math.log(widen))
     lower = bounds.elbo(pair, x, 4000)
-    assert lower.se_draws is not None
     gap = float(toy.log_evidence(x).mean()) - lower.mean
     assert abs(gap - kl) < STEPS * lower.se_draws
     assert gap > 0.1
@@ -120,7 +117,6 @@ def test_elbo_below_iwae_below_evidence_and_growing(device: torch.device) -> Non
         means.append(float(values.mean()))
         errors.append(float(values.std()) / math.sqrt(repeats))
     lower = bounds.elbo(pair, x, 2000)
-    assert lower.se_draws is not None
     assert abs(lower.mean - means[0]) < STEPS * math.hypot(lower.se_draws, errors[0])
     for i in range(4):
         assert means[i] < means[i + 1] + STEPS * math.hypot(errors[i], errors[i + 1])
@@ -138,9 +134,9 @@ def test_the_standard_error_over_draws_is_honest(device: torch.device) -> None:
     toy = orthogonal()
     pair, x = exact_pair(toy, device, widen=1.2), toy.sample(30)
     for estimate in (bounds.elbo, bounds.evidence):
-        results = [estimate(pair.model, pair.guide, x, 50, seed=s) for s in range(80)]
+        results = [estimate(pair, x, 50, seed=s) for s in range(80)]
         scatter = float(torch.tensor([r.mean for r in results]).std())
-        stated = sum(r.se_draws or 0.0 for r in results) / len(results)
+        stated = sum(r.se_draws for r in results) / len(results)
         assert 1 / 1.5 < stated / scatter < 1.5
 
 
@@ -159,8 +155,6 @@ def test_rate_and_distortion_add_up(device: torch.device) -> None:
     assert found.distortion is not None
     assert found.rate is not None
     assert found.mean == pytest.approx(-found.distortion.mean - found.rate.mean)
-    assert found.distortion.values is not None
-    assert found.values is not None
     assert found.distortion.values.shape == found.values.shape == (20,)
 
 
@@ -185,7 +179,6 @@ def test_chunks_dont_change_an_exact_estimate(max_rows: int, device: torch.devic
     toy = orthogonal()
     pair, x = exact_pair(toy, device), toy.sample(9)
     found = bounds.evidence(pair, x, 20, max_rows=max_rows)
-    assert found.values is not None
     torch.testing.assert_close(found.values.cpu(), toy.log_evidence(x))
 
 
@@ -200,7 +193,6 @@ def test_a_point_mass_has_no_evidence(device: torch.device) -> None:
     assert found.distortion is not None
     squared = (x.to(device) - ae.reconstruct(x)).square().sum(1)
     expected = squared + D / 2 * math.log(math.pi)
-    assert found.distortion.values is not None
     torch.testing.assert_close(found.distortion.values, expected)
 
 
@@ -241,7 +233,7 @@ def test_the_data_sets_bound_with_a_global_latent(device: torch.device) -> None:
     exact = torch.distributions.MultivariateNormal(torch.zeros(6), covariance).log_prob(x[:, 0])
     model, guide = SharedMean().to(device), SharedMeanGuide(x).to(device)
     for estimate in (bounds.elbo, bounds.evidence):
-        found = estimate(model, guide, x, 20)
+        found = estimate((model, guide), x, 20)
         assert found.total == pytest.approx(float(exact), rel=1e-6)
         assert "a bound for the data set of 6, with global site(s) mu" in str(found)
         with pytest.raises(UndefinedError, match=r"global site\(s\) mu"):
@@ -281,7 +273,6 @@ def test_terms_of_a_scaled_pair_are_per_datum(device: torch.device) -> None:
     model, guide, (x,) = pairs.subsample_given(device)
     toy = LinearGaussian(model.decoder.weight.detach(), model.decoder.bias.detach(), 1.0)
     found = bounds.evidence((model, guide), x, 20_000)
-    assert found.se_draws is not None
     with torch.random.fork_rng():
         exact = toy.log_evidence(x.cpu() if device.type == "cpu" else x)
     assert abs(found.mean - float(exact.mean())) < STEPS * found.se_draws + 1e-3
@@ -314,27 +305,18 @@ def test_linear_vae_reaches_the_exact_evidence(device: torch.device) -> None:
             progress=False,
         )
         likelihood = vae.model.likelihood
-        decoder = likelihood.network.layers[0]  # type: ignore[union-attr, index]
+        decoder = likelihood.network.layers[0]
         sigma = likelihood(torch.zeros(1, Q, device=device)).base_dist.scale.flatten()[0]
         own = LinearGaussian(
-            decoder.weight.detach().cpu(),  # type: ignore[union-attr]
-            decoder.bias.detach().cpu(),  # type: ignore[union-attr]
+            decoder.weight.detach().cpu(),
+            decoder.bias.detach().cpu(),
             float(sigma.detach()),
         ).log_evidence(x)
         lower = bounds.elbo(vae, x, 50, seed=stage)
-        assert lower.se_draws is not None
         excesses.append((lower.mean - float(own.mean())) / lower.se_draws)
     assert max(excesses) < 4
     assert lower.mean == pytest.approx(float(best), abs=0.05)
     assert bounds.evidence(vae, x, 100).mean == pytest.approx(float(best), abs=0.05)
-
-
-def test_stopped_structure_is_reused(device: torch.device) -> None:
-    vae = recipes.vae(D, Q, hidden=(8,)).to(device)
-    x = torch.rand(20, D).round()
-    structure = vae.inspect((x.to(device),))
-    a = bounds.elbo(vae, x, structure=structure)
-    assert a.total == bounds.elbo(vae, x).total
 
 
 def test_it_prints_itself(device: torch.device) -> None:
@@ -364,7 +346,6 @@ def test_a_joint_autoguide_counts_in_the_total(device: torch.device) -> None:
     exact = float(dist.Normal(0.0, math.sqrt(1.25)).log_prob(x).sum())
     trace_elbo = [-pyro.infer.Trace_ELBO().loss(model, guide, x) for _ in range(200)]
     mean, error = np.mean(trace_elbo), np.std(trace_elbo) / math.sqrt(200)
-    assert lower.se_total is not None
     assert abs(lower.total - mean) < STEPS * math.hypot(error, lower.se_total)
     assert better.total < exact
     with pytest.raises(UndefinedError, match="_AutoMultivariateNormal_latent"):
@@ -440,5 +421,7 @@ def test_a_pair_of_one_length_is_evaluated_at_that_length(device: torch.device) 
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, x.new_tensor(math.sqrt(0.5))))
 
-    found = bounds.evidence((model, guide), x, 3, structure=Pair(model, guide).inspect((x,)))
+    pair = Pair(model, guide)
+    pair.inspect(x)  # makes the parameter, of all rows
+    found = bounds.evidence(pair, x, 3)
     torch.testing.assert_close(found.per_datum, dist.Normal(0.0, math.sqrt(2.0)).log_prob(x))

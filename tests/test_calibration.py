@@ -20,15 +20,16 @@ from arviz_plots import plot_ecdf_pit
 from scipy import stats
 from torch import Tensor, nn
 
-from pvae import diagnostics, randomness
+from pvae import diagnostics
 from pvae.data import LinearGaussian
-from pvae.diagnostics.simulated import simulate
 from pvae.diagnostics.uniformity import _inside, _p_value, uniformity
-from pvae.errors import ArgumentError, PairError, UndefinedError
+from pvae.errors import ArgumentError, UndefinedError
+from pvae.simulate import draw_jointly
+from pvae.terms import prepared
 from tests import linear, pairs
 
 FALSE_ALARM = 1e-5
-QUICK: dict[str, Any] = {"num_simulations": 500, "num_draws": 39}
+QUICK: dict[str, Any] = {"num_simulations": 500, "num_particles": 39}
 
 
 def data(device: torch.device, features: int = 3) -> Tensor:
@@ -166,7 +167,7 @@ def test_coverage_of_a_narrow_guide_is_known(device: torch.device) -> None:
     L = 399, so that the ends of intervals are all but q's quantiles. 4.5 standard errors.
     """
     factor = 0.6
-    found = run_sbc(linear.scaled(factor), device, num_draws=399, levels=(0.5, 0.9))
+    found = run_sbc(linear.scaled(factor), device, num_particles=399, levels=(0.5, 0.9))
     exact = 2 * stats.norm.cdf(factor * stats.norm.ppf((1 + found.levels.numpy()) / 2)) - 1
     for level, expected in enumerate(exact):
         error = math.sqrt(expected * (1 - expected) / 500)
@@ -175,7 +176,7 @@ def test_coverage_of_a_narrow_guide_is_known(device: torch.device) -> None:
 
 
 def test_levels_are_those_that_ranks_can_have(device: torch.device) -> None:
-    found = run_sbc(linear.exact, device, num_simulations=50, num_draws=9, levels=(0.5, 0.8))
+    found = run_sbc(linear.exact, device, num_simulations=50, num_particles=9, levels=(0.5, 0.8))
     torch.testing.assert_close(found.levels.sort().values, torch.tensor([0.6, 0.8]))
     inside = ((found.ranks >= 1) & (found.ranks <= 8)).double().mean(0)
     torch.testing.assert_close(found.coverage[found.levels > 0.7][0], inside.cpu())
@@ -211,12 +212,12 @@ def test_tarps_coverage_in_one_dimension_is_known(device: torch.device) -> None:
     """Ranks of distances, by hand from the same draws: a guide that ignores x and its reference."""
     toy = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 0.5)
     model, guide = linear.pair(toy, linear.exact)
-    found = diagnostics.tarp((model, guide), data(device, 1), num_simulations=60, num_draws=7)
-    with randomness.forked(0):
-        options: Any = {"site": None, "arguments": None, "structure": None, "max_rows": 8192}
-        first = simulate("tarp", model, guide, data(device, 1), 60, **options)
-        second = simulate("tarp", model, guide, data(device, 1), 60, **options)
-        ((_, draws),) = first.draws(model, guide, 7, 8192, progress=False)
+    found = diagnostics.tarp((model, guide), data(device, 1), num_simulations=60, num_particles=7)
+    with prepared((model, guide), data(device, 1), {}) as evaluation:
+        first, second = (
+            draw_jointly("tarp", evaluation, 60, site=None, arguments=None) for _ in range(2)
+        )
+        ((_, draws),) = first.of_guide(7)
     expected = []
     for i in range(60):
         gaps = (second.observed[:, 0] - first.observed[i, 0]).abs()
@@ -236,7 +237,7 @@ def test_false_alarms_are_as_rare_as_stated(device: torch.device) -> None:
     """
     alarms: dict[str, list[float]] = {"sbc": [], "tarp": []}
     for seed in range(200):
-        options: Any = {"num_simulations": 100, "num_draws": 9, "seed": seed}
+        options: Any = {"num_simulations": 100, "num_particles": 9, "seed": seed}
         alarms["sbc"].append(run_sbc(linear.exact, device, **options).tests.p_value)
         alarms["tarp"].append(run_tarp(linear.exact, device, **options).tests.p_value)
     assert stats.binom.sf(25, 200, 0.05) < 1e-5
@@ -322,9 +323,9 @@ def test_missing_entries_stay_missing(device: torch.device) -> None:
 
     keep = torch.tensor([[True, False], [True, True], [False, False]], device=device)
     batch = (torch.full((3, 2), -99.0, device=device), keep)
-    options: Any = {"site": None, "arguments": None, "structure": None, "max_rows": 64}
-    found = simulate("sbc", model, guide, batch, 100, **options)
-    x, seen = found.source.rows(torch.arange(100, device=device))
+    with prepared((model, guide), batch, {"max_rows": 64}) as evaluation:
+        joint = draw_jointly("sbc", evaluation, 100, site=None, arguments=None)
+    x, seen = joint.evaluation.source.rows(torch.arange(100, device=device))
     assert bool((x[~seen] == -99).all())
     assert bool((x[seen] != -99).all())
     assert diagnostics.sbc((model, guide), batch, **QUICK).tests.p_value > FALSE_ALARM
@@ -348,11 +349,13 @@ def test_an_argument_that_is_reshaped_or_changed(device: torch.device) -> None:
     def doubled(x: Tensor) -> Tensor:
         return 2 * x
 
-    pair = (changed(model, doubled), changed(guide, doubled), flat)
-    with pytest.raises(PairError, match=r"arguments=\{'x': 0\}"):
-        diagnostics.sbc(pair)
-    with pytest.raises(PairError, match="or changes it first"):
-        diagnostics.sbc(pair, arguments={"x": 0})
+    pair = (changed(model, doubled), changed(guide, doubled))
+    with pytest.raises(UndefinedError, match=r"arguments=\{'x': 0\}"):
+        diagnostics.sbc(pair, flat)
+    with pytest.raises(UndefinedError, match="or changes it first"):
+        diagnostics.sbc(pair, flat, arguments={"x": 0})
+    with pytest.raises(ArgumentError, match=r"places from 0 to 0, of 'x'; got 3 for 'x'"):
+        diagnostics.sbc(pair, flat, arguments={"x": 3})
     named = diagnostics.sbc((model, guide), flat, arguments={"x": 0}, **QUICK)
     torch.testing.assert_close(named.ranks, found.ranks)
 
@@ -370,7 +373,7 @@ def test_a_model_that_reads_its_data_is_refused(device: torch.device) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x[:, 0], x.new_tensor(1.0)))
 
-    with pytest.raises(PairError, match="reads x besides observing it"):
+    with pytest.raises(UndefinedError, match="reads x besides observing it"):
         diagnostics.sbc((model, guide), torch.ones(4, 2, device=device))
 
 
@@ -420,13 +423,13 @@ REFUSED = {
 def test_every_kind_of_pair(kind: str, device: torch.device) -> None:
     """It runs or says why not; an encoder that isn't trained isn't calibrated."""
     model, guide, batch = pairs.PAIRS[kind](device)
-    options: Any = {"num_simulations": 100, "num_draws": 19, "max_rows": 1000}
+    options: Any = {"num_simulations": 100, "num_particles": 19, "max_rows": 1000}
     for tool in (diagnostics.sbc, diagnostics.tarp):
         if kind in REFUSED:
             with pytest.raises(UndefinedError, match=REFUSED[kind]):
-                tool(model, guide, batch, **options)
+                tool((model, guide), batch, **options)
             continue
-        found = tool(model, guide, batch, **options)
+        found = tool((model, guide), batch, **options)
         assert found.ranks.min() >= 0
         assert found.ranks.max() <= 19
     if kind == "two_sites":
@@ -443,13 +446,13 @@ def test_refusals(device: torch.device) -> None:
     x = data(device)
     for tool in (diagnostics.sbc, diagnostics.tarp):
         with pytest.raises(UndefinedError, match="point mass"):
-            tool(*linear.pair(linear.correlated(), point), x)
+            tool(linear.pair(linear.correlated(), point), x)
         with pytest.raises(ArgumentError, match="num_simulations"):
-            tool(model, guide, x, num_simulations=5)
-        with pytest.raises(ArgumentError, match="num_draws"):
-            tool(model, guide, x, num_draws=0)
+            tool((model, guide), x, num_simulations=5)
+        with pytest.raises(ArgumentError, match="num_particles"):
+            tool((model, guide), x, num_particles=0)
         with pytest.raises(UndefinedError, match="there are: 'z'"):
-            tool(model, guide, x, site="w")
+            tool((model, guide), x, site="w")
     with pytest.raises(ArgumentError, match="levels"):
         diagnostics.sbc((model, guide), x, levels=(1.5,))
     with pytest.raises(ArgumentError, match="reference"):

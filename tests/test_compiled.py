@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[torch.device], Pair], o.Objective]] = {
     "flows, K particles": (flow, o.IWAE(3)),
     "masks in a flow": (coupling, o.ELBO()),
     "DReG": (vae, o.DReG(3)),
-    "a multiplier": (vae, o.GECO(5.0, speed=0.1)),
+    "a multiplier": (vae, o.GECO(tolerance=5.0, speed=0.1)),
     "a classifier": (vae, o.FactorVAE(hidden=(4,), lr=1e-2)),
     "two sites": (pairs.two_sites, o.STL(2)),
     "score functions": (pairs.discrete, o.VIMCO(3)),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pvae import bounds, recipes
-from pvae.bounds.curve import Curve, _points
+from pvae.bounds import Curve
 from pvae.errors import ArgumentError, UndefinedError
+from pvae.estimate import Estimate
 from tests import gaussian, pairs
 
 STEPS = 4.5  # standard errors; two-sided, a false alarm in 1.5e5
@@ -20,16 +21,20 @@ STEPS = 4.5  # standard errors; two-sided, a false alarm in 1.5e5
 
 def test_points_are_means_over_disjoint_groups() -> None:
     log_weight = torch.randn(8, 3)
-    values, variances, ess = _points(log_weight)
-    assert values.shape == variances.shape == (4, 3)
-    for i, k in enumerate((1, 2, 4, 8)):
+    found = Curve.of_weights(log_weight.split(2, 1))
+    assert list(found.estimates) == [1, 2, 4, 8]
+    variances = {}
+    for k, point in found.estimates.items():
         groups = torch.stack([g.exp().mean(0).log() for g in log_weight.split(k)])
-        torch.testing.assert_close(values[i], groups.mean(0))
+        torch.testing.assert_close(point.values, groups.mean(0))
         if k < 8:
-            torch.testing.assert_close(variances[i], groups.var(0) / len(groups))
+            variances[k] = groups.var(0) / len(groups)
+            torch.testing.assert_close(point.variances, variances[k])
     w = log_weight.exp()
-    torch.testing.assert_close(ess, w.sum(0) ** 2 / w.square().sum(0))
-    torch.testing.assert_close(variances[-1], w.var(0, correction=0) / w.mean(0) ** 2 / 8)
+    torch.testing.assert_close(found[8].ess, w.sum(0) ** 2 / w.square().sum(0))
+    delta = w.var(0, correction=0) / w.mean(0) ** 2 / 8
+    larger = max(delta, variances[4], key=lambda v: float(v.sum()))
+    torch.testing.assert_close(found[8].variances, larger)
 
 
 def test_the_first_points_by_quadrature(device: torch.device) -> None:
@@ -37,7 +42,7 @@ def test_the_first_points_by_quadrature(device: torch.device) -> None:
     model, guide = gaussian.pair(device)
     x = torch.tensor([-1.0, 0.4, 2.5], device=device)
     found = bounds.iwae_curve((model, guide), x, 8192)
-    assert found.num_particles == tuple(2**i for i in range(14))
+    assert list(found.estimates) == [2**i for i in range(14)]
 
     def elbo(w: Tensor) -> Tensor:
         return w[0]
@@ -45,13 +50,14 @@ def test_the_first_points_by_quadrature(device: torch.device) -> None:
     def two(w: Tensor) -> Tensor:
         return w.logsumexp(0) - math.log(2)
 
-    for i, (what, num_draws) in enumerate(((elbo, 1), (two, 2))):
+    for what, num_draws in ((elbo, 1), (two, 2)):
+        point = found[num_draws]
+        assert point.variances is not None
         exact = torch.stack(
             [gaussian.expectation(model, guide, row.unsqueeze(0), what, num_draws) for row in x]
         ).detach()
-        off = (found.values[i] - exact).abs()
-        assert bool((off < STEPS * found.variances[i].sqrt()).all())
-    assert float(found.se_draws[0]) == pytest.approx(float(found.variances[0].sum().sqrt()) / 3)
+        off = (point.values - exact).abs()
+        assert bool((off < STEPS * point.variances.sqrt()).all())
 
 
 def test_chunks_of_any_size_give_every_draw_once(device: torch.device) -> None:
@@ -62,10 +68,11 @@ def test_chunks_of_any_size_give_every_draw_once(device: torch.device) -> None:
     exact = gaussian.log_evidence(model, x).detach()
     for max_rows in (8192, 40, 3):  # all data at once, two at once, one in parts
         found = bounds.iwae_curve((model, guide), x, 16, max_rows=max_rows)
-        torch.testing.assert_close(found.values, exact.expand(5, 5))
-        torch.testing.assert_close(found.ess, torch.full_like(exact, 16.0))
+        for point in found.estimates.values():
+            torch.testing.assert_close(point.values, exact)
+        torch.testing.assert_close(found[16].ess, torch.full_like(exact, 16.0))
         assert found.doubts == ()
-        assert found.extrapolated == pytest.approx(float(exact.mean()))
+        assert found.extrapolated.mean == pytest.approx(float(exact.mean()))
 
 
 def test_extrapolation_takes_the_bias_off(device: torch.device) -> None:
@@ -78,13 +85,13 @@ def test_extrapolation_takes_the_bias_off(device: torch.device) -> None:
     x = gaussian.SIGMA * torch.randn(20_000, device=device)
     exact = gaussian.log_evidence(model, x).detach()
     found = bounds.iwae_curve((model, guide), x, 32)
-    off = found.values[-1] - exact
+    off = found[32].values - exact
     error = float(off.std()) / math.sqrt(len(x))
     assert float(off.mean()) < -STEPS * error
-    better = 2 * found.values[-1] - found.values[-2] - exact
+    better = found.extrapolated.values - exact
     error = float(better.std()) / math.sqrt(len(x))
     assert abs(float(better.mean())) < STEPS * error + 0.1 * abs(float(off.mean()))
-    assert found.extrapolated == pytest.approx(float((better + exact).mean()))
+    assert found.extrapolated.mean == pytest.approx(2 * found[32].mean - found[16].mean)
 
 
 def test_a_guide_that_misses_gets_a_guess(device: torch.device) -> None:
@@ -106,7 +113,7 @@ def test_a_guide_that_misses_gets_a_guess(device: torch.device) -> None:
 def test_one_datum_has_no_error_over_data(device: torch.device) -> None:
     model, guide = gaussian.pair(device)
     found = bounds.iwae_curve((model, guide), torch.tensor([0.3], device=device), 16)
-    assert math.isnan(found.se_extrapolated)
+    assert math.isnan(found.extrapolated.se_data)
     assert "nan" not in str(found)
 
 
@@ -118,15 +125,13 @@ def test_the_curve_of_any_pair(name: str, device: torch.device, store: None) -> 
             bounds.iwae_curve((model, guide), batch, 16)
         return
     found = bounds.iwae_curve((model, guide), batch, 512)
-    assert found.values.shape == (10, len(batch[0]))
+    assert [len(point.values) for point in found.estimates.values()] == [len(batch[0])] * 10
     lower = bounds.elbo((model, guide), batch, 512, seed=1)
     better = bounds.evidence((model, guide), batch, 512, seed=1)
-    assert lower.se_draws is not None
-    assert better.se_draws is not None
-    first = STEPS * math.hypot(lower.se_draws, float(found.se_draws[0]))
-    assert abs(lower.mean - float(found.means[0])) < first
-    last = STEPS * math.hypot(better.se_draws, float(found.se_draws[-1])) + 0.05
-    assert abs(better.mean - float(found.means[-1])) < last
+    first = STEPS * math.hypot(lower.se_draws, found[1].se_draws)
+    assert abs(lower.mean - found[1].mean) < first
+    last = STEPS * math.hypot(better.se_draws, found[512].se_draws) + 0.05
+    assert abs(better.mean - found[512].mean) < last
 
 
 def test_refusals() -> None:
@@ -142,24 +147,24 @@ def test_refusals() -> None:
 # --- comparison
 
 
-def bound(values: list[float], name: str = "evidence, IWAE-10", **options: Any) -> bounds.Bound:
-    tensor = torch.tensor(values)
-    return bounds.Bound(name, tensor, float(tensor.sum()), None, len(values), 10, **options)
+def bound(values: list[float], name: str = "evidence, IWAE-10", **options: Any) -> Estimate:
+    fields = {"num_particles": 10, "kind": "lower", **options}
+    return Estimate(name, torch.tensor(values), **fields)
 
 
 def test_a_table_by_hand() -> None:
     best, middle, worst = [-1.0, -2.0, -3.0, -4.0], [-1.5, -2.0, -4.0, -4.5], [-9.0] * 4
     found = bounds.compare({"b": bound(middle), "c": bound(worst), "a": bound(best)})
-    assert [row.name for row in found.rows] == ["a", "b", "c"]
-    assert [row.rank for row in found.rows] == [0, 1, 2]
-    first, second, third = found.rows
-    assert (first.mean, first.diff, first.dse) == (-2.5, 0.0, 0.0)
-    assert first.se == pytest.approx(np.std(best, ddof=1) / 2)
-    assert second.mean == pytest.approx(-3.0)
-    assert second.diff == pytest.approx(0.5)
-    assert second.dse == pytest.approx(np.std([0.5, 0.0, 1.0, 0.5], ddof=1) / 2)
-    assert third.se == 0.0
-    assert third.dse == pytest.approx(np.std(np.array(best) + 9, ddof=1) / 2)
+    table = found.to_frame()
+    assert list(table.index) == ["a", "b", "c"]
+    assert list(table["rank"]) == [0, 1, 2]
+    np.testing.assert_allclose(table["mean"], [-2.5, -3.0, -9.0])
+    np.testing.assert_allclose(table["diff"], [0.0, 0.5, 6.5])
+    assert table["se"]["a"] == pytest.approx(np.std(best, ddof=1) / 2)
+    assert table["se"]["c"] == 0.0
+    assert table["dse"]["a"] == 0.0
+    assert table["dse"]["b"] == pytest.approx(np.std([0.5, 0.0, 1.0, 0.5], ddof=1) / 2)
+    assert table["dse"]["c"] == pytest.approx(np.std(np.array(best) + 9, ddof=1) / 2)
     lines = str(found).splitlines()
     assert lines[0].split() == ["rank", "mean", "se", "diff", "dse", "bound"]
     assert lines[1].split()[:2] == ["a", "0"]
@@ -176,11 +181,13 @@ def test_the_paired_error_is_smaller_than_that_of_two_models(device: torch.devic
         found[name] = bounds.evidence((model, guide), x, 4)
         exact[name] = gaussian.log_evidence(model, x).detach()
     table = bounds.compare(found)
-    first, second = table.rows
-    difference = exact[first.name] - exact[second.name]
-    assert second.diff == pytest.approx(float(difference.mean()))
-    assert second.dse == pytest.approx(float(difference.std()) / 20)
-    assert second.dse < 0.5 * math.hypot(first.se, second.se)
+    first, second = table.estimates
+    difference = exact[first] - exact[second]
+    found_difference = table.differences[second]
+    assert found_difference.mean == pytest.approx(float(difference.mean()))
+    assert found_difference.se_data == pytest.approx(float(difference.std()) / 20)
+    errors = [estimate.se_data for estimate in table.estimates.values()]
+    assert found_difference.se_data < 0.5 * math.hypot(*errors)
 
 
 def test_what_cannot_be_compared() -> None:
@@ -196,7 +203,7 @@ def test_what_cannot_be_compared() -> None:
     assert "loose by different amounts" in str(table)
     point = bound([-1.0, -2.0], "log joint", kind="none")
     assert "no bound" in str(bounds.compare({"a": point, "b": point}))
-    whole = bounds.Bound("ELBO", None, -3.0, 0.1, 2, 1, global_sites=("mu",))
+    whole = Estimate("ELBO", torch.tensor([-3.0]), by="draw", num_data=2, global_sites=("mu",))
     with pytest.raises(UndefinedError, match="per datum"):
         bounds.compare({"a": whole, "b": whole})
 
@@ -208,10 +215,16 @@ def test_a_curve_of_the_wrong_order_is_doubted() -> None:
     steps = torch.tensor([2.0**i for i in range(6)])
     slow = -1 / (1 + steps.log()).unsqueeze(1) + noise
     fast = -1 / steps.unsqueeze(1) + noise
-    common = (torch.zeros(6, num), torch.full((num,), 30.0))
-    names = tuple(int(s) for s in steps)
-    assert Curve(names, fast, *common).doubts == ()
-    assert len(Curve(names, slow, *common).doubts) == 1
+
+    def curve(values: Tensor) -> Curve:
+        points = {
+            int(k): Estimate("IWAE", v, torch.zeros(num), ess=torch.full((num,), 30.0))
+            for k, v in zip(steps, values, strict=True)
+        }
+        return Curve(points)
+
+    assert curve(fast).doubts == ()
+    assert len(curve(slow).doubts) == 1
 
 
 def test_the_last_points_error_with_heavy_tails() -> None:
@@ -220,11 +233,10 @@ def test_the_last_points_error_with_heavy_tails() -> None:
     means, errors, deltas = [], [], []
     for _ in range(200):
         log_weight = 3 * torch.randn(256, 100, generator=generator, dtype=torch.float64)
-        values, variances, ess = _points(log_weight)
-        found = Curve(tuple(2**i for i in range(9)), values, variances, ess)
-        means.append(found.means[-1])
-        errors.append(found.se_draws[-1])
-        deltas.append(variances[-1].sum().sqrt() / 100)
-    spread = float(torch.stack(means).std())
-    assert float(torch.stack(errors).mean()) == pytest.approx(spread, rel=0.3)
-    assert float(torch.stack(deltas).mean()) < 0.75 * spread
+        last = Curve.of_weights([log_weight])[256]
+        means.append(last.mean)
+        errors.append(last.se_draws)
+        deltas.append(Estimate.of_evidence("delta", log_weight).se_draws)
+    spread = float(np.std(means, ddof=1))
+    assert np.mean(errors) == pytest.approx(spread, rel=0.3)
+    assert np.mean(deltas) < 0.75 * spread

@@ -434,7 +434,7 @@ def test_an_optimiser_that_changes_its_rate_is_left_to_it(device: torch.device) 
         ({"objective": ReweightedWakeSleep(num_particles=2)}, "one that returns one loss"),
         ({"objective": ELBO(plate="other")}, "the pair's data plate, 'data'; got plate='other'"),
     ],
-    ids=["LBFGS", "Pyro's optimiser", "two losses", "two plates"],
+    ids=["LBFGS", "Pyro's optimiser", "two losses", "another plate"],
 )
 def test_what_cant_train_is_refused(
     options: dict[str, Any], words: str, device: torch.device

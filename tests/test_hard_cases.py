@@ -37,7 +37,7 @@ def test_a_gap_of_a_shuffling_loader_compares_the_same_rows() -> None:
         shuffled(x),
         num_particles=50,
         flow=False,
-        refinement=bounds.Refinement(max_steps=20),
+        local=bounds.LocalFit(max_steps=20),
         progress=False,
     )
     assert float(toy.log_evidence(x).std()) > 1.5
@@ -58,7 +58,7 @@ def test_the_screen_anneals_when_it_is_asked_to() -> None:
     toy = LinearGaussian.random(3, 1)
     x = toy.sample(4)
     found = pvae.diagnose(linear.pair(toy, linear.scaled(1.2)), x, checks=["ais"])
-    bound = found.results["ais"].result
+    bound = found.results["ais"].estimate
     assert bound.name == "evidence, AIS-100"
     error = bound.se_draws
     assert bound.mean == pytest.approx(float(toy.log_evidence(x).mean()), abs=4.5 * error + 1e-3)
@@ -183,5 +183,5 @@ def test_bounds_are_compared_by_name() -> None:
     toy = LinearGaussian.random(3, 1)
     bound = bounds.elbo(linear.pair(toy, linear.exact), toy.sample(5), 2)
     several: Any = [bound, bound]
-    with pytest.raises(ArgumentError, match="a dictionary of bounds by name; got list"):
+    with pytest.raises(ArgumentError, match="a dictionary of estimates by name; got list"):
         bounds.compare(several)

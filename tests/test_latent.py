@@ -34,7 +34,6 @@ from pvae.errors import (
     UndefinedError,
 )
 from pvae.networks import MLP
-from pvae.pair import Pair
 from pvae.sites import penalty
 from tests import pairs
 
@@ -80,7 +79,7 @@ def test_codes_of_functions_and_beside_a_global_latent(device: torch.device) -> 
 def test_a_points_code_is_the_point(device: torch.device) -> None:
     ae, x = recipes.ae(D, Q, hidden=(8,)).to(device), torch.randn(30, D)
     torch.testing.assert_close(latent.codes(ae, x), ae.encode(x))
-    draws = latent.codes(ae, x, num_samples=3)
+    draws = latent.codes(ae, x, num_particles=3)
     torch.testing.assert_close(draws, ae.encode(x).expand(3, 30, Q))
 
 
@@ -91,7 +90,7 @@ def test_a_mean_that_depends_on_draws_is_averaged(device: torch.device) -> None:
     weight, bias = guide.second.weight[:1], guide.second.bias[:1]
     torch.testing.assert_close(latent.codes((model, guide), batch, site="z1"), loc)
     k = 4000
-    found = latent.codes((model, guide), batch, site="z2", num_particles=k, max_rows=1000)
+    found = latent.codes((model, guide), batch, site="z2", num_particles_of_mean=k, max_rows=1000)
     error = ((log_scale.exp() * weight).square().sum(1, keepdim=True) / k).sqrt()
     assert bool(((found - (loc @ weight.T + bias)).abs() < STEPS * error).all())
     assert bool((found != loc @ weight.T + bias).all())  # an estimate
@@ -113,7 +112,7 @@ def test_an_unknown_mean_is_averaged(device: torch.device) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", Opaque(x[:, :Q], x.new_tensor(0.5)).to_event(1))
 
-    found = latent.codes((model, guide), batch, num_particles=1000, max_rows=300)
+    found = latent.codes((model, guide), batch, num_particles_of_mean=1000, max_rows=300)
     error = 0.5 / math.sqrt(1000)
     assert bool(((found - batch[0][:, :Q]).abs() < STEPS * error).all())
 
@@ -122,14 +121,14 @@ def test_an_unknown_mean_is_averaged(device: torch.device) -> None:
 def test_draws_have_the_guides_moments(device: torch.device) -> None:
     model, guide, batch = pairs.pyro_modules(device)
     s = 3000
-    draws = latent.codes((model, guide), batch, num_samples=s, max_rows=500)
+    draws = latent.codes((model, guide), batch, num_particles=s, max_rows=500)
     assert draws.shape == (s, 12, Q)
     loc, log_scale = guide.encoder(batch[0]).detach().chunk(2, -1)
     w = (draws - loc) / log_scale.exp()
     assert float(w.mean(0).abs().max()) < STEPS / math.sqrt(s)
     assert float((w.var(0) - 1).abs().max()) < STEPS * math.sqrt(2 / s)
-    again = latent.codes((model, guide), batch, num_samples=s, max_rows=500)
-    other = latent.codes((model, guide), batch, num_samples=s, max_rows=500, seed=1)
+    again = latent.codes((model, guide), batch, num_particles=s, max_rows=500)
+    other = latent.codes((model, guide), batch, num_particles=s, max_rows=500, seed=1)
     assert torch.equal(draws, again)
     assert not torch.equal(draws, other)
 
@@ -175,7 +174,7 @@ def test_codes_come_datum_by_datum_wherever_the_data_plate_is(
     x = torch.randn(7, D, device=device)
     expected = torch.stack([x[:, :Q], 2 * x[:, :Q], x[:, Q : 2 * Q]], 1)
     torch.testing.assert_close(latent.codes((model, guide), x, max_rows=2), expected)
-    draws = latent.codes((model, guide), x, num_samples=5, max_rows=10)
+    draws = latent.codes((model, guide), x, num_particles=5, max_rows=10)
     assert draws.shape == (5, 7, 3, Q)
     assert float((draws - expected).abs().max()) < 0.1 * 6  # 210 draws: a false alarm in 2.4e6
 
@@ -199,9 +198,9 @@ def test_a_latent_without_a_mean_has_draws_alone(device: torch.device) -> None:
             pyro.sample("z", dist.Categorical(x.new_ones(len(x), 3)))
 
     x = torch.randn(9, device=device)
-    with pytest.raises(UndefinedError, match=r"mean of q at site 'z'(.|\n)*num_samples=1"):
+    with pytest.raises(UndefinedError, match=r"mean of q at site 'z'(.|\n)*num_particles=1"):
         latent.codes((model, guide), x)
-    assert set(latent.codes((model, guide), x, num_samples=50).flatten().tolist()) == {0, 1, 2}
+    assert set(latent.codes((model, guide), x, num_particles=50).flatten().tolist()) == {0, 1, 2}
 
 
 # Densities of codes
@@ -393,7 +392,7 @@ def shifted(toy: LinearGaussian, device: torch.device) -> tuple[Any, Any, Any, A
     covariance = factor @ factor.T
     likelihood = likelihoods.Gaussian(Linear(toy), len(toy.bias), sigma=toy.sigma)
     flat = VAE(priors.Flat(2), likelihood, guides.MeanField(MLP(5, 4), 2)).to(device)
-    model = latent.with_prior(flat.model, dist.MultivariateNormal(mean, scale_tril=factor))
+    model = latent.with_prior(flat, dist.MultivariateNormal(mean, scale_tril=factor)).model
     precision = covariance.inverse() + toy.weight.T @ toy.weight / toy.sigma**2
     posterior = precision.inverse()
 
@@ -422,17 +421,17 @@ def test_the_evidence_under_another_prior_is_the_closed_form(device: torch.devic
 
 def test_samples_under_another_prior_have_the_marginals_moments(device: torch.device) -> None:
     toy = LinearGaussian.random(5, 2)
-    model, _, marginal, (mean, factor) = shifted(toy, device)
-    n = 20_000
-    draws = latent.sample(model, torch.zeros(3, 5), n).cpu()
+    model, guide, marginal, (mean, factor) = shifted(toy, device)
+    pair, n = (model, guide), 20_000
+    draws = latent.sample(pair, torch.zeros(3, 5), n).cpu()
     white = torch.linalg.solve(marginal.scale_tril, (draws - marginal.mean).T).T
     assert float(white.mean(0).abs().max()) < STEPS / math.sqrt(n)
     off = white.T @ white / n - torch.eye(5)
     assert float(off.abs().max()) < STEPS * math.sqrt(2 / n)
-    z = latent.sample(model, torch.zeros(3, 5), n, site="z").cpu()
+    z = latent.sample(pair, torch.zeros(3, 5), n, site="z").cpu()
     white = torch.linalg.solve(factor, (z - mean).T).T
     assert float(white.mean(0).abs().max()) < STEPS / math.sqrt(n)
-    means = latent.sample(model, torch.zeros(3, 5), n, mean=True).cpu()
+    means = latent.sample(pair, torch.zeros(3, 5), n, mean=True).cpu()
     torch.testing.assert_close(means, z @ toy.weight.T + toy.bias)  # one seed, one run
 
 
@@ -454,26 +453,27 @@ def test_the_prior_that_was_there_changes_nothing(name: str, device: torch.devic
     """Plates, particles, masks, scales, enumeration: all as before; another prior differs."""
     model, guide, batch = pairs.PAIRS[name](device)
     site, size = ("z2", 1) if name == "two_sites" else ("z", Q)
-    same = latent.with_prior(model, priors.StandardNormal(size).to(device), site)
-    other = latent.with_prior(model, priors.Laplace(size).to(device), site)
+    pair = (model, guide)
+    same = latent.with_prior(pair, priors.StandardNormal(size).to(device), site)
+    other = latent.with_prior(pair, priors.Laplace(size).to(device), site)
     for estimate in (bounds.elbo, bounds.evidence):
-        before = estimate(model, guide, batch, 5).total
-        assert estimate(same, guide, batch, 5).total == pytest.approx(before, rel=1e-12)
-        assert estimate(other, guide, batch, 5).total != pytest.approx(before, rel=1e-3)
+        before = estimate(pair, batch, 5).total
+        assert estimate(same, batch, 5).total == pytest.approx(before, rel=1e-12)
+        assert estimate(other, batch, 5).total != pytest.approx(before, rel=1e-3)
     if name != "enumerated":
         loss = Trace_ELBO()
         torch.manual_seed(1)
         before = loss.loss(model, guide, *batch)
         torch.manual_seed(1)
-        assert loss.loss(same, guide, *batch) == pytest.approx(before, rel=1e-12)
+        assert loss.loss(same.model, guide, *batch) == pytest.approx(before, rel=1e-12)
 
 
 def test_the_density_is_scored_site_by_site(device: torch.device) -> None:
     """z1, whose prior depended on z2's draws, no longer does."""
     model, guide, batch = pairs.two_sites(device)
     density = latent.fit_density(blobs().to(device), "gmm", num_components=3)
-    wrapped = latent.with_prior(model, density, "z1")
-    after = t.compute(Pair(wrapped, guide).inspect(batch), batch, num_particles=4).sites
+    wrapped = latent.with_prior((model, guide), density, "z1")
+    after = t.compute(wrapped.inspect(batch), batch, num_particles=4).sites
     assert after["z1"].value is not None
     torch.testing.assert_close(after["z1"].log_p, density().log_prob(after["z1"].value))
     assert after["z1"].model.batch_shape == (4, 12)
@@ -489,7 +489,7 @@ def test_a_mask_in_the_distribution_and_a_plate_without_a_size_stay(device: torc
             pyro.sample("z", fn)
 
     density = dist.Normal(z.new_full((2,), 0.3), 0.7).to_event(1)
-    wrapped = poutine.condition(latent.with_prior(model, density), {"z": z})
+    wrapped = poutine.condition(latent.with_prior((model, model), density).model, {"z": z})
     trace = poutine.trace(wrapped).get_trace(z)
     assert trace.nodes["z"]["is_observed"]
     torch.testing.assert_close(trace.log_prob_sum(), density.log_prob(z)[keep].sum())
@@ -511,8 +511,8 @@ def test_an_enumerated_latent_before_the_site(device: torch.device) -> None:
             pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
 
     x = torch.randn(6, 2, device=device)
-    wrapped = latent.with_prior(config_enumerate(model), density)
-    found = bounds.elbo((wrapped, guide), x, 4)
+    wrapped = latent.with_prior((config_enumerate(model), guide), density)
+    found = bounds.elbo(wrapped, x, 4)
     expected = bounds.elbo((config_enumerate(partial(model, prior=density)), guide), x, 4)
     torch.testing.assert_close(found.per_datum, expected.per_datum)
     assert found.distortion is not None  # log p(x | z) and log r(z) stay apart
@@ -532,7 +532,7 @@ def test_hmc_sees_the_density(kind: str, device: torch.device) -> None:
         progress=False,
     )
     likelihood = likelihoods.Gaussian(Linear(toy), 5, sigma=toy.sigma).to(device)
-    model = latent.with_prior(VAE(priors.Flat(2), likelihood, MLP(5, 4)).model, density)
+    model = latent.with_prior(VAE(priors.Flat(2), likelihood, MLP(5, 4)), density).model
     x, z = toy.sample(4).to(device), torch.randn(4, 2, device=device)
     _, potential, _, _ = initialize_model(model, model_args=(x,))
     expected = -(density().log_prob(z) + likelihood(z).log_prob(x)).sum()
@@ -542,8 +542,9 @@ def test_hmc_sees_the_density(kind: str, device: torch.device) -> None:
 @pytest.mark.usefixtures("store")
 def test_parameters_of_a_density_are_found_and_trained(device: torch.device) -> None:
     model, guide, batch = pairs.two_sites(device)
-    first = latent.with_prior(model, priors.Normal(1), "z2")
-    both = latent.with_prior(first, priors.Normal(Q), "z1").to(device)
+    first = latent.with_prior((model, guide), priors.Normal(1), "z2")
+    pair = latent.with_prior(first, priors.Normal(Q), "z1")
+    both = pair.model.to(device)
     names = {n for n, _ in both.named_parameters()}
     assert {"density.loc", "model.density.loc", "model.model.decoder.weight"} <= names
     old = {n: p.detach().clone() for n, p in both.named_parameters() if "density" in n}
@@ -551,7 +552,7 @@ def test_parameters_of_a_density_are_found_and_trained(device: torch.device) -> 
     SVI(both, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO()).step(*batch)
     assert all(bool((both.get_parameter(n) != p).any()) for n, p in old.items())
     assert len(pyro.get_param_store()) == 0
-    structure = Pair(both, guide).inspect(batch)
+    structure = pair.inspect(batch)
     assert len(structure.parameters) == len([*guide.parameters(), *both.parameters()])
 
 
@@ -559,11 +560,11 @@ def test_a_model_that_has_no_such_latent_is_refused(device: torch.device) -> Non
     vae, x = recipes.vae(D, Q, hidden=(4,)).to(device), torch.rand(3, D, device=device).round()
     for site in ("y", "x"):  # x is observed
         with pytest.raises(PairError, match=rf"a latent '{site}' in the model; got latents: 'z'"):
-            latent.with_prior(vae.model, priors.StandardNormal(Q), site)(x)
+            latent.with_prior(vae, priors.StandardNormal(Q), site).model(x)
     with pytest.raises(PairError, match=r"event_shape \(2,\)(.|\n)*got event_shape \(3,\)"):
-        latent.with_prior(vae.model, priors.StandardNormal(3))(x)
+        latent.with_prior(vae, priors.StandardNormal(3)).model(x)
     with pytest.raises(ArgumentError, match="density"):
-        latent.with_prior(vae.model, torch.zeros(2))
+        latent.with_prior(vae, torch.zeros(2))
 
 
 # Samples of any model
@@ -575,32 +576,32 @@ def test_samples_are_those_of_the_vae(device: torch.device) -> None:
     torch.manual_seed(7)
     expected = vae.sample(10)
     before = torch.get_rng_state()
-    torch.testing.assert_close(latent.sample(vae.model, x, 10, seed=7), expected)
+    torch.testing.assert_close(latent.sample(vae, x, 10, seed=7), expected)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
     expected = vae.sample(10, mean=True)
-    torch.testing.assert_close(latent.sample(vae.model, x, 10, mean=True, seed=7), expected)
-    assert latent.sample(vae.model, x).shape == (4, D)
+    torch.testing.assert_close(latent.sample(vae, x, 10, mean=True, seed=7), expected)
+    assert latent.sample(vae, x).shape == (4, D)
     assert vae.training
 
 
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("name", pairs.PAIRS)
 def test_any_model_can_be_sampled(name: str, device: torch.device) -> None:
-    model, _, batch = pairs.PAIRS[name](device)
+    model, guide, batch = pairs.PAIRS[name](device)
     site = "y" if name == "autoguide" else "x"
-    found = latent.sample(model, batch)
+    found = latent.sample((model, guide), batch)
     rows = 5 if name == "subsample_drawn" else 12
     assert found.shape == ((rows,) if name == "autoguide" else (rows, D))
-    same = latent.sample(model, (batch[0] * 0 - 1, *batch[1:]), site=site)
+    same = latent.sample((model, guide), (batch[0] * 0 - 1, *batch[1:]), site=site)
     if name != "autoguide":  # a regression's x isn't observed
         assert torch.equal(found, same)
-    assert not torch.equal(found, latent.sample(model, batch, seed=1))
+    assert not torch.equal(found, latent.sample((model, guide), batch, seed=1))
 
 
 def test_samples_are_for_the_labels_given(device: torch.device) -> None:
-    model, _, (x, y) = pairs.labels(device)
-    z = latent.sample(model, (x, y), 3000, site="z")
+    model, guide, (x, y) = pairs.labels(device)
+    z = latent.sample((model, guide), (x, y), 3000, site="z")
     label = y[torch.arange(3000, device=device) % len(y)]
     off = z - model.prior(label).detach()
     assert float(off.mean(0).abs().max()) < STEPS / math.sqrt(3000)
@@ -615,14 +616,14 @@ def test_penalties_dont_matter_for_samples(device: torch.device) -> None:
         vae.model(x)
 
     for mean in (False, True):
-        expected = latent.sample(vae.model, x, mean=mean)
-        torch.testing.assert_close(latent.sample(model, x, mean=mean), expected)
+        expected = latent.sample(vae, x, mean=mean)
+        torch.testing.assert_close(latent.sample((model, vae.guide), x, mean=mean), expected)
 
 
 def test_what_cant_be_sampled_is_refused(device: torch.device) -> None:
     ae = recipes.ae(D, Q, hidden=(4,)).to(device)
     with pytest.raises(UndefinedError, match="ex-post density"):
-        latent.sample(ae.model, torch.zeros(3, D))
+        latent.sample(ae, torch.zeros(3, D))
 
     def model(x: Tensor, weight: float, name: str = "y") -> None:
         with pyro.plate("data", len(x)):
@@ -636,12 +637,12 @@ def test_what_cant_be_sampled_is_refused(device: torch.device) -> None:
 
     x = torch.zeros(3, device=device)
     with pytest.raises(UndefinedError, match="factor 'f'"):
-        latent.sample(lambda x: model(x, 1.0), x)
+        latent.sample((lambda x: model(x, 1.0), ae.guide), x)
     with pytest.raises(UndefinedError, match=r"exactly one observed site; got 'x' and 'y'"):
-        latent.sample(lambda x: model(x, 0.0), x)
-    assert latent.sample(lambda x: model(x, 0.0), x, site="y").shape == (3,)
+        latent.sample((lambda x: model(x, 0.0), ae.guide), x)
+    assert latent.sample((lambda x: model(x, 0.0), ae.guide), x, site="y").shape == (3,)
     with pytest.raises(UndefinedError, match="whose mean is known; got Opaque"):
-        latent.sample(lambda x: model(x, 0.0), x, site="y", mean=True)
+        latent.sample((lambda x: model(x, 0.0), ae.guide), x, site="y", mean=True)
 
 
 # Vector arithmetic

@@ -136,7 +136,13 @@ def test_in_the_screen(device: torch.device) -> None:
     x = torch.rand(40, 6, device=device).round()
     fit = pvae.fit(vae, x, epochs=12, lr=1e-2, progress=False)
     found = fit.diagnose(checks=["elbo"])
-    assert [line.name for line in found.findings()] == ["ELBO", "learning curve"]
+    assert [line.name for line in found.findings()] == [
+        "ELBO",
+        "distortion",
+        "rate",
+        "learning curve",
+        "training time",
+    ]
     assert "-- the training" in str(found)
     short = pvae.diagnose(vae, x, checks=["elbo"], history=fit.history[:3])
     assert "at least 12 epochs" in short.undefined["learning"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,12 +12,14 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae import diagnostics, recipes
+from pvae import VAE, bounds, diagnostics, guides, likelihoods, priors, recipes
 from pvae.data import LinearGaussian
 from pvae.errors import ArgumentError
+from pvae.networks import MLP
 from tests import linear, pairs
 
 pytestmark = pytest.mark.usefixtures("store")
+D, Q = 6, 3
 QUICK = [name for name in diagnostics.DEFAULT if name != "aggregated"]
 
 
@@ -36,7 +40,7 @@ def test_an_exact_guide_is_not_blamed(device: torch.device) -> None:
     assert not found.undefined
     assert set(verdicts(found).values()) == {"good", "none"}
     assert found.advice.startswith("nothing stands out")
-    assert found.results["elbo"].result.mean == pytest.approx(
+    assert found.results["elbo"].estimate.mean == pytest.approx(
         float(toy.log_evidence(x).mean()), abs=1e-9
     )
     assert str(found).splitlines()[0] == "Diagnosis, N = 300"
@@ -70,7 +74,7 @@ def test_what_is_not_defined_is_said(device: torch.device) -> None:
     found = pvae.diagnose(autoencoder, torch.rand(40, 6, device=device))
     assert "a point mass" in found.undefined["importance"]
     assert found.results["elbo"].findings()[0].name == "log joint"
-    assert "-- not defined for this pair" in str(found)
+    assert "importance: not defined, " in str(found)
 
 
 @pytest.mark.slow
@@ -95,8 +99,8 @@ def test_rows_and_refusals(device: torch.device) -> None:
     found = pvae.diagnose((model, guide), x.to(device), checks=["elbo"], num_data=30)
     assert found.num_data == 30
     assert list(found.seconds) == ["elbo"]
-    with pytest.raises(ArgumentError, match=r"checks: expected some of 'elbo', .*; got 'evidence'"):
-        pvae.diagnose((model, guide), x, checks=["evidence"])
+    with pytest.raises(ArgumentError, match=r"checks: expected some of 'elbo', .*; got 'nothing'"):
+        pvae.diagnose((model, guide), x, checks=["nothing"])
     with pytest.raises(ArgumentError, match="num_particles"):
         pvae.diagnose((model, guide), x, num_particles=10)
 
@@ -116,7 +120,8 @@ def test_training_on_comes_before_what_it_may_repair(device: torch.device) -> No
     rising = [{"elbo": float(e)} for e in range(30)]
     found = pvae.diagnose(pair, x.to(device), checks=["importance"], history=rising)
     assert verdicts(found)["k-hat above 0.7"] == "bad"
-    assert found.advice == ".refine(epochs) (learning curve)"
+    assert found.advice.startswith("more epochs: fit.refine(epochs)")
+    assert found.advice.endswith("(learning curve)")
     flat = [{"elbo": float(e % 2)} for e in range(30)]
     found = pvae.diagnose(pair, x.to(device), checks=["importance"], history=flat)
     assert found.advice.endswith("(k-hat above 0.7)")
@@ -134,7 +139,7 @@ def test_rows_are_the_datas_own_where_some_are_looked_at(device: torch.device) -
     found = first.results["importance"]
     torch.testing.assert_close(found.khat, same.khat, equal_nan=True)
     torch.testing.assert_close(found.worst(), first.rows[same.worst()])
-    assert str(int(found.worst()[0])) in str(found).splitlines()[-1]
+    assert str(int(found.worst()[0])) in found.notes[-1]
     assert first.to_dict()["rows"] == first.rows.tolist()
     assert pvae.diagnose((model, guide), x.to(device), checks=["importance"]).rows is None
 
@@ -152,6 +157,7 @@ def test_collapse_comes_first_and_a_failing_check_costs_no_other(
     assert verdicts(found)["k-hat above 0.7"] != "good"
     assert found.advice.endswith("(information)")
     assert found.undefined == {"sbc": "x: expected y; got z."}
+    assert "sbc: not defined, x: expected y; got z." in str(found)
 
 
 def test_a_check_that_was_made_is_not_advised() -> None:
@@ -160,9 +166,9 @@ def test_a_check_that_was_made_is_not_advised() -> None:
     )
     gap = diagnostics.Finding("amortisation gap", 2.0, verdict="bad", advice="a larger encoder")
 
-    class Found:
-        def __init__(self, line: diagnostics.Finding) -> None:
-            self.line = line
+    @dataclass(frozen=True, repr=False)
+    class Found(diagnostics.Result):
+        line: diagnostics.Finding
 
         def findings(self) -> list[diagnostics.Finding]:
             return [self.line]
@@ -176,3 +182,128 @@ def test_a_check_that_was_made_is_not_advised() -> None:
 def test_a_p_value_below_the_least_number_is_no_zero() -> None:
     assert "< 1e-300" in str(diagnostics.Finding("SBC p-value", 0.0))
     assert "< 1e-300" not in str(diagnostics.Finding("share", 0.0))
+
+
+# The screen of a run: cheap checks, evidence and bits
+
+
+def summary(pair: Any, x: Any, **options: Any) -> diagnostics.Diagnosis:
+    return pvae.diagnose(
+        pair, x, **{"checks": diagnostics.SUMMARY, "num_data": None, "progress": False} | options
+    )
+
+
+def numbers(found: diagnostics.Diagnosis) -> dict[str, float]:
+    return {line.name: line.value for line in found.findings()}
+
+
+def test_the_numbers_are_those_of_bounds(device: torch.device) -> None:
+    vae = recipes.vae(D, Q, hidden=(8,)).to(device)
+    x = torch.rand(50, D, device=device).round()
+    history = [{"elbo": -3.0, "seconds": 1.5}, {"elbo": -2.0, "seconds": 3.2}]
+    found = summary(vae, x, bin_width=1.0, num_particles=40, history=history)
+    lower, best = bounds.elbo(vae, x, 10), bounds.evidence(vae, x, 40)
+    assert lower.rate is not None
+    assert lower.distortion is not None
+    assert numbers(found) == pytest.approx(
+        {
+            "ELBO": lower.mean,
+            "distortion": lower.distortion.mean,
+            "rate": lower.rate.mean,
+            "evidence, IWAE-40": best.mean,
+            "bits per dimension": -best.mean / D / math.log(2),
+            "active units": float(diagnostics.active_units(vae, x).sum()),
+            "training time": 3.2,
+        }
+    )
+    errors = {line.name: line.error for line in found.findings()}
+    assert errors["ELBO"] == pytest.approx(lower.se_data)
+    assert errors["evidence, IWAE-40"] == pytest.approx(best.se_data)
+    assert "at least 12 epochs" in found.missing["learning"]
+    lines = str(found).splitlines()
+    assert lines[-1].startswith("next: ")
+    assert len(lines) < 24
+    assert max(map(len, lines)) < 100
+
+
+def test_bits_per_dimension_are_left_out_or_have_a_bin(device: torch.device) -> None:
+    vae = VAE(
+        priors.StandardNormal(Q),
+        likelihoods.Gaussian(MLP(Q, D, (8,)), D, sigma=1.0),
+        guides.MeanField(MLP(D, 2 * Q, (8,)), Q),
+    ).to(device)
+    x = torch.rand(20, D, device=device)
+    assert "bits per dimension" not in numbers(summary(vae, x, num_particles=5))
+    found = summary(vae, x, num_particles=5, bin_width=1 / 255)
+    value = bounds.evidence(vae, x, 5).mean
+    expected = -(value / D + math.log(1 / 255)) / math.log(2)
+    assert numbers(found)["bits per dimension"] == pytest.approx(expected)
+    assert "bins of 0.003922" in str(found)
+    with pytest.raises(ArgumentError, match="bin_width"):
+        summary(vae, x, bin_width=0.0)
+
+
+def test_uniform_noise_costs_its_bits() -> None:
+    """256 equally likely levels are 8 bits; a uniform density in bins of 1/256 is the same."""
+    assert diagnostics.bits_per_dimension(-10 * math.log(256), 10) == pytest.approx(8)
+    assert diagnostics.bits_per_dimension(0.0, 10, bin_width=1 / 256) == pytest.approx(8)
+
+
+def test_an_autoencoder_gets_what_is_defined_and_why_the_rest_isnt(device: torch.device) -> None:
+    ae = recipes.ae(D, Q, hidden=(8,)).to(device)
+    found = summary(ae, torch.rand(20, D, device=device), bin_width=0.1)
+    assert "ELBO" not in numbers(found)
+    assert numbers(found)["distortion"] > 0
+    assert found.missing["evidence"] == "a point mass (Delta) at site 'z'"
+    assert {"rate", "bits per dimension"} <= set(found.missing)
+    assert {"sparsity", "sensitivity"} <= set(numbers(found))
+    assert "stochastic" in found.advice
+
+
+def test_an_improper_prior_has_no_evidence(device: torch.device) -> None:
+    vae = VAE(
+        priors.Flat(Q),
+        likelihoods.Bernoulli(MLP(Q, D, (8,)), D),
+        guides.MeanField(MLP(D, 2 * Q, (8,)), Q),
+    ).to(device)
+    found = summary(vae, torch.rand(20, D, device=device).round(), bin_width=1.0)
+    assert "ELBO" not in numbers(found)
+    assert "unnormalised ELBO" in numbers(found)
+    assert {"evidence", "rate", "bits per dimension"} <= set(found.missing)
+
+
+def test_any_pair_has_a_summary(device: torch.device) -> None:
+    for name in ("two_sites", "global_latent", "masked", "functions"):
+        model, guide, batch = pairs.PAIRS[name](device)
+        assert "ELBO" in numbers(summary((model, guide), batch, num_particles=5))
+    model, guide, batch = pairs.two_sites(device)
+    found = numbers(summary((model, guide), batch, num_particles=5))
+    assert {"active units, z1", "active units, z2"} <= set(found)
+
+
+def test_advice_follows_the_trouble(device: torch.device) -> None:
+    vae = recipes.vae(D, Q, hidden=(8,)).to(device)
+    last = vae.guide.posterior.get_parameter("network.layers.2.weight")
+    last.data *= 20  # far from collapse
+    x = torch.rand(50, D, device=device).round()
+
+    def advice(values: list[float]) -> str:
+        history = [{"valid_elbo": value} for value in values]
+        return summary(vae, x, num_particles=5, history=history).advice
+
+    rising = [-50.0 + i for i in range(20)]
+    assert advice(rising).startswith("more epochs")
+    assert "keeps the best epoch" in advice([-50.0 + i for i in range(10)] + [-60.0] * 20)
+    torch.nn.init.zeros_(last)
+    torch.nn.init.zeros_(vae.guide.posterior.get_parameter("network.layers.2.bias"))
+    assert advice([-50.0] * 3).endswith("(active units)")
+    assert advice(rising).startswith("more epochs")  # first things first
+
+
+def test_a_loose_bound_is_said(device: torch.device) -> None:
+    """q of four times the posterior's scale: the evidence of 2,000 draws is far above the ELBO."""
+    toy, x = toy_data()
+    for make, verdict in ((linear.scaled(4.0), "look"), (linear.exact, "good")):
+        found = summary(linear.pair(toy, make), x.to(device), num_particles=2000)
+        assert verdicts(found)["evidence, IWAE-2000"] == verdict
+        assert ("diagnostics.gap" in found.advice) == (verdict == "look")

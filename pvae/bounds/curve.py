@@ -2,79 +2,79 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.errors import ArgumentError, UndefinedError, check_int, oxford
+from pvae.bounds.weights import require_evidence, weights_by_chunk
+from pvae.errors import ArgumentError, check_int
+from pvae.estimate import Estimate
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.terms import prepared
 
 __all__ = ["Curve", "iwae_curve"]
 
+_ENOUGH = 20  # draws that a datum's estimate should rest on
+_SLOW = 0.35  # of what four times the draws added before
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Curve:
     r"""Importance-weighted bounds for K = 1, 2, 4, ..., from one set of draws.
 
     Attributes:
-        num_particles: The K of each point, length S, powers of 2.
-        values: Each datum's bounds in nats, shape ``(S, N)``.
-        variances: Their variances over draws, shape ``(S, N)``.
-        ess: Effective sample size of each datum's draws at the largest K, shape ``(N,)``.
+        estimates: One for each K; that of the largest K has the effective sample sizes.
+
+    Example:
+        >>> curve = Curve.of_weights([torch.zeros(16, 3)])  # log weights of 3 data
+        >>> list(curve.estimates), curve[8].mean
+        ([1, 2, 4, 8, 16], 0.0)
     """
 
-    num_particles: tuple[int, ...]
-    values: Tensor
-    variances: Tensor
-    ess: Tensor
+    estimates: dict[int, Estimate]
 
-    @property
-    def num_data(self) -> int:
-        """N."""
-        return self.values.shape[1]
+    @classmethod
+    def of_weights(cls, chunks: Iterable[Tensor]) -> Curve:
+        """The curve of log weights ``(K, n)``, given for one chunk of data after another.
 
-    @property
-    def means(self) -> Tensor:
-        """The curve: means over data, shape ``(S,)``."""
-        return self.values.mean(1)
-
-    @property
-    def se_draws(self) -> Tensor:
-        """Its standard errors over draws, data held fixed, shape ``(S,)``.
-
-        The last point's is by the delta method, which is low where weights have heavy tails, and at
-        least the one before, which two groups of draws have shown.
+        A point is the mean over disjoint groups of draws, whose spread is its error over draws.
+        The last point has one group: its error is by the delta method, which is low where weights
+        have heavy tails, and at least that of the point before.
         """
-        total = self.variances.sum(1)
-        return torch.cat([total[:-1], total[-2:].amax(0, keepdim=True)]).sqrt() / self.num_data
+        parts = [_points(chunk) for chunk in chunks]
+        values, variances, ess = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+        if variances[-1].sum() < variances[-2].sum():
+            variances[-1] = variances[-2]
+        found = {}
+        for i, (value, variance) in enumerate(zip(values, variances, strict=True)):
+            k, sizes = 2**i, ess if i == len(values) - 1 else None
+            name = f"evidence, IWAE-{k}"
+            found[k] = Estimate(name, value, variance, num_particles=k, kind="lower", ess=sizes)
+        return cls(found)
+
+    def __getitem__(self, num_particles: int) -> Estimate:
+        """The bound at one K."""
+        return self.estimates[num_particles]
 
     @property
-    def se_data(self) -> Tensor:
-        """Its standard errors over data, shape ``(S,)``; NaN of one datum."""
-        if self.num_data == 1:
-            return torch.full_like(self.means, math.nan)
-        return self.values.std(1) / math.sqrt(self.num_data)
+    def _points(self) -> list[Estimate]:
+        return list(self.estimates.values())
 
     @property
-    def extrapolated(self) -> float:
+    def extrapolated(self) -> Estimate:
         r"""Where the curve goes as 1/K goes to 0, :math:`2 L_K - L_{K/2}`, in nats per datum.
 
-        That takes the term of order 1/K off the bias, as Nowozin (2018) does. It is no bound.
+        That takes the term of order 1/K off the bias, as Nowozin (2018) does. It is no bound. Its
+        error over data has the noise of draws in it.
         """
-        return float(2 * self.means[-1] - self.means[-2])
-
-    @property
-    def se_extrapolated(self) -> float:
-        """Its standard error over data, with the noise of draws in it."""
-        per_datum = 2 * self.values[-1] - self.values[-2]
-        return float(per_datum.std()) / math.sqrt(self.num_data) if self.num_data > 1 else math.nan
+        before, last = self._points[-2:]
+        values = 2 * last.values - before.values
+        return Estimate("1/K -> 0", values, num_particles=last.num_particles)
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -84,19 +84,21 @@ class Curve:
         it: then four times the draws add a quarter of what the same has added before, and no
         datum rests on a few draws. Draws can't show the tail that they have not reached.
         """
-        ends = [i for i in (-1, -3) if len(self.means) + i >= 4]
+        last = self._points[-1]
+        assert last.ess is not None  # noqa: S101
+        ends = [i for i in (-1, -3) if len(self.estimates) + i >= 4]
         found = [doubt for doubt in map(self._slow, ends) if doubt][:1]
-        limit = min(_ENOUGH, self.num_particles[-1] / 2)
-        few = int((self.ess < limit).sum())
+        limit = min(_ENOUGH, max(self.estimates) / 2)
+        few = int((last.ess < limit).sum())
         if few:
-            found.append(f"{few} of {self.num_data} data rest on fewer than {limit:g} draws")
+            found.append(f"{few} of {last.num_data} data rest on fewer than {limit:g} draws")
         return tuple(found)
 
     def _slow(self, end: int) -> str:
         """Says so if a bias falls more slowly than as 1/K, by two standard errors over draws."""
-        low, middle, high = (float(self.means[end - back]) for back in (4, 2, 0))
-        before, last = middle - low, high - middle
-        if last - _SLOW * before <= 2 * float(self.se_draws[end]) + 1e-6:
+        low, middle, high = (self._points[end - back] for back in (4, 2, 0))
+        before, last = middle.mean - low.mean, high.mean - middle.mean
+        if last - _SLOW * before <= 2 * high.se_draws + 1e-6:
             return ""
         return (
             f"four times the draws add {last:.2g} nats after {before:.2g}, where a quarter of "
@@ -104,18 +106,10 @@ class Curve:
         )
 
     def __str__(self) -> str:
-        lines = [f"IWAE by K, nats per datum, N = {self.num_data}"]
-        for k, mean, over_data, over_draws in zip(
-            self.num_particles,
-            self.means.tolist(),
-            self.se_data.tolist(),
-            self.se_draws.tolist(),
-            strict=True,
-        ):
-            error = f" +- {over_data:.2g}" if self.num_data > 1 else ""
-            lines.append(f"  {k:>6}: {mean:.3f}{error} (over draws {over_draws:.2g})")
-        to = f"{self.extrapolated:.3f}"
-        to += f" +- {self.se_extrapolated:.2g}" if self.num_data > 1 else ""
+        lines = [f"IWAE by K, nats per datum, N = {self._points[0].num_data}"]
+        for k, point in self.estimates.items():
+            lines.append(f"  {k:>6}: {_with_error(point)} (over draws {point.se_draws:.2g})")
+        to = _with_error(self.extrapolated)
         if self.doubts:
             lines += [f"  1/K -> 0: {to}, a guess:", *(f"    {doubt}" for doubt in self.doubts)]
             lines.append("  next: bounds.evidence(..., method='ais')")
@@ -126,8 +120,9 @@ class Curve:
     __repr__ = __str__
 
 
-_ENOUGH = 20
-_SLOW = 0.35
+def _with_error(point: Estimate) -> str:
+    error = "" if math.isnan(point.se_data) else f" +- {point.se_data:.2g}"
+    return f"{point.mean:.3f}{error}"
 
 
 @tool
@@ -165,36 +160,14 @@ def iwae_curve(
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
-        >>> iwae_curve(pair, x, 16).num_particles
-        (1, 2, 4, 8, 16)
+        >>> iwae_curve(pair, x, 16)[4].values.shape
+        torch.Size([3])
     """
     if check_int("num_particles", num_particles, minimum=16).bit_count() != 1:
         raise ArgumentError("num_particles", "a power of 2", f"{num_particles}")
-    with t.prepared(pair, data, options, "iwae_curve") as evaluation:
-        structure = evaluation.structure
-        structure.require_density("evidence by importance sampling")
-        structure.require_proper("evidence")
-        if structure.global_sites:
-            raise UndefinedError(
-                "the curve of importance-weighted bounds",
-                "a pair whose sites are all inside the data plate",
-                f"global site {oxford(structure.global_sites)}",
-                ["bounds.evidence, for the data set"],
-            )
-        chunks = _log_weights(evaluation, num_particles)
-        values, variances, sizes = zip(*map(_points, chunks), strict=True)
-    steps = tuple(2**i for i in range(num_particles.bit_length()))
-    return Curve(steps, torch.cat(values, 1), torch.cat(variances, 1), torch.cat(sizes))
-
-
-def _log_weights(
-    evaluation: t.Evaluation,
-    num_particles: int,
-) -> Iterator[Tensor]:
-    """log weights ``(K, n)``, a chunk of data after the other."""
-    passes = t.stream(evaluation, num_particles)
-    for _, same in itertools.groupby(passes, key=lambda part: part[0].start):
-        yield torch.cat([terms.log_weight.double() for _, terms in same])
+    with prepared(pair, data, options, "iwae_curve") as evaluation:
+        require_evidence(evaluation.structure, "the curve of importance-weighted bounds")
+        return Curve.of_weights(weights_by_chunk(evaluation, num_particles))
 
 
 def _points(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import terms as t
 from pvae.bounds.annealing import AIS, annealed
-from pvae.bounds.local import refined
-from pvae.bounds.lower import kind_of, with_globals
-from pvae.bounds.result import Bound
-from pvae.bounds.sums import WeightSums
+from pvae.bounds.elbo import with_globals
+from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
+from pvae.bounds.weights import WeightSums, require_evidence
 from pvae.engine import Asked, Repeated
-from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, oxford
+from pvae.errors import ArgumentError, check_choice, check_int, check_number
+from pvae.estimate import Estimate
 from pvae.options import Options, tool
-from pvae.pair import PairLike
+from pvae.pair import PairLike, Structure
+from pvae.terms import Evaluation, compute, prepared, stream
 
 __all__ = ["evidence"]
 
@@ -34,15 +35,18 @@ def evidence(
     *,
     method: Method = "importance",
     ais: AIS | None = None,
+    local: LocalFit | None = None,
+    family: Family = "full_rank",
     order: float = 2.0,
     num_global: int = 16,
     engine: Asked = "auto",
     **options: Unpack[Options],
-) -> Bound:
-    r"""The estimate of the evidence of each datum, by one of four methods.
+) -> Estimate:
+    r"""An estimate of log p(x), the log evidence, of each datum, by one of four methods.
 
-    All of them are averages over K weights, each with a standard error over draws by the delta
-    method (where one weight has it all, even that is too small), and an effective sample size.
+    Each is an average over K weights for every datum, with a standard error over draws by the
+    delta method and an effective sample size. Where one weight is nearly the whole sum, that error
+    is too small.
 
     ``method="importance"``, weights of draws from the guide, a lower bound on average:
 
@@ -53,8 +57,12 @@ def evidence(
     Its expectation is at most log p(x_n) and doesn't fall as K grows. With a guide that misses the
     posterior it can be nats too low.
 
-    ``method="local"``, the same with draws from a full-rank Gaussian that is fitted to each datum's
-    posterior, where the guide may be off (`refined` has other families and settings).
+    ``method="local"``, the same with draws from a q that is fitted to each datum by itself, a
+    closer lower bound where the guide is off:
+
+    .. math:: q^*_n = \arg\max_q E_q[\log p(x_n, z) - \log q(z)]
+
+    The draws are fresh ones, so that the fit makes no bias.
 
     ``method="ais"``, the same with weights of Markov chains that are annealed from the guide, or
     the prior, to the posterior (see `AIS`): a lower bound on average, and much tighter; the cost
@@ -62,8 +70,8 @@ def evidence(
     data that the model has simulated.
 
     ``method="cubo"``, the chi upper bound :math:`\tfrac1n \log E_q[w^n]` of order n. Its estimate
-    of K draws is too low on average, and where weights vary by much it is even below log p(x): it
-    is no certain upper bound, and a sign of trouble where it rises with K.
+    of K draws is too low on average, and where weights vary by much it is even below log p(x), so
+    it is no certain upper bound. Where it rises with K, the draws are too few.
 
     With sites g outside the data plate there is no evidence of one datum; the result is the bound
     for the data set,
@@ -74,6 +82,8 @@ def evidence(
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
         On the Quantitative Analysis of Decoder-Based Generative Models (Wu et al., 2017),
         https://arxiv.org/abs/1611.04273
+        Inference Suboptimality in Variational Autoencoders (Cremer et al., 2018),
+        https://proceedings.mlr.press/v80/cremer18a.html
         Variational Inference via Chi Upper Bound Minimization (Dieng et al., 2017),
         https://arxiv.org/abs/1611.00328
 
@@ -81,18 +91,23 @@ def evidence(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: K, draws or chains for each datum; None for 1000 draws or 16 chains.
-        method: As above.
-        ais: How to anneal; None for what `AIS` is by itself.
-        order: n of the upper bound, above 1.
-        num_global: Draws of global latents, where there are any.
+        method: How to estimate, as above.
+        ais: Settings of the annealing; None for the defaults of `AIS`.
+        local: Settings of the fit of q to each datum; None for the defaults of `LocalFit`.
+        family: Family of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in
+            unconstrained coordinates; ``"flow"``, splines that start from that Gaussian.
+        order: The order n of the chi upper bound, above 1.
+        num_global: Number of draws of latents outside the data plate, where there are any.
         engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with
             the same draws; ``"auto"``, compiled where that pays. Fits and annealing are eager.
         options: As in `pvae.options.Options`.
 
     Raises:
-        UndefinedError: If a latent of a datum has an improper prior, or, but for annealing from
-            the prior, a point-mass guide; if a latent that is to be annealed is discrete, or
-            there are sites outside the data plate.
+        UndefinedError: If a latent of a datum has an improper prior, or a point-mass guide
+            (annealing from the prior needs no guide); if there are sites outside the data plate
+            and the method isn't importance sampling; if a latent is discrete or has no
+            unconstrained coordinates, with ``"ais"`` and ``"local"``; if latents are masked out,
+            with ``"local"``.
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
@@ -101,57 +116,44 @@ def evidence(
         >>> found.name, found.values.shape
         ('evidence, AIS-3', torch.Size([3]))
     """
-    if method not in _DRAWS:
-        raise ArgumentError("method", oxford(_DRAWS), repr(method))
-    if ais is not None and method != "ais":
-        raise ArgumentError("ais", "method='ais' with it", f"method={method!r}")
+    check_choice("method", method, _DRAWS)
+    check_choice("family", family, FAMILIES)
+    for name, given in (("ais", ais), ("local", local)):
+        if given is not None and method != name:
+            raise ArgumentError(name, f"method='{name}' with it", f"method={method!r}")
     k = _DRAWS[method] if num_particles is None else check_int("num_particles", num_particles)
     check_int("num_global", num_global)
     check_number("order", order, above=1)
-    with t.prepared(pair, data, options, "evidence") as evaluation:
-        structure = evaluation.structure
+    with prepared(pair, data, options, "evidence") as evaluation:
         if method == "ais":
-            structure.require_proper("evidence")
-            how = ais or AIS()
-            return _by_annealing(evaluation, how, k)
-        structure.require_density("evidence by importance sampling")
-        structure.require_proper("evidence")
+            return _by_annealing(evaluation, ais or AIS(), k)
         if method == "local":
-            return refined(evaluation.pair, evaluation.source, k, **options)
-        if method == "cubo":
-            _require_local(structure)
-            weights = WeightSums(order)
-            _weigh(weights, evaluation, k, engine)
-            scales = structure.removed_scales
-            name = f"chi upper bound of order {order:g}, estimate"
-            return weights.bound(name, k, kind="estimate", removed_scales=scales)
+            return _by_local_fits(evaluation, local or LocalFit(), family, k)
+        structure = evaluation.structure
+        require_evidence(structure, "evidence", by_datum=method == "cubo")
+        weights = WeightSums(order if method == "cubo" else 1.0)
         what = "log joint" if structure.points else "evidence"
-        name = f"{what}, IWAE-{k}"
         if structure.global_sites:
-            return with_globals(name, evaluation, num_global, k)
-        weights = WeightSums()
+            return with_globals(f"{what}, IWAE-{k}", evaluation, num_global, k)
         _weigh(weights, evaluation, k, engine)
-        scales = structure.removed_scales
-        return weights.bound(name, k, kind=kind_of(structure), removed_scales=scales)
+        if method == "cubo":
+            name = f"chi upper bound of order {order:g}, estimate"
+            return replace(weights.estimate(name, k, structure), kind="estimate")
+        return weights.estimate(f"{what}, IWAE-{k}", k, structure)
 
 
-def _weigh(
-    weights: WeightSums,
-    evaluation: t.Evaluation,
-    num_particles: int,
-    engine: Asked,
-) -> None:
+def _weigh(weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked) -> None:
     """Sums up the weights of draws from the guide."""
 
     def reduced(k: int, *batch: Tensor) -> Tensor:
-        terms = t.compute(evaluation.structure, batch, num_particles=k)
+        terms = compute(evaluation.structure, batch, num_particles=k)
         return weights.reduce(terms.log_weight)
 
     calls = -(-evaluation.num_rows * num_particles // evaluation.max_rows)
     repeated = Repeated(reduced, calls, evaluation.structure.dtype, engine)
 
     def run(
-        structure: t.Structure,
+        structure: Structure,
         batch: tuple[Tensor, ...],
         *,
         given: Mapping[str, Tensor],
@@ -159,37 +161,32 @@ def _weigh(
     ) -> Tensor:
         if not given:
             return repeated(num_particles, *batch)
-        terms = t.compute(structure, batch, given=given, num_particles=num_particles)
+        terms = compute(structure, batch, given=given, num_particles=num_particles)
         return weights.reduce(terms.log_weight)  # of rows that the pair picks
 
-    chunks = t.stream(evaluation, num_particles, run=run)
-    for rows, sums in chunks:
+    for rows, sums in stream(evaluation, num_particles, run=run):
         weights.add(rows, sums)
 
 
-def _by_annealing(
-    evaluation: t.Evaluation,
-    ais: AIS,
-    num_chains: int,
-) -> Bound:
+def _by_annealing(evaluation: Evaluation, ais: AIS, num_chains: int) -> Estimate:
+    require_evidence(evaluation.structure, "evidence", by_datum=False, density=False)
     weights, acceptance = WeightSums(), []
     # each of a loader's batches would have its own pilot chains
     for chunk in annealed(evaluation.in_memory(), ais, num_chains):
         weights.add(chunk.rows, weights.reduce(chunk.forward))
         acceptance.append(chunk.acceptance)
-    return weights.bound(
-        f"evidence, AIS-{ais.num_temperatures}",
-        num_chains,
-        acceptance=torch.cat(acceptance),
-        removed_scales=evaluation.structure.removed_scales,
-    )
+    name = f"evidence, AIS-{ais.num_temperatures}"
+    found = weights.estimate(name, num_chains, evaluation.structure)
+    return replace(found, kind="lower", acceptance=torch.cat(acceptance))
 
 
-def _require_local(structure: t.Structure) -> None:
-    if structure.global_sites:
-        raise UndefinedError(
-            "the chi upper bound of single data",
-            "a pair whose sites are all inside the data plate",
-            f"global site {oxford(structure.global_sites)}",
-            ["method='importance', for the data set"],
-        )
+def _by_local_fits(
+    evaluation: Evaluation, how: LocalFit, family: Family, num_particles: int
+) -> Estimate:
+    weights = WeightSums()
+    wanted: tuple[Family, ...] = FAMILIES[1:] if family == "flow" else (family,)
+    for fit in fit_locally(evaluation, how, num_particles, families=wanted):
+        if fit.family == family:
+            weights.add(fit.rows, weights.reduce(fit.log_weights))
+    name = f"evidence, local {family.replace('_', '-')} IWAE-{num_particles}"
+    return weights.estimate(name, num_particles, evaluation.structure)

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -16,24 +15,27 @@ from torch import Tensor
 from torch.distributions import Independent, Transform, transform_to
 from torch.nn.functional import softplus
 
-from pvae import terms as t
+from pvae.bounds.density import LatentDensity
 from pvae.errors import UndefinedError
+from pvae.terms import Terms, compute
+from pvae.types import Dist
 
 __all__ = ["LocalFamily", "flow", "full_rank", "own_family", "refuse_masks"]
 
 
 @dataclass(frozen=True)
 class LocalFamily:
-    """A distribution of u, with parameters for each datum: the function makes it of them."""
+    """A family of distributions of u: parameters for each datum, and a function of them."""
 
     parameters: list[Tensor]
-    distribution: Callable[[Sequence[Tensor]], Any]
+    distribution: Callable[[Sequence[Tensor]], Dist]
 
-    def draw(self, num_draws: int) -> tuple[Tensor, Tensor]:
-        """u, shape ``(K, N, D)``, and its log density ``(K, N)`` with the parameters stopped."""
+    def log_weights(self, density: LatentDensity, num_draws: int) -> Tensor:
+        """log p(x, u) - log q(u) of draws, ``(K, N)``, log q with its parameters stopped."""
         u = self.distribution(self.parameters).rsample((num_draws,))
         stopped = self.distribution([p.detach() for p in self.parameters])
-        return u, stopped.log_prob(u.view_as(u))  # a view, as transforms remember their draws
+        log_q = stopped.log_prob(u.view_as(u))  # a view, as transforms remember their draws
+        return density.log_joint(u) - log_q
 
 
 def _affine_start(like: Tensor) -> list[Tensor]:
@@ -50,10 +52,10 @@ def _affine(loc: Tensor, factor: Tensor, parameters: Sequence[Tensor]) -> tuple[
 
 
 def full_rank(loc: Tensor, scale: Tensor) -> LocalFamily:
-    """Gaussians, from diagonal ones on."""
+    """Full-rank Gaussians, which start from diagonal ones."""
     start = scale.diag_embed()
 
-    def distribution(parameters: Sequence[Tensor]) -> Any:
+    def distribution(parameters: Sequence[Tensor]) -> Dist:
         mean, factor = _affine(loc, start, parameters)
         return dist.MultivariateNormal(mean, scale_tril=factor, validate_args=False)
 
@@ -92,7 +94,7 @@ def _spline_start(like: Tensor) -> list[Tensor]:
     return [*lengths, like.new_full((*like.shape, _BINS - 1), _ONE)]
 
 
-def _spline(parameters: Sequence[Tensor]) -> Any:
+def _spline(parameters: Sequence[Tensor]) -> Dist:
     widths, heights, middles, slopes = parameters
     shares = (widths.softmax(-1), heights.softmax(-1), softplus(slopes), middles.sigmoid())
     return ConditionedSpline(shares, bound=_BOUND)
@@ -101,8 +103,8 @@ def _spline(parameters: Sequence[Tensor]) -> Any:
 def flow(start: LocalFamily) -> LocalFamily:
     """Two layers of splines, each followed by an affine map, the last of them the Gaussian's.
 
-    In one dimension, too, it is more than a Gaussian, and its inverse is as fast as itself. These
-    are Pyro's transforms, which take parameters with a dimension of data.
+    It is richer than a Gaussian in one dimension, too, and as fast to invert as to run. Pyro's
+    spline takes parameters with a dimension of data.
     """
     gaussian = start.distribution([p.detach() for p in start.parameters])
     zero = torch.zeros_like(gaussian.loc)
@@ -110,7 +112,7 @@ def flow(start: LocalFamily) -> LocalFamily:
     base = dist.Normal(zero, one, validate_args=False).to_event(1)
     flip = torch.arange(zero.shape[-1] - 1, -1, -1, device=zero.device)
 
-    def distribution(parameters: Sequence[Tensor]) -> Any:
+    def distribution(parameters: Sequence[Tensor]) -> Dist:
         inner = _affine(zero, one.diag_embed(), parameters[4:7])
         outer = _affine(gaussian.loc, gaussian.scale_tril, parameters[11:])
         layers = [
@@ -130,7 +132,7 @@ def flow(start: LocalFamily) -> LocalFamily:
 class _Sites:
     """Distributions of the guide's kinds at its sites, as one of u."""
 
-    def __init__(self, density: t.LatentDensity, sites: dict[str, Any]) -> None:
+    def __init__(self, density: LatentDensity, sites: dict[str, Dist]) -> None:
         self.density, self.sites = density, sites
         self.dim = density.structure.dim
 
@@ -151,7 +153,7 @@ class _Sites:
         return total
 
 
-def own_family(density: t.LatentDensity, instead: LocalFamily) -> tuple[LocalFamily, str]:
+def own_family(density: LatentDensity, instead: LocalFamily) -> tuple[LocalFamily, str]:
     """The family that the guide's distributions are of; ``instead``, and why, if not known."""
     sites, again = _guides(density), _guides(density)
     if density.structure.auxiliary or density.structure.fed:
@@ -166,7 +168,7 @@ def own_family(density: t.LatentDensity, instead: LocalFamily) -> tuple[LocalFam
         readings[name] = reading
     ends = list(itertools.accumulate((len(r.start) for r in readings.values()), initial=0))
 
-    def distribution(parameters: Sequence[Tensor]) -> Any:
+    def distribution(parameters: Sequence[Tensor]) -> Dist:
         shares = (parameters[a:b] for a, b in itertools.pairwise(ends))
         made = {n: r.build(p) for (n, r), p in zip(readings.items(), shares, strict=True)}
         return _Sites(density, made)
@@ -179,13 +181,13 @@ def own_family(density: t.LatentDensity, instead: LocalFamily) -> tuple[LocalFam
 class _Reading:
     """A distribution's kind and unconstrained parameters, of which it can be made again."""
 
-    kind: Any
+    kind: type[Dist]
     names: list[str]
     start: list[Tensor]
     units: list[Tensor]
     event_dims: int
 
-    def build(self, moves: Sequence[Tensor]) -> Any:
+    def build(self, moves: Sequence[Tensor]) -> Dist:
         """The distribution, its parameters moved."""
         values = {
             name: transform_to(self.kind.arg_constraints[name])(start + unit * move)
@@ -201,7 +203,7 @@ class _Reading:
 _DERIVED = {"covariance_matrix", "precision_matrix", "probs"}  # another parameter says it, too
 
 
-def _read(fn: Any) -> _Reading | None:
+def _read(fn: Dist) -> _Reading | None:
     """Kind and parameters of a distribution; None if they don't make it again."""
     base = fn
     while isinstance(base, Independent):
@@ -225,13 +227,13 @@ def _read(fn: Any) -> _Reading | None:
     return reading if is_same and start else None
 
 
-def _guides(density: t.LatentDensity) -> dict[str, Any]:
+def _guides(density: LatentDensity) -> dict[str, Dist]:
     """The guide's distributions at the latents of one pass."""
     terms = _one_pass(density)
     return {name: terms.sites[name].guide for name in density.sites}
 
 
-def refuse_masks(density: t.LatentDensity) -> None:
+def refuse_masks(density: LatentDensity) -> None:
     """Refuses latents that are masked out, whose best q is as wide as can be."""
     terms = _one_pass(density)
     for trace in (terms.guide_trace, terms.model_trace):
@@ -246,6 +248,6 @@ def refuse_masks(density: t.LatentDensity) -> None:
                 )
 
 
-def _one_pass(density: t.LatentDensity) -> t.Terms:
+def _one_pass(density: LatentDensity) -> Terms:
     with torch.no_grad():
-        return t.compute(density.structure, density.batch, given=density.given)
+        return compute(density.structure, density.batch, given=density.given)

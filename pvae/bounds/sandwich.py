@@ -2,66 +2,60 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import terms as t
 from pvae.bounds.annealing import AIS, annealed
-from pvae.bounds.result import Bound
-from pvae.bounds.sums import WeightSums
+from pvae.bounds.weights import WeightSums, require_evidence
 from pvae.errors import check_int
+from pvae.estimate import Estimate
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.terms import prepared
 
 __all__ = ["Sandwich", "bdmc"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sandwich:
     """Both bounds of the evidence of simulated data.
 
     Attributes:
-        lower: From chains to the posterior; its values have shape ``(N,)``.
-        upper: From chains that start at draws of the posterior. Those of one datum come from the
-            same draw, so that there is no error over draws apart from that over data.
+        lower: The estimate from chains that end at the posterior.
+        upper: The estimate from chains that start at a draw of the posterior. All chains of a
+            datum start at the same draw, so that its error over draws isn't known by itself; the
+            error over data has it in it.
         batch: The simulated data, and what the model was given beside them.
     """
 
-    lower: Bound
-    upper: Bound
+    lower: Estimate
+    upper: Estimate
     batch: tuple[Tensor, ...]
 
     @property
-    def gaps(self) -> Tensor:
-        """Upper minus lower, in nats, shape ``(N,)``; by chance one may be below 0."""
-        return self.upper.per_datum - self.lower.per_datum
+    def gap(self) -> Estimate:
+        """Upper minus lower: on average the sum of what both bounds are off by.
 
-    @property
-    def gap(self) -> float:
-        """Mean of the gaps: on average the sum of what both bounds are off by."""
-        return float(self.gaps.mean())
-
-    @property
-    def se_gap(self) -> float:
-        """Standard error of the gap, over data and all draws."""
-        count = self.lower.num_data
-        return float(self.gaps.std()) / math.sqrt(count) if count > 1 else math.nan
+        By chance one datum's may be below 0. The error over data has that of all draws in it.
+        """
+        return (self.upper - self.lower).named("gap")
 
     def __str__(self) -> str:
-        low, high = self.lower, self.upper
-        errors = [low.se_data, high.se_data, self.se_gap]
-        shown = ["" if math.isnan(error) else f" +- {error:.2g}" for error in errors]
+        low = self.lower
+        shown = [
+            f"{bound.mean:{digits}}" + ("" if low.num_data < 2 else f" +- {bound.se_data:.2g}")
+            for bound, digits in ((low, ".2f"), (self.upper, ".2f"), (self.gap, ".2g"))
+        ]
         return "\n".join(
             (
                 f"BDMC, {low.name.split(', ')[-1]}, on {low.num_data} simulated data, "
                 f"K = {low.num_particles}",
-                f"  lower: {low.mean:.2f}{shown[0]} nats per datum",
-                f"  upper: {high.mean:.2f}{shown[1]}",
-                f"  gap:   {self.gap:.2g}{shown[2]}, which bounds the bias of both on",
+                f"  lower: {shown[0]} nats per datum",
+                f"  upper: {shown[1]}",
+                f"  gap:   {shown[2]}, which bounds the bias of both on",
                 "  average; on real data only as far as they are like the model's own",
             )
         )
@@ -87,8 +81,8 @@ def bdmc(
     .. math::
         E[\log \bar w] \le E[\log p(x)] \le E\left[-\log \tfrac1K \sum_k 1 / w_k'\right]
 
-    with :math:`w'` the weights of the chains that are sent back. The gap between both bounds what
-    AIS with these settings misses, on average over data of this kind.
+    with :math:`w'` the weights of the chains that are sent back. The gap between the bounds is, on
+    average over data of this kind, at least what AIS with these settings misses of log p(x).
 
     References:
         Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (Grosse et al., 2015),
@@ -101,7 +95,7 @@ def bdmc(
         data: An array, tensor, tuple of them, data set or source: what the model doesn't observe
             of it (labels) is kept, and there is one simulated datum for each of its rows.
         num_particles: K, chains for each datum, there and back.
-        ais: How to anneal; None for what `AIS` is by itself.
+        ais: Settings of the annealing; None for the defaults of `AIS`.
         options: As in `pvae.options.Options`.
 
     Raises:
@@ -111,36 +105,24 @@ def bdmc(
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
         >>> found = bdmc(pair, x, 8, ais=AIS(num_temperatures=3), progress=False)
-        >>> found.gaps.shape
+        >>> found.gap.values.shape
         torch.Size([3])
     """
-    check_int("num_particles", num_particles)
-    how = ais or AIS()
-    with t.prepared(pair, data, options, "bdmc") as evaluation:
+    k, how = check_int("num_particles", num_particles), ais or AIS()
+    with prepared(pair, data, options, "bdmc") as evaluation:
         structure = evaluation.structure
-        structure.require_proper("simulated data")
+        require_evidence(structure, "simulated data", by_datum=False, density=False)
         forward, reverse, acceptance, batches = WeightSums(), WeightSums(), [], []
-        for chunk in annealed(evaluation, how, num_particles, simulate=True):
+        for chunk in annealed(evaluation, how, k, simulate=True):
             assert chunk.reverse is not None  # noqa: S101
             forward.add(chunk.rows, forward.reduce(chunk.forward))
             reverse.add(chunk.rows, reverse.reduce(-chunk.reverse))
             acceptance.append(chunk.acceptance)
             batches.append(chunk.batch)
     name = f"evidence of simulated data, AIS-{how.num_temperatures}"
-    scales = structure.removed_scales
-    lower = forward.bound(
-        name, num_particles, acceptance=torch.cat(acceptance), removed_scales=scales
+    lower = replace(
+        forward.estimate(name, k, structure), kind="lower", acceptance=torch.cat(acceptance)
     )
-    inverse, _, size = reverse.values(num_particles)
-    upper = Bound(
-        f"{name} reversed",
-        -inverse,
-        -float(inverse.sum()),
-        None,
-        lower.num_data,
-        num_particles,
-        kind="upper",
-        ess=size,
-        removed_scales=scales,
-    )
+    inverse = reverse.estimate(f"{name} reversed", k, structure)
+    upper = replace(inverse, values=-inverse.values, variances=None, kind="upper")
     return Sandwich(lower, upper, tuple(map(torch.cat, zip(*batches, strict=True))))

@@ -1,21 +1,31 @@
-"""The log importance weights of a pair, all of them, and what their averages estimate."""
+"""The log importance weights of a pair, and their sums over chunks of bounded memory."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
-from typing import Any, Unpack
+from collections.abc import Callable, Iterator
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.bounds.result import Bound, Kind
 from pvae.errors import UndefinedError, check_int, oxford
+from pvae.estimate import BoundKind, Estimate
 from pvae.options import Options, tool
-from pvae.pair import PairLike
+from pvae.pair import PairLike, Structure
+from pvae.terms import Evaluation, prepared, stream
 
-__all__ = ["Estimate", "log_weights"]
+__all__ = [
+    "Facts",
+    "Sums",
+    "WeightSums",
+    "facts",
+    "log_weights",
+    "require_evidence",
+    "require_local",
+    "weights_by_chunk",
+]
 
 
 @tool
@@ -54,66 +64,117 @@ def log_weights(
         torch.Size([10, 5])
     """
     check_int("num_particles", num_particles)
-    with t.prepared(pair, data, options, "log_weights") as evaluation:
-        structure = evaluation.structure
-        structure.require_density("importance weights")
-        structure.require_proper("importance weights")
-        if structure.global_sites:
-            raise UndefinedError(
-                "importance weights per datum",
-                "a pair whose sites are all inside the data plate",
-                f"global site {oxford(structure.global_sites)}",
-                ["bounds.evidence, for the data set"],
-            )
-        found: dict[int, list[Tensor]] = {}  # by a chunk's first row: its particles, in parts
-        for rows, terms in t.stream(evaluation, num_particles):
-            found.setdefault(rows.start, []).append(terms.log_weight.double())
-        return torch.cat([torch.cat(parts) for parts in found.values()], 1)
+    with prepared(pair, data, options, "log_weights") as evaluation:
+        require_evidence(evaluation.structure, "importance weights")
+        return torch.cat(list(weights_by_chunk(evaluation, num_particles)), 1)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """An estimate for each datum from K draws, and what each draw does to it.
+def weights_by_chunk(evaluation: Evaluation, num_particles: int) -> Iterator[Tensor]:
+    """log weights ``(K, n)`` in double precision, of one chunk of data after another."""
+    passes = stream(evaluation, num_particles)
+    for _, same in itertools.groupby(passes, key=lambda part: part[0].start):
+        yield torch.cat([terms.log_weight.double() for _, terms in same])
 
-    Differences of estimates from the same draws have the right error: what is common cancels.
 
-    Attributes:
-        values: Shape ``(N,)``.
-        influence: By how much each draw moves it, times K, around 0; shape ``(K, N)``.
+def require_evidence(
+    structure: Structure, what: str, *, by_datum: bool = True, density: bool = True
+) -> None:
+    """Refuses a pair that has no evidence, or none that importance weights can estimate.
 
-    Example:
-        >>> log_weights = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
-        >>> Estimate.of_elbo(log_weights).values
-        tensor([1., 1.])
+    Arguments:
+        structure: What the pair is made of.
+        what: The quantity that is refused, for the message.
+        by_datum: Whether it is a quantity of single data, for which all sites that have a density
+            must be inside the data plate.
+        density: Whether it needs the guide's density.
+
+    Raises:
+        UndefinedError: Saying what is missing.
     """
+    if density:
+        structure.require_density(what)
+    structure.require_proper(what)
+    if by_datum:
+        require_local(structure, what)
 
-    values: Tensor
-    influence: Tensor
 
-    @classmethod
-    def of_elbo(cls, log_weights: Tensor) -> Estimate:
-        """The mean of log weights ``(K, N)``."""
-        mean = log_weights.mean(0)
-        return cls(mean, log_weights - mean)
+def require_local(structure: Structure, what: str) -> None:
+    """Refuses a quantity of single data where a site that has a density is outside the plate."""
+    if structure.global_sites:
+        raise UndefinedError(
+            f"{what} of single data",
+            "a pair whose sites are all inside the data plate",
+            f"global site {oxford(structure.global_sites)}",
+            ["bounds.evidence(..., method='importance'), for the data set"],
+        )
 
-    @classmethod
-    def of_evidence(cls, log_weights: Tensor) -> Estimate:
-        """The log of the mean of the weights, with the error of the delta method."""
-        k = len(log_weights)
-        return cls(log_weights.logsumexp(0) - math.log(k), k * log_weights.softmax(0) - 1)
 
-    def __sub__(self, other: Estimate) -> Estimate:
-        """The difference, for each datum."""
-        return Estimate(self.values - other.values, self.influence - other.influence)
+class Facts(TypedDict):
+    """Fields of an `Estimate` that a pair's structure decides."""
+
+    kind: BoundKind
+    global_sites: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def facts(structure: Structure) -> Facts:
+    """What an average of a pair's log weights is, and what is not in it."""
+    return {
+        "kind": "lower" if structure.quantity == "elbo" else "none",
+        "global_sites": structure.global_sites,
+        "remarks": tuple(
+            f"left out: poutine.scale of {scale:g} at site '{site}'"
+            for site, scale in structure.removed_scales.items()
+        ),
+    }
+
+
+class Sums:
+    """Sums over each datum's particles, which come in any number of chunks."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
+        self._add = add
+        self._sums: dict[int, Tensor] = {}  # by a chunk's first row; the rows last
+
+    def add(self, rows: slice, new: Tensor) -> None:
+        """Takes in the sums of a chunk's particles."""
+        known = self._sums.get(rows.start)
+        self._sums[rows.start] = new if known is None else self._add(known, new)
 
     @property
-    def variance(self) -> Tensor:
-        """Over draws, of each datum's value, shape ``(N,)``."""
-        k = len(self.influence)
-        return self.influence.square().sum(0) / (k * max(k - 1, 1))
+    def all(self) -> Tensor:
+        """The sums of all data, in order."""
+        return torch.cat(list(self._sums.values()), -1)
 
-    def bound(self, name: str, kind: Kind = "none") -> Bound:
-        """As a result that has both standard errors."""
-        k, n = self.influence.shape
-        error = math.sqrt(float(self.variance.sum())) if k > 1 else None
-        return Bound(name, self.values, float(self.values.sum()), error, n, k, kind=kind)
+
+class WeightSums(Sums):
+    r"""log-sum-exp of a power of weights and of its square.
+
+    Of these, for each datum: :math:`\frac1n \log \frac1K \sum_k w_k^n` with n the power, its
+    variance over draws (delta method), and the effective sample size
+    :math:`(\sum_k w_k^n)^2 / \sum_k w_k^{2n}`.
+    """
+
+    def __init__(self, power: float = 1.0) -> None:
+        super().__init__(torch.logaddexp)
+        self.power = power
+
+    def reduce(self, log_weight: Tensor) -> Tensor:
+        """Both sums of log weights ``(K, n)`` over their K particles, ``(2, n)``."""
+        powers = self.power * log_weight.double()
+        return torch.stack([powers.logsumexp(0), (2 * powers).logsumexp(0)])
+
+    def estimate(self, name: str, k: int, structure: Structure) -> Estimate:
+        """The estimate that the sums over K particles make."""
+        first, second = self.all
+        nothing = first == -math.inf  # no draw has any weight: none counts, and no error is known
+        inverse_size = torch.where(nothing, math.inf, (second - 2 * first).exp())
+        variances = (inverse_size - 1 / k).clamp(min=0) / self.power**2
+        return Estimate(
+            name,
+            (first - math.log(k)) / self.power,
+            variances if k > 1 else None,
+            num_particles=k,
+            ess=1 / inverse_size,
+            **facts(structure),
+        )

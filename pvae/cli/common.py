@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pvae.config import Config
     from pvae.data import Splits
     from pvae.fitting import History
-    from pvae.runs import Config
     from pvae.vae import VAE
 
-__all__ = ["Device", "RunFolder", "app", "prepare_file", "summary"]
+__all__ = ["DataFile", "Device", "RunFolder", "Seed", "app", "prepare_file", "summary"]
 
 app = typer.Typer(
     help="Variational autoencoders as probabilistic programs, on Pyro.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-RunFolder = Annotated[Path, typer.Argument(help="A folder that 'pvae train' wrote.")]
+Device = Annotated[
+    str, typer.Option(help="Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+]
+RunFolder = Annotated[Path, typer.Argument(help="Folder that 'pvae train' wrote.")]
+Seed = Annotated[int, typer.Option(help="Seed of what is drawn at random.")]
+DataFile = Annotated[
+    Path | None, typer.Option(help="File with data of the same kind; the run's test data if none.")
+]
 
 
 def summary(
@@ -33,28 +38,30 @@ def summary(
     vae: VAE,
     splits: Splits,
     history: History,
-    seconds: float | None = None,
     num_particles: int = 500,
     seed: int | None = None,
 ) -> str:
     """The one screen of a run."""
-    from pvae import report
+    from pvae import diagnostics
 
     is_gaussian = config.likelihood_for(splits) == "gaussian"
-    levels = splits.levels
-    summary = report.summarize(
+    width = None
+    if splits.levels is not None:
+        width = 1.0 / (splits.levels - 1) if is_gaussian else 1.0
+    found = diagnostics.diagnose(
         vae,
         splits.test.unlabelled(),
-        title=f"pvae {config.recipe} on {splits.name}: {folder}",
-        levels=None if is_gaussian else levels,
-        bin_width=1.0 / (levels - 1) if is_gaussian and levels is not None else None,
+        checks=diagnostics.SUMMARY,
+        num_data=None,
         num_particles=num_particles,
+        bin_width=width,
         history=history,
-        seconds=seconds,
+        progress=False,
         seed=config.seed if seed is None else seed,
     )
     commands = ", ".join(f"pvae {name} {folder}" for name in ("sample", "reconstruct", "encode"))
-    return str(summary).replace(report.NOTHING, commands)
+    screen = str(found).replace(diagnostics.NOTHING, commands)
+    return f"pvae {config.recipe} on {splits.name}: {folder}\n{screen}"
 
 
 def prepare_file(path: Path) -> None:

@@ -4,11 +4,11 @@ Each diagnostic returns its numbers as data, and what they mean as `Finding`s.
 """
 
 from pvae.diagnostics.aggregate import AggregatedPosterior, aggregated_posterior
-from pvae.diagnostics.calibration import SBC, sbc
-from pvae.diagnostics.codes import hoyer, near_zero, sensitivity
+from pvae.diagnostics.checks import CHECKS, DEFAULT, SUMMARY, bits_per_dimension
+from pvae.diagnostics.codes import active_units, hoyer, near_zero, sensitivity
+from pvae.diagnostics.diagnose import NOTHING, Diagnosis, diagnose
 from pvae.diagnostics.disentanglement import Disentanglement, disentanglement
 from pvae.diagnostics.factors import DCI, Score, dci, factor_vae_score, irs, mig, sap
-from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.gap import Gap, gap
 from pvae.diagnostics.gradients import (
     GradientNoise,
@@ -17,23 +17,26 @@ from pvae.diagnostics.gradients import (
     gradient_noise,
 )
 from pvae.diagnostics.importance import Importance, importance, khat
-from pvae.diagnostics.joint import TARP, tarp
 from pvae.diagnostics.learning import LearningCurve, learning_curve
-from pvae.diagnostics.pit import Calibration, pit
+from pvae.diagnostics.pit import PIT, pit
 from pvae.diagnostics.predictive import PredictiveCheck, Statistic, predictive
-from pvae.diagnostics.screen import CHECKS, DEFAULT, Diagnosis, diagnose
-from pvae.diagnostics.surgery import Part, Surgery, surgery
+from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.sbc import SBC, sbc
+from pvae.diagnostics.surgery import Surgery, surgery
+from pvae.diagnostics.tarp import TARP, tarp
+from pvae.diagnostics.thresholds import Threshold, table
 from pvae.diagnostics.uniformity import Uniformity
-from pvae.diagnostics.units import active_units
 
 __all__ = [
     "CHECKS",
     "DCI",
     "DEFAULT",
+    "NOTHING",
+    "PIT",
     "SBC",
+    "SUMMARY",
     "TARP",
     "AggregatedPosterior",
-    "Calibration",
     "Diagnosis",
     "Disentanglement",
     "Finding",
@@ -42,15 +45,17 @@ __all__ = [
     "Importance",
     "LearningCurve",
     "ObjectiveComparison",
-    "Part",
     "PredictiveCheck",
+    "Result",
     "Score",
     "Statistic",
     "Surgery",
+    "Threshold",
     "Uniformity",
     "Verdict",
     "active_units",
     "aggregated_posterior",
+    "bits_per_dimension",
     "compare_objectives",
     "dci",
     "diagnose",
@@ -71,5 +76,6 @@ __all__ = [
     "sbc",
     "sensitivity",
     "surgery",
+    "table",
     "tarp",
 ]

@@ -1,4 +1,4 @@
-"""How sparse codes are, and how they move with their data."""
+"""Which dimensions of codes are used, how sparse codes are, and how they move with their data."""
 
 from __future__ import annotations
 
@@ -8,15 +8,55 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae import terms as t
+from pvae import terms
+from pvae.diagnostics.thresholds import ACTIVITY
 from pvae.errors import UndefinedError, check_int, check_number
 from pvae.jacobian import squared_jacobian_norm
-from pvae.latent.checks import mean_of, only_site
+from pvae.latent.coding import means_and_noise
 from pvae.modes import evaluating
 from pvae.options import Options, tool
 from pvae.pair import PairLike
 
-__all__ = ["hoyer", "near_zero", "sensitivity"]
+__all__ = ["active_units", "hoyer", "near_zero", "sensitivity"]
+
+
+@tool
+def active_units(
+    pair: PairLike,
+    data: Any,
+    *,
+    site: str | None = None,
+    threshold: float = ACTIVITY,
+    num_particles: int = 32,
+    **options: Unpack[Options],
+) -> Tensor:
+    r"""Which dimensions of a latent depend on the data.
+
+    Dimension d is active if :math:`\mathrm{Var}_n(E_q[z_d | x_n])` exceeds a threshold. The inner
+    mean is the guide's own where it is known; otherwise it is one over draws, whose noise is taken
+    off the variance.
+
+    References:
+        Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
+
+    Arguments:
+        pair: A model and its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        site: The latent; None if the pair has one.
+        threshold: Of the variance; the paper's is 0.01.
+        num_particles: Draws for the mean, where it isn't known.
+        options: As in `pvae.options.Options`.
+
+    Returns:
+        True where active, shape ``latent_shape``.
+    """
+    check_int("num_particles", num_particles, minimum=2)
+    with terms.prepared(pair, data, options, "active_units") as evaluation:
+        structure = evaluation.structure
+        site = terms.only_site("active_units", "latent of the data", structure.latents, site)
+        check_int("active_units, rows of data", evaluation.num_rows, minimum=2)
+        means, noise = means_and_noise(evaluation, site, num_particles)
+    return means.double().var(0) - noise.double().mean(0) > threshold
 
 
 def hoyer(codes: Tensor) -> Tensor:
@@ -90,9 +130,9 @@ def sensitivity(
         UndefinedError: If the mean of q isn't known.
     """
     found = []
-    with t.prepared(pair, data, options, "sensitivity") as evaluation:
+    with terms.prepared(pair, data, options, "sensitivity") as evaluation:
         structure = evaluation.structure
-        name = only_site("sensitivity", "latent of the data", structure.latents, site)
+        name = terms.only_site("sensitivity", "latent of the data", structure.latents, site)
         if structure.subsample_size is not None or structure.tied_to is not None:
             raise UndefinedError(
                 "sensitivity",
@@ -105,7 +145,7 @@ def sensitivity(
 
                 def code(x: Tensor, rest: tuple[Tensor, ...] = tuple(context)) -> Tensor:
                     fn = poutine.trace(structure.guide).get_trace(x, *rest).nodes[name]["fn"]
-                    mean = mean_of(fn)
+                    mean = terms.mean_of(fn)
                     if mean is None:
                         raise UndefinedError(
                             f"site '{name}'",

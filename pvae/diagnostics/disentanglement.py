@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.diagnostics.factors import (
+    MEANINGS,
+    ArrayLike,
     Score,
     as_codes_and_factors,
     dci,
@@ -19,24 +20,15 @@ from pvae.diagnostics.factors import (
     mig,
     sap,
 )
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.thresholds import CHANCE
 from pvae.errors import check_int
 
 __all__ = ["Disentanglement", "disentanglement"]
 
-_MEANINGS = {
-    "MIG": "gap of mutual information between the two best dimensions",
-    "SAP": "gap of predictability between the two best dimensions",
-    "D": "each dimension is about one factor",
-    "C": "each factor is in one dimension",
-    "I": "factors can be predicted from all dimensions",
-    "FactorVAE": "the stillest dimension tells the factor held still",
-    "IRS": "dimensions are still while their factor is",
-}
 
-
-@dataclass(frozen=True)
-class Disentanglement:
+@dataclass(frozen=True, repr=False)
+class Disentanglement(Result):
     """Scores of codes against known factors.
 
     Attributes:
@@ -53,39 +45,30 @@ class Disentanglement:
     chance_sd: Tensor
     num_rows: int
 
+    @property
+    def title(self) -> str:
+        """How many rows, dimensions and factors there are."""
+        dimensions, factors = self.scores[0].matrix.shape
+        return f"Disentanglement: {self.num_rows} rows, {dimensions} dimensions, {factors} factors"
+
     def findings(self) -> list[Finding]:
         """Every score; "bad" where it is within three standard errors of chance."""
-        return [self._finding(*line) for line in zip(self.scores, *self._noise(), strict=True)]
-
-    def _noise(self) -> tuple[list[float], list[float], list[float]]:
-        return self.errors.tolist(), self.chance.tolist(), self.chance_sd.tolist()
+        noise = (self.errors.tolist(), self.chance.tolist(), self.chance_sd.tolist())
+        return [self._finding(*line) for line in zip(self.scores, *noise, strict=True)]
 
     def _finding(self, score: Score, error: float, chance: float, spread: float) -> Finding:
-        nothing = score.value - chance <= 3 * (error**2 + spread**2) ** 0.5
-        verdict: Verdict = "bad" if nothing else "none"
-        advice = "objectives.TCVAE or FactorVAE, with several seeds" if nothing else ""
-        if nothing and score.name == "I":
+        above = (score.value - chance) / max((error**2 + spread**2) ** 0.5, 1e-300)
+        verdict: Verdict = "bad" if CHANCE.verdict(above) == "bad" else "none"
+        advice = "objectives.TCVAE or FactorVAE, with several seeds" if verdict == "bad" else ""
+        if advice and score.name == "I":
             advice = "diagnostics.surgery: whether codes hold anything of the data"
-        return Finding(
-            score.name,
-            score.value,
-            error,
-            verdict=verdict,
-            meaning=f"{_MEANINGS[score.name]} (by chance {chance:.2f})",
-            advice=advice,
-        )
-
-    def __str__(self) -> str:
-        dimensions, factors = self.scores[0].matrix.shape
-        head = f"Disentanglement: {self.num_rows} rows, {dimensions} dimensions, {factors} factors"
-        return "\n".join([head, *map(str, self.findings())])
-
-    __repr__ = __str__
+        meaning = f"{MEANINGS[score.name]} (by chance {chance:.2f})"
+        return Finding(score.name, score.value, error, "", verdict, meaning, advice)
 
 
 def disentanglement(
-    codes: Any,
-    factors: Any,
+    codes: ArrayLike,
+    factors: ArrayLike,
     *,
     bins: int = 20,
     num_trees: int = 20,
@@ -129,8 +112,8 @@ def disentanglement(
     Example:
         >>> v = torch.cartesian_prod(torch.arange(3), torch.arange(4)).repeat(20, 1)
         >>> found = disentanglement(torch.cat([-v, torch.randn(240, 1)], 1), v, num_replicates=2)
-        >>> print(found.scores[0])
-        MIG: 0.9... (from 0..., 0...)
+        >>> found.scores[0].value > 0.9
+        True
     """
     check_int("bins", bins, minimum=2)
     check_int("num_trees", num_trees)

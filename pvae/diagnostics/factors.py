@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.stats import entropy
 from torch import Tensor
 
+from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, DataError, check_int, check_number
-from pvae.latent.checks import as_matrix
+from pvae.latent.coding import as_matrix
 
-__all__ = ["DCI", "Score", "as_codes_and_factors", "dci", "factor_vae_score", "irs", "mig", "sap"]
+__all__ = [
+    "DCI",
+    "MEANINGS",
+    "ArrayLike",
+    "Score",
+    "as_codes_and_factors",
+    "dci",
+    "factor_vae_score",
+    "irs",
+    "mig",
+    "sap",
+]
 
 
-@dataclass(frozen=True)
-class Score:
+ArrayLike = Tensor | np.ndarray | Sequence[float] | Sequence[Sequence[float]]
+"""What codes and factors may be: shape ``(N, d)``, or ``(N,)`` for one factor."""
+
+
+@dataclass(frozen=True, repr=False)
+class Score(Result):
     """A score of codes against factors, and what it is made of.
 
     Attributes:
@@ -34,10 +51,21 @@ class Score:
     parts: Tensor
     matrix: Tensor
 
-    def __str__(self) -> str:
-        return f"{self.name}: {self.value:.3f} (from {', '.join(f'{p:.2f}' for p in self.parts)})"
+    def findings(self) -> list[Finding]:
+        """The score, and what it is made of."""
+        parts = ", ".join(f"{part:.2f}" for part in self.parts)
+        return [Finding(self.name, self.value, meaning=f"{MEANINGS[self.name]}; from {parts}")]
 
-    __repr__ = __str__
+
+MEANINGS = {
+    "MIG": "gap of mutual information between the two best dimensions",
+    "SAP": "gap of predictability between the two best dimensions",
+    "D": "each dimension is about one factor",
+    "C": "each factor is in one dimension",
+    "I": "factors can be predicted from all dimensions",
+    "FactorVAE": "the stillest dimension tells the factor held still",
+    "IRS": "dimensions are still while their factor is",
+}
 
 
 class DCI(NamedTuple):
@@ -48,7 +76,7 @@ class DCI(NamedTuple):
     informativeness: Score
 
 
-def mig(codes: Any, factors: Any, *, bins: int = 20) -> Score:
+def mig(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> Score:
     r"""The mutual information gap: how far one dimension alone is about a factor.
 
     .. math:: \frac{1}{f} \sum_j \frac{I(z_{(1)}; v_j) - I(z_{(2)}; v_j)}{H(v_j)}
@@ -80,7 +108,7 @@ def mig(codes: Any, factors: Any, *, bins: int = 20) -> Score:
     Example:
         >>> v = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
         >>> mig(v.double(), v)
-        MIG: 1.000 (from 1.00, 1.00)
+          MIG                  1                      gap of ... dimensions; from 1.00, 1.00
     """
     from sklearn.metrics import mutual_info_score
 
@@ -93,7 +121,7 @@ def mig(codes: Any, factors: Any, *, bins: int = 20) -> Score:
     return _score("MIG", _gaps(information) / entropies, information)
 
 
-def sap(codes: Any, factors: Any, *, seed: int = 0) -> Score:
+def sap(codes: ArrayLike, factors: ArrayLike, *, seed: int = 0) -> Score:
     r"""The separated attribute predictability: how much better one dimension predicts a factor.
 
     .. math:: \frac{1}{f} \sum_j S_{(1) j} - S_{(2) j}
@@ -145,7 +173,7 @@ def sap(codes: Any, factors: Any, *, seed: int = 0) -> Score:
     return _score("SAP", _gaps(found), found)
 
 
-def dci(codes: Any, factors: Any, *, num_trees: int = 20, seed: int = 0) -> DCI:
+def dci(codes: ArrayLike, factors: ArrayLike, *, num_trees: int = 20, seed: int = 0) -> DCI:
     r"""Disentanglement, completeness and informativeness, by what predicts the factors.
 
     A random forest predicts each factor from all dimensions; R are its importances (decrease of
@@ -211,8 +239,8 @@ def dci(codes: Any, factors: Any, *, num_trees: int = 20, seed: int = 0) -> DCI:
 
 
 def factor_vae_score(
-    codes: Any,
-    factors: Any,
+    codes: ArrayLike,
+    factors: ArrayLike,
     *,
     bins: int = 20,
     num_votes: int = 400,
@@ -281,7 +309,7 @@ def factor_vae_score(
     return _score("FactorVAE", right / half, votes[1])
 
 
-def irs(codes: Any, factors: Any, *, bins: int = 20, quantile: float = 0.99) -> Score:
+def irs(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20, quantile: float = 0.99) -> Score:
     r"""The interventional robustness score: how still a dimension is while its factor is.
 
     .. math::
@@ -333,7 +361,7 @@ def irs(codes: Any, factors: Any, *, bins: int = 20, quantile: float = 0.99) -> 
 
 
 def as_codes_and_factors(
-    where: str, codes: Any, factors: Any, *, rows: int = 1, least: int = 1
+    where: str, codes: ArrayLike, factors: ArrayLike, *, rows: int = 1, least: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both as matrices on the CPU, or a `DataError`.
 
@@ -376,7 +404,7 @@ def as_codes_and_factors(
     return z, v
 
 
-def _score(name: str, parts: np.ndarray, matrix: np.ndarray, value: Any = None) -> Score:
+def _score(name: str, parts: np.ndarray, matrix: np.ndarray, value: float | None = None) -> Score:
     value = parts.mean() if value is None else value
     return Score(name, float(value), torch.from_numpy(parts), torch.from_numpy(matrix))
 

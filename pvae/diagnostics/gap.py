@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from pvae import bounds
-from pvae import terms as t
-from pvae.bounds import Bound, Estimate
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import GAP
 from pvae.errors import ArgumentError, UndefinedError, check_int
+from pvae.estimate import Estimate
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.terms import prepared
 
 __all__ = ["Gap", "gap"]
 
-SMALL, LARGE = 0.1, 1.0
-"""Nats a datum up to which a gap is good, and from which it is bad."""
 
-
-@dataclass(frozen=True)
-class Gap:
+@dataclass(frozen=True, repr=False)
+class Gap(Result):
     r"""The gap of a pair in parts, each with its errors over data and over draws.
 
     .. math::
@@ -35,45 +32,44 @@ class Gap:
     with q the guide's and q* the best of its family for each datum.
 
     Attributes:
-        log_weights: Of draws from each q, ``(K, N)``: ``"guide"``, ``"own"`` (q*), ``"full rank"``
+        log_weights: Of draws from each q, ``(K, N)``: ``"guide"``, ``"own"`` (q*), ``"full_rank"``
             and ``"flow"``, the last three fitted to each datum.
-        evidence: log p(x).
+        evidence: log p(x). Where it is from the fitted q it keeps the influence of each draw, as
+            its noise cancels in part where it is compared with an ELBO.
         instead: Why q* is of the full-rank Gaussians and not of the guide's own family, or nothing.
         unsettled: Families whose fit was still getting better when it ended.
-        sampled: The evidence, draw by draw, where it is from the fitted q; their noise cancels in
-            part where it is compared with an ELBO.
         rows: Which rows of the data these are, ``(N,)``; None for all of them.
     """
 
     log_weights: dict[str, Tensor]
-    evidence: Bound
+    evidence: Estimate
     instead: str = ""
     unsettled: tuple[str, ...] = ()
-    sampled: Estimate | None = None
     rows: Tensor | None = None
 
-    def elbo(self, q: str) -> Bound:
+    def elbo(self, q: str) -> Estimate:
         """The ELBO of one of the distributions by name."""
-        return Estimate.of_elbo(self.log_weights[q]).bound(f"ELBO, {q}", "lower")
+        name = f"ELBO, {q.replace('_', '-')}"
+        return Estimate.of_mean(name, self.log_weights[q], kind="lower")
 
-    def gain(self, q: str, over: str) -> Bound:
+    def gain(self, q: str, over: str) -> Estimate:
         """By how much one ELBO is above another."""
-        return self._gain(q, over).bound(f"ELBO, {q} - {over}")
+        return self.elbo(q) - self.elbo(over)
 
     @property
-    def amortisation(self) -> Bound:
+    def amortisation(self) -> Estimate:
         """What the encoder loses against the best of its family for each datum."""
-        return self._gain("own", "guide").bound("amortisation gap")
+        return self.gain("own", "guide").named("amortisation gap")
 
     @property
-    def approximation(self) -> Bound:
+    def approximation(self) -> Estimate:
         """What the best of the family loses against the posterior; at least, on average."""
-        return self._below_evidence("own", "approximation gap")
+        return (self.evidence - self.elbo("own")).named("approximation gap")
 
     @property
-    def total(self) -> Bound:
+    def total(self) -> Estimate:
         """Both together: evidence minus the guide's ELBO."""
-        return self._below_evidence("guide", "gap")
+        return (self.evidence - self.elbo("guide")).named("gap")
 
     @property
     def verdict(self) -> Literal["fine", "encoder", "family", "both"]:
@@ -83,9 +79,9 @@ class Gap:
         encoder's or the family's.
         """
         encoder, family = self.amortisation.mean, self.approximation.mean
-        if max(encoder, family) <= SMALL:
+        if max(encoder, family) < GAP.look:
             return "fine"
-        if self.instead and encoder > SMALL:
+        if self.instead and encoder >= GAP.look:
             return "both"
         if encoder > 2 * family:
             return "encoder"
@@ -94,8 +90,9 @@ class Gap:
     @property
     def is_worse(self) -> Tensor:
         """Data whose fit ended below the guide, beyond noise: 4 errors and 0.01 nats. ``(N,)``."""
-        gain = self._gain("own", "guide")
-        return gain.values < -4 * gain.variance.sqrt() - 0.01
+        gain = self.amortisation
+        assert gain.variances is not None  # noqa: S101
+        return gain.values < -4 * gain.variances.sqrt() - 0.01
 
     def worst(self, count: int = 5) -> Tensor:
         """Rows of the data with the largest gap in all, the largest first."""
@@ -105,7 +102,10 @@ class Gap:
     def findings(self) -> list[Finding]:
         """What it means, line by line."""
         rows = ", ".join(str(int(row)) for row in self.worst())
-        encoder = "a larger encoder, more training, or bounds.refined, a fit of each datum"
+        encoder = (
+            "a larger encoder, more training, or bounds.evidence(..., method='local'), which fits "
+            "q to each datum"
+        )
         found = [
             self._finding(
                 self.amortisation,
@@ -118,10 +118,10 @@ class Gap:
                 "posterior",
                 f"a richer family; {self._best()}" if self.verdict in ("family", "both") else "",
             ),
-            self._line("full rank gains", "full rank", "own", "on the best of the guide's family"),
+            self._line("full rank gains", "full_rank", "own", "on the best of the guide's family"),
         ]
         if "flow" in self.log_weights:
-            found.append(self._line("flow gains", "flow", "full rank", "on the full-rank Gaussian"))
+            found.append(self._line("flow gains", "flow", "full_rank", "on the full-rank Gaussian"))
         worse = self.is_worse.double()
         if bool(worse.any()):
             found.append(
@@ -130,7 +130,7 @@ class Gap:
                     float(worse.mean()),
                     verdict="look",
                     meaning="share of data for which the guide's q is better than the fitted one",
-                    advice="Refinement with more steps or a smaller learning rate"
+                    advice="bounds.LocalFit with a larger max_steps or a smaller lr"
                     if not self.instead
                     else "",
                 )
@@ -142,48 +142,35 @@ class Gap:
         """Whose best q the parts are about."""
         return "full-rank Gaussian (not its own family)" if self.instead else "q of its family"
 
-    def __str__(self) -> str:
-        n = self.evidence.num_data
+    @property
+    def title(self) -> str:
+        """How many data were looked at, and what is to be enlarged."""
         words = _WORDS[self.verdict]
         if self.instead and self.verdict == "both":
             words = "encoder or family lose, which can't be told apart here"
-        lines = [f"Inference gap, N = {n}: {words}", *map(str, self.findings())]
-        lines += [f"  {bound}" for bound in (*map(self.elbo, self.log_weights), self.evidence)]
+        return f"Inference gap, N = {self.evidence.num_data}: {words}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The ELBO of each q, the evidence, and what is to be known of the fits."""
+        lines = [bound.headline for bound in (*map(self.elbo, self.log_weights), self.evidence)]
         if self.instead:
-            lines.append(f"  own: a full-rank Gaussian instead, as {self.instead}")
-        lines += [f"  {q}: was still getting better at the last step" for q in self.unsettled]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _gain(self, q: str, over: str) -> Estimate:
-        return Estimate.of_elbo(self.log_weights[q]) - Estimate.of_elbo(self.log_weights[over])
-
-    def _below_evidence(self, q: str, name: str) -> Bound:
-        elbo = Estimate.of_elbo(self.log_weights[q])
-        if self.sampled is not None:
-            return (self.sampled - elbo).bound(name)
-        values = self.evidence.per_datum - elbo.values
-        error = math.hypot(self.evidence.se_total or 0.0, float(elbo.variance.sum().sqrt()))
-        n, k = len(values), len(elbo.influence)
-        return Bound(name, values, float(values.sum()), error, n, k, kind="none")
+            lines.append(f"own: a full-rank Gaussian instead, as {self.instead}")
+        lines += [f"{q}: was still getting better at the last step" for q in self.unsettled]
+        return tuple(lines)
 
     def _best(self) -> str:
-        gains = [f"a full-rank q gains {self.gain('full rank', 'own').mean:.2g} nats"]
+        gains = [f"a full-rank q gains {self.gain('full_rank', 'own').mean:.2g} nats"]
         if "flow" in self.log_weights:
             gains.append(f"a flow {self.gain('flow', 'own').mean:.2g}")
         return ", ".join(gains)
 
     def _line(self, name: str, q: str, over: str, meaning: str) -> Finding:
-        gain = self.gain(q, over)
-        error = None if math.isnan(gain.se_data) else gain.se_data
-        return Finding(name, gain.mean, error, "nats", meaning=meaning)
+        return Finding.of(self.gain(q, over).named(name), meaning)
 
     @staticmethod
-    def _finding(part: Bound, meaning: str, advice: str) -> Finding:
-        verdict: Verdict = "good" if part.mean <= SMALL else "look" if part.mean < LARGE else "bad"
-        error = None if math.isnan(part.se_data) else part.se_data
-        return Finding(part.name, part.mean, error, "nats", verdict, meaning, advice)
+    def _finding(part: Estimate, meaning: str, advice: str) -> Finding:
+        return Finding.of(part, meaning, GAP.verdict(part.mean), advice)
 
 
 _WORDS = {
@@ -200,8 +187,8 @@ def gap(
     data: Any,
     *,
     num_particles: int = 1000,
-    evidence: Bound | None = None,
-    refinement: bounds.Refinement | None = None,
+    evidence: Estimate | None = None,
+    local: bounds.LocalFit | None = None,
     flow: bool = True,
     **options: Unpack[Options],
 ) -> Gap:
@@ -229,7 +216,8 @@ def gap(
         num_particles: K, draws of a datum for each ELBO.
         evidence: log p(x) of the same data by other means, such as
             ``bounds.evidence(..., method="ais")``.
-        refinement: How to fit.
+        local: Settings of the fit of q to each datum; None for the defaults of
+            `bounds.LocalFit`.
         flow: Whether to fit flows, too.
         options: As in `pvae.options.Options`.
 
@@ -240,12 +228,12 @@ def gap(
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> found = gap(vae, torch.zeros(5, 4), num_particles=50, flow=False,
-        ...     refinement=pvae.bounds.Refinement(max_steps=50), progress=False)
+        ...     local=pvae.bounds.LocalFit(max_steps=50), progress=False)
         >>> found.amortisation.per_datum.shape
         torch.Size([5])
     """
     check_int("num_particles", num_particles, minimum=2)
-    with t.prepared(pair, data, options, "gap") as evaluation:
+    with prepared(pair, data, options, "gap") as evaluation:
         evaluation = evaluation.in_memory()  # a loader may shuffle, and all need the same rows
         guides = bounds.log_weights(evaluation.pair, evaluation.source, num_particles, **options)
         _check(guides, evidence)
@@ -253,7 +241,7 @@ def gap(
         unsettled, instead = [], ""
         for fit in bounds.fit_locally(
             evaluation,
-            refinement or bounds.Refinement(),
+            local or bounds.LocalFit(),
             num_particles,
             families=bounds.FAMILIES if flow else bounds.FAMILIES[:-1],
         ):
@@ -261,16 +249,17 @@ def gap(
             unsettled += [] if fit.is_settled else [fit.family]
             instead = instead or fit.instead
     weights = {"guide": guides, **{q: torch.cat(p, 1) for q, p in parts.items()}}
-    sampled = None
     if evidence is None:
         stacked = torch.stack(list(weights.values()))
         best = stacked.mean(1).argmax(0).expand(1, *stacked.shape[1:])
-        sampled = Estimate.of_evidence(stacked.gather(0, best)[0])
-        evidence = sampled.bound(f"evidence, local IWAE-{num_particles}", "lower")
-    return Gap(weights, evidence, instead, tuple(dict.fromkeys(unsettled)), sampled)
+        name = f"evidence, local IWAE-{num_particles}"
+        evidence = Estimate.of_evidence(name, stacked.gather(0, best)[0])
+    else:
+        evidence = replace(evidence, influence=None)  # its draws are others
+    return Gap(weights, evidence, instead, tuple(dict.fromkeys(unsettled)))
 
 
-def _check(guides: Tensor, evidence: Bound | None) -> None:
+def _check(guides: Tensor, evidence: Estimate | None) -> None:
     """Before the fits, which take long."""
     if evidence is not None and evidence.per_datum.shape[0] != guides.shape[1]:
         raise ArgumentError(

@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -15,14 +15,14 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 from tqdm.auto import trange
 
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding
+from pvae import terms
+from pvae.diagnostics.result import Finding, Result
 from pvae.engine.optimizers import Backup
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.modes import in_mode
 from pvae.objectives import ELBO, Objective, as_objective
 from pvae.options import Options, tool
-from pvae.pair import PairLike, as_pair
+from pvae.pair import PairLike, Structure, as_pair
 
 __all__ = ["GradientNoise", "ObjectiveComparison", "compare_objectives", "gradient_noise"]
 
@@ -71,8 +71,8 @@ class Moments:
         return math.sqrt(2 / (math.pi * self.num_repeats))
 
 
-@dataclass(frozen=True)
-class GradientNoise:
+@dataclass(frozen=True, repr=False)
+class GradientNoise(Result):
     """The gradient of one objective on fixed data, over its draws.
 
     Attributes:
@@ -91,14 +91,26 @@ class GradientNoise:
     seconds: float
     step_ratio: float = 1.0
 
+    @property
+    def title(self) -> str:
+        """Whose gradients these are."""
+        return f"Gradients of {self.objective}"
+
     def findings(self) -> list[Finding]:
         """Signal-to-noise by side, and variance by site."""
         lines = [
             Finding(f"gradient SNR, {side}", found.snr, meaning=self._meaning(found))
             for side, found in self.sides.items()
         ]
+        meaning = "variance over draws of the gradient of this site's parameters"
         lines += [
-            Finding(f"var {site}", found.total_variance, found.se_total_variance, "nats^2")
+            Finding(
+                f"var {site}",
+                found.total_variance,
+                found.se_total_variance,
+                "nats^2",
+                meaning=meaning,
+            )
             for site, found in self.sites.items()
         ]
         return lines
@@ -108,40 +120,51 @@ class GradientNoise:
             return "the gradient is 0"
         if math.isinf(found.snr):
             return "draws don't matter: the gradient has no noise"
+        return f"|mean| / sd of an entry, on average; {found.floor:.2g} without any signal"
+
+
+@dataclass(frozen=True, repr=False)
+class ObjectiveComparison(Result, Mapping[str, GradientNoise]):
+    """The gradients of several objectives at one pair and batch, by name.
+
+    Attributes:
+        by_name: The first is what others' times are measured by.
+    """
+
+    by_name: dict[str, GradientNoise]
+
+    def __getitem__(self, name: str) -> GradientNoise:
+        return self.by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_name)
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    @property
+    def title(self) -> str:
+        """How many gradients each objective has."""
+        moments = next(iter(next(iter(self.values())).sides.values()))
         return (
-            f"|mean| / sd of an entry, {self.objective}; without any signal it is {found.floor:.2g}"
+            f"Gradient variance of {len(self)} objectives, {moments.num_repeats} gradients of "
+            f"each; SNR without any signal {moments.floor:.2g}"
         )
 
-    def __str__(self) -> str:
-        return "\n".join([f"Gradients of {self.objective}", *map(str, self.findings())])
-
-    __repr__ = __str__
-
-
-class ObjectiveComparison(dict[str, GradientNoise]):
-    """The gradients of several objectives at one pair and batch, by name; prints a table."""
-
-    def __str__(self) -> str:
-        sides = list(dict.fromkeys(side for found in self.values() for side in found.sides))
-        width = max(9, *map(len, self))
-        head = "".join(f"{f'SNR, {side}':>12}{f'var, {side}':>12}{'se':>10}" for side in sides)
-        lines = [f"{'objective':<{width}}{head}{'time':>8}"]
-        for name, found in self.items():
-            rows = [found.sides.get(side) for side in sides]
-            cells = "".join(
-                f"{'-':>12}{'-':>12}{'-':>10}"
-                if of is None
-                else f"{of.snr:>12.3g}{of.total_variance:>12.3g}{of.se_total_variance:>10.1g}"
-                for of in rows
+    def findings(self) -> list[Finding]:
+        """Variance by side and objective, with signal-to-noise ratio and time."""
+        return [
+            Finding(
+                f"{name}, {side}",
+                moments.total_variance,
+                moments.se_total_variance,
+                "nats^2",
+                meaning=f"SNR {moments.snr:.3g}; {found.step_ratio:.2f}x the time",
             )
-            lines.append(f"{name:<{width}}{cells}{found.step_ratio:>7.2f}x")
-        of = next(iter(next(iter(self.values())).sides.values()))
-        note = (
-            f"{of.num_repeats} gradients per datum, in nats; SNR without any signal {of.floor:.2g}"
-        )
-        return "\n".join([*lines, note])
-
-    __repr__ = __str__
+            for side in dict.fromkeys(side for found in self.values() for side in found.sides)
+            for name, found in self.items()
+            if (moments := found.sides.get(side)) is not None
+        ]
 
 
 @tool
@@ -207,7 +230,7 @@ def compare_objectives(
         options: As in `pvae.options.Options`.
 
     Returns:
-        By name, as a dictionary that prints a table; ``step_ratio`` is each one's time over the
+        By name, as a mapping that prints itself; ``step_ratio`` is each one's time over the
         first one's, both medians of R.
 
     Raises:
@@ -243,7 +266,7 @@ def _compared(
                 "objective", "one of pvae.objectives", type(given).__name__, ["objectives.ELBO()"]
             )
         ours[name or repr(made)] = made
-    with t.prepared(pair, data, options, "gradient_noise") as evaluation:
+    with terms.prepared(pair, data, options, "gradient_noise") as evaluation:
         structure, source = evaluation.structure, evaluation.source
         batch = source.rows(torch.arange(source.num_rows, device=source.device))
         states = {}
@@ -268,33 +291,35 @@ def _compared(
                     for key, g in found.items():
                         sums[name].setdefault(key, Sums(g, num_repeats)).add(g)
     first = statistics.median(next(iter(times.values())))
-    results = ObjectiveComparison()
+    results = {}
     for name, of in sums.items():
         if not of:
             raise UndefinedError("gradient noise", "a loss that depends on parameters", "none")
         moments = {key: value.moments() for key, value in of.items()}
         seconds = statistics.median(times[name])
-        sides = {
-            side: _joined([m for key, m in moments.items() if side in structure.sides[key]])
+        groups = {
+            side: [key for key in moments if side in structure.sides[key]]
             for side in ("guide", "model")
-            if any(side in structure.sides[key] for key in moments)
         }
-        sites = {
-            site: _joined([moments[key] for key in keys if key in moments])
-            for site, keys in owners.items()
-            if any(key in moments for key in keys)
-        }
+        sides, sites = (
+            {
+                name: _joined([moments[key] for key in keys if key in moments])
+                for name, keys in by.items()
+                if any(key in moments for key in keys)
+            }
+            for by in (groups, owners)
+        )
         results[name] = GradientNoise(name, moments, sides, sites, seconds, seconds / first)
-    return results
+    return ObjectiveComparison(results)
 
 
 def _gradient(
-    batch: Any, objective: Objective, state: Any, structure: t.Structure
+    batch: tuple[Tensor, ...], objective: Objective, state: Any, structure: Structure
 ) -> dict[str, Tensor]:
     """Of the loss per datum, by parameter, flat and in double precision."""
-    terms = objective.compute_terms(structure, batch)
-    loss = objective.surrogate(terms, state) / structure.divisor(terms.num_rows)
-    state.seen = None
+    evaluated = objective.compute_terms(structure, batch)
+    loss = objective.surrogate(evaluated, state) / structure.divisor(evaluated.num_rows)
+    state.measured = None
     parameters = list(structure.parameters.values())
     if not loss.requires_grad:
         return {}
@@ -303,12 +328,12 @@ def _gradient(
     return {name: g.detach().flatten().double() for name, g in rows if g is not None}
 
 
-def _owners(batch: Any, structure: t.Structure) -> dict[str, list[str]]:
+def _owners(batch: tuple[Tensor, ...], structure: Structure) -> dict[str, list[str]]:
     """The parameters that each site's own distribution has, given the values before it."""
-    terms = t.compute(structure, batch, detach=True)
+    evaluated = terms.compute(structure, batch, detach=True)
     names, parameters = list(structure.parameters), list(structure.parameters.values())
     owners: dict[str, list[str]] = {}
-    for name, site in terms.sites.items():
+    for name, site in evaluated.sites.items():
         for side, part in (("guide", site.log_q), ("model", site.log_p)):
             if part is None or not part.requires_grad:
                 continue

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from pvae import bounds
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import KHAT, UNRELIABLE
 from pvae.errors import DataError, check_int, check_number
+from pvae.estimate import Estimate
 from pvae.options import Options, tool
 from pvae.pair import PairLike, as_pair
+from pvae.terms import prepared
 
 __all__ = ["Importance", "importance", "khat"]
-
-UNRELIABLE = 0.7
-"""k-hat above which importance sampling isn't to be relied on (Vehtari et al., 2024)."""
 
 FEWEST = 25
 """Draws from which there are enough in the tail, five."""
@@ -95,7 +94,7 @@ def _check(log_weights: Tensor) -> None:
             "log_weights",
             f"shape (K, N), K at least {FEWEST}",
             f"shape {tuple(log_weights.shape)}",
-            ["bounds.log_weights(model, guide, data, num_particles=1000)"],
+            ["bounds.log_weights(pair, data, num_particles=1000)"],
         )
     broken = log_weights.isnan() | log_weights.isposinf()
     if bool(broken.any()):
@@ -108,8 +107,8 @@ def _check(log_weights: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Importance:
+@dataclass(frozen=True, repr=False)
+class Importance(Result):
     r"""What one set of importance weights says of a guide.
 
     Attributes:
@@ -132,30 +131,29 @@ class Importance:
     @property
     def ess(self) -> Tensor:
         r"""Effective sample size of each datum, :math:`1 / \sum_k \bar w_k^2`, shape ``(N,)``."""
-        size = 1 / self.log_weights.softmax(0).square().sum(0)
-        return size.nan_to_num(0.0)  # no draw has any weight
+        found = self.evidence.ess
+        assert found is not None  # noqa: S101
+        return found
 
     @property
-    def elbo(self) -> bounds.Bound:
+    def elbo(self) -> Estimate:
         """The mean of the log weights."""
-        return bounds.Estimate.of_elbo(self.log_weights).bound("ELBO", "lower")
+        return Estimate.of_mean("ELBO", self.log_weights, kind="lower")
 
     @property
-    def evidence(self) -> bounds.Bound:
+    def evidence(self) -> Estimate:
         """The log of the mean of the weights, which is low on average."""
-        name = f"evidence, IWAE-{len(self.log_weights)}"
-        return bounds.Estimate.of_evidence(self.log_weights).bound(name, "lower")
+        return Estimate.of_evidence(f"evidence, IWAE-{len(self.log_weights)}", self.log_weights)
 
     @property
-    def gap(self) -> bounds.Bound:
+    def gap(self) -> Estimate:
         """Evidence minus ELBO; the error over draws is that of the difference."""
-        evidence = bounds.Estimate.of_evidence(self.log_weights)
-        return (evidence - bounds.Estimate.of_elbo(self.log_weights)).bound("gap")
+        return (self.evidence - self.elbo).named("gap")
 
     @property
     def unreliable(self) -> float:
         """Share of data whose k-hat is above 0.7."""
-        return float((self.khat > UNRELIABLE).double().mean())
+        return float((self.khat > KHAT).double().mean())
 
     @property
     def se_unreliable(self) -> float:
@@ -178,22 +176,35 @@ class Importance:
         order = ranked.argsort(descending=True, stable=True)[:count]
         return order[ranked[order] > -math.inf]
 
+    @property
+    def title(self) -> str:
+        """How many weights there are."""
+        k, n = self.log_weights.shape
+        return f"Importance weights, N = {n}, K = {k}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which data are the worst."""
+        rows = [
+            f"{int(name)} ({float(self.khat[at]):.2f} +- {float(self.se_khat[at]):.2f})"
+            for name, at in zip(self.worst(), self._worst(), strict=True)
+        ]
+        return (f"rows with the largest k-hat: {', '.join(rows) or 'none'}",)
+
     def findings(self) -> list[Finding]:
         """What it means, line by line."""
         rows = ", ".join(str(int(row)) for row in self.worst())
-        share = self.unreliable
-        verdict: Verdict = "good" if share <= 0.05 else "look" if share <= 0.25 else "bad"
+        verdict = UNRELIABLE.verdict(self.unreliable)
+        advice = f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?"
         found = [
             Finding(
-                "k-hat above 0.7",
-                share,
+                f"k-hat above {KHAT}",
+                self.unreliable,
                 self.se_unreliable,
                 "",
                 verdict,
                 "share of data for which q is too narrow somewhere",
-                ""
-                if verdict == "good"
-                else f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?",
+                "" if verdict == "good" else advice,
             )
         ]
         exact, tied = self.is_exact, self.khat.isnan() & ~self.is_exact
@@ -203,34 +214,12 @@ class Importance:
         ):
             share_of = float(rows_of.double().mean())
             found += [Finding(name, share_of, meaning=f"share of data with {why}")][: share_of > 0]
-        gap, sampled = self.gap, self.ess / len(self.log_weights)
-        found += [
-            Finding(
-                "gap, at least",
-                gap.mean,
-                gap.se_data,
-                "nats",
-                meaning="evidence - ELBO a datum; these weights put log p(x) too low, if anything",
-            ),
-            Finding(
-                "effective draws",
-                float(sampled.mean()),
-                float(sampled.std()) / math.sqrt(len(sampled)) if len(sampled) > 1 else None,
-                meaning="ESS / K, the share of draws that count",
-            ),
+        sampled = Estimate("effective draws", self.ess / len(self.log_weights), unit="")
+        return [
+            *found,
+            Finding.of(self.gap.named("gap, at least"), "evidence - ELBO; too low, if anything"),
+            Finding.of(sampled, "ESS / K, the share of draws that count"),
         ]
-        return found
-
-    def __str__(self) -> str:
-        k, n = self.log_weights.shape
-        lines = [f"Importance weights, N = {n}, K = {k}", *map(str, self.findings())]
-        rows = [
-            f"{int(name)} ({float(self.khat[at]):.2f} +- {float(self.se_khat[at]):.2f})"
-            for name, at in zip(self.worst(), self._worst(), strict=True)
-        ]
-        return "\n".join([*lines, f"  rows with the largest k-hat: {', '.join(rows) or 'none'}"])
-
-    __repr__ = __str__
 
 
 @tool
@@ -270,7 +259,7 @@ def importance(
     check_int("num_particles", num_particles, minimum=FEWEST)
     pair = as_pair(pair, "importance")
     log_weights = bounds.log_weights(pair, data, num_particles, **options)
-    with t.prepared(pair, data, options, "importance") as evaluation:
+    with prepared(pair, data, options, "importance") as evaluation:
         structure = evaluation.structure
     size = float(log_weights[log_weights.isfinite()].abs().median())
     rounding = torch.finfo(structure.dtype).eps * size

@@ -13,7 +13,8 @@ from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor
 
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.thresholds import CURVE, FALL, HIDDEN
 from pvae.errors import ArgumentError, UndefinedError, check_number
 
 __all__ = ["LearningCurve", "learning_curve"]
@@ -21,20 +22,11 @@ __all__ = ["LearningCurve", "learning_curve"]
 FEWEST = 12
 """Epochs below which a curve isn't judged."""
 
-CLEARLY = 10
-"""Standard errors from which a fall is bad, and not only worth a look."""
-
-LITTLE = 1.0
-"""Nats a datum; where noise could hide as much in a window a curve hasn't levelled off."""
-
-NEGLIGIBLE = 0.1
-"""Nats a datum; a rise by less in a window is no reason to go on."""
-
 _NAMES = ("elbo", "unnormalised_elbo", "log_joint")
 
 
-@dataclass(frozen=True)
-class LearningCurve:
+@dataclass(frozen=True, repr=False)
+class LearningCurve(Result):
     """The last part of a learning curve as a line with noise around it.
 
     Attributes:
@@ -78,7 +70,12 @@ class LearningCurve:
     @property
     def is_unfinished(self) -> bool:
         """Whether the curve rises, and by enough to go on."""
-        return self.state == "rising" and self.slope * self.window >= NEGLIGIBLE
+        return self.state == "rising" and CURVE.verdict(self.slope * self.window) != "good"
+
+    @property
+    def title(self) -> str:
+        """How many epochs there are, and how noisy they are."""
+        return f"{self.name} of {len(self.values)} epochs, noise {self.noise:.2g} nats"
 
     def findings(self) -> list[Finding]:
         """What is to be gained by going on, and what validation data say."""
@@ -86,30 +83,27 @@ class LearningCurve:
         verdict: Verdict = "look"
         if self.state == "falling":
             gain, error = -self.drop, self.se_drop
-            verdict = "bad" if self.drop > CLEARLY * self.se_drop else "look"
-            meaning = "has fallen by so much since it was best"
+            verdict = FALL.verdict(self.drop / self.se_drop if self.se_drop > 0 else math.inf)
+            meaning = f"{self.name} has fallen by so much since it was best"
             advice = "patience=..., which keeps the best epoch; or a smaller network"
         elif self.is_unfinished:
-            meaning = f"still rises; so much in the last {self.window} epochs, along a line"
-            advice = ".refine(epochs)"
+            meaning = f"{self.name} still rises; so much in the last {self.window} epochs"
+            advice = MORE_EPOCHS
         elif self.state == "rising":
-            verdict, meaning, advice = "good", "still rises, but hardly", ""
-        elif gain + 2 * error < LITTLE:
-            verdict, meaning, advice = "good", "has levelled off: no trend above its noise", ""
+            verdict, meaning, advice = "good", f"{self.name} still rises, but hardly", ""
+        elif gain + 2 * error < HIDDEN:
+            verdict, meaning, advice = "good", f"{self.name} has levelled off", ""
         else:
-            meaning = "no trend above its noise, which could hide one"
-            advice = ".refine(epochs), or more validation data"
+            meaning = "no trend above the noise, which could hide one"
+            advice = f"{MORE_EPOCHS}; or more validation data"
         lines = [Finding("learning curve", gain, error, "nats", verdict, meaning, advice)]
         if self.generalisation is not None:
-            meaning = "what training data have above validation data; error over epochs alone"
+            meaning = "what training data have above validation data"
             lines.append(Finding("train - valid", *self.generalisation, "nats", meaning=meaning))
         return lines
 
-    def __str__(self) -> str:
-        head = f"{self.name} of {len(self.values)} epochs, noise {self.noise:.2g} nats"
-        return "\n".join([head, *map(str, self.findings())])
 
-    __repr__ = __str__
+MORE_EPOCHS = "more epochs: fit.refine(epochs), or pvae train --resume --epochs N"
 
 
 def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3) -> LearningCurve:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import terms as t
+from pvae import terms
 from pvae.data import first_batch
-from pvae.diagnostics.simulated import mask_of
 from pvae.errors import UndefinedError, oxford
 from pvae.modes import evaluating
-from pvae.pair import probing
+from pvae.pair import mask_of, probing
 
 __all__ = ["Draws", "Mixture", "draw", "require_mixture", "score_mixture", "sum_of"]
-
-Pair = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,12 @@ class Mixture:
     log_prob_dims: Tensor | None
 
 
-def draw(evaluation: t.Evaluation, num_particles: int) -> Draws:
+def draw(evaluation: terms.Evaluation, num_particles: int) -> Draws:
     """Draws from the guide for all data."""
     because = _why_no_dimensions(evaluation)
     chunks: dict[int, list[dict[tuple[str, str], Tensor]]] = {}
-    for rows, terms in t.stream(evaluation, num_particles, per_dimension=not because):
-        chunks.setdefault(rows.start, []).append(_kept(terms))
+    for rows, found in terms.stream(evaluation, num_particles, per_dimension=not because):
+        chunks.setdefault(rows.start, []).append(_kept(found))
     whole = {
         key: torch.cat([torch.cat([p[key] for p in parts]) for parts in chunks.values()], 1)
         for key in next(iter(chunks.values()))[0]
@@ -86,22 +82,22 @@ def draw(evaluation: t.Evaluation, num_particles: int) -> Draws:
     )
 
 
-def _kept(terms: t.Terms) -> dict[tuple[str, str], Tensor]:
+def _kept(found: terms.Terms) -> dict[tuple[str, str], Tensor]:
     """What is kept of a chunk."""
-    terms.require_split()
-    kept = {("log_q", ""): terms.log_q.double()}
-    for name, site in terms.sites.items():
+    found.require_split()
+    kept = {("log_q", ""): found.log_q.double()}
+    for name, site in found.sites.items():
         if site.kind == "penalty":
             continue
         is_drawn = site.kind in ("latent", "auxiliary")
         if is_drawn or site.log_q is not None:
-            zero = torch.zeros_like(terms.log_q)
+            zero = torch.zeros_like(found.log_q)
             log_q = zero if site.log_q is None else site.log_q
             log_p = zero if site.log_p is None or not is_drawn else site.log_p
             kept["rate", name] = (log_q - log_p).double()
         elif site.log_p is not None:
             kept["distortion", name] = -site.log_p.double()
-        if name in terms.structure.latents and site.value is not None:
+        if name in found.structure.latents and site.value is not None:
             kept["value", name] = site.value
         for key in ("log_q_dims", "log_p_dims"):
             value = getattr(site, key)
@@ -110,19 +106,19 @@ def _kept(terms: t.Terms) -> dict[tuple[str, str], Tensor]:
     return kept
 
 
-def _why_no_dimensions(evaluation: t.Evaluation) -> str:
+def _why_no_dimensions(evaluation: terms.Evaluation) -> str:
     structure, source = evaluation.structure, evaluation.source
     rows = structure.tied_to or (source.num_rows if structure.subsample_size else 2)
     batch = first_batch(source, rows)
     try:
         with probing((structure.model, structure.guide)):
-            t.compute(structure, batch, per_dimension=True)
+            terms.compute(structure, batch, per_dimension=True)
     except UndefinedError as error:
         return f"{error.where}: {error.actual}"
     return ""
 
 
-def require_mixture(evaluation: t.Evaluation) -> None:
+def require_mixture(evaluation: terms.Evaluation) -> None:
     """Refuses pairs whose q(z) isn't the mean of scores, or that have no one p(z)."""
     structure, source = evaluation.structure, evaluation.source
     if structure.subsample_size is not None or structure.tied_to is not None:
@@ -131,7 +127,7 @@ def require_mixture(evaluation: t.Evaluation) -> None:
         )
     batch = first_batch(source, 128)
     with probing((structure.model, structure.guide)):
-        first = t.compute(structure, batch)
+        first = terms.compute(structure, batch)
         values = {name: first.sites[name].value for name in structure.latents}
         drawn = {name: value[0] for name, value in values.items() if value is not None}
         for trace in (first.guide_trace, first.model_trace):
@@ -141,9 +137,9 @@ def require_mixture(evaluation: t.Evaluation) -> None:
                     "q(z)", "latents of all rows", f"a mask at site {oxford(masked)}"
                 )
         one = {name: value[:1] for name, value in drawn.items()}
-        t.score_guide(structure, batch, one)
+        terms.score_guide(structure, batch, one)
         rolled = {name: value.roll(1, 0) for name, value in drawn.items()}
-        second = t.compute(structure, batch, given=rolled)
+        second = terms.compute(structure, batch, given=rolled)
     for name in drawn:
         ours, other = second.sites[name].log_p, first.sites[name].log_p
         if ours is None or other is None or not torch.allclose(ours, other.roll(1, 1), rtol=1e-4):
@@ -155,10 +151,16 @@ def require_mixture(evaluation: t.Evaluation) -> None:
             )
 
 
-def score_mixture(evaluation: t.Evaluation, own: Draws) -> Mixture:
-    """log q(z) of every draw: the log of the mean of its density under every row's guide."""
+def score_mixture(evaluation: terms.Evaluation, own: Draws, max_rows: int | None = None) -> Mixture:
+    """log q(z) of every draw: the log of the mean of its density under every row's guide.
+
+    Arguments:
+        evaluation: The pair and its rows.
+        own: The draws.
+        max_rows: Bound on the rows in the guide at once; None for what is cheap for it alone.
+    """
     structure, source = evaluation.structure, evaluation.source
-    max_rows = max(evaluation.max_rows, _LEAST_ROWS)  # of the guide alone, which is cheap
+    max_rows = max_rows or max(evaluation.max_rows, _LEAST_ROWS)
     k, n = own.log_q.shape
     values = {name: value.flatten(0, 1) for name, value in own.values.items()}
     by_dimension = len(values) == 1 and not own.because
@@ -173,7 +175,7 @@ def score_mixture(evaluation: t.Evaluation, own: Draws) -> Mixture:
             sums: list[Tensor] = []
             for others in torch.arange(n, device=own.log_q.device).split(rows):
                 batch = source.rows(others)
-                sites = t.score_guide(
+                sites = terms.score_guide(
                     structure,
                     batch,
                     chosen,
@@ -199,6 +201,6 @@ def score_mixture(evaluation: t.Evaluation, own: Draws) -> Mixture:
 _LEAST_ROWS = 65536
 
 
-def sum_of(parts: Any) -> Tensor:
+def sum_of(parts: Iterable[Tensor | None]) -> Tensor:
     """The sum of tensors, in double precision."""
     return torch.stack([p.double() for p in parts if p is not None]).sum(0)

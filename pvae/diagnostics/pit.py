@@ -1,4 +1,4 @@
-"""Calibration: where each datum stands among the model's draws of it."""
+"""PIT: where each datum stands among the model's draws of it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding, Verdict
+from pvae import terms
 from pvae.diagnostics.predictive import Function
-from pvae.diagnostics.replicates import CheckKind, Replicates
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import P_VALUE
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import CheckKind, Replicates
 
-__all__ = ["Calibration", "pit"]
+__all__ = ["PIT", "pit"]
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class PIT(Result):
     r"""Probability integral transforms of data, and whether they are uniform.
 
     Attributes:
@@ -65,31 +66,30 @@ class Calibration:
         """
         return _mean_over_data(12 * (self.values - 0.5).square())
 
+    @property
+    def title(self) -> str:
+        """What was drawn, and how often."""
+        return (
+            f"calibration ({self.kind}) of site '{self.site}': "
+            f"{self.num_particles} draws of each of {len(self.values)} data"
+        )
+
     def findings(self) -> list[Finding]:
         """Uniformity, the mean and the spread."""
-        mean, mean_error = self.mean
-        spread, spread_error = self.spread
-        found = []
-        p = self.p_value
-        if p is not None:
-            verdict: Verdict = "bad" if p < 0.01 else "look" if p < 0.05 else "good"
-            count = self.values[0].numel()
-            found.append(
-                Finding(
-                    "PIT uniform, p",
-                    p,
-                    None,
-                    "",
-                    verdict,
-                    f"the smallest of {count} dimension(s), corrected for their number",
-                    "" if verdict == "good" else self._advice(mean, mean_error, spread),
-                )
-            )
-        middle = "1/2 if right" if p is not None else self.reason
-        found.append(Finding("PIT mean", mean, mean_error, "", "none", middle))
-        shape = "above 1: draws too narrow; below 1: too wide"
-        found.append(Finding("PIT spread", spread, spread_error, "", "none", shape))
-        return found
+        mean, spread = self.mean, self.spread
+        found, middle = [], self.reason
+        if (p := self.p_value) is not None:
+            middle = "of the ranks of data among draws, from 0 to 1; 1/2 if the model is right"
+            verdict = P_VALUE.verdict(p)
+            meaning = f"the least of {self.values[0].numel()} dimension(s), times their number"
+            advice = "" if verdict == "good" else self._advice(*mean, spread[0])
+            found.append(Finding("PIT p-value", p, None, "", verdict, meaning, advice))
+        shape = "1 if the model is right; more: draws too narrow; less: too wide"
+        return [
+            *found,
+            Finding("PIT mean", *mean, meaning=middle),
+            Finding("PIT spread", *spread, meaning=shape),
+        ]
 
     def _advice(self, mean: float, mean_error: float, spread: float) -> str:
         if abs(mean - 0.5) > 3 * mean_error:
@@ -98,15 +98,6 @@ class Calibration:
         if spread > 1:
             return "draws are too narrow: a larger or learned scale, heavier tails"
         return "draws are too wide or of another shape: a smaller or learned scale"
-
-    def __str__(self) -> str:
-        title = (
-            f"calibration ({self.kind}) of site '{self.site}': "
-            f"{self.num_particles} draws of each of {len(self.values)} data"
-        )
-        return "\n".join([title, *map(str, self.findings())])
-
-    __repr__ = __str__
 
 
 @tool
@@ -119,7 +110,7 @@ def pit(
     site: str | None = None,
     num_particles: int = 200,
     **options: Unpack[Options],
-) -> Calibration:
+) -> PIT:
     r"""Probability integral transforms: each value's rank among draws of it, made uniform.
 
     .. math::
@@ -128,7 +119,7 @@ def pit(
 
     Data that the model made have u uniform, exactly so for each S and for discrete values too, by
     the randomised V. Each dimension is tested for that over data; the smallest p-value times the
-    number of dimensions is "bad" below 0.01 and worth a look below 0.05.
+    number of dimensions is worth a look up to 0.05 and "bad" up to 0.001.
 
     Where u isn't uniform or not independent over data even under the model, there is no test and
     the reason is said: with ``kind="posterior"`` and latents of data (each datum was decoded from
@@ -151,7 +142,7 @@ def pit(
         options: As in `pvae.options.Options`.
 
     Returns:
-        A `Calibration`; it prints itself. ``arviz.plot_ecdf_pit`` draws `values`.
+        A `PIT`; it prints itself. ``arviz.plot_ecdf_pit`` draws `values`.
 
     Raises:
         UndefinedError: If the values have no order (classes, angles), or nothing can be drawn.
@@ -163,7 +154,7 @@ def pit(
         torch.Size([50, 3])
     """
     check_int("num_particles", num_particles)
-    with t.prepared(pair, data, options, "pit") as evaluation, torch.no_grad():
+    with terms.prepared(pair, data, options, "pit") as evaluation, torch.no_grad():
         found = Replicates.of("pit", evaluation, site, kind)
         if statistic is None:
             found.require_order("pit")
@@ -175,11 +166,11 @@ def pit(
                 below += values < own
                 equal += values == own
         u = (below + torch.rand_like(below) * (equal + 1)) / (num_particles + 1)
-    if statistic is None and found.kept is not None:
-        u[~found.kept.expand(u.shape)] = math.nan
+    if statistic is None and found.mask is not None:
+        u[~found.mask.expand(u.shape)] = math.nan
     u = u.cpu()
     reason = _reason(found)
-    return Calibration(kind, found.site, u, None if reason else _uniform(u), reason, num_particles)
+    return PIT(kind, found.site, u, None if reason else _uniform(u), reason, num_particles)
 
 
 def _reason(found: Replicates) -> str:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding, Verdict
-from pvae.diagnostics.replicates import CheckKind, Replicates
+from pvae import terms
+from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.thresholds import P_VALUE, REPLICATES
 from pvae.errors import ArgumentError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import CheckKind, Replicates
 
 __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 
 Function = Callable[[Tensor], Any]
-_LEVEL = 0.05
-_FAR = 5.0
 _ENOUGH = 10  # replicates: five spreads off by chance is then one in 700, by Student's t
 _ENOUGH_EQUAL = 50  # replicates that are all the same: one that isn't is then one in 130 at most
 
@@ -84,7 +83,7 @@ class Statistic:
         distance = self.distance
         enough = _ENOUGH if math.isfinite(distance) else _ENOUGH_EQUAL
         is_outside = num_draws >= enough and not equal and above in (0, num_draws)
-        return is_outside and distance > _FAR
+        return is_outside and REPLICATES.verdict(distance) == "bad"
 
     @property
     def _counts(self) -> tuple[int, int, int]:
@@ -92,8 +91,8 @@ class Statistic:
         return above, int((self.replicated == self.observed).sum()), len(self.replicated)
 
 
-@dataclass(frozen=True)
-class PredictiveCheck:
+@dataclass(frozen=True, repr=False)
+class PredictiveCheck(Result):
     """Statistics of the data against those of replicated data sets.
 
     Attributes:
@@ -112,18 +111,28 @@ class PredictiveCheck:
     statistics: dict[str, Statistic]
     is_optimistic: bool
 
+    @property
+    def title(self) -> str:
+        """What a replicate is, and how many there are."""
+        return (
+            f"predictive check ({self.kind}) of site '{self.site}': "
+            f"{self.num_particles} replicates of {self.num_data} data"
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Whether passing says little."""
+        return (_OPTIMISTIC,) if self.is_optimistic else ()
+
     def findings(self) -> list[Finding]:
         """A line for each statistic: its p-value, T(x), and mean and spread of replicates."""
         return [self._finding(s) for s in self.statistics.values()]
 
     def _finding(self, statistic: Statistic) -> Finding:
-        two_sided, count = statistic.two_sided, len(self.statistics)
-        verdict: Verdict = "good"
-        if two_sided * count < _LEVEL or statistic.is_beyond:
+        verdict: Verdict = P_VALUE.verdict(min(1, statistic.two_sided * len(self.statistics)))
+        if statistic.is_beyond:
             verdict = "bad"
-        elif two_sided < _LEVEL:
-            verdict = "look"
-        elif self.is_optimistic:
+        elif verdict == "good" and self.is_optimistic:
             verdict = "none"
         mean = float(statistic.replicated.mean())
         spread = float(statistic.replicated.std()) if len(statistic.replicated) > 1 else math.nan
@@ -133,24 +142,9 @@ class PredictiveCheck:
             statistic.error,
             "",
             verdict,
-            f"T(x) = {statistic.observed:.4g}; replicates {mean:.4g}, spread {spread:.2g}",
+            f"{statistic.observed:.4g} in the data; replicates {mean:.4g}, sd {spread:.2g}",
             "" if verdict in ("good", "none") else _ADVICE[self.kind],
         )
-
-    def __str__(self) -> str:
-        title = (
-            f"predictive check ({self.kind}) of site '{self.site}': "
-            f"{self.num_particles} replicates of {self.num_data} data"
-        )
-        found = self.findings()
-        last = {f.advice: i for i, f in enumerate(found)}  # said once
-        found = [f if last[f.advice] == i else replace(f, advice="") for i, f in enumerate(found)]
-        lines = [title, *map(str, found)]
-        if self.is_optimistic:
-            lines.append(_OPTIMISTIC)
-        return "\n".join(lines)
-
-    __repr__ = __str__
 
 
 _FIT = "another likelihood or decoder; bounds.evidence of both says which is better"
@@ -161,7 +155,7 @@ _ADVICE: dict[CheckKind, str] = {
     "posterior": _FIT,
 }
 _OPTIMISTIC = (
-    "  each replicate was decoded from the data's own codes: passing says little. "
+    "each replicate was decoded from the data's own codes: passing says little. "
     "kind='mixed' is the check of the model"
 )
 
@@ -203,11 +197,11 @@ def predictive(
     is the same.
 
     A statistic says one number of a whole data set. For numbers of each datum see `pit`. The
-    verdict is on the two-sided p-value: "bad" below 0.05 over the number of statistics, so that
-    under the model one of them all is bad with a probability of at most 0.05 (for ``mixed`` and
-    ``aggregated`` as far as what the guide and the training took from the data can be neglected);
-    "look" below 0.05. With 10 replicates or more (50, if they are all the same), T(x) beyond
-    all of them and more than five of their spreads away is bad, too. With many data every model
+    verdict is on the two-sided p-value times the number of statistics: worth a "look" up to 0.05,
+    "bad" up to 0.001, so that under the model a verdict is a false alarm no more often (for
+    ``mixed`` and ``aggregated`` as far as what the guide and the training took from the data can be
+    neglected). With 10 replicates or more (50, if they are all the same), T(x) beyond all of them
+    and at least five of their spreads away is bad, too. With many data every model
     fails; T(x) beside the replicates' mean and spread says by how much. Masked entries of
     replicates are the observed ones.
 
@@ -247,7 +241,7 @@ def predictive(
         (0.0, 'bad')
     """
     check_int("num_particles", num_particles)
-    with t.prepared(pair, data, options, "predictive") as evaluation, torch.no_grad():
+    with terms.prepared(pair, data, options, "predictive") as evaluation, torch.no_grad():
         found = Replicates.of("predictive", evaluation, site, kind)
         chosen = _defaults(found) if statistics is None else dict(statistics)
         observed = {name: _number(name, fn, found.observed) for name, fn in chosen.items()}

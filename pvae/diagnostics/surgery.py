@@ -9,57 +9,35 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from pvae import terms as t
+from pvae import terms
 from pvae.data import Source
-from pvae.diagnostics.finding import Finding, Verdict
 from pvae.diagnostics.mixture import Draws, Mixture, draw, require_mixture, score_mixture, sum_of
+from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.thresholds import (
+    ACTIVITY,
+    COLLAPSED,
+    INFORMATION,
+    MARGINAL_KL,
+    MARGINAL_SHARE,
+)
 from pvae.errors import UndefinedError, check_int, check_number, oxford
+from pvae.estimate import Estimate
 from pvae.latent.coding import means_and_noise
 from pvae.options import Options, tool
-from pvae.pair import PairLike
+from pvae.pair import PairLike, Structure
 
-__all__ = ["Part", "Surgery", "surgery"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the ELBO in nats: a mean over N data and K draws each.
-
-    Attributes:
-        values: One for each datum, or one for each datum and dimension: ``(N,)`` or
-            ``(N, *event_shape)``.
-        variance: Of each of them over draws, the same shape; NaN if K is 1.
-    """
-
-    values: Tensor
-    variance: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean over data, shape ``()`` or ``event_shape``."""
-        return self.values.mean(0)
-
-    @property
-    def se_data(self) -> Tensor:
-        """Its standard error over data: other data, and other draws.
-
-        In parts with q(z), which all data make together, q(z) counts as fixed.
-        """
-        return self.values.std(0) / len(self.values) ** 0.5
-
-    @property
-    def se_draws(self) -> Tensor:
-        """Its standard error over draws, the data held fixed; NaN if K is 1."""
-        return self.variance.sum(0).sqrt() / len(self.values)
+__all__ = ["COLLAPSE_ADVICE", "Surgery", "surgery"]
 
 
-@dataclass(frozen=True)
-class Surgery:
+@dataclass(frozen=True, repr=False)
+class Surgery(Result):
     r"""Rate and distortion of N data, taken apart.
 
     The sums are exact, as all parts are of the same draws: the ELBO is -(distortion + rate), the
     rate is that of all sites, and ``information + marginal_kl``, and ``marginal_kl`` is
-    ``total_correlation + sum(dimension_kl)``.
+    ``total_correlation + dimension_kl``, summed over dimensions. Errors over data are those of
+    other data and other draws; in parts with q(z), which all data make together, q(z) counts as
+    fixed.
 
     Attributes:
         rate: :math:`E[\log q(z | x) - \log p(z)]` of all latents.
@@ -78,130 +56,109 @@ class Surgery:
         threshold: Below which activity and a dimension's rate are those of a collapsed one.
     """
 
-    rate: Part
-    distortion: Part
-    rates: dict[str, Part]
-    distortions: dict[str, Part]
-    rates_by_dimension: dict[str, Part]
+    rate: Estimate
+    distortion: Estimate
+    rates: dict[str, Estimate]
+    distortions: dict[str, Estimate]
+    rates_by_dimension: dict[str, Tensor]
     activity: dict[str, Tensor]
-    information: Part | None
-    information_upper: Part | None
-    marginal_kl: Part | None
-    total_correlation: Part | None
-    dimension_kl: Part | None
+    information: Estimate | None
+    information_upper: Estimate | None
+    marginal_kl: Estimate | None
+    total_correlation: Estimate | None
+    dimension_kl: Tensor | None
     undefined: dict[str, str]
     threshold: float
 
     @property
     def num_data(self) -> int:
         """N."""
-        return len(self.rate.values)
+        return self.rate.num_data
+
+    @property
+    def title(self) -> str:
+        """How many data were looked at."""
+        return f"ELBO surgery of {self.num_data} data"
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Why each part that is None is."""
+        return self.undefined
 
     @property
     def collapsed(self) -> dict[str, Tensor]:
         """By site, which dimensions have neither activity nor rate, ``event_shape``."""
         found = {}
         for name, activity in self.activity.items():
-            by_dimension = self.rates_by_dimension.get(name)
-            idle = activity < self.threshold
-            found[name] = (
-                idle if by_dimension is None else idle & (by_dimension.mean < self.threshold)
-            )
+            found[name] = activity < self.threshold
+            if name in self.rates_by_dimension:
+                found[name] &= self.rates_by_dimension[name].mean(0) < self.threshold
         return found
 
     def findings(self) -> list[Finding]:
         """The parts, and whether the posterior has collapsed."""
         lines = [
-            _line("distortion", self.distortion, "-E[log p(x | z)], what is lost"),
-            _line("rate", self.rate, "E[KL(q(z | x) || p(z))], what is sent"),
+            Finding.of(self.distortion, "-E[log p(x | z)]: what of x the code doesn't tell"),
+            Finding.of(self.rate, "KL(q(z | x) || p(z)): nats that the code takes"),
         ]
         if len(self.rates) > 1:
-            lines += [_line(f"rate {name}", part, "") for name, part in self.rates.items()]
+            lines += [Finding.of(part) for part in self.rates.values()]
         lines += [*self._information(), *self._marginal()]
         if self.activity:
-            lines.append(self._collapse())
+            collapsed = torch.cat([c.flatten() for c in self.collapsed.values()])
+            count, size = int(collapsed.sum()), collapsed.numel()
+            verdict = COLLAPSED.verdict(count / size)
+            meaning = f"of {size} have neither activity nor rate above {self.threshold:g}"
+            advice = COLLAPSE_ADVICE.get(verdict, "")
+            lines.append(Finding("collapsed units", count, None, "", verdict, meaning, advice))
         return lines
 
     def _information(self) -> list[Finding]:
         if self.information is None or self.information_upper is None:
             return []
-        value, limit = float(self.information.mean), math.log(self.num_data)
-        upper = float(self.information_upper.mean)
-        verdict: Verdict = "good" if value >= 0.1 else "bad"
-        meaning, advice = f"I(n; z); of all data between this and {upper:.4g}", ""
+        verdict = INFORMATION.verdict(self.information.mean)
+        meaning, advice = "mutual information of code and datum", ""
         if verdict == "bad":
-            meaning = "I(n; z): z says nothing about x, the whole latent has collapsed"
+            meaning = "a code says nothing about its datum: the whole latent has collapsed"
             advice = "does q see x (testing.check_pair)? If so a warm-up of beta, free bits"
         elif self._is_near_limit:
-            verdict = "look"
-            meaning = f"I(n; z), near its limit log N = {limit:.3g}: of all data it may be greater"
-            advice = "more rows of data"
-        return [_line("information", self.information, meaning, verdict, advice)]
+            verdict, advice = "look", "more rows of data"
+            meaning = f"of code and datum, near its limit log N = {math.log(self.num_data):.3g}"
+        else:
+            meaning += f"; at most {self.information_upper.mean:.4g}"
+        return [Finding.of(self.information, meaning, verdict, advice)]
 
     def _marginal(self) -> list[Finding]:
         if self.marginal_kl is None:
             return []
-        value, whole = float(self.marginal_kl.mean), max(float(self.rate.mean), 1e-12)
-        if self._is_near_limit:
-            meaning = "KL(q(z) || p(z)), at most: with more data for q(z) it is less"
-            return [_line("marginal KL", self.marginal_kl, meaning), *self._dimensions()]
-        is_large = value > 1.0 and value > 0.2 * whole
-        lines = [
-            _line(
-                "marginal KL",
-                self.marginal_kl,
-                "KL(q(z) || p(z)): samples of the prior aren't where codes are"
-                if is_large
-                else "KL(q(z) || p(z)), with these data for q(z)",
-                "look" if is_large else "good",
-                "a richer prior, latent.fit_density, or more rows" if is_large else "",
-            )
-        ]
-        return lines + self._dimensions()
+        value, at_most = self.marginal_kl.mean, ", at most" if self._is_near_limit else ""
+        verdict: Verdict = "none" if at_most else "good"
+        meaning, advice = f"KL(q(z) || p(z)), q(z) the mean of q over data{at_most}", ""
+        if not at_most and value >= MARGINAL_SHARE * self.rate.mean:
+            verdict = MARGINAL_KL.verdict(value)
+        if verdict == "look":
+            meaning = "KL(q(z) || p(z)): the prior isn't where codes are"
+            advice = "a richer prior, latent.fit_density, or more rows"
+        lines = [Finding.of(self.marginal_kl, meaning, verdict, advice)]
+        if self.total_correlation is not None and self.dimension_kl is not None:
+            total = Estimate("dimension-wise KL", self.dimension_kl.sum(1))
+            lines += [
+                Finding.of(self.total_correlation, f"dependence of dimensions under q(z){at_most}"),
+                Finding.of(total, "KL(q(z_d) || p(z_d)), summed over dimensions"),
+            ]
+        return lines
 
     @property
     def _is_near_limit(self) -> bool:
         """Whether N data could hardly show more information, so that other parts depend on N."""
         limit = math.log(self.num_data) - 0.5
-        return self.information is not None and float(self.information.mean) > limit
-
-    def _dimensions(self) -> list[Finding]:
-        if self.total_correlation is None or self.dimension_kl is None:
-            return []
-        total = Part(self.dimension_kl.values.sum(1), self.dimension_kl.variance.sum(1))
-        of = "of q(z), at most" if self._is_near_limit else "of q(z)"
-        return [
-            _line("total correlation", self.total_correlation, of),
-            _line("dimension-wise KL", total, "KL(q(z_d) || p(z_d)), summed"),
-        ]
-
-    def _collapse(self) -> Finding:
-        collapsed = torch.cat([c.flatten() for c in self.collapsed.values()])
-        count, size = int(collapsed.sum()), collapsed.numel()
-        verdict: Verdict = "bad" if count == size else "look" if 2 * count > size else "good"
-        return Finding(
-            "collapsed units",
-            count,
-            verdict=verdict,
-            meaning=f"of {size}: neither activity nor rate above {self.threshold:g}",
-            advice={
-                "bad": "a warm-up of beta, free bits, or a weaker decoder",
-                "look": "a smaller latent_dim fits; or a warm-up of beta",
-            }.get(verdict, ""),
-        )
-
-    def __str__(self) -> str:
-        lines = [f"ELBO surgery of {self.num_data} data", *map(str, self.findings())]
-        lines += [f"  {name}: not defined, {why}" for name, why in self.undefined.items()]
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return self.information is not None and self.information.mean > limit
 
 
-def _line(
-    name: str, part: Part, meaning: str, verdict: Verdict = "none", advice: str = ""
-) -> Finding:
-    return Finding(name, float(part.mean), float(part.se_data), "nats", verdict, meaning, advice)
+COLLAPSE_ADVICE: dict[Verdict, str] = {
+    "bad": "a warm-up of beta (Warmup, --warmup), free bits, or a weaker decoder",
+    "look": "a smaller latent_dim fits; or a warm-up of beta",
+}
 
 
 @tool
@@ -210,7 +167,7 @@ def surgery(
     data: Any,
     *,
     num_particles: int = 2,
-    threshold: float = 1e-2,
+    threshold: float = ACTIVITY,
     **options: Unpack[Options],
 ) -> Surgery:
     r"""Takes the ELBO of given data apart.
@@ -257,13 +214,12 @@ def surgery(
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> parts = surgery(vae, torch.rand(20, 4).round())
-        >>> total = parts.information.mean + parts.marginal_kl.mean
-        >>> bool(torch.isclose(parts.rate.mean, total))
-        True
+        >>> round(parts.rate.mean - parts.information.mean - parts.marginal_kl.mean, 4) + 0.0
+        0.0
     """
     check_int("num_particles", num_particles)
     check_number("threshold", threshold, minimum=0)
-    with t.prepared(pair, data, options, "surgery") as evaluation:
+    with terms.prepared(pair, data, options, "surgery") as evaluation:
         evaluation = evaluation.in_memory()
         structure = evaluation.structure
         _check(structure, evaluation.source)
@@ -287,7 +243,7 @@ def surgery(
     return _assemble(own, mixture, activity, undefined, threshold)
 
 
-def _check(structure: t.Structure, source: Source) -> None:
+def _check(structure: Structure, source: Source) -> None:
     structure.require_density("ELBO surgery")
     structure.require_proper("ELBO surgery")
     check_int("ELBO surgery, rows of data", source.num_rows, minimum=2)
@@ -308,11 +264,10 @@ def _reason(error: UndefinedError) -> str:
     return f"{error.where}: {error.actual}"
 
 
-def _part(values: Tensor) -> Part:
-    """Of values for each draw, ``(K, N, ...)``."""
+def _estimate(name: str, values: Tensor) -> Estimate:
+    """Of values for each draw, ``(K, N)``."""
     k = len(values)
-    variance = values.var(0) / k if k > 1 else torch.full_like(values[0], torch.nan)
-    return Part(values.mean(0), variance)
+    return Estimate(name, values.mean(0), values.var(0) / k if k > 1 else None, num_particles=k)
 
 
 def _assemble(
@@ -323,43 +278,39 @@ def _assemble(
     threshold: float,
 ) -> Surgery:
     rate = sum_of(own.rates.values())
-    by_dimension = {
-        name: _part(log_q - own.log_p_dims[name])
-        for name, log_q in own.log_q_dims.items()
-        if name in own.log_p_dims
-    }
     if own.because:
         undefined["parts by dimension"] = own.because
-    parts: dict[str, Part | None] = dict.fromkeys(_AGGREGATED)
+    parts: dict[str, Estimate | None] = dict.fromkeys(_AGGREGATED)
+    dimension_kl = None
     if mixture is not None:
         information = own.log_q - mixture.log_prob
-        parts["information"] = _part(information)
-        parts["information_upper"] = _part(own.log_q - mixture.without_own)
-        parts["marginal_kl"] = _part(rate - information)
+        parts["information"] = _estimate("information", information)
+        parts["information_upper"] = _estimate("information", own.log_q - mixture.without_own)
+        parts["marginal_kl"] = _estimate("marginal KL", rate - information)
         dims = mixture.log_prob_dims
         if dims is None and len(own.values) > 1:
             undefined["total correlation"] = "several latents"
         if dims is not None:
             (log_p_dims,) = own.log_p_dims.values()
-            parts["total_correlation"] = _part(mixture.log_prob - dims.sum(-1))
-            parts["dimension_kl"] = _part(dims - log_p_dims.flatten(2))
+            correlation = mixture.log_prob - dims.sum(-1)
+            parts["total_correlation"] = _estimate("total correlation", correlation)
+            dimension_kl = (dims - log_p_dims.flatten(2)).mean(0)
     return Surgery(
-        rate=_part(rate),
-        distortion=_part(sum_of(own.distortions.values())),
-        rates={name: _part(value) for name, value in own.rates.items()},
-        distortions={name: _part(value) for name, value in own.distortions.items()},
-        rates_by_dimension=by_dimension,
+        rate=_estimate("rate", rate),
+        distortion=_estimate("distortion", sum_of(own.distortions.values())),
+        rates={name: _estimate(f"rate {name}", value) for name, value in own.rates.items()},
+        distortions={n: _estimate(f"distortion {n}", d) for n, d in own.distortions.items()},
+        rates_by_dimension={
+            name: (log_q - own.log_p_dims[name]).mean(0)
+            for name, log_q in own.log_q_dims.items()
+            if name in own.log_p_dims
+        },
         activity=activity,
+        dimension_kl=dimension_kl,
         undefined=undefined,
         threshold=threshold,
         **parts,
     )
 
 
-_AGGREGATED = (
-    "information",
-    "information_upper",
-    "marginal_kl",
-    "total_correlation",
-    "dimension_kl",
-)
+_AGGREGATED = ("information", "information_upper", "marginal_kl", "total_correlation")

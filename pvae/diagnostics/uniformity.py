@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +11,7 @@ from scipy.special import gammaln
 from scipy.stats import binom, chisquare
 from torch import Tensor
 
-from pvae.diagnostics.finding import Verdict
-
-__all__ = ["Uniformity", "judged", "uniformity"]
+__all__ = ["Uniformity", "uniformity"]
 
 MAX_POINTS, MAX_BINS = 99, 20
 
@@ -58,11 +55,6 @@ class Uniformity:
         least = self.p_values == self.p_values.min()
         oddness = torch.maximum(self.shift.abs(), self.spread.abs())
         return int(torch.where(least, oddness, -1.0).argmax())
-
-
-def judged(p_value: float) -> Verdict:
-    """Bad up to 0.001, worth a look up to 0.05: how often each verdict is a false alarm."""
-    return "bad" if p_value <= 1e-3 else "look" if p_value <= 0.05 else "good"
 
 
 def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
@@ -118,7 +110,7 @@ def _chi_squared(counts: np.ndarray, num_draws: int) -> np.ndarray:
     return np.array([chisquare(f, expected).pvalue for f in found])
 
 
-def _two_sided(count: Any, size: int, share: Any) -> np.ndarray:
+def _two_sided(count: np.ndarray, size: int, share: np.ndarray) -> np.ndarray:
     tails = np.minimum(binom.cdf(count, size, share), binom.sf(count - 1, size, share))
     return np.asarray(2 * tails)
 

@@ -146,7 +146,7 @@ def undoing(
                     setattr(module, name, placed.get((module, name)))
             backup.restore()
             if state is not None:
-                state.seen = None
+                state.measured = None
 
         try:
             yield undo

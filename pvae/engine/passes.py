@@ -27,12 +27,12 @@ class PassResult(NamedTuple):
 
     Attributes:
         ok: Whether it is good, and so may be followed by an update.
-        seen: What the objective's state is to learn from, if anything.
+        measured: What the objective's state is to learn from, if anything.
         gradients: Of the loss by the name of the parameter, clipped.
     """
 
     ok: Tensor
-    seen: Tensor | None
+    measured: Tensor | None
     gradients: dict[str, Tensor]
 
 
@@ -144,7 +144,7 @@ class Passes:
                 clipped = multiply([*gradients.values()], factor)
                 gradients = dict(zip(gradients, clipped, strict=True))
         self.names = [*gradients]
-        return PassResult(ok, None if self.state is None else self.state.seen, gradients)
+        return PassResult(ok, None if self.state is None else self.state.measured, gradients)
 
     def changing(self) -> list[Tensor]:
         """What a pass may change."""

@@ -111,7 +111,7 @@ class Stepper:
             self.optimizer.zero_grad(set_to_none=True)
         result = self._step(batch)
         if self.state is not None:
-            self.state.seen = result.seen
+            self.state.measured = result.measured
             kept = Backup(list(self.state.tensors().values()))
             self.state.advance()
             kept.restore_unless(result.ok)

@@ -7,12 +7,12 @@ from typing import Any, Unpack
 from arviz_stats import loo_approximate_posterior
 from xarray import DataTree
 
-from pvae import terms as t
 from pvae.errors import UndefinedError, check_int, oxford
 from pvae.export.plan import require_whole
 from pvae.export.trees import to_arviz
 from pvae.options import Options, tool
-from pvae.pair import PairLike
+from pvae.pair import PairLike, Structure
+from pvae.terms import prepared
 
 __all__ = ["loo"]
 
@@ -22,7 +22,7 @@ def loo(
     pair: PairLike,
     data: Any,
     *,
-    num_samples: int = 1000,
+    num_particles: int = 1000,
     max_bytes: float = 2**31,
     **options: Unpack[Options],
 ) -> Any:
@@ -51,7 +51,7 @@ def loo(
     Arguments:
         pair: A model and its guide.
         data: All data that the guide was fitted to.
-        num_samples: S, draws of the global latents.
+        num_particles: S, draws of the global latents.
         max_bytes: Bound on the size of the log likelihoods, in bytes.
         options: As in `pvae.options.Options`.
 
@@ -72,8 +72,8 @@ def loo(
         >>> int(loo((model, guide), torch.zeros(20)).n_data_points)
         20
     """
-    check_int("num_samples", num_samples, minimum=25)
-    with t.prepared(pair, data, options, "loo") as evaluation:
+    check_int("num_particles", num_particles, minimum=25)
+    with prepared(pair, data, options, "loo") as evaluation:
         evaluation = evaluation.in_memory()
         structure = evaluation.structure
         _require_global(structure)
@@ -81,7 +81,7 @@ def loo(
     tree = to_arviz(
         evaluation.pair,
         evaluation.source,
-        num_samples=num_samples,
+        num_particles=num_particles,
         groups=("log_likelihood", "sample_stats"),
         max_bytes=max_bytes,
         **options,
@@ -97,7 +97,7 @@ def loo(
     )
 
 
-def _require_global(structure: t.Structure) -> None:
+def _require_global(structure: Structure) -> None:
     local = (*structure.latents, *structure.enumerated)
     if local:
         raise UndefinedError(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pvae import terms as t
-from pvae.data import Source, first_batch
+from pvae.data import Source
 from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.export.variables import Layout, Pick, Variable
+from pvae.pair import Structure
+from pvae.simulate import Origin, Simulation, check_generative, draws
+from pvae.terms import Evaluation, Terms
 from pvae.types import Program
 
 __all__ = ["GROUPS", "Plan", "require_whole"]
@@ -36,21 +38,25 @@ class Plan:
     """The variables of an export, found by one draw for the first rows.
 
     Attributes:
-        variables: What is filled from terms.
+        evaluation: The pair and its data.
+        layout: How many draws and rows there are, and what dimensions are called.
+        mean: Whether predictive groups have means in place of draws.
+        variables: What is filled from draws.
         constants: What else the pair is called with, by name.
         left_out: Why a group or variable isn't there, by its name.
+        examples: One draw for the first rows, by where its latents come from.
     """
 
-    evaluation: t.Evaluation
+    evaluation: Evaluation
     layout: Layout
     mean: bool = field(kw_only=True)
     variables: list[Variable] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-    examples: dict[t.Kind, t.Terms] = field(default_factory=dict)
+    examples: dict[Origin, Simulation] = field(default_factory=dict)
 
     @property
-    def structure(self) -> t.Structure:
+    def structure(self) -> Structure:
         """What the pair is made of."""
         return self.layout.structure
 
@@ -85,9 +91,9 @@ class Plan:
                 raise
             self.left_out[group] = error.one_line()
 
-    def runs(self) -> list[tuple[t.Kind, list[Variable], int]]:
+    def runs(self) -> list[tuple[Origin, list[Variable], int]]:
         """What is to be run: where latents come from, what is filled, and how many draws."""
-        split: dict[t.Kind, list[Variable]] = {"posterior": [], "prior": []}
+        split: dict[Origin, list[Variable]] = {"posterior": [], "prior": []}
         for v in self.variables:
             split["prior" if v.group.startswith("prior") else "posterior"].append(v)
         return [
@@ -109,37 +115,46 @@ class Plan:
                 "export",
                 f"at most max_bytes = {_mib(max_bytes)}",
                 f"{_mib(total)}: {shown}",
-                ["fewer data", "num_samples=50", "groups=[...] without the largest", "max_bytes="],
+                [
+                    "fewer data",
+                    "num_particles=50",
+                    "groups=[...] without the largest",
+                    "max_bytes=",
+                ],
             )
 
-    def _example(self, kind: t.Kind) -> t.Terms:
-        if kind not in self.examples:
+    def draws(
+        self, evaluation: Evaluation, origin: Origin, count: int
+    ) -> Iterator[tuple[slice, slice, Simulation]]:
+        """So many draws for all data, those from the guide with their log densities."""
+        return draws(evaluation, count, origin, mean=self.mean, score=True)
+
+    def _example(self, origin: Origin) -> Simulation:
+        if origin not in self.examples:
             few = replace(self.evaluation, max_rows=1024)
-            *_, terms = next(t.draws(few, 1, kind))
-            self.examples[kind] = terms
-        return self.examples[kind]
+            *_, self.examples[origin] = next(self.draws(few, origin, 1))
+        return self.examples[origin]
 
-    def _latents(self, group: str, kind: t.Kind, num_draws: int) -> None:
-        if kind == "prior":
-            t.check_generative(group, self.evaluation, kind, latents_alone=True)
-        terms = self._example(kind)
-        for name, site in terms.sites.items():
-            if site.kind == "latent" and site.draws is not None:
-                pick = _values(name)
-                self.variables.append(
-                    self.layout.site(group, name, terms, pick, num_draws=num_draws)
-                )
+    def _values(self, group: str, names: Sequence[str], origin: Origin, num_draws: int) -> None:
+        run = self._example(origin)
+        self.variables += [
+            self.layout.site(group, name, run, _value(name), num_draws=num_draws) for name in names
+        ]
 
-    def _predictive(self, group: str, kind: t.Kind) -> None:
-        t.check_generative(group, self.evaluation, kind)
-        terms = self._example(kind)
-        for name in self.structure.observed:
-            pick = _replicates(name, mean=self.mean)
-            count = self.layout.num_draws
-            self.variables.append(self.layout.site(group, name, terms, pick, num_draws=count))
+    def _latents(self, group: str, origin: Origin, num_draws: int) -> None:
+        s = self.structure
+        names = (*s.latents, *s.global_latents)
+        if origin == "prior":
+            check_generative(group, self.evaluation, origin, latents_alone=True)
+            names = (*names, *s.enumerated)
+        self._values(group, names, origin, num_draws)
+
+    def _predictive(self, group: str, origin: Origin) -> None:
+        check_generative(group, self.evaluation, origin)
+        self._values(group, self.structure.observed, origin, self.layout.num_draws)
 
     def _log_likelihood(self) -> None:
-        terms = self._example("posterior")
+        terms = _terms(self._example("posterior"))
         terms.require_split()
         for name, site in terms.sites.items():
             if site.kind not in ("observed", "enumerated"):
@@ -160,16 +175,15 @@ class Plan:
         if structure.global_sites:
             require_whole("sample_stats", structure, self.evaluation.source)
         stats: dict[str, tuple[Pick, Pick]] = {
-            "log_p": (lambda s: s.log_joint, lambda s: s.global_log_p)
+            "log_p": _both(lambda t: t.log_joint, lambda t: t.global_log_p)
         }
         if structure.points:
             self.left_out["log_q"] = f"a point mass has no density: {oxford(structure.points)}"
         else:
-            stats["log_q"] = (lambda s: s.log_q, lambda s: s.global_log_q)
+            stats["log_q"] = _both(lambda t: t.log_q, lambda t: t.global_log_q)
         if structure.quantity == "elbo":
-            stats["log_weight"] = (
-                lambda s: s.log_weight,
-                lambda s: s.global_log_p - s.global_log_q,
+            stats["log_weight"] = _both(
+                lambda t: t.log_weight, lambda t: t.global_log_p - t.global_log_q
             )
         else:
             self.left_out["log_weight"] = f"log p - log q is no weight but {structure.quantity}"
@@ -186,33 +200,23 @@ class Plan:
             )
 
     def _observed_data(self) -> None:
-        terms = self._example("posterior")
-        for name in self.structure.observed:
-            pick = _data(name)
-            self.variables.append(
-                self.layout.site("observed_data", name, terms, pick, num_draws=None)
-            )
+        run = self._example("posterior")
+        self.variables += [
+            self.layout.site("observed_data", name, run, _data(name), num_draws=None)
+            for name in self.structure.observed
+        ]
 
     def _constant_data(self) -> None:
-        terms = self._example("posterior")
-        observed = [t.observed(terms, name) for name in self.structure.observed]
-        values = [value for value in observed if value.dim()]
-        first = first_batch(self.evaluation.source, max(map(len, values), default=1))
-        chosen = {
-            name: i
-            for i, (name, column) in enumerate(
-                zip(_names(self.structure.model), first, strict=False)
-            )
-            if not any(_begins(column, value) for value in values)
-        }
-        parts = [
-            [batch[i].cpu() for i in chosen.values()] for _, batch in self.evaluation.source.all()
-        ]
-        for name, column in zip(chosen, zip(*parts, strict=True), strict=True):
-            self.constants[name] = torch.cat(column).numpy()
+        """Whatever the pair is called with that no site observes."""
+        run = self._example("posterior")
+        observed = {place for site in run.observed.values() for place in site.places}
+        names = dict(zip(range(len(run.batch)), _names(self.structure.model), strict=False))
+        for place in set(names) - observed:
+            parts = [batch[place].cpu() for _, batch in self.evaluation.source.all()]
+            self.constants[names[place]] = torch.cat(parts).numpy()
 
 
-def require_whole(what: str, structure: t.Structure, source: Source) -> None:
+def require_whole(what: str, structure: Structure, source: Source) -> None:
     """Refuses some of the data where all that global latents are conditioned on are needed."""
     if structure.is_scaled and structure.full_size != source.num_rows:
         raise UndefinedError(
@@ -223,26 +227,28 @@ def require_whole(what: str, structure: t.Structure, source: Source) -> None:
         )
 
 
-def _values(name: str) -> Pick:
-    def pick(terms: t.Terms) -> Tensor:
-        value = terms.sites[name].value
-        assert value is not None  # noqa: S101
-        return value
+def _terms(run: Simulation) -> Terms:
+    assert run.terms is not None  # noqa: S101
+    return run.terms
 
-    return pick
+
+def _both(
+    local: Callable[[Terms], Tensor], outside: Callable[[Terms], Tensor]
+) -> tuple[Pick, Pick]:
+    return lambda run: local(_terms(run)), lambda run: outside(_terms(run))
+
+
+def _value(name: str) -> Pick:
+    return lambda run: run.value(name)
 
 
 def _data(name: str) -> Pick:
-    return lambda terms: t.observed(terms, name).unsqueeze(0)
-
-
-def _replicates(name: str, *, mean: bool) -> Pick:
-    return lambda terms: t.replicate(terms, name, mean=mean)
+    return lambda run: run.data(name).unsqueeze(0)
 
 
 def _log_density(name: str) -> Pick:
-    def pick(terms: t.Terms) -> Tensor:
-        value = terms.sites[name].log_p
+    def pick(run: Simulation) -> Tensor:
+        value = _terms(run).sites[name].log_p
         assert value is not None  # noqa: S101
         return value
 
@@ -256,12 +262,6 @@ def _names(model: Program) -> Iterator[str]:
     named = [p.name for p in inspect.signature(call).parameters.values() if p.kind in places]
     yield from named
     yield from (f"input_{i}" for i in itertools.count(len(named)))
-
-
-def _begins(column: Tensor, value: Tensor) -> bool:
-    """Whether an observed value is the first rows of a column."""
-    first = column[: len(value)]
-    return first.shape == value.shape and bool((first == value).all())
 
 
 def _mib(size: float) -> str:

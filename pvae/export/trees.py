@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -13,13 +13,14 @@ from xarray import Dataset, DataTree
 
 import pvae
 from pvae import diagnostics
-from pvae import terms as t
 from pvae.diagnostics.importance import FEWEST
 from pvae.errors import ArgumentError, check_int, check_number, oxford
 from pvae.export.plan import GROUPS, Plan
 from pvae.export.variables import Layout, fill
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import Simulation
+from pvae.terms import prepared
 
 __all__ = ["to_arviz"]
 
@@ -29,7 +30,7 @@ def to_arviz(
     pair: PairLike,
     data: Any,
     *,
-    num_samples: int = 200,
+    num_particles: int = 200,
     groups: Sequence[str] | None = None,
     mean: bool = False,
     coords: Mapping[str, Any] | None = None,
@@ -76,7 +77,7 @@ def to_arviz(
     Arguments:
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
-        num_samples: S, draws.
+        num_particles: S, draws.
         groups: Of `GROUPS`; None for all that have a meaning for the pair.
         mean: Predictive groups have the means of p(x | z) instead of draws.
         coords: Coordinates by dimension, such as ``{"data": names}``.
@@ -95,20 +96,20 @@ def to_arviz(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> tree = to_arviz(vae, torch.zeros(5, 4), num_samples=10)
+        >>> tree = to_arviz(vae, torch.zeros(5, 4), num_particles=10)
         >>> dict(tree["posterior"].sizes)
         {'chain': 1, 'draw': 10, 'data': 5, 'z_dim_0': 2}
     """
-    check_int("num_samples", num_samples)
+    check_int("num_particles", num_particles)
     check_number("max_bytes", max_bytes, above=0)
     unknown = [name for name in groups or () if name not in GROUPS]
     if unknown or (groups is not None and not groups):
         shown = oxford(unknown) if unknown else "none"
         raise ArgumentError("groups", f"some of {', '.join(GROUPS)}", shown)
-    with t.prepared(pair, data, options, "to_arviz") as evaluation:
+    with prepared(pair, data, options, "to_arviz") as evaluation:
         evaluation = evaluation.in_memory()
         structure = evaluation.structure
-        layout = Layout(structure, num_samples, evaluation.num_rows, dict(dims or {}))
+        layout = Layout(structure, num_particles, evaluation.num_rows, dict(dims or {}))
         plan = Plan(evaluation, layout, mean=mean)
         for name in groups or GROUPS:
             plan.add(name, is_asked=groups is not None)
@@ -117,14 +118,14 @@ def to_arviz(
             raise ArgumentError("dims", f"some of {oxford(plan.sites)}", oxford(unknown))
         plan.check_size(max_bytes)
         arrays: dict[tuple[str, str], np.ndarray] = {}
-        for kind, variables, count in plan.runs():
-            passes = t.draws(evaluation, count, kind)
-            arrays |= fill(variables, _shown(passes, kind, count, progress=evaluation.progress))
+        for origin, variables, count in plan.runs():
+            passes = plan.draws(evaluation, origin, count)
+            arrays |= fill(variables, _shown(passes, origin, count, progress=evaluation.progress))
     khat = _khat(plan, arrays.get(("sample_stats", "log_weight")))
     attributes = {
         "pvae_version": pvae.__version__,
         "quantity": structure.quantity,
-        "num_particles": num_samples,
+        "num_particles": num_particles,
         "seed": evaluation.seed,
         "predictive": "means of p(x | z)" if mean else "draws from p(x | z)",
         "left_out": "; ".join(f"{name}: {why}" for name, why in plan.left_out.items()),
@@ -144,14 +145,14 @@ def _khat(plan: Plan, log_weight: np.ndarray | None) -> np.ndarray | None:
     return diagnostics.khat(each).numpy().reshape(log_weight.shape[1:])
 
 
-Passes = Iterable[tuple[slice, slice, t.Terms]]
+Passes = Iterable[tuple[slice, slice, Simulation]]
 
 
-def _shown(passes: Passes, what: str, count: int, *, progress: bool) -> Iterator[Any]:
+def _shown(passes: Passes, what: str, count: int, *, progress: bool) -> Passes:
     """The same passes, their draws counted by a progress bar."""
     with tqdm(total=count, desc=what, unit="draw", disable=not progress) as bar:
-        for draws, rows, terms in passes:
-            yield draws, rows, terms
+        for draws, rows, run in passes:
+            yield draws, rows, run
             if rows.start == 0:
                 bar.update(draws.stop - draws.start)
 

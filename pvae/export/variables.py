@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae import terms as t
 from pvae.errors import ArgumentError
+from pvae.pair import Structure, is_inside
+from pvae.simulate import Simulation
+from pvae.types import Site
 
 __all__ = ["Layout", "Pick", "Variable", "fill"]
 
-Pick = Callable[[t.Terms], Tensor]
+Pick = Callable[[Simulation], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Variable:
         dtype: Of its array.
         has_draws: Whether there is a value for each draw.
         has_rows: Whether there is a value for each datum.
-        pick: From the terms of a chunk to values, shape ``(K, N, ...)`` or ``(K, ...)``.
+        pick: From the draws for a chunk of rows to values, shape ``(K, N, ...)`` or ``(K, ...)``.
         outside: For a sum over the data set of what is picked, shape ``(K, N)``: what is added to
             that once, shape ``(K,)``.
     """
@@ -62,22 +64,22 @@ class Layout:
         dims: The user's names of event dimensions, by site.
     """
 
-    structure: t.Structure
+    structure: Structure
     num_draws: int
     num_rows: int
     dims: Mapping[str, Sequence[str]]
 
     def site(
-        self, group: str, name: str, terms: t.Terms, pick: Pick, *, num_draws: int | None
+        self, group: str, name: str, run: Simulation, pick: Pick, *, num_draws: int | None
     ) -> Variable:
         """A site's values; ``num_draws`` None for one without draws."""
-        example = pick(terms)
-        is_local = t.is_inside(self.structure, terms.passes[0].model_trace.nodes[name])
+        example, node = pick(run), run.site(name)
+        is_local = is_inside(self.structure, node)
         sizes = tuple(example.shape[2 if is_local else 1 :])
         return Variable(
             group,
             name,
-            self._dims_of(name, terms, len(sizes), is_local=is_local),
+            self._dims_of(node, len(sizes), is_local=is_local),
             (*self._outer(num_draws, is_local), *sizes),
             example.dtype,
             num_draws is not None,
@@ -113,9 +115,9 @@ class Layout:
         draws = () if num_draws is None else (num_draws,)
         return (*draws, self.num_rows) if has_rows else draws
 
-    def _dims_of(self, name: str, terms: t.Terms, rank: int, *, is_local: bool) -> tuple[str, ...]:
+    def _dims_of(self, node: Site, rank: int, *, is_local: bool) -> tuple[str, ...]:
         """Names of what follows draws and rows: of other plates, then of the event."""
-        node = terms.passes[0].model_trace.nodes[name]
+        name = node["name"]
         event_dim = len(node["fn"].event_shape)
         depth = rank - event_dim + is_local
         places = [d for d in range(-depth, 0) if not (is_local and d == self.structure.dim)]
@@ -132,19 +134,19 @@ class Layout:
 
 
 def fill(
-    variables: Iterable[Variable], passes: Iterable[tuple[slice, slice, t.Terms]]
+    variables: Iterable[Variable], passes: Iterable[tuple[slice, slice, Simulation]]
 ) -> dict[tuple[str, str], np.ndarray]:
     """Arrays of all variables, by group and name, from one run over the draws."""
     variables = tuple(variables)
     arrays = {(v.group, v.name): torch.zeros(v.shape, dtype=v.dtype) for v in variables}
-    for draws, rows, terms in passes:
+    for draws, rows, run in passes:
         for v in variables:
             if not v.has_draws and draws.start > 0:
                 continue
-            value, array = v.pick(terms), arrays[v.group, v.name]
+            value, array = v.pick(run), arrays[v.group, v.name]
             if v.outside is not None:
                 value = value.double().sum(1)
-                value = value + v.outside(terms) if rows.start == 0 else value
+                value = value + v.outside(run) if rows.start == 0 else value
             value = value.to("cpu", v.dtype)
             place = (rows,) if v.has_rows else ()
             if v.has_draws:

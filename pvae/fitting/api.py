@@ -12,6 +12,7 @@ from pvae.fitting.loop import train
 from pvae.fitting.result import Fit
 from pvae.fitting.settings import Settings
 from pvae.fitting.setup import set_up
+from pvae.objectives import named
 from pvae.options import tool
 from pvae.pair import PairLike, as_pair
 from pvae.schedules import Schedule
@@ -23,7 +24,7 @@ __all__ = ["fit"]
 def fit(
     pair: PairLike,
     data: object,
-    objective: PyroELBO | None = None,
+    objective: PyroELBO | str | None = None,
     *,
     epochs: int = 10,
     batch_size: int | None = 128,
@@ -60,7 +61,8 @@ def fit(
         pair: A model and its guide: modules, or functions whose parameters are in Pyro's store.
         data: An array, tensor, ``np.memmap`` or tuple of them; a torch ``Dataset``; a
             ``DataLoader``; a `pvae.data.Data`. Batches are passed as ``model(*batch)``.
-        objective: What to maximise; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
+        objective: What to maximise: one of `pvae.objectives`, or its name in small letters, such
+            as ``"dreg"``; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
             Pyro's other ELBOs run as they are.
         epochs: Passes over the data.
         batch_size: Rows of a batch, of all processes together; None for all of the data, which is
@@ -130,6 +132,8 @@ def fit(
         save_steps=save_steps,
         progress=progress,
     )
+    if isinstance(objective, str):
+        objective = named(objective)()
     training = set_up(as_pair(pair, "fit"), data, objective, valid, settings)
     train(training)
     return Fit(training)

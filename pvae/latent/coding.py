@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from pvae import terms as t
-from pvae.errors import UndefinedError, check_int
-from pvae.latent.checks import mean_of, only_site
+from pvae.data import as_source, check_rows
+from pvae.errors import DataError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
 
-__all__ = ["codes", "means_and_noise"]
+__all__ = ["as_matrix", "codes", "means_and_noise"]
+
+NUM_PARTICLES_OF_MEAN = 32
 
 
 @tool
@@ -24,8 +26,8 @@ def codes(
     data: Any,
     *,
     site: str | None = None,
-    num_samples: int | None = None,
-    num_particles: int = 32,
+    num_particles: int | None = None,
+    num_particles_of_mean: int = NUM_PARTICLES_OF_MEAN,
     **options: Unpack[Options],
 ) -> Tensor:
     r"""The code of each datum, :math:`E_q[z | x_n]`, or draws from q(z | x).
@@ -38,12 +40,12 @@ def codes(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         site: The latent; None if the pair has one.
-        num_samples: S draws from the guide; None for the mean.
-        num_particles: Draws for the mean, where it isn't exact.
+        num_particles: K draws from the guide for each datum; None for the mean.
+        num_particles_of_mean: Draws that the mean is estimated from, where it isn't exact.
         options: As in `pvae.options.Options`.
 
     Returns:
-        Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
+        Shape ``(N, *latent_shape)``, or ``(K, N, *latent_shape)``, on the pair's device.
 
     Raises:
         UndefinedError: If there is more than one latent to choose from, or q has no mean.
@@ -53,40 +55,36 @@ def codes(
         >>> codes(autoencoder, torch.zeros(5, 64)).shape
         torch.Size([5, 2])
     """
-    check_int("num_particles", num_particles)
-    if num_samples is not None:
-        check_int("num_samples", num_samples)
+    check_int("num_particles_of_mean", num_particles_of_mean)
+    if num_particles is not None:
+        check_int("num_particles", num_particles)
     with t.prepared(pair, data, options, "codes") as evaluation:
         structure = evaluation.structure
-        site = only_site("codes", "latent of the data", structure.latents, site)
-
-        if num_samples is not None:
-            passes = t.stream(evaluation, num_samples)
-            draws = _by_rows(passes, lambda terms: terms.sites[site].value)
+        site = t.only_site("codes", "latent of the data", structure.latents, site)
+        if num_particles is not None:
+            passes = t.stream(evaluation, num_particles)
+            draws = _by_rows(passes, lambda terms: _draws(terms, site))
             return torch.cat([torch.cat(parts) for parts in draws], 1)
-        means, _ = means_and_noise(evaluation, site, num_particles)
+        means, _ = means_and_noise(evaluation, site, num_particles_of_mean)
     return means
 
 
 def means_and_noise(
-    evaluation: t.Evaluation, site: str, num_particles: int
+    evaluation: t.Evaluation, site: str, num_particles: int = NUM_PARTICLES_OF_MEAN
 ) -> tuple[Tensor, Tensor]:
     """:math:`E_q[z | x_n]` as `codes` has it, and its variance from being one over draws."""
-
-    def passes(k: int) -> Any:
-        return t.stream(evaluation, k)
-
     structure = evaluation.structure
     drawn = (*structure.latents, *structure.global_latents, *structure.auxiliary)
-    with contextlib.closing(passes(1 if drawn == (site,) else num_particles)) as looking:
-        _, terms = next(looking)
+    passes = t.stream(evaluation, 1 if drawn == (site,) else num_particles)
+    with contextlib.closing(passes):
+        _, terms = next(passes)
     k = 1 if _is_exact(terms, site) else num_particles
 
     def sums(terms: t.Terms) -> Tensor:
         means = _means(terms, site)
         return torch.stack([means.sum(0), means.square().sum(0)])
 
-    parts = [torch.stack(p).sum(0) for p in _by_rows(passes(k), sums)]
+    parts = [torch.stack(p).sum(0) for p in _by_rows(t.stream(evaluation, k), sums)]
     first, second = torch.cat(parts, 1) / k
     missing = int(first.isnan().reshape(len(first), -1).any(1).sum())
     if missing:
@@ -94,13 +92,13 @@ def means_and_noise(
             f"mean of q at site '{site}'",
             "a distribution that has a mean",
             f"{type(terms.sites[site].guide).__name__} whose mean is NaN, for {missing} data",
-            ["num_samples=1, for draws"],
+            ["num_particles=1, for a draw"],
         )
     return first, (second - first.square()).clamp(min=0) / max(k - 1, 1)
 
 
 def _by_rows(
-    passes: Iterable[tuple[slice, t.Terms]], pick: Callable[[t.Terms], Any]
+    passes: Iterable[tuple[slice, t.Terms]], pick: Callable[[t.Terms], Tensor]
 ) -> list[list[Tensor]]:
     """What each chunk of data has, pass by pass: its particles may come in several."""
     parts: dict[int, list[Tensor]] = {}
@@ -109,22 +107,44 @@ def _by_rows(
     return list(parts.values())
 
 
+def _draws(terms: t.Terms, site: str) -> Tensor:
+    value = terms.sites[site].value
+    assert value is not None  # noqa: S101
+    return value
+
+
 def _means(terms: t.Terms, site: str) -> Tensor:
     """The guide's mean for each particle and datum, ``(K, N, ...)``; the draw if it isn't known."""
-    found = []
+    means = []
     for one in terms.passes:
         draws, axis = one.sites[site].draws, one.sites[site].data_axis
         assert draws is not None  # noqa: S101
-        mean = mean_of(one.sites[site].guide)
+        mean = t.mean_of(one.sites[site].guide)
         shape = [-1 if i == axis else size for i, size in enumerate(draws.shape)]
         each = draws if mean is None else mean.reshape(shape)
-        found.append(each.movedim(axis, 1)[:, : terms.num_rows])  # the mean is of all rows
-    return torch.cat(found)
+        means.append(each.movedim(axis, 1)[:, : terms.num_rows])  # the mean is of all rows
+    return torch.cat(means)
 
 
 def _is_exact(terms: t.Terms, site: str) -> bool:
     """Whether the guide's mean is known, and the same whatever has been drawn before."""
-    if any(mean_of(one.sites[site].guide) is None for one in terms.passes):
+    if any(t.mean_of(one.sites[site].guide) is None for one in terms.passes):
         return False
     means = _means(terms, site)
     return bool((means == means[:1]).all())
+
+
+def as_matrix(where: str, codes: Tensor) -> Tensor:
+    """Codes without their gradient; refuses what is no finite matrix of real numbers."""
+    if not isinstance(codes, Tensor) or codes.dim() != 2 or not codes.is_floating_point():
+        raise DataError(
+            where,
+            "a floating tensor of shape (N, d)",
+            f"shape {tuple(codes.shape)}, {codes.dtype}"
+            if isinstance(codes, Tensor)
+            else type(codes).__name__,
+            ["codes.flatten(1)", "torch.as_tensor(array)"],
+        )
+    codes = codes.detach()
+    check_rows(as_source(codes, codes.device, codes.dtype), where=where)
+    return codes

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pyro.distributions as dist
+import torch
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pvae.distributions import masks_of
 from pvae.errors import PairError
 from pvae.internals import DETERMINISTIC
 from pvae.sites import PENALTY
@@ -16,6 +18,7 @@ __all__ = [
     "extra_scale",
     "is_factor",
     "is_penalty",
+    "mask_of",
     "plate_scale",
     "sample_sites",
     "score",
@@ -41,6 +44,23 @@ def sample_sites(trace: Trace) -> list[Site]:
         and not site_is_subsample(site)
         and not (site["infer"] or {}).get(DETERMINISTIC)
     ]
+
+
+def mask_of(site: Site) -> Tensor | None:
+    """Which entries of a site count, of its batch and event shape; None where all do.
+
+    The others are masked out by ``obs_mask=``, by `poutine.mask`, or by ``.mask(...)`` on the
+    distribution.
+    """
+    fn, mask = site["fn"], None
+    shape = fn.batch_shape + fn.event_shape
+    for part, event_dim in [(site["mask"], len(fn.event_shape)), *masks_of(fn)]:
+        if part is None or part is True:
+            continue
+        part = torch.as_tensor(part, device=site["value"].device).bool()
+        part = part.reshape(part.shape + (1,) * event_dim).expand(shape)
+        mask = part if mask is None else mask & part
+    return mask
 
 
 def score(site: Site) -> Tensor:

@@ -2,47 +2,31 @@
 
 Every tool (objectives, bounds, diagnostics, export) reads these; nobody else traces a pair.
 `prepared` makes pair and data ready, `compute` runs the pair on a batch, `stream` on a data set in
-chunks of bounded memory, `draws` on one that shares global latents.
+chunks of bounded memory.
 """
 
 from pvae.pair import Structure, run_pair
-from pvae.terms.chunks import stream
-from pvae.terms.density import LatentDensity, stream_densities
-from pvae.terms.drawing import (
-    Kind,
-    check_generative,
-    draw_globals,
-    draws,
-    is_inside,
-    kept_of,
-    observed,
-    replicate,
-)
+from pvae.terms.chunks import draw_globals, first_rows, stream
 from pvae.terms.evaluation import Evaluation, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
+from pvae.terms.sites import mean_of, only_site
 from pvae.terms.support import check_data
 
 __all__ = [
     "Evaluation",
-    "Kind",
-    "LatentDensity",
     "SiteTerms",
     "Structure",
     "Terms",
     "check_data",
-    "check_generative",
     "compute",
     "draw_globals",
     "draw_guide",
-    "draws",
-    "is_inside",
-    "kept_of",
-    "observed",
+    "first_rows",
+    "mean_of",
+    "only_site",
     "prepared",
-    "replicate",
     "run_pair",
     "score_guide",
     "stream",
-    "stream_densities",
 ]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pvae.data import Source
+from pvae.data import Source, first_batch
 from pvae.errors import PairError
 from pvae.modes import evaluating
-from pvae.pair import Structure
+from pvae.pair import Batch, Structure
 from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import compute
+from pvae.terms.result import Terms
 
-__all__ = ["chunks_of", "stream"]
+__all__ = ["chunks_of", "draw_globals", "first_rows", "stream"]
 
 
 def stream(
@@ -24,7 +25,7 @@ def stream(
     given: Mapping[str, Tensor] | None = None,
     run: Callable[..., Any] = compute,
     **options: Any,
-) -> Iterator[tuple[slice, Any]]:
+) -> Generator[tuple[slice, Any]]:
     """Terms of every datum in order, in evaluation mode without gradients.
 
     A chunk has at most ``max_rows`` rows, counting each particle of a datum as one, so memory
@@ -35,8 +36,8 @@ def stream(
         evaluation: The pair and its data, as `prepared` has them.
         num_particles: K.
         given: Values of guide sites that aren't to be drawn.
-        run: `compute`, or what is called like it and makes a tensor of a chunk's terms, with
-            the rows last.
+        run: `compute`, or what is called like it and makes a tensor, with the rows last, or
+            something that can cut itself to its ``first_rows``.
         options: For `compute`.
 
     Yields:
@@ -57,7 +58,11 @@ def stream(
                     given={**(given or {}), **indices},
                     **options,
                 )
-                yield rows, terms if keep is None else _rows_of(terms, keep)
+                if keep is not None and isinstance(terms, Tensor):
+                    terms = terms[..., :keep]
+                elif keep is not None:
+                    terms.first_rows(keep)
+                yield rows, terms
                 done += k
 
 
@@ -112,11 +117,28 @@ def _of_one_length(source: Source, size: int) -> Iterator[Chunk]:
         yield slice(start, stop), keep, source.rows(indices), {}
 
 
-def _rows_of(terms: Any, count: int) -> Any:
-    """The first rows of a chunk."""
-    if isinstance(terms, Tensor):
-        return terms[..., :count]
-    for site in terms.sites.values():
-        site.first_rows(count)
-    terms.num_rows = count
-    return terms
+def first_rows(evaluation: Evaluation) -> Batch:
+    """A batch of the first rows: as many as the pair runs on, if it can't run on any number."""
+    structure, source = evaluation.structure, evaluation.source
+    whole = structure.subsample_size is not None
+    return first_batch(source, source.num_rows if whole else structure.tied_to or 128)
+
+
+def draw_globals(evaluation: Evaluation, num_draws: int = 1) -> tuple[dict[str, Tensor], Terms]:
+    """Draws of what is outside the data plate, in the form in which they can be given.
+
+    Those of several particles can be given only to as many vectorised ones, so where particles
+    are looped it is one; the terms, which are of the first rows, say how many.
+    """
+    structure = evaluation.structure
+    with evaluating(structure.modules):
+        terms = compute(structure, first_rows(evaluation), num_particles=num_draws).passes[0]
+    k, given = terms.num_particles, dict[str, Tensor]()
+    for name, site in terms.sites.items():
+        if site.is_local or site.kind not in ("latent", "auxiliary") or site.draws is None:
+            continue
+        event_dim = len((site.guide or site.model).event_shape)
+        padding = structure.nesting + event_dim + 1 - site.draws.dim()
+        shape = (k, *(1,) * padding, *site.draws.shape[1:])
+        given[name] = site.draws.reshape(shape) if k > 1 else site.draws[0]
+    return given, terms

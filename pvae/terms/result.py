@@ -137,6 +137,12 @@ class Terms:
                 total = value if total is None else total + value
         return self.like.new_zeros(shape) if total is None else total
 
+    def first_rows(self, count: int) -> None:
+        """Keeps the first rows of what is inside the data plate."""
+        for site in self.sites.values():
+            site.first_rows(count)
+        self.num_rows = count
+
     @property
     def log_likelihood(self) -> Tensor:
         """log p(x | z): observed sites and unmarked factors. Shape ``(K, N)``."""

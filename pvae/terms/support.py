@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pvae.data import Source, check_rows, first_batch
 from pvae.errors import PairError
-from pvae.pair import Structure, probing, run_pair
-from pvae.pair.messages import sample_sites
+from pvae.pair import Structure, observed_sites, probing, run_pair
 
 __all__ = ["check_data", "with_constant_bounds"]
 
@@ -42,11 +41,11 @@ def _support(
             _, trace = run_pair(structure.model, structure.guide, batch)
     except PairError:  # a pair of fixed size: Pyro's validation looks at the first batch
         return None
-    for site in sample_sites(trace):
-        if not site["is_observed"] or site["value"] is not batch[0] or site["mask"] is not None:
+    for name, site in observed_sites(structure, trace, batch).items():
+        if not site.is_itself or site.place != 0 or site.mask is not None:
             continue
         try:
-            support = site["fn"].support
+            support = trace.nodes[name]["fn"].support
         except NotImplementedError:
             return None
         while isinstance(support, _Independent):
@@ -56,7 +55,7 @@ def _support(
         general = with_constant_bounds(support)
         if general is None:
             return None
-        words = f"values in the support of site '{site['name']}', {general}"
+        words = f"values in the support of site '{name}', {general}"
         return general.check, words, _fixes(general)
     return None
 

@@ -1,13 +1,10 @@
-"""Models with another prior, and samples from any model."""
+"""Pairs with another prior, and samples from any model."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -16,34 +13,38 @@ from torch import Tensor, nn
 from pvae import randomness
 from pvae.conditional import as_conditional
 from pvae.data import as_source
-from pvae.errors import PairError, UndefinedError, check_int, oxford
+from pvae.errors import PairError, check_int, oxford
 from pvae.internals import mask_of
-from pvae.latent.checks import mean_of, only_site
-from pvae.pair import Pair, is_penalty, probing
+from pvae.options import tool
+from pvae.pair import Pair, PairLike, as_pair, probing
 from pvae.pair.messages import is_factor, sample_sites
+from pvae.simulate import run_model
 from pvae.sites import LATENT, announce_parameters
+from pvae.terms import only_site
+from pvae.types import Program
 
-__all__ = ["is_simulated", "sample", "simulated", "with_prior"]
+__all__ = ["sample", "with_prior"]
 
 
-def with_prior(model: Callable[..., Any], density: Any, site: str = LATENT) -> nn.Module:
-    r"""The same model with another prior: :math:`p(x | z)\, r(z)` in place of p(x | z) p(z).
+@tool
+def with_prior(pair: PairLike, density: Any, site: str = LATENT) -> Pair:
+    r"""The pair with another prior: :math:`p(x | z)\, r(z)` in place of p(x | z) p(z).
 
-    It is a Pyro program like the model, for any tool and for Pyro itself. Plates, masks and scales
-    around the site stay as they are.
+    Its model is a Pyro program like the pair's, for any tool and for Pyro itself. Plates, masks and
+    scales around the site stay as they are, and so does the guide.
 
     References:
         From Variational to Deterministic Autoencoders (Ghosh et al., 2020),
         https://arxiv.org/abs/1903.12436
 
     Arguments:
-        model: A Pyro program.
+        pair: A model and its guide.
         density: r: what `fit_density` returns, or whatever else
             `pvae.conditional.as_conditional` takes.
         site: The latent.
 
     Returns:
-        A module that is called like the model; it holds the density, and the model if that is a
+        A pair whose model is a module; it holds the density, and the pair's model if that is a
         module, so that their parameters are found.
 
     Raises:
@@ -51,15 +52,16 @@ def with_prior(model: Callable[..., Any], density: Any, site: str = LATENT) -> n
 
     Example:
         >>> autoencoder = pvae.recipes.ae(64, 2)
-        >>> model = with_prior(autoencoder.model, dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        >>> sample(model, torch.zeros(5, 64)).shape
+        >>> pair = with_prior(autoencoder, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> sample(pair, torch.zeros(5, 64)).shape
         torch.Size([5, 64])
     """
-    return _WithPrior(model, density, site)
+    pair = as_pair(pair, "with_prior")
+    return Pair(_WithPrior(pair.model, density, site), pair.guide, plate=pair.plate)
 
 
 class _WithPrior(nn.Module):
-    def __init__(self, model: Callable[..., Any], density: Any, site: str) -> None:
+    def __init__(self, model: Program, density: Any, site: str) -> None:
         super().__init__()
         self.model = model
         self.density = as_conditional(density, "density")
@@ -109,8 +111,9 @@ class _Swap(Messenger):
         msg["fn"] = new.mask(mask_of(old)) if isinstance(old, MaskedDistribution) else new
 
 
+@tool
 def sample(
-    model: Callable[..., Any],
+    pair: PairLike,
     data: Any,
     num_samples: int | None = None,
     *,
@@ -118,16 +121,17 @@ def sample(
     mean: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    r"""The sampling algorithm for any model: runs it with its observed sites drawn.
+    r"""Draws from p(x) by ancestral sampling: latents from the prior, then data given these.
 
-    Of the data only the number of rows matters, and whatever the model doesn't observe, such as
-    labels, which are what is sampled for. The same seed gives the same run, so that latents and
-    data that belong together come from two calls.
+    It is one run of the model; the guide isn't used. Of the data only the number of rows matters,
+    and whatever the model doesn't observe, such as labels, which are what is sampled for. The same
+    seed gives the same run, so that latents and data that belong together come from two calls.
 
     Arguments:
-        model: A Pyro program.
+        pair: A model and its guide.
         data: What the model is called with: an array, tensor, tuple of them, data set or source.
-        num_samples: N, how many; rows repeat, or are left out. None for one a row.
+        num_samples: N, how many data are made (not draws for each datum, which are
+            ``num_particles`` elsewhere); rows repeat, or are left out. None for one a row.
         site: What is returned, observed or latent; None if the model observes one site.
         mean: Observed sites have their distribution's mean instead of a draw.
         seed: Of the draws; the caller's generators are left as they are.
@@ -141,58 +145,18 @@ def sample(
             or the model has factors, which no draw follows.
 
     Example:
-        >>> sample(pvae.recipes.vae(64, 2).model, torch.zeros(1, 64), 3).shape
+        >>> sample(pvae.recipes.vae(64, 2), torch.zeros(1, 64), 3).shape
         torch.Size([3, 64])
     """
-    like = Pair(model, model).home(data)
-    with probing((model,)), randomness.forked(seed):
+    pair = as_pair(pair, "sample")
+    like = pair.home(data)
+    with probing((pair.model,)), randomness.forked(seed):
         source = as_source(data, like.device, like.dtype)
         size = source.num_rows if num_samples is None else check_int("num_samples", num_samples)
         batch = source.rows(torch.arange(size, device=source.device) % source.num_rows)
-        sites = simulated("sample", model, batch, mean=mean)
-    observed = [n for n, s in sites.items() if is_simulated(s)]
+        trace = run_model(pair.model, batch, where="sample", mean=mean, keep_masked=False)
+    sites = {s["name"]: s for s in sample_sites(trace)}
+    observed = [n for n, s in sites.items() if s["is_observed"] and not is_factor(s)]
     what, names = ("observed site", observed) if site is None else ("site", [*sites])
-    return sites[only_site("sample", what, names, site)]["value"]
-
-
-def simulated(
-    where: str, model: Callable[..., Any], batch: tuple[Any, ...], *, mean: bool = False
-) -> dict[str, Any]:
-    """The sites of one run of a model with its observed sites drawn, or at their means.
-
-    Raises:
-        UndefinedError: If the model has factors, or there is no mean.
-    """
-    with poutine.trace() as run, _AtMeans() if mean else contextlib.nullcontext():
-        poutine.uncondition(model)(*batch)
-    sites = {s["name"]: s for s in sample_sites(run.trace)}
-    factors = [name for name, s in sites.items() if is_factor(s) and not is_penalty(s)]
-    if factors:
-        raise UndefinedError(
-            where,
-            "a model without factors, which no draw follows",
-            f"factor {oxford(factors)}",
-            ["pyro.infer.NUTS on the model"],
-        )
-    return sites
-
-
-def is_simulated(site: Any) -> bool:
-    """Whether a site has data, in the run of a model that has drawn them."""
-    return bool(site["infer"].get("was_observed")) and not is_factor(site)
-
-
-class _AtMeans(Messenger):
-    """Sets observed sites, which `poutine.uncondition` has opened, to their means."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("was_observed") or is_factor(msg):
-            return
-        msg["value"], msg["done"] = mean_of(msg["fn"]), True
-        if msg["value"] is None:
-            raise UndefinedError(
-                f"site '{msg['name']}'",
-                "a distribution whose mean is known",
-                type(msg["fn"]).__name__,
-                ["mean=False"],
-            )
+    value: Tensor = sites[only_site("sample", what, names, site)]["value"]
+    return value

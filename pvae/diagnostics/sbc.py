@@ -9,24 +9,25 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding
-from pvae.diagnostics.simulated import random_rank, simulate
-from pvae.diagnostics.uniformity import Uniformity, judged, uniformity
+from pvae import terms
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import P_VALUE
+from pvae.diagnostics.uniformity import Uniformity, uniformity
 from pvae.errors import ArgumentError, check_int, check_number
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import draw_jointly, random_rank
 
 __all__ = ["SBC", "sbc"]
 
 
-@dataclass(frozen=True)
-class SBC:
+@dataclass(frozen=True, repr=False)
+class SBC(Result):
     r"""Ranks of simulated latents among the guide's draws.
 
     Attributes:
         ranks: Number of the guide's draws below the latent, 0 to L, shape ``(S, D)``.
-        num_draws: L.
+        num_particles: L.
         names: Of the D dimensions.
         tests: Whether ranks are uniform.
         levels: What central intervals should cover, shape ``(C,)``. Their ends are draws, so that
@@ -36,7 +37,7 @@ class SBC:
     """
 
     ranks: Tensor
-    num_draws: int
+    num_particles: int
     names: tuple[str, ...]
     tests: Uniformity
     levels: Tensor
@@ -51,7 +52,7 @@ class SBC:
         """
         generator = torch.Generator().manual_seed(seed)
         place = torch.rand(self.ranks.shape, generator=generator, dtype=torch.float64)
-        return (self.ranks.cpu() + place) / (self.num_draws + 1)
+        return (self.ranks.cpu() + place) / (self.num_particles + 1)
 
     def shape_of(self, column: int) -> str:
         """What the ranks of a dimension say about q, in words."""
@@ -62,10 +63,15 @@ class SBC:
             return "q is too narrow" if spread > 0 else "q is too wide"
         return "q is too low" if shift > 0 else "q is too high"
 
+    @property
+    def title(self) -> str:
+        """How much was simulated."""
+        return f"SBC: {len(self.ranks)} simulations, {self.num_particles} draws of q each"
+
     def findings(self) -> list[Finding]:
         """Uniformity over all dimensions, and the coverage that is furthest off."""
         tests, count = self.tests, len(self.names)
-        verdict = judged(tests.p_value)
+        verdict = P_VALUE.verdict(tests.p_value)
         bad = int((tests.p_values < 0.05).sum())
         meaning = f"the ranks of {count} dimension(s) are as an exact q's"
         if verdict != "good":
@@ -85,16 +91,10 @@ class SBC:
                 "coverage",
                 float(self.coverage[level, column]),
                 float(self.coverage_se[level, column]),
-                meaning=f"of the central {float(self.levels[level]):.0%} of q({self.names[column]} "
-                "| x), the furthest off",
+                meaning=f"of z in the central {float(self.levels[level]):.0%} of "
+                f"q({self.names[column]} | x), furthest off",
             ),
         ]
-
-    def __str__(self) -> str:
-        head = f"SBC: {len(self.ranks)} simulations, {self.num_draws} draws of q each"
-        return "\n".join([head, *map(str, self.findings())])
-
-    __repr__ = __str__
 
 
 @tool
@@ -103,7 +103,7 @@ def sbc(
     data: Any,
     *,
     num_simulations: int = 1000,
-    num_draws: int = 99,
+    num_particles: int = 99,
     levels: Sequence[float] = (0.5, 0.8, 0.9),
     site: str | None = None,
     arguments: Mapping[str, int] | None = None,
@@ -123,7 +123,7 @@ def sbc(
 
     Ranks are tested by chi-squared over bins and by their distribution function with its
     simultaneous band. p-values are corrected for both tests and all D dimensions (Bonferroni); the
-    verdict is "look" below 0.05 and "bad" below 0.001, which is how often an exact q gets it.
+    verdict is "look" up to 0.05 and "bad" up to 0.001, which is how often an exact q gets it.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration
@@ -135,7 +135,7 @@ def sbc(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_simulations: S.
-        num_draws: L, draws of q for each; L + 1 with many divisors makes even bins.
+        num_particles: L, draws of q for each; L + 1 with many divisors makes even bins.
         levels: Of central intervals, whose coverage is counted.
         site: The latent; None for all of them.
         arguments: By observed site, the place of its data among the arguments; needed where the
@@ -149,36 +149,42 @@ def sbc(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 1, hidden=(8,))
-        >>> found = sbc(vae, torch.zeros(1, 4), num_simulations=100, num_draws=9)
+        >>> found = sbc(vae, torch.zeros(1, 4), num_simulations=100, num_particles=9)
         >>> found.ranks.shape, found.levels
         (torch.Size([100, 1]), tensor([0.6000, 0.8000], dtype=torch.float64))
     """
-    check_int("num_draws", num_draws, minimum=2)
-    cuts = _cuts(levels, num_draws)
-    with t.prepared(pair, data, options, "sbc") as evaluation:
-        found = simulate("sbc", evaluation, num_simulations, site=site, arguments=arguments)
-        less = torch.zeros(found.latents.shape, dtype=torch.long, device=found.latents.device)
+    check_int("num_particles", num_particles, minimum=2)
+    cuts = _cuts(levels, num_particles)
+    with terms.prepared(pair, data, options, "sbc") as evaluation:
+        joint = draw_jointly("sbc", evaluation, num_simulations, site=site, arguments=arguments)
+        less = torch.zeros(joint.latents.shape, dtype=torch.long, device=joint.latents.device)
         equal = less.clone()
-        for rows, draws in found.draws(num_draws):
-            truth = found.latents[rows]
+        for rows, draws in joint.of_guide(num_particles):
+            truth = joint.latents[rows]
             less[rows] += (draws < truth).sum(0)
             equal[rows] += (draws == truth).sum(0)
         ranks = random_rank(less, equal)
-    inside = torch.stack([(ranks >= a) & (ranks <= num_draws - a) for a in cuts]).double()
+    inside = torch.stack([(ranks >= a) & (ranks <= num_particles - a) for a in cuts]).double()
     coverage = inside.mean(1).cpu()
-    nominal = 1 - 2 * torch.tensor(cuts, dtype=torch.float64) / (num_draws + 1)
+    nominal = 1 - 2 * torch.tensor(cuts, dtype=torch.float64) / (num_particles + 1)
     error = (nominal * (1 - nominal) / len(ranks)).sqrt()[:, None].expand_as(coverage)
     return SBC(
-        ranks, num_draws, found.names, uniformity(ranks, num_draws), nominal, coverage, error
+        ranks,
+        num_particles,
+        joint.names,
+        uniformity(ranks, num_particles),
+        nominal,
+        coverage,
+        error,
     )
 
 
-def _cuts(levels: Sequence[float], num_draws: int) -> list[int]:
+def _cuts(levels: Sequence[float], num_particles: int) -> list[int]:
     """How many ranks a central interval leaves out on each side."""
     if not len(levels):
         raise ArgumentError("levels", "at least one", "none")
     for level in levels:
         if not 0 < check_number("levels", level, above=0) < 1:
             raise ArgumentError("levels", "numbers between 0 and 1", f"{level:g}")
-    cuts = [round((1 - level) / 2 * (num_draws + 1)) for level in levels]
-    return sorted({max(1, min(a, num_draws // 2)) for a in cuts}, reverse=True)
+    cuts = [round((1 - level) / 2 * (num_particles + 1)) for level in levels]
+    return sorted({max(1, min(a, num_particles // 2)) for a in cuts}, reverse=True)

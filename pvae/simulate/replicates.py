@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pyro import distributions as dist
-from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import terms as t
+from pvae.distributions import base_of
 from pvae.errors import ArgumentError, UndefinedError, oxford
+from pvae.pair import is_inside
+from pvae.simulate.ancestral import Origin, Simulation
+from pvae.simulate.draws import check_generative, draws
+from pvae.terms import Evaluation
+from pvae.types import Dist
 
 __all__ = ["CheckKind", "Replicates"]
 
 CheckKind = Literal["mixed", "prior", "posterior", "aggregated"]
 """What a replicate is: see `pvae.diagnostics.predictive`."""
 
-_OF_TERMS: dict[str, t.Kind] = {
+_ORIGINS: dict[str, Origin] = {
     "mixed": "mixed",
     "prior": "prior",
     "posterior": "posterior",
@@ -37,24 +41,24 @@ class Replicates:
         site: The observed site.
         kind: What a replicate is.
         observed: The data at that site, shape ``(N, *event_shape)``.
-        kept: Which entries aren't masked out, of the same shape; None if all are.
+        mask: Which entries count, of the same shape; None if all do.
         fn: The site's distribution.
     """
 
-    evaluation: t.Evaluation
+    evaluation: Evaluation
     site: str
     kind: CheckKind
     observed: Tensor
-    kept: Tensor | None
-    fn: Any
+    mask: Tensor | None
+    fn: Dist
 
     @classmethod
     def of(
-        cls, where: str, evaluation: t.Evaluation, site: str | None, kind: CheckKind
+        cls, where: str, evaluation: Evaluation, site: str | None, kind: CheckKind
     ) -> Replicates:
         """Looks at pair and data together, and refuses what has no replicates."""
-        if kind not in _OF_TERMS:
-            raise ArgumentError("kind", f"one of {', '.join(_OF_TERMS)}", repr(kind))
+        if kind not in _ORIGINS:
+            raise ArgumentError("kind", f"one of {', '.join(_ORIGINS)}", repr(kind))
         evaluation = evaluation.in_memory()
         structure = evaluation.structure
         if kind == "aggregated" and not structure.latents:
@@ -64,15 +68,14 @@ class Replicates:
                 "none",
                 ["kind='mixed'"],
             )
-        of_terms = _OF_TERMS[kind]
-        t.check_generative(where, evaluation, of_terms)
-        values, kept = [], []
-        for _, _, terms in t.draws(evaluation, 1, of_terms):
-            name = _observed_site(where, terms, structure, site)
-            values.append(t.observed(terms, name))
-            kept.append(t.kept_of(terms, name))
-        fn = terms.sites[name].model
-        mask = None if kept[0] is None else torch.cat([k for k in kept if k is not None])
+        check_generative(where, evaluation, _ORIGINS[kind])
+        data, masks = [], []
+        for _, _, run in draws(evaluation, 1, _ORIGINS[kind]):
+            name = _observed_site(where, run, site)
+            data.append(run.data(name))
+            masks.append(run.mask(name))
+        fn = run.site(name)["fn"]
+        mask = None if masks[0] is None else torch.cat([m for m in masks if m is not None])
         if mask is not None and kind == "aggregated":
             raise UndefinedError(
                 where,
@@ -80,27 +83,26 @@ class Replicates:
                 f"a mask at site '{name}'",
                 ["kind='mixed'", "kind='posterior'"],
             )
-        observed = torch.cat(values)
-        return cls(evaluation, name, kind, observed, mask, fn)
+        return cls(evaluation, name, kind, torch.cat(data), mask, fn)
 
     def blocks(self, num_particles: int) -> Iterator[Tensor]:
         """Replicated data sets, shape ``(k, N, *event_shape)``, k of them at a time."""
         num_rows = len(self.observed)
         parts: list[Tensor] = []
-        passes = t.draws(self.evaluation, num_particles, _OF_TERMS[self.kind])
+        passes = draws(self.evaluation, num_particles, _ORIGINS[self.kind])
         hidden = not self.evaluation.progress
         with tqdm(total=num_particles, desc="replicates", unit="draw", disable=hidden) as bar:
-            for draws, rows, terms in passes:
-                parts.append(t.replicate(terms, self.site))
+            for chosen, rows, run in passes:
+                parts.append(run.value(self.site))
                 if rows.stop < num_rows:
                     continue
                 block = torch.cat(parts, 1)
                 if self.kind == "aggregated":
-                    chosen = torch.randint(num_rows, block.shape[:2], device=block.device)
-                    block = block[torch.arange(len(block), device=block.device)[:, None], chosen]
+                    others = torch.randint(num_rows, block.shape[:2], device=block.device)
+                    block = block[torch.arange(len(block), device=block.device)[:, None], others]
                 yield block
                 parts = []
-                bar.update(draws.stop - draws.start)
+                bar.update(chosen.stop - chosen.start)
 
     @property
     def has_honest_p_values(self) -> bool:
@@ -109,14 +111,14 @@ class Replicates:
 
     def labels(self) -> Callable[[Tensor], Tensor] | None:
         """From data to class numbers, where the data are classes; None where they aren't."""
-        fn = _base_of(self.fn)
+        fn = base_of(self.fn)
         if isinstance(fn, dist.OneHotCategorical):
             return lambda x: x.argmax(-1)
         return (lambda x: x) if type(fn) is dist.Categorical else None
 
     def require_order(self, where: str) -> None:
         """Refuses values that aren't ordered: classes and angles."""
-        fn = _base_of(self.fn)
+        fn = base_of(self.fn)
         unordered = (
             dist.Categorical,
             dist.OneHotCategorical,
@@ -136,15 +138,10 @@ class Replicates:
             )
 
 
-def _base_of(fn: Any) -> Any:
-    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
-def _observed_site(where: str, terms: t.Terms, structure: t.Structure, site: str | None) -> str:
+def _observed_site(where: str, run: Simulation, site: str | None) -> str:
     """The site that was asked for, or the only one of the data."""
-    local = [name for name in structure.observed if terms.sites[name].is_local]
+    structure = run.structure
+    local = [name for name in structure.observed if is_inside(structure, run.site(name))]
     if site is None and len(local) == 1:
         return local[0]
     if site in local:

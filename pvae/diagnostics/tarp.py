@@ -9,32 +9,33 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.diagnostics.finding import Finding
-from pvae.diagnostics.simulated import Simulations, random_rank, simulate
-from pvae.diagnostics.uniformity import Uniformity, judged, uniformity
+from pvae import terms
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import P_VALUE
+from pvae.diagnostics.uniformity import Uniformity, uniformity
 from pvae.errors import ArgumentError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.simulate import JointDraws, draw_jointly, random_rank
 
 __all__ = ["TARP", "tarp"]
 
 
-@dataclass(frozen=True)
-class TARP:
+@dataclass(frozen=True, repr=False)
+class TARP(Result):
     """Coverage of the joint posterior, in balls around reference points.
 
     Attributes:
         ranks: Number of the guide's draws nearer to the reference than the latent is, 0 to L,
             shape ``(S,)``.
-        num_draws: L.
+        num_particles: L.
         levels: Credibility levels, shape ``(P,)``.
         coverage: How often the latent is within the ball that has so much of q, shape ``(P,)``.
         tests: Whether the coverage is the level at all of them, as one column.
     """
 
     ranks: Tensor
-    num_draws: int
+    num_particles: int
     levels: Tensor
     coverage: Tensor
     tests: Uniformity
@@ -44,9 +45,14 @@ class TARP:
         """Of the tests' only column."""
         return ("all latents together",)
 
+    @property
+    def title(self) -> str:
+        """How much was simulated."""
+        return f"TARP: {len(self.ranks)} simulations, {self.num_particles} draws of q each"
+
     def findings(self) -> list[Finding]:
         """The test, and the coverage that is furthest from its level."""
-        verdict = judged(self.tests.p_value)
+        verdict = P_VALUE.verdict(self.tests.p_value)
         shift, spread = float(self.tests.shift[0]), float(self.tests.spread[0])
         meaning, advice = "balls around reference points cover what they should", ""
         if verdict != "good":
@@ -72,15 +78,9 @@ class TARP:
                 "joint coverage",
                 float(self.coverage[worst]),
                 (level * (1 - level) / len(self.ranks)) ** 0.5,
-                meaning=f"at level {level:.0%}, the furthest off",
+                meaning=f"of z in balls that hold {level:.0%} of q, furthest off",
             ),
         ]
-
-    def __str__(self) -> str:
-        head = f"TARP: {len(self.ranks)} simulations, {self.num_draws} draws of q each"
-        return "\n".join([head, *map(str, self.findings())])
-
-    __repr__ = __str__
 
 
 @tool
@@ -89,7 +89,7 @@ def tarp(
     data: Any,
     *,
     num_simulations: int = 1000,
-    num_draws: int = 99,
+    num_particles: int = 99,
     reference: Literal["data", "prior"] = "data",
     site: str | None = None,
     arguments: Mapping[str, int] | None = None,
@@ -117,7 +117,7 @@ def tarp(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; see `sbc`.
         num_simulations: S; as many again are made for reference points.
-        num_draws: L, draws of q for each.
+        num_particles: L, draws of q for each.
         reference: Where reference points come from.
         site: The latent; None for all of them together.
         arguments: As in `sbc`.
@@ -129,41 +129,41 @@ def tarp(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = tarp(vae, torch.zeros(1, 4), num_simulations=50, num_draws=9)
+        >>> found = tarp(vae, torch.zeros(1, 4), num_simulations=50, num_particles=9)
         >>> found.ranks.shape
         torch.Size([50])
     """
-    check_int("num_draws", num_draws, minimum=2)
+    check_int("num_particles", num_particles, minimum=2)
     if reference not in ("data", "prior"):
         raise ArgumentError("reference", "'data' or 'prior'", repr(reference))
-    with t.prepared(pair, data, options, "tarp") as evaluation:
-        found, others = (
-            simulate("tarp", evaluation, num_simulations, site=site, arguments=arguments)
+    with terms.prepared(pair, data, options, "tarp") as evaluation:
+        joint, others = (
+            draw_jointly("tarp", evaluation, num_simulations, site=site, arguments=arguments)
             for _ in range(2)
         )
         scale = others.latents.std(0)
         scale = torch.where(scale > 0, scale, 1.0)
         points = others.latents
         if reference == "data":
-            points = points[_nearest(found, others, evaluation.max_rows)]
-        own = _distance(found.latents, points, scale)
+            points = points[_nearest(joint, others, evaluation.max_rows)]
+        own = _distance(joint.latents, points, scale)
         less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
         equal = less.clone()
-        for rows, draws in found.draws(num_draws):
+        for rows, draws in joint.of_guide(num_particles):
             each = _distance(draws, points[rows], scale)
             less[rows] += (each < own[rows]).sum(0)
             equal[rows] += (each == own[rows]).sum(0)
         ranks = random_rank(less, equal)
-    tests = uniformity(ranks[:, None], num_draws)
-    return TARP(ranks, num_draws, tests.points, tests.ecdf[:, 0], tests)
+    tests = uniformity(ranks[:, None], num_particles)
+    return TARP(ranks, num_particles, tests.points, tests.ecdf[:, 0], tests)
 
 
 def _distance(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return ((a - b) / scale).square().sum(-1)
 
 
-def _nearest(found: Simulations, others: Simulations, max_rows: int) -> Tensor:
+def _nearest(joint: JointDraws, others: JointDraws, max_rows: int) -> Tensor:
     """For each simulation, which of the others has the nearest data."""
     rows = max(1, max_rows // len(others.observed))
-    parts = [torch.cdist(x, others.observed).argmin(1) for x in found.observed.split(rows)]
+    parts = [torch.cdist(x, others.observed).argmin(1) for x in joint.observed.split(rows)]
     return torch.cat(parts)

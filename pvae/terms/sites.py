@@ -1,4 +1,4 @@
-"""What the files of this package share: a site, a mean, a matrix of codes."""
+"""Which site a tool is about, and the mean of its distribution."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pvae.data import as_source, check_rows
-from pvae.errors import DataError, UndefinedError, oxford
+from pvae.errors import UndefinedError, oxford
 
-__all__ = ["as_matrix", "mean_of", "only_site"]
+__all__ = ["mean_of", "only_site"]
 
 
 def mean_of(fn: Any) -> Tensor | None:
@@ -34,19 +33,3 @@ def only_site(where: str, what: str, names: Sequence[str], chosen: str | None) -
         f"'{chosen}'; there are: {known}" if chosen else known,
         [f"site='{name}'" for name in names[:2]],
     )
-
-
-def as_matrix(where: str, codes: Tensor) -> Tensor:
-    """Codes without their gradient; refuses what is no finite matrix of real numbers."""
-    if not isinstance(codes, Tensor) or codes.dim() != 2 or not codes.is_floating_point():
-        raise DataError(
-            where,
-            "a floating tensor of shape (N, d)",
-            f"shape {tuple(codes.shape)}, {codes.dtype}"
-            if isinstance(codes, Tensor)
-            else type(codes).__name__,
-            ["codes.flatten(1)", "torch.as_tensor(array)"],
-        )
-    codes = codes.detach()
-    check_rows(as_source(codes, codes.device, codes.dtype), where=where)
-    return codes

@@ -1,0 +1,228 @@
+"""The checks of the screen: what each is about, and how it is run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+from pvae import bounds, latent, terms
+from pvae.data import first_batch
+from pvae.diagnostics.aggregate import aggregated_posterior
+from pvae.diagnostics.codes import active_units, hoyer, near_zero, sensitivity
+from pvae.diagnostics.gap import gap
+from pvae.diagnostics.gradients import gradient_noise
+from pvae.diagnostics.importance import importance
+from pvae.diagnostics.predictive import predictive
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.sbc import sbc
+from pvae.diagnostics.surgery import COLLAPSE_ADVICE, surgery
+from pvae.diagnostics.tarp import tarp
+from pvae.diagnostics.thresholds import ACTIVITY, COLLAPSED, LOOSE
+from pvae.errors import UndefinedError
+from pvae.estimate import Estimate
+
+__all__ = ["CHECKS", "DEFAULT", "SUMMARY", "Lines", "Subject", "bits_per_dimension"]
+
+Found = TypeVar("Found")
+
+
+def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> float:
+    r"""A log probability of a datum as code length, in bits per dimension.
+
+    .. math:: -(\ell + D \log \Delta) / (D \log 2)
+
+    For a density, :math:`\Delta` is the width of the bins that the values were rounded to, and
+    the result is only as good as the density is flat within a bin.
+
+    Arguments:
+        nats: :math:`\ell`, log p(x).
+        num_dims: D.
+        bin_width: :math:`\Delta`; 1 for a probability.
+
+    Example:
+        >>> round(bits_per_dimension(-10 * math.log(2), num_dims=10), 6)
+        1.0
+    """
+    return -(nats / num_dims + math.log(bin_width)) / math.log(2)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is diagnosed: a pair, some rows of data, and how much may be spent on each check.
+
+    Attributes:
+        evaluation: The pair and its rows.
+        num_particles: K, draws from the guide for each datum.
+        bin_width: Of the bins that data were rounded to; 1 for counts and classes; None if bits
+            per dimension aren't asked for.
+    """
+
+    evaluation: terms.Evaluation
+    num_particles: int
+    bin_width: float | None = None
+
+    def run(self, check: Callable[..., Found], **options: object) -> Found:
+        """A diagnostic of the pair and its data."""
+        on = self.evaluation
+        shared = {"max_rows": on.max_rows, "seed": on.seed, "progress": on.progress}
+        return check(on.pair, on.source, **shared, **options)
+
+    @cached_property
+    def elbo(self) -> Estimate:
+        """The ELBO, or what is in its place, of a few draws a datum."""
+        return self.run(bounds.elbo, num_particles=min(self.num_particles, 10))
+
+
+@dataclass(frozen=True, repr=False)
+class Lines(Result):
+    """Lines of a check that has no result of its own.
+
+    Attributes:
+        lines: The lines.
+        estimate: What they are about, if it is an estimate.
+        reasons: By name, why a line is missing.
+    """
+
+    lines: list[Finding]
+    estimate: Estimate | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def findings(self) -> list[Finding]:
+        """The lines."""
+        return self.lines
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """The reasons."""
+        return self.reasons
+
+
+def _elbo(subject: Subject) -> Lines:
+    found, structure = subject.elbo, subject.evaluation.structure
+    lines = [Finding.of(found, _kind(found))]
+    reasons = {}
+    if found.distortion is not None:
+        meaning = "-E[log p(x | z)]: what of x the code doesn't tell"
+        lines.append(Finding.of(found.distortion, meaning))
+    if found.rate is not None:
+        meaning = "KL(q(z | x) || p(z)): nats that the code takes"
+        lines.append(Finding.of(found.rate, meaning))
+    elif structure.has_points:
+        reasons["rate"] = "a point mass has no density to compare with the prior's"
+    elif structure.improper:
+        reasons["rate"] = "an improper prior has no scale to compare with"
+    return Lines(lines, found, reasons)
+
+
+def _kind(found: Estimate) -> str:
+    bound = "lower" if found.kind == "lower" else "no"
+    draws = "" if math.isnan(found.se_draws) else f"; {found.se_draws:.2g} over draws"
+    return f"{bound} bound of log p(x), K = {found.num_particles}{draws}"
+
+
+def _evidence(subject: Subject) -> Lines:
+    """By importance sampling; and bits per dimension, where data have bins."""
+    structure, bin_width = subject.evaluation.structure, subject.bin_width
+    found: Estimate | None = None
+    lines: list[Finding] = []
+    reasons: dict[str, str] = {}
+    try:
+        found = subject.run(bounds.evidence, num_particles=subject.num_particles)
+    except UndefinedError as error:
+        reasons["evidence"] = str(error.actual)
+    else:
+        lines.append(_of_evidence(found, subject.elbo))
+    if bin_width is not None and found is not None and structure.quantity == "elbo":
+        (x, *_) = first_batch(subject.evaluation.source, 1)
+        bits = bits_per_dimension(found.mean, x[0].numel(), bin_width)
+        kind = "" if bin_width == 1 else f"; a density times bins of {bin_width:.4g}"
+        lines.append(Finding("bits per dimension", bits, meaning=f"from '{found.name}'{kind}"))
+    elif bin_width is not None:
+        reasons["bits per dimension"] = "there is no evidence to count"
+    return Lines(lines, found, reasons)
+
+
+def _of_evidence(found: Estimate, elbo: Estimate) -> Finding:
+    if found.kind != "lower" or elbo.kind != "lower" or elbo.rate is None:
+        return Finding.of(found, _kind(found))
+    apart = found.mean - elbo.mean
+    verdict = LOOSE.verdict(apart / max(abs(elbo.rate.mean), 1e-300))
+    if verdict == "good":
+        return Finding.of(found, _kind(found), verdict)
+    meaning = f"lower bound of log p(x); the ELBO is {apart:.1f} nats below"
+    advice = "a larger encoder, or another guide: diagnostics.gap says which"
+    return Finding.of(found, meaning, verdict, advice)
+
+
+def _annealing(subject: Subject) -> Lines:
+    found = subject.run(bounds.evidence, method="ais", num_particles=16)
+    return Lines([Finding.of(found, "lower bound of log p(x), by annealing from q")], found)
+
+
+def _units(subject: Subject) -> Lines:
+    """Of each latent, how many units depend on the data."""
+    structure, lines = subject.evaluation.structure, []
+    for site in structure.latents:
+        active = subject.run(active_units, site=site)
+        count, size = int(active.sum()), active.numel()
+        # without noise or a prior a code has no scale of its own
+        has_scale = not (structure.has_points or structure.improper)
+        verdict = COLLAPSED.verdict(1 - count / size) if has_scale else "none"
+        name = "active units" if len(structure.latents) == 1 else f"active units, {site}"
+        meaning = f"of {size}; the mean of q has a variance over data > {ACTIVITY:g}"
+        advice = COLLAPSE_ADVICE.get(verdict, "")
+        lines.append(Finding(name, count, None, "", verdict, meaning, advice))
+    return Lines(lines)
+
+
+def _codes(subject: Subject) -> Lines:
+    """How sparse and how sensitive codes are: of point masses, for which little else is defined."""
+    structure = subject.evaluation.structure
+    if not structure.has_points or len(structure.latents) != 1:
+        return Lines([])
+    codes = subject.run(latent.codes).flatten(1)
+    lines = []
+    if codes.shape[1] > 1:
+        zero = float(near_zero(codes).mean())
+        meaning = f"Hoyer's, from 0 to 1; {zero:.0%} of entries are near 0"
+        lines.append(Finding("sparsity", float(hoyer(codes).mean()), meaning=meaning))
+    num_probes = None if codes.shape[1] <= _EXACT else 16
+    try:
+        norms = subject.run(sensitivity, num_probes=num_probes)
+    except UndefinedError as error:
+        return Lines(lines, reasons={"sensitivity": str(error.actual)})
+    spread = codes.var(0).sum().sqrt()
+    if bool(spread > 0):
+        value = float((norms / spread).mean())
+        meaning = "|dz/dx| in units of the codes' spread, per unit of x"
+        lines.append(Finding("sensitivity", value, meaning=meaning))
+    return Lines(lines)
+
+
+_EXACT = 256  # entries of a code up to which its Jacobian is taken whole
+
+CHECKS: dict[str, tuple[str, Callable[[Subject], Result]]] = {
+    "elbo": ("the bound", _elbo),
+    "evidence": ("the bound", _evidence),
+    "importance": ("the bound", lambda s: s.run(importance, num_particles=s.num_particles)),
+    "gap": ("the bound", lambda s: s.run(gap)),
+    "ais": ("the bound", _annealing),
+    "sbc": ("the posterior", lambda s: s.run(sbc, num_simulations=500)),
+    "tarp": ("the posterior", lambda s: s.run(tarp, num_simulations=500)),
+    "units": ("the latent space", _units),
+    "codes": ("the latent space", _codes),
+    "surgery": ("the latent space", lambda s: s.run(surgery)),
+    "aggregated": ("the latent space", lambda s: s.run(aggregated_posterior)),
+    "predictive": ("the model", lambda s: s.run(predictive, num_particles=100)),
+    "gradients": ("the training", lambda s: s.run(gradient_noise)),
+}
+"""By name: what it is about, and how it is run."""
+
+DEFAULT = ("elbo", "importance", "sbc", "tarp", "surgery", "aggregated", "predictive")
+"""What is checked where nothing else is asked for: together less than two epochs of training."""
+
+SUMMARY = ("elbo", "evidence", "units", "codes")
+"""What a run's summary has: cheap enough for all of the test data."""

@@ -1,0 +1,204 @@
+"""Is the bound tight, the posterior right, the latent used, the model adequate: on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pvae import terms
+from pvae.diagnostics.checks import CHECKS, DEFAULT, Lines, Subject
+from pvae.diagnostics.importance import FEWEST
+from pvae.diagnostics.learning import LearningCurve, learning_curve
+from pvae.diagnostics.result import Finding, Result
+from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, check_number, oxford
+from pvae.options import Options, tool
+from pvae.pair import PairLike
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["NOTHING", "Diagnosis", "diagnose"]
+
+NOTHING = "nothing stands out: sample, reconstruct, encode with it"
+"""The advice where no line has one."""
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Result):
+    """What diagnostics have found, by check.
+
+    Attributes:
+        results: Each check's own result, which has its numbers as data for plots.
+        undefined: Why a check says nothing about this pair.
+        seconds: What each check took.
+        num_data: N, rows that were looked at.
+        rows: Which rows of the data these are, ``(N,)``; None for all of them.
+    """
+
+    results: dict[str, Any]  # each of its own class of Result
+    undefined: dict[str, str]
+    seconds: dict[str, float]
+    num_data: int = 0
+    rows: Tensor | None = None
+
+    @property
+    def title(self) -> str:
+        """How many data were looked at."""
+        return f"Diagnosis, N = {self.num_data}"
+
+    def findings(self) -> list[Finding]:
+        """All lines, in the order of the screen."""
+        return [line for _, line in self._lines()]
+
+    def sections(self) -> list[tuple[str, list[Finding]]]:
+        """The lines by what they are about."""
+        by_topic = groupby(
+            self._lines(), lambda found: CHECKS.get(found[0], ("the training", None))[0]
+        )
+        return [(topic, [line for _, line in found]) for topic, found in by_topic]
+
+    def _lines(self) -> list[tuple[str, Finding]]:
+        """With the check that each is from; what two checks say, as the first has it."""
+        found: dict[str, tuple[str, Finding]] = {}
+        for check, result in self.results.items():
+            for line in result.findings():
+                found.setdefault(line.name, (check, line))
+        return list(found.values())
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """By check or line, why there is none."""
+        found = dict(self.undefined)
+        for result in self.results.values():
+            found |= result.missing
+        return found
+
+    @property
+    def advice(self) -> str:
+        """What to do next: train on while that helps; else by what is bad, or worth a look."""
+        found = self.findings()
+        curve = self.results.get("learning")
+        if isinstance(curve, LearningCurve) and (curve.is_unfinished or curve.state == "falling"):
+            found = curve.findings()
+        found.sort(key=lambda line: line.name not in _FIRST)
+        for verdict in ("bad", "look"):
+            for line in found:
+                is_done = line.advice.startswith("diagnostics.gap") and "gap" in self.results
+                if line.verdict == verdict and line.advice and not is_done:
+                    return f"{line.advice} ({line.name})"
+        if "evidence" in self.missing:
+            return "for draws of x and an evidence, a stochastic guide and a proper prior"
+        return NOTHING
+
+    def to_dict(self) -> dict[str, object]:
+        """As other results have it, with each line's check, the rows and the time of each check."""
+        lines = [{"check": check} | line.to_dict() for check, line in self._lines()]
+        rows = None if self.rows is None else self.rows.tolist()
+        more = {"num_data": self.num_data, "rows": rows, "seconds": self.seconds}
+        return super().to_dict() | {"findings": lines} | more
+
+    def to_frame(self) -> DataFrame:
+        """A pandas table with a row for each finding, and the check that it is from."""
+        frame = super().to_frame()
+        frame.insert(0, "check", [check for check, _ in self._lines()])
+        return frame
+
+
+_FIRST = ("information", "active units")  # without any of these nothing else counts
+
+
+@tool
+def diagnose(
+    pair: PairLike,
+    data: Any,
+    *,
+    checks: Iterable[str] = DEFAULT,
+    num_data: int | None = 500,
+    num_particles: int = 200,
+    bin_width: float | None = None,
+    history: Sequence[Mapping[str, float | None]] | None = None,
+    **options: Unpack[Options],
+) -> Diagnosis:
+    """What a fit is worth, on one screen: number, standard error, verdict, and what to do next.
+
+    Lines begin with ``+`` where all is well, ``?`` where it is worth a look, ``!`` where something
+    is wrong. What isn't defined for the pair is said, with its reason, and never a number. The
+    default checks take less than two epochs of training of an image model, and
+    ``checks=diagnostics.SUMMARY``, which is what ``pvae train`` ends with, less than that;
+    ``"gap"`` (is it the encoder or the family?) and ``"ais"`` (what is log p(x) really?) optimise
+    and anneal for each datum, ``"gradients"`` (how noisy is a step?) takes a hundred of them; these
+    are run when they are asked for: ``checks=[*DEFAULT, "gap", "ais", "gradients"]``.
+
+    Arguments:
+        pair: A model and its guide.
+        data: An array, tensor, tuple of them, data set or source; held out, if there are any.
+        checks: Names of `CHECKS`.
+        num_data: N, rows that are looked at, drawn from the data; all, where there are fewer, or
+            for None.
+        num_particles: K, draws from the guide for each, at least 25 for ``"importance"``.
+        bin_width: Of the bins that data were rounded to, 1 for counts and classes: with it
+            ``"evidence"`` has a line in bits per dimension (see `bits_per_dimension`).
+        history: Of the training, one row an epoch, as `Fit.history` is.
+        options: As in `pvae.options.Options`.
+
+    Returns:
+        A `Diagnosis`; it prints itself.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> found = diagnose(vae, torch.rand(50, 4).round(), checks=["elbo"])
+        >>> [line.name for line in found.findings()]
+        ['ELBO']
+    """
+    asked = list(dict.fromkeys(checks))
+    if unknown := [name for name in asked if name not in CHECKS]:
+        raise ArgumentError("checks", f"some of {oxford(CHECKS)}", oxford(unknown))
+    if num_data is not None:
+        check_int("num_data", num_data, minimum=2)
+    if bin_width is not None:
+        check_number("bin_width", bin_width, above=0)
+    check_int("num_particles", num_particles, minimum=FEWEST if "importance" in asked else 1)
+    with terms.prepared(pair, data, options, "diagnose") as evaluation:
+        evaluation, chosen = _some(evaluation.in_memory(), num_data)
+    subject = Subject(evaluation, num_particles, bin_width)
+    results: dict[str, Result] = {}
+    undefined: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    for name in tqdm(asked, desc="diagnose", disable=not evaluation.progress, leave=False):
+        started = time.perf_counter()
+        try:
+            found = CHECKS[name][1](subject)
+            has_rows = any(field.name == "rows" for field in fields(found))
+            results[name] = replace(found, rows=chosen) if has_rows else found  # type: ignore[call-arg]
+        except PvaeError as error:  # the other checks have their say
+            undefined[name] = error.one_line()
+        seconds[name] = time.perf_counter() - started
+    if history:
+        try:
+            results["learning"] = learning_curve(history)
+        except UndefinedError as error:
+            undefined["learning"] = f"expected {error.expected}; got {error.actual}"
+        spent = history[-1].get("seconds")
+        if spent is not None:
+            lines = [Finding("training time", spent, None, "s", meaning=f"{len(history)} epoch(s)")]
+            results["training"] = Lines(lines)
+    return Diagnosis(results, undefined, seconds, evaluation.num_rows, chosen)
+
+
+def _some(
+    evaluation: terms.Evaluation, count: int | None
+) -> tuple[terms.Evaluation, Tensor | None]:
+    """Some rows, by chance, and which; all, of a pair that belongs to its rows."""
+    structure, source = evaluation.structure, evaluation.source
+    whole = structure.subsample_size is not None or structure.tied_to is not None
+    if whole or structure.global_sites or count is None or source.num_rows <= count:
+        return evaluation, None
+    chosen = torch.randperm(source.num_rows, device=source.device)[:count].sort().values
+    return evaluation.on(source.rows(chosen)), chosen

@@ -1,0 +1,206 @@
+"""Every number by which a diagnostic calls something good, worth a look, or bad."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pvae.diagnostics.result import Verdict
+
+__all__ = [
+    "ACTIVITY",
+    "CHANCE",
+    "COLLAPSED",
+    "CURVE",
+    "DISTANCE",
+    "FALL",
+    "GAP",
+    "HIDDEN",
+    "INFORMATION",
+    "KHAT",
+    "LOOSE",
+    "MARGINAL_KL",
+    "MARGINAL_SHARE",
+    "P_VALUE",
+    "REPLICATES",
+    "UNRELIABLE",
+    "Threshold",
+    "table",
+]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where a number becomes worth a look, and where it becomes bad.
+
+    A number that is equal to a threshold counts as past it.
+
+    Attributes:
+        quantity: What the number is.
+        look: From where on it is worth a look; infinite, or minus infinity, for never.
+        bad: From where on it is bad; likewise.
+        reason: Why there: a source, or what the number means.
+        used_by: The diagnostics that judge by it.
+        is_least: Whether trouble lies below the thresholds, not above.
+
+    Example:
+        >>> P_VALUE.verdict(0.2), P_VALUE.verdict(0.01), P_VALUE.verdict(1e-4)
+        ('good', 'look', 'bad')
+    """
+
+    quantity: str
+    look: float
+    bad: float
+    reason: str
+    used_by: str
+    is_least: bool = False
+
+    def verdict(self, value: float) -> Verdict:
+        """What a number is by these thresholds; one that is not a number is never judged."""
+        if math.isnan(value):
+            return "none"
+        for verdict, threshold in (("bad", self.bad), ("look", self.look)):
+            if value <= threshold if self.is_least else value >= threshold:
+                return verdict  # type: ignore[return-value]
+        return "good"
+
+
+P_VALUE = Threshold(
+    "p-value, times the number of tests behind the line (Bonferroni)",
+    0.05,
+    0.001,
+    "how often a verdict is a false alarm, at most, for all tests behind the line together",
+    "sbc, tarp, pit, predictive, aggregated_posterior (there worth a look at most)",
+    is_least=True,
+)
+DISTANCE = Threshold(
+    "Kolmogorov-Smirnov distance of q(z_d) and p(z_d), where the p-value is 0.05 or less",
+    0.1,
+    0.25,
+    "a test finds any difference once data are many, so size decides: a tenth of the codes, or a "
+    "quarter, lie where the prior's draws don't",
+    "aggregated_posterior",
+)
+REPLICATES = Threshold(
+    "standard deviations of the replicates from their mean to T(x), where none reaches T(x)",
+    math.inf,
+    5.0,
+    "few replicates give no small p-value; by chance so far off is 1 in 700 with 10 replicates, by "
+    "Student's t, and rarer with more",
+    "predictive",
+)
+KHAT = 0.7
+"""Pareto k-hat from which importance sampling isn't to be relied on (Vehtari et al., 2024)."""
+
+UNRELIABLE = Threshold(
+    f"share of data whose Pareto k-hat is above {KHAT}",
+    0.05,
+    0.25,
+    f"above k-hat {KHAT} averages don't settle (Vehtari et al., 2024); one datum in twenty, or in "
+    "four",
+    "importance",
+)
+GAP = Threshold(
+    "amortisation gap or approximation gap, nats a datum",
+    0.1,
+    1.0,
+    "a nat is a factor e in the posterior's odds, and more than most papers' gains",
+    "gap",
+)
+LOOSE = Threshold(
+    "evidence less ELBO, as a share of the rate",
+    0.5,
+    math.inf,
+    "the bound loses half as much as all that the code says",
+    "the evidence line of the screen",
+)
+INFORMATION = Threshold(
+    "information of z about its datum, nats",
+    0.1,
+    0.1,
+    "of a tenth of a nat a decoder has no use: the whole latent has collapsed",
+    "surgery",
+    is_least=True,
+)
+MARGINAL_SHARE = 0.2
+"""Share of the rate below which KL(q(z) || p(z)) is as it should be, however large the rate is."""
+
+MARGINAL_KL = Threshold(
+    f"KL(q(z) \\|\\| p(z)), nats, where it is at least {MARGINAL_SHARE:.0%} of the rate",
+    1.0,
+    math.inf,
+    "so much more likely are codes under q(z) than under the prior that samples come from",
+    "surgery",
+)
+ACTIVITY = 0.01
+"""Variance over data of E[z_d | x] from which a unit is active (Burda et al., 2016)."""
+
+COLLAPSED = Threshold(
+    f"share of latent units that have collapsed: activity and rate below {ACTIVITY}",
+    0.5,
+    1.0,
+    f"{ACTIVITY} is that of Burda et al. (2016); with half of them idle a smaller latent does, "
+    "with all there is no latent",
+    "surgery, active units",
+)
+CURVE = Threshold(
+    "rise of the learning curve over its last quarter, nats a datum",
+    0.1,
+    math.inf,
+    "less is no reason to go on, and a trend isn't found below p = 0.001",
+    "learning_curve",
+)
+HIDDEN = 1.0
+"""Nats a datum; a curve whose noise could hide as much in a window hasn't levelled off."""
+
+FALL = Threshold(
+    "fall of the learning curve since it was best, in its standard errors",
+    0.0,
+    10.0,
+    "a fall is found at p = 0.001; ten errors are far beyond that",
+    "learning_curve",
+)
+CHANCE = Threshold(
+    "score of disentanglement less that of shuffled rows, in standard errors",
+    3.0,
+    3.0,
+    "within three standard errors there may be nothing but chance",
+    "disentanglement",
+    is_least=True,
+)
+
+_TABLE = (
+    P_VALUE,
+    DISTANCE,
+    REPLICATES,
+    UNRELIABLE,
+    GAP,
+    LOOSE,
+    INFORMATION,
+    MARGINAL_KL,
+    COLLAPSED,
+    CURVE,
+    FALL,
+    CHANCE,
+)
+
+
+def table() -> str:
+    """All thresholds, as the Markdown table of docs/diagnostics.md.
+
+    Example:
+        >>> print(table().splitlines()[0])
+        | number | worth a look | bad | reason | used by |
+    """
+    lines = ["| number | worth a look | bad | reason | used by |", "|---|---|---|---|---|"]
+    for row in _TABLE:
+        look, bad = (_words(row, value) for value in (row.look, row.bad))
+        look = "" if look == bad else look
+        lines.append(f"| {row.quantity} | {look} | {bad} | {row.reason} | {row.used_by} |")
+    return "\n".join(lines)
+
+
+def _words(row: Threshold, value: float) -> str:
+    if not math.isfinite(value):
+        return ""
+    return f"{value:g} or {'less' if row.is_least else 'more'}"

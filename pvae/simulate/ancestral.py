@@ -1,0 +1,345 @@
+"""Ancestral sampling: one run of a model, site after site, with its data drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pvae.errors import ArgumentError, UndefinedError, oxford
+from pvae.pair import (
+    Batch,
+    Observed,
+    Structure,
+    as_batch,
+    is_inside,
+    mask_of,
+    observed_sites,
+    run_pair,
+)
+from pvae.pair.messages import is_factor, is_penalty, sample_sites, score
+from pvae.pair.observed import DATA, put_back
+from pvae.terms import Terms, compute, mean_of
+from pvae.terms.collect import PARTICLES
+from pvae.terms.passes import can_vectorize, in_particles
+from pvae.types import Program, Site
+
+__all__ = [
+    "Origin",
+    "RunOptions",
+    "Simulation",
+    "no_guide",
+    "require_proper",
+    "run_model",
+    "simulate_batch",
+]
+
+Origin = Literal["posterior", "prior", "mixed"]
+"""Where latents come from: all from the guide; all from the model; those outside the data plate
+from the guide, and those of data from the model given these."""
+
+
+class _DrawData(Messenger):
+    """Draws what a model observes from its distribution, or sets it to the distribution's mean."""
+
+    def __init__(self, *, mean: bool, keep_masked: bool) -> None:
+        super().__init__()
+        self.mean, self.keep_masked = mean, keep_masked
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or is_factor(msg):
+            return
+        value, data = self._value(msg), msg["value"]
+        mask = mask_of(msg) if self.keep_masked else None
+        if mask is not None:
+            value = torch.where(mask, value, torch.as_tensor(data).to(value.dtype))
+        msg["infer"] = {**(msg["infer"] or {}), DATA: data}
+        msg["value"] = value
+
+    def _value(self, msg: Any) -> Tensor:
+        fn = msg["fn"]
+        try:
+            value = mean_of(fn) if self.mean else fn(*msg["args"], **msg["kwargs"])
+        except NotImplementedError:
+            value = None
+        if value is None:
+            raise UndefinedError(
+                f"site '{msg['name']}'",
+                "a distribution whose mean is known" if self.mean else "one that can draw",
+                type(fn).__name__,
+                ["mean=False"] if self.mean else [".sample() on the distribution"],
+            )
+        return value
+
+
+class RunOptions(TypedDict, total=False):
+    """How `run_model` runs a model.
+
+    Attributes:
+        where: The tool, for error messages; "draws of data".
+        draw_data: Whether data are drawn, and not only latents; True.
+        mean: Whether data are their distributions' means in place of draws; False.
+        keep_masked: Whether entries that are masked out are the observed ones; True.
+    """
+
+    where: str
+    draw_data: bool
+    mean: bool
+    keep_masked: bool
+
+
+def run_model(
+    model: Program,
+    batch: Batch,
+    latents: Trace | None = None,
+    *,
+    where: str = "draws of data",
+    draw_data: bool = True,
+    mean: bool = False,
+    keep_masked: bool = True,
+) -> Trace:
+    """Pyro's trace of one run of a model with its data drawn, each site given those before it.
+
+    Arguments:
+        model: The program.
+        batch: What it is called with; of what it observes, only the shape matters.
+        latents: A trace of latents that aren't to be drawn.
+        where: See `RunOptions`, as for the others.
+        draw_data: Likewise.
+        mean: Likewise.
+        keep_masked: Likewise.
+
+    Raises:
+        UndefinedError: If the model has factors, or a distribution no mean.
+    """
+    program = _DrawData(mean=mean, keep_masked=keep_masked)(model) if draw_data else model
+    program = program if latents is None else poutine.replay(program, trace=latents)
+    trace = run_pair(program, no_guide, batch)[1]
+    factors = [s["name"] for s in sample_sites(trace) if is_factor(s) and not is_penalty(s)]
+    if draw_data and factors:
+        raise UndefinedError(
+            where,
+            "a model without factors, which no draw follows",
+            f"factor {oxford(factors)}",
+            ["pyro.infer.NUTS on the model"],
+        )
+    return trace
+
+
+def no_guide(*batch: object) -> None:
+    """A guide that leaves all latents to the model."""
+
+
+@dataclass
+class Simulation:
+    """K draws of latents and data on one batch of N, in one pass or, where looped, one by one.
+
+    Attributes:
+        structure: The pair.
+        batch: What the model is called with.
+        guides: Traces of the guide, by pass; None where latents are the model's.
+        given: Values of sites that weren't to be drawn.
+        per_pass: Draws that a pass has.
+        mean: Whether data are means in place of draws.
+        terms: Log densities of the same latents and the batch's own data, if asked for.
+        where: The tool, for error messages.
+        num_rows: N.
+    """
+
+    structure: Structure
+    batch: Batch
+    guides: list[Trace | None]
+    given: Mapping[str, Tensor]
+    per_pass: int
+    options: RunOptions
+    terms: Terms | None = None
+    num_rows: int | None = None
+
+    @cached_property
+    def traces(self) -> list[Trace]:
+        """Of the model with its data drawn, by pass; run when first asked for."""
+        program = in_particles(self.structure.model, self.structure, self.per_pass, self.given)
+        return [run_model(program, self.batch, guide, **self.options) for guide in self.guides]
+
+    @property
+    def where(self) -> str:
+        """The tool, for error messages."""
+        return self.options.get("where", "draws of data")
+
+    def site(self, name: str) -> Site:
+        """A site of the model, as the first pass has it."""
+        trace = self.traces[0] if self.terms is None else self.terms.passes[0].model_trace
+        node: Site = trace.nodes[name]
+        return node
+
+    def value(self, name: str) -> Tensor:
+        """Draws of a site, ``(K, N, ...)`` inside the data plate and ``(K, ...)`` outside.
+
+        Data are drawn; latents are those that the data were drawn with.
+        """
+        if self.terms is not None and name not in self.structure.observed:
+            value = self.terms.sites[name].value
+            assert value is not None  # noqa: S101
+            return value
+        nodes = [trace.nodes[name] for trace in self.traces]
+        return torch.cat([self._laid_out(node["value"], node) for node in nodes])
+
+    def data(self, name: str) -> Tensor:
+        """What an observed site observes, ``(N, ...)`` inside the data plate."""
+        site = self.observed[name]
+        return site.data if site.axis is None else site.data[: self.num_rows]
+
+    def mask(self, name: str) -> Tensor | None:
+        """Which entries of a site count, ``(N, ...)``; None if all do."""
+        node = self.site(name)
+        mask = mask_of(node)
+        return None if mask is None else self._laid_out(mask, node)[0]
+
+    @property
+    def observed(self) -> dict[str, Observed]:
+        """What the observed sites observe, by name."""
+        trace = self.traces[0] if self.terms is None else self.terms.passes[0].model_trace
+        return observed_sites(self.structure, trace, self.batch)
+
+    def first_rows(self, count: int) -> None:
+        """Keeps the first rows of what is inside the data plate."""
+        self.num_rows = count
+        if self.terms is not None:
+            self.terms.first_rows(count)
+
+    def put_back(self, places: Mapping[str, int] | None = None, fixes: Sequence[str] = ()) -> Batch:
+        """The batch with the drawn data, of one draw, in place of what the model observes.
+
+        Arguments:
+            places: By observed site, its place in the batch, where it can't be told.
+            fixes: What else an error message says to try.
+
+        Raises:
+            UndefinedError: If some data are no entry of the batch.
+        """
+        observed = {
+            name: replace(site, places=(places[name],)) if places and name in places else site
+            for name, site in self.observed.items()
+        }
+        for name, place in (places or {}).items():
+            if name not in observed or not -len(self.batch) <= place < len(self.batch):
+                raise ArgumentError(
+                    "arguments",
+                    f"places from 0 to {len(self.batch) - 1}, of {oxford(observed)}",
+                    f"{place} for '{name}'",
+                )
+        values = {name: self.traces[0].nodes[name]["value"] for name in observed}
+        return put_back(self.where, observed, values, self.batch, fixes)
+
+    def check_unfed(self, filled: Batch) -> None:
+        """Refuses a model that reads its data besides observing them.
+
+        What the model drew must have the same density if the drawn data are in the batch from the
+        start, and not only where they are observed.
+
+        Arguments:
+            filled: From `put_back`.
+
+        Raises:
+            UndefinedError: Naming the site.
+        """
+        program = in_particles(self.structure.model, self.structure, self.per_pass, self.given)
+        replayed = poutine.replay(program, trace=self.traces[0])
+        again = run_pair(replayed, no_guide, filled)[1]
+        of_guide = {} if self.guides[0] is None else self.guides[0].nodes
+        for site in sample_sites(self.traces[0]):
+            name = site["name"]
+            if is_factor(site) or name in of_guide or name in self.given:
+                continue
+            ours, other = score(site), score(again.nodes[name])
+            off = torch.where(ours == other, 0.0, ours - other).abs().max()
+            size = ours.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0)
+            if not bool(off <= 1e-4 * size):
+                raise UndefinedError(
+                    f"{self.where}: site '{name}'",
+                    "a distribution that depends on latents and covariates alone",
+                    "a model that reads x besides observing it, as under teacher forcing, or "
+                    "changes it first",
+                    ["obs=x, unchanged", "x itself in no other distribution of the model"],
+                )
+
+    def _laid_out(self, value: Tensor, site: Site) -> Tensor:
+        """A value as the programs have it, particles first and then data."""
+        fn = site["fn"]
+        frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+        own = max((-f.dim for f in frames), default=0)
+        batch = value.shape[: value.dim() - len(fn.event_shape)]
+        plates = batch[max(0, len(batch) - own) :]
+        value = value.reshape(self.per_pass, *plates, *fn.event_shape)
+        if not is_inside(self.structure, site):
+            return value
+        return value.movedim(1 + own + self.structure.dim, 1)[:, : self.num_rows]
+
+
+def simulate_batch(
+    structure: Structure,
+    batch: Any,
+    *,
+    num_particles: int = 1,
+    given: Mapping[str, Tensor] | None = None,
+    origin: Origin = "prior",
+    score: bool = False,
+    **options: Unpack[RunOptions],
+) -> Simulation:
+    """K draws of latents and data for each row of a batch, by running a pair's model.
+
+    Where data are masked out they are the observed ones.
+
+    Arguments:
+        structure: The pair, as `Pair.inspect` found it.
+        batch: What its programs are called with: a tuple, or one tensor.
+        num_particles: K.
+        given: Values of sites that aren't to be drawn.
+        origin: Where latents come from; under ``"mixed"`` those of the guide have to be given.
+        score: Whether `Simulation.terms` are to be there; of latents from the guide alone.
+        options: As in `RunOptions`.
+
+    Raises:
+        UndefinedError: If the model is to draw a latent that has an improper prior.
+    """
+    if origin not in ("posterior", "prior", "mixed"):
+        raise ArgumentError("origin", "'posterior', 'prior' or 'mixed'", repr(origin))
+    batch, given = as_batch(batch), dict(given or {})
+    if origin != "posterior":
+        require_proper(structure, given)
+    k = num_particles if num_particles == 1 or can_vectorize(structure, batch) else 1
+    terms: Terms | None = None
+    guides: list[Trace | None]
+    if score and origin == "posterior":
+        terms = compute(structure, batch, num_particles=num_particles, given=given)
+        guides = [one.guide_trace for one in terms.passes]
+    elif origin == "posterior":
+        guide = in_particles(structure.guide, structure, k, given)
+        count = num_particles // k
+        guides = [run_pair(structure.model, guide, batch, model_too=False)[0] for _ in range(count)]
+    else:
+        guides = [None] * (num_particles // k)
+    return Simulation(structure, batch, guides, given, k, options, terms)
+
+
+def require_proper(structure: Structure, given: Container[str] = ()) -> None:
+    """Refuses draws from the model where a prior, of what isn't given, is no distribution."""
+    improper = [name for name in structure.improper if name not in given]
+    if improper:
+        raise UndefinedError(
+            f"draws of {oxford(improper)} from the model",
+            "a prior that is a distribution",
+            "an improper prior",
+            [
+                "a proper prior, such as priors.StandardNormal",
+                "latent.with_prior(pair, latent.fit_density(codes)), an ex-post density",
+                "kind='aggregated' or 'posterior', in a predictive check",
+            ],
+        )
