@@ -170,12 +170,12 @@ def _tree(
     for group in GROUPS:
         variables = [v for v in plan.variables if v.group == group]
         data = {v.name: arrays[group, v.name] for v in variables}
-        dims = {v.name: [*(rows if v.has_rows else ()), *v.dims] for v in variables}
+        dims = {v.name: [*(() if v.num_rows is None else rows), *v.dims] for v in variables}
         if group == "constant_data":
             data = dict(plan.constants)
             dims = {k: [*rows, *_generic(k, a.ndim - 1)] for k, a in data.items()}
         if data:
-            with_draws = any(v.has_draws for v in variables)
+            with_draws = any(v.num_draws for v in variables)
             groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
     if khat is not None:
         groups["sample_stats"]["khat"] = (rows[: khat.ndim], khat)
