@@ -72,7 +72,7 @@ class SBC(Result):
         """Uniformity over all dimensions, and the coverage that is furthest off."""
         tests, count = self.tests, len(self.names)
         verdict = P_VALUE.verdict(tests.p_value)
-        bad = int((tests.p_values < 0.05).sum())
+        bad = int((tests.p_values <= P_VALUE.look).sum())
         meaning = f"the ranks of {count} dimension(s) are as an exact q's"
         if verdict != "good":
             worst = f"{self.names[tests.worst]}: {self.shape_of(tests.worst)}"
