@@ -52,10 +52,10 @@ OBJECTIVES: dict[str, tuple[o.Objective, int]] = {  # and the draws that a step 
     "IWAE-50": (o.IWAE(50), 50),
     "DReG-5": (o.DReG(5), 5),
     "DReG-50": (o.DReG(50), 50),
-    "Renyi-5, alpha 0.5": (o.Renyi(0.5, 5), 5),
+    "Renyi-5, alpha 0.5": (o.Renyi(5, alpha=0.5), 5),
     "TVO-5": (o.TVO(5), 5),
     "beta = 4": (o.ELBO(beta=4.0), 1),
-    "free bits, 0.1 a dimension": (o.FreeBits(0.1), 1),
+    "free bits, 0.1 a dimension": (o.FreeBits(floor=0.1), 1),
     MORE_STEPS: (o.IWAE(5), 1),
 }
 DRAWS = (1, 2, 4, 8, 16, 32, 64)
@@ -234,7 +234,7 @@ def step_times(pair: VAE, x: Tensor, rounds: int = 9) -> dict[str, float]:
             repeats = max(1, 20 // draws)
             started = time.perf_counter()
             for _ in range(repeats):
-                terms = objective.compute_terms(pair.model, pair.guide, (x,), structure)
+                terms = objective.compute_terms(structure, (x,))
                 objective.surrogate(terms, states[name]).backward()
                 for p in parameters:
                     p.grad = None
@@ -321,7 +321,7 @@ def main() -> None:
     started = time.perf_counter()
     splits = data.load("mnist", arguments.data_dir, valid=0)
     test = data.Data(splits.test.arrays[:1], 1 / 255, binarize="static", seed=1).reshape((784,))
-    x = torch.as_tensor(test.take(range(1000)).fixed().arrays[0]).float()
+    x = torch.as_tensor(test.take(slice(1000)).fixed().arrays[0]).float()
     rows: dict[str, dict[str, float]] = {}
     evidence: dict[str, Tensor] = {}
     pairs: dict[str, VAE] = {}

@@ -39,7 +39,7 @@ from .errors import PvaeWarning as PvaeWarning
 from .estimate import Estimate as Estimate
 from .fitting import Fit as Fit
 from .fitting import fit as fit
-from .fitting import load as load
+from .fitting import load_parameters as load_parameters
 from .options import Options as Options
 from .pair import Pair as Pair
 from .svi import SVI as SVI

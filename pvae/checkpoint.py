@@ -137,7 +137,7 @@ def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
     return digest.hexdigest()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, object]:
     """What has to be the same for a resumed training to be the same, bit for bit."""
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {

@@ -17,8 +17,17 @@ from torch.nn import functional as F
 
 from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, check_int, check_number
+from pvae.shelf import Shelf
 
-__all__ = ["BlockMasking", "Downsampling", "Masking", "Noise", "SaltAndPepper"]
+__all__ = [
+    "BlockMasking",
+    "Corruption",
+    "Downsampling",
+    "Masking",
+    "Noise",
+    "SaltAndPepper",
+    "named",
+]
 
 
 def _rate(where: str, rate: float) -> float:
@@ -27,11 +36,36 @@ def _rate(where: str, rate: float) -> float:
     return float(rate)
 
 
-class Noise(Described):
+class Corruption(Described):
+    """The abstract corruption that has a name: it is made from its strength alone.
+
+    To write one, define ``forward(x)``, and `for_range` where the strength is in units of x.
+    """
+
+    @classmethod
+    def for_range(cls, strength: float, low: float, high: float, unit: float) -> Corruption:
+        """The corruption for data of a certain range, as the command line makes it.
+
+        Arguments:
+            strength: The first argument of the class, for data from 0 to 1.
+            low: The smallest value that data have.
+            high: The largest one.
+            unit: What 1 is in units of x: 16 for counts from 0 to 16.
+        """
+        return cls(strength)
+
+
+named: Shelf[type[Corruption]] = Shelf("corruption")
+"""Corruptions by name."""
+
+
+@named.put("noise")
+class Noise(Corruption):
     r"""Additive noise, :math:`\tilde x = x + \sigma n` with :math:`n \sim N(0, I)`.
 
     Arguments:
-        sigma: Standard deviation of the noise, in units of x.
+        sigma: Standard deviation of the added noise, in units of x; the command line takes it for
+            data from 0 to 1.
 
     Example:
         >>> Noise(0.1)(torch.zeros(100, 64)).std() < 0.11
@@ -42,16 +76,22 @@ class Noise(Described):
         super().__init__()
         self.sigma = check_number("Noise.sigma", sigma, minimum=0)
 
+    @classmethod
+    def for_range(cls, strength: float, low: float, high: float, unit: float) -> Noise:
+        """The noise, its scale in units of x."""
+        return cls(strength * unit)
+
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
         return x + self.sigma * torch.randn_like(x)
 
 
-class Masking(Described):
+@named.put("mask")
+class Masking(Corruption):
     r"""Masking, :math:`\tilde x = x \cdot m`: each entry is put to 0 with probability ``rate``.
 
     Arguments:
-        rate: Probability that an entry is lost.
+        rate: Probability that an entry is put to 0.
 
     Example:
         >>> Masking(0.5)(torch.ones(2, 4)).unique()
@@ -67,11 +107,12 @@ class Masking(Described):
         return x * (torch.rand_like(x) >= self.rate)
 
 
-class SaltAndPepper(Described):
+@named.put("salt_and_pepper")
+class SaltAndPepper(Corruption):
     """Each entry is put to ``low`` or ``high``, with probability ``rate / 2`` each.
 
     Arguments:
-        rate: Probability that an entry is lost.
+        rate: Probability that an entry is put to the smallest or the largest value.
         low: The smallest value that data have.
         high: The largest one.
 
@@ -85,6 +126,11 @@ class SaltAndPepper(Described):
         self.rate = _rate("SaltAndPepper.rate", rate)
         self.low = check_number("SaltAndPepper.low", low)
         self.high = check_number("SaltAndPepper.high", high)
+
+    @classmethod
+    def for_range(cls, strength: float, low: float, high: float, unit: float) -> SaltAndPepper:
+        """Salt and pepper that are the largest and the smallest value of the data."""
+        return cls(strength, low, high)
 
     def forward(self, x: Tensor) -> Tensor:
         """The corrupted batch."""
@@ -104,13 +150,14 @@ def _image(where: str, x: Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
-class BlockMasking(Described):
+@named.put("block")
+class BlockMasking(Corruption):
     """A square of each image is put to ``fill``; its place is drawn for each image.
 
     The square lies wholly inside, in all channels alike.
 
     Arguments:
-        size: Side of the square, in pixels.
+        size: Side of a square that is put to 0 in each image, in pixels.
         fill: What is put there.
 
     Example:
@@ -142,13 +189,15 @@ def _within(x: Tensor, length: int, size: int) -> Tensor:
     return (place >= start) & (place < start + size)
 
 
-class Downsampling(Described):
+@named.put("downsample")
+class Downsampling(Corruption):
     """Lower resolution in the same size: each block of pixels is replaced by its mean.
 
     Nothing is random; a pair trained with it restores what a small image has lost.
 
     Arguments:
-        factor: Side of the blocks, in pixels; an image keeps ``1 / factor**2`` of its numbers.
+        factor: Side of the blocks that are averaged, in pixels; an image keeps ``1 / factor**2`` of
+            its numbers.
 
     Example:
         >>> x = torch.arange(16.0).reshape(1, 1, 4, 4)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pvae.errors import ArgumentError
+from pvae.internals import import_compiler
 from pvae.randomness import derive_seed
 
 __all__ = ["World", "current", "is_started_by_torchrun", "job", "joined", "restarts"]
@@ -98,17 +99,17 @@ class World:
         """What a function returns in the first process, which alone runs it."""
         if self.size == 1:
             return function()
-        found: list[Any] = [function() if self.is_first else None]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
+        shared: list[Any] = [function() if self.is_first else None]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Gives tensors the values that the first process's have, in place."""
@@ -173,10 +174,7 @@ def joined(device: str | torch.device = "auto") -> Iterator[World]:
     if not is_started_by_torchrun() or dist.is_initialized():
         yield current()
         return
-    # Optimisers import this. Where there is a group by then, it is kept for good, and its threads,
-    # still there as Python ends, now and then abort the process.
-    import torch._dynamo
-
+    import_compiler()
     options: dict[str, Any] = {"backend": "gloo"}
     wants_cuda = device == "auto" or torch.device(device).type == "cuda"
     if wants_cuda and torch.cuda.is_available():

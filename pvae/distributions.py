@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 
 from pvae import randomness
 from pvae.errors import ArgumentError
+from pvae.internals import mask_of
 from pvae.types import Dist
 
 __all__ = [
@@ -52,7 +53,7 @@ def masks_of(fn: Dist) -> list[tuple[Tensor | bool, int]]:
     found = []
     while isinstance(fn, (Independent, MaskedDistribution)):
         if isinstance(fn, MaskedDistribution):
-            found.append((fn._mask, len(fn.event_shape)))
+            found.append((mask_of(fn), len(fn.event_shape)))
         fn = fn.base_dist
     return found
 
@@ -82,7 +83,7 @@ def log_density_of_delta(fn: Dist) -> Tensor | None:
         return None if inner is None else sum_rightmost(inner, fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution):
         inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else scale_and_mask(inner, mask=fn._mask)
+        return None if inner is None else scale_and_mask(inner, mask=mask_of(fn))
     return None
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "check_int",
     "check_number",
     "oxford",
+    "warn",
 ]
 
 
@@ -107,6 +110,18 @@ def oxford(names: Iterable[object]) -> str:
     return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
 
 
+def warn(text: str) -> None:
+    """Warns with a `PvaeWarning` that points at the line of a user's code that led to it."""
+    depth, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(text, PvaeWarning, stacklevel=depth)
+
+
+def _is_inner(module: str) -> bool:
+    return module == "contextlib" or module.startswith("pvae.")
+
+
 def check_int(where: str, value: object, minimum: int = 1) -> int:
     """Returns ``value`` as an int, or raises an `ArgumentError` if it isn't one >= ``minimum``."""
     expected = f"an integer of at least {minimum}"
@@ -122,20 +137,25 @@ def check_int(where: str, value: object, minimum: int = 1) -> int:
 
 
 def check_number(
-    where: str, value: object, *, above: float | None = None, minimum: float | None = None
+    where: str,
+    value: object,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
 ) -> float:
-    """Returns ``value`` as a finite float, or raises an `ArgumentError`."""
-    expected = "a finite number"
-    if above is not None:
-        expected += f" above {above:g}"
-    if minimum is not None:
-        expected += f" of at least {minimum:g}"
+    """Returns ``value`` as a finite float within the limits, or raises an `ArgumentError`."""
+    limits = {"above": above, "of at least": minimum, "below": below, "of at most": maximum}
+    given = [f"{words} {limit:g}" for words, limit in limits.items() if limit is not None]
+    expected = f"a finite number {' and '.join(given)}".rstrip()
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ArgumentError(where, expected, repr(value)) from None
     too_low = (above is not None and number <= above) or (minimum is not None and number < minimum)
-    if not math.isfinite(number) or too_low:
+    too_high = (below is not None and number >= below) or (maximum is not None and number > maximum)
+    if not math.isfinite(number) or too_low or too_high:
         raise ArgumentError(where, expected, repr(value))
     return number
 

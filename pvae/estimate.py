@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, UndefinedError, oxford
+from pvae.errors import ArgumentError, UndefinedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,7 +172,7 @@ class Estimate:
             raise UndefinedError(
                 f"{self.name} per datum",
                 "a pair whose sites are all inside the data plate",
-                f"global site(s) {oxford(self.global_sites)}" if self.global_sites else "draws",
+                f"global site(s) {', '.join(self.global_sites)}" if self.global_sites else "draws",
                 [".total, for the whole data set"],
             )
         return self.values
@@ -243,7 +243,7 @@ class Estimate:
         """Mean and standard errors on one line."""
         if self.by == "draw":
             error = "" if math.isnan(self.se_total) else f" +- {self.se_total:.2g} over draws"
-            sites = f", with global site(s) {oxford(self.global_sites)}"
+            sites = f", with global site(s) {', '.join(self.global_sites)}"
             return (
                 f"{self.name}: {self.total:.2f}{error} {self.unit}, a bound for the data set of "
                 f"{self.num_data}{sites if self.global_sites else ''}"

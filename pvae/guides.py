@@ -10,11 +10,16 @@ from torch import Tensor
 
 from pvae.conditional import FromNetwork, NetworkLike, positive_scale
 from pvae.errors import ArgumentError, check_int, check_number
+from pvae.shelf import Shelf
 from pvae.types import Dist, Shape
 
-__all__ = ["CodeDelta", "MeanField", "NearestCode", "Point"]
+__all__ = ["CodeDelta", "MeanField", "NearestCode", "Point", "named"]
+
+named: Shelf[Callable[..., FromNetwork]] = Shelf("guide")
+"""Guide families by name: each is built from an encoder and the shape of the latent."""
 
 
+@named.put("mean_field")
 class MeanField(FromNetwork):
     r"""The diagonal normal guide :math:`q(z | x) = N(\mu(x), \mathrm{diag}\,\sigma^2(x))`.
 
@@ -54,6 +59,7 @@ class MeanField(FromNetwork):
         return dist.Normal(loc, self.to_scale(raw_scale))
 
 
+@named.put("point")
 class Point(FromNetwork):
     r"""The degenerate guide :math:`q(z | x) = \delta(z - e(x))`: a deterministic encoder.
 

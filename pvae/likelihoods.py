@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -19,9 +20,43 @@ from torch.distributions.constraints import Constraint
 
 from pvae.conditional import FromNetwork, NetworkLike, positive_scale
 from pvae.errors import ArgumentError, check_int, check_number
+from pvae.shelf import Shelf
 from pvae.types import Dist, Shape
 
-__all__ = ["Bernoulli", "Binomial", "Categorical", "Gaussian"]
+__all__ = ["Bernoulli", "Binomial", "Categorical", "Gaussian", "Likelihood", "named"]
+
+
+class Likelihood(FromNetwork):
+    """The abstract likelihood that has a name: a decoder and the distribution of its outputs.
+
+    To write one, see `pvae.conditional.FromNetwork`; define `for_levels` where the distribution
+    depends on how many values the data can have.
+    """
+
+    @classmethod
+    def for_levels(cls, levels: int | None) -> Callable[..., Likelihood]:
+        """What builds the likelihood of data that can have so many values; None for real numbers.
+
+        Raises:
+            ArgumentError: If it is no likelihood of such data.
+        """
+        return cls
+
+
+named: Shelf[type[Likelihood]] = Shelf("likelihood")
+"""Likelihoods by name."""
+
+
+def _known(name: str, levels: int | None) -> int:
+    """The number of levels, for likelihoods that need to know it."""
+    if levels is None:
+        raise ArgumentError(
+            f"likelihood {name}",
+            "data with known levels (bytes, digits, binarised data)",
+            "real numbers",
+            ['"gaussian"', "levels=256, in Python, for data that are bytes"],
+        )
+    return levels
 
 
 class _GreyBernoulli(dist.Bernoulli):
@@ -30,7 +65,8 @@ class _GreyBernoulli(dist.Bernoulli):
     support = constraints.unit_interval
 
 
-class Bernoulli(FromNetwork):
+@named.put("bernoulli")
+class Bernoulli(Likelihood):
     r"""Independent binary values, with a logit for each.
 
     .. math:: \log p(x | z) = \sum_d x_d \log p_d + (1 - x_d) \log(1 - p_d)
@@ -63,13 +99,26 @@ class Bernoulli(FromNetwork):
         super().__init__(network, event_shape)
         self.grey_values = grey_values
 
+    @classmethod
+    def for_levels(cls, levels: int | None) -> Callable[..., Bernoulli]:
+        """Refuses data that aren't binary."""
+        if levels not in (None, 2):
+            raise ArgumentError(
+                "likelihood bernoulli",
+                "binary data",
+                f"data with {levels} levels",
+                ['--binarize dynamic, or load(..., binarize="dynamic")', '"binomial"'],
+            )
+        return cls
+
     def distribution(self, *params: Tensor) -> Dist:
         """The Bernoulli distribution with these logits."""
         kind = _GreyBernoulli if self.grey_values else dist.Bernoulli
         return kind(logits=params[0])
 
 
-class Binomial(FromNetwork):
+@named.put("binomial")
+class Binomial(Likelihood):
     r"""Independent counts from 0 to ``total_count``, :math:`x_d \sim \mathrm{Bin}(n, p_d)`.
 
     The likelihood of scikit-learn's digits, where each pixel counts the lit cells of a 4x4 block
@@ -93,6 +142,11 @@ class Binomial(FromNetwork):
         count = check_int("Binomial.total_count", total_count)
         self.register_buffer("total_count", torch.tensor(float(count)))
 
+    @classmethod
+    def for_levels(cls, levels: int | None) -> Callable[..., Binomial]:
+        """The likelihood of counts from 0 to ``levels - 1``."""
+        return partial(cls, total_count=_known("binomial", levels) - 1)
+
     def distribution(self, *params: Tensor) -> Dist:
         """The binomial distribution with these logits."""
         return dist.Binomial(self.total_count, logits=params[0])
@@ -109,7 +163,8 @@ class _Levels(dist.Categorical):
         return self.probs @ levels
 
 
-class Categorical(FromNetwork):
+@named.put("categorical")
+class Categorical(Likelihood):
     r"""Independent levels 0, ..., L - 1, each with its own probability: no order is assumed.
 
     Arguments:
@@ -127,6 +182,11 @@ class Categorical(FromNetwork):
         self.num_params = check_int("Categorical.levels", levels, minimum=2)
         super().__init__(network, event_shape)
 
+    @classmethod
+    def for_levels(cls, levels: int | None) -> Callable[..., Categorical]:
+        """The likelihood of so many levels."""
+        return partial(cls, levels=_known("categorical", levels))
+
     def distribution(self, *params: Tensor) -> Dist:
         """The categorical distribution with these logits, one tensor a level."""
         return _Levels(logits=torch.stack(params, -1))
@@ -135,7 +195,8 @@ class Categorical(FromNetwork):
 SIGMAS = ("shared", "feature", "predicted", "optimal")
 
 
-class Gaussian(FromNetwork):
+@named.put("gaussian")
+class Gaussian(Likelihood):
     r"""Independent normal values, :math:`\log p(x | z) = \sum_d \log N(x_d; \mu_d(z), \sigma^2)`.
 
     ============== ==================================================================
@@ -279,6 +340,6 @@ class _OptimalNormal(dist.TorchDistribution):
         return sum_rightmost(each, len(self.event_shape))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        shape = self._extended_shape(torch.Size(sample_shape))
+        shape = self.shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + self.sigma * noise

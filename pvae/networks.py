@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, as_shape, check_int
+from pvae.internals import Convolution
 from pvae.types import Shape
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named", "unit_norm"]
@@ -62,7 +63,7 @@ def unit_norm(network: nn.Module) -> nn.Module:
     for module in list(network.modules()):
         if isinstance(module, nn.Linear):
             parametrize.register_parametrization(module, "weight", _UnitColumns())
-        elif isinstance(module, nn.modules.conv._ConvNd):
+        elif isinstance(module, Convolution):
             unit = _UnitColumns(module.groups, transposed=module.transposed)
             parametrize.register_parametrization(module, "weight", unit)
     return network

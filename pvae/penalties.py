@@ -22,8 +22,10 @@ from pvae import sites
 from pvae.conditional import Conditional
 from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, check_int, check_number
+from pvae.internals import BatchNorm, Norm
 from pvae.jacobian import squared_norm_of
 from pvae.mmd import Kernel, mmd
+from pvae.shelf import Shelf
 from pvae.types import Dist
 
 __all__ = [
@@ -35,12 +37,15 @@ __all__ = [
     "Penalty",
     "SideOutputs",
     "WeightDecay",
+    "named",
     "on_side",
     "penalise",
     "recorded_activations",
 ]
 
 Side = Literal["guide", "model"]
+named: Shelf[Callable[[float], Penalty]] = Shelf("penalty")
+"""Penalties by name: each is built from its weight alone."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Custom(Penalty):
         return self.function(outputs.x, outputs.z, *outputs.context)
 
 
+@named.put("l1_activations")
 class Activations(Penalty):
     r"""The L1 norm of all activations of encoder and decoder, :math:`\sum_j \|a^{[j]}\|_1`.
 
@@ -167,6 +173,7 @@ class Activations(Penalty):
         return sum((_per_datum(a, batch) for a in counted), torch.zeros(()).to(outputs.z))
 
 
+@named.put("contractive")
 class Contractive(Penalty):
     r"""The sensitivity of the code, :math:`\|\partial z / \partial x\|_F`.
 
@@ -204,7 +211,7 @@ class Contractive(Penalty):
     def forward(self, outputs: SideOutputs) -> Tensor:
         """The (squared) norm for each datum."""
         for name, module in outputs.part.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            if isinstance(module, BatchNorm) and module.training:
                 raise PairError(
                     "Contractive",
                     "codes that depend on their own datum alone",
@@ -252,6 +259,7 @@ class Commitment(Penalty):
         return gap.square().flatten(len(outputs.fn.batch_shape)).sum(-1)
 
 
+@named.put("weight_decay")
 class WeightDecay(Penalty):
     r"""The squared norm of weights, :math:`\|W\|^2`.
 
@@ -276,6 +284,7 @@ class WeightDecay(Penalty):
         return sum(squares, torch.zeros(()).to(outputs.z))
 
 
+@named.put("mmd")
 class MMD(Penalty):
     r"""The discrepancy between the batch's codes and a target, :math:`\mathrm{MMD}^2(q(z), p(z))`.
 
@@ -315,7 +324,7 @@ class MMD(Penalty):
         return mmd(z, drawn, self.kernel)[..., None]
 
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (Norm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _ACTIVATIONS = tuple(
     kind
     for kind in vars(nn.modules.activation).values()

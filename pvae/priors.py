@@ -8,7 +8,7 @@ zuko flow may stand in a prior's place, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -19,11 +19,16 @@ from torch.distributions.constraints import Constraint
 
 from pvae.conditional import Unconditional
 from pvae.errors import UndefinedError, check_number
+from pvae.shelf import Shelf
 from pvae.types import Dist, Shape
 
-__all__ = ["Flat", "Laplace", "Normal", "StandardNormal", "StudentT"]
+__all__ = ["Flat", "Laplace", "Normal", "StandardNormal", "StudentT", "named"]
+
+named: Shelf[Callable[..., Unconditional]] = Shelf("prior")
+"""Priors by name: each is built from the shape of the latent alone."""
 
 
+@named.put("standard_normal")
 class StandardNormal(Unconditional):
     r"""The prior :math:`p(z) = N(0, I)`.
 
@@ -49,6 +54,7 @@ class StandardNormal(Unconditional):
         return dist.Normal(self.loc, self.scale)
 
 
+@named.put("normal")
 class Normal(Unconditional):
     r"""A normal prior with learned location and scale, :math:`N(\mu, \mathrm{diag}\,\sigma^2)`.
 
@@ -70,6 +76,7 @@ class Normal(Unconditional):
         return dist.Normal(self.loc, self.log_scale.exp())
 
 
+@named.put("laplace")
 class Laplace(Unconditional):
     r"""The sparse prior :math:`p(z) = \prod_d \tfrac{\lambda}{2} e^{-\lambda |z_d|}`.
 
@@ -98,6 +105,7 @@ class Laplace(Unconditional):
         return dist.Laplace(self.loc, self.scale)
 
 
+@named.put("student_t")
 class StudentT(Unconditional):
     r"""A sparse prior with heavy tails, :math:`p(z) = \prod_d \mathrm{St}(z_d; \nu, 0, s)`.
 
@@ -173,6 +181,7 @@ class FlatDistribution(dist.TorchDistribution):
     sample = rsample
 
 
+@named.put("flat")
 class Flat(Unconditional):
     """The improper flat prior, density 1 everywhere: the prior of a plain autoencoder.
 

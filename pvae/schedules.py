@@ -190,8 +190,7 @@ class Cyclical(Timed):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("Cyclical.cycles", self.cycles)
-        if check_number("Cyclical.ramp", self.ramp, above=0) > 1:
-            raise ArgumentError("Cyclical.ramp", "a number in (0, 1]", repr(self.ramp))
+        check_number("Cyclical.ramp", self.ramp, above=0, maximum=1)
 
     def value(self, step: int, length: int) -> float:
         """The value at a step."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
-from pvae.engine import Engine, Stepper, make_optimizer
-from pvae.errors import ArgumentError, PvaeWarning, oxford
+from pvae.engine import Engine, OptimizerLike, Stepper, make_optimizer
+from pvae.errors import ArgumentError, oxford, warn
 from pvae.objectives import Objective, as_objective
 from pvae.pair import Pair
+from pvae.types import Program
 
 __all__ = ["SVI"]
 
@@ -54,17 +53,18 @@ class SVI:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        optim: Any,
+        model: Program,
+        guide: Program,
+        optim: pyro.optim.PyroOptim | torch.optim.Optimizer | OptimizerLike,
         loss: PyroELBO,
         *,
         engine: Engine = "eager",
         plate: str | None = None,
     ) -> None:
         self.model, self.guide, self.optim, self.engine = model, guide, optim, engine
-        self.objective = as_objective(loss, plate)
-        self.plate = plate or getattr(self.objective, "plate", None)
+        self.objective = as_objective(loss)
+        plate = plate or getattr(self.objective, "plate", None)
+        self.pair = Pair(model, guide, plate=plate)
         self.optimizer: torch.optim.Optimizer | None = None
         self._stepper: Stepper | None = None
         self._steps = 0
@@ -85,11 +85,7 @@ class SVI:
             stepper.recover(self._steps)
             what = failure.sites or failure.parameters
             where = f", at {oxford(what[:3])}" if what else ""
-            warnings.warn(
-                f"Step {failure.step} isn't finite{where}, and was skipped.",
-                PvaeWarning,
-                stacklevel=2,
-            )
+            warn(f"Step {failure.step} isn't finite{where}, and was skipped.")
         return loss
 
     def evaluate_loss(self, *batch: Tensor) -> float:
@@ -105,7 +101,7 @@ class SVI:
 
     def _start(self, batch: tuple[Tensor, ...]) -> Stepper:
         """What is to be known of the pair and its parameters."""
-        structure = Pair(self.model, self.guide, plate=self.plate).inspect(batch)
+        structure = self.pair.inspect(batch)
         state = None
         if isinstance(self.objective, Objective):
             self.objective.check(structure)
@@ -125,7 +121,10 @@ class SVI:
         return self._stepper
 
 
-def _torch_optimizer(optim: Any, parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
+def _torch_optimizer(
+    optim: pyro.optim.PyroOptim | torch.optim.Optimizer | OptimizerLike,
+    parameters: Mapping[str, Tensor],
+) -> torch.optim.Optimizer:
     """One optimiser over all parameters, whatever kind was given."""
     if isinstance(optim, torch.optim.Optimizer):
         theirs = {id(p) for group in optim.param_groups for p in group["params"]}
@@ -143,9 +142,11 @@ def _torch_optimizer(optim: Any, parameters: dict[str, Tensor]) -> torch.optim.O
     return make_optimizer(optim, list(parameters.values()))
 
 
-def _from_pyro(optim: pyro.optim.PyroOptim, parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
+def _from_pyro(
+    optim: pyro.optim.PyroOptim, parameters: Mapping[str, Tensor]
+) -> torch.optim.Optimizer:
     """Pyro keeps an optimiser for each tensor; this is one that does the same for all."""
-    kind: Any = optim.pt_optim_constructor
+    kind = optim.pt_optim_constructor
     if optim.pt_clip_args or isinstance(optim, pyro.optim.PyroLRScheduler):
         what = "clip_args" if optim.pt_clip_args else "a learning rate scheduler"
         raise ArgumentError(
@@ -159,5 +160,5 @@ def _from_pyro(optim: pyro.optim.PyroOptim, parameters: dict[str, Tensor]) -> to
         return make_optimizer(functools.partial(kind, **arguments), [*parameters.values()])
     if len(inspect.signature(arguments).parameters) != 1:
         raise ArgumentError("optim", "settings by the parameter's name", "by module and name")
-    groups: list[Any] = [{"params": [p], **arguments(name)} for name, p in parameters.items()]
+    groups = [{"params": [p], **arguments(name)} for name, p in parameters.items()]
     return make_optimizer(kind, groups)

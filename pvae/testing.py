@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
-from typing import Any
+from collections.abc import Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -18,14 +17,15 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pvae import randomness
-from pvae import terms as t
 from pvae.conditional import Conditional
 from pvae.data import first_batch
-from pvae.errors import ContractError, PvaeError, PvaeWarning, UndefinedError
+from pvae.errors import ContractError, PvaeError, UndefinedError, warn
 from pvae.modes import evaluating
 from pvae.objectives import ELBO
 from pvae.options import tool
-from pvae.pair import PairLike, as_pair
+from pvae.pair import Batch, PairLike, Structure, as_pair
+from pvae.terms import compute, prepared
+from pvae.types import Dist
 
 __all__ = ["check_conditional", "check_pair"]
 
@@ -94,7 +94,7 @@ def check_conditional(
         _check_double(conditional, context)
 
 
-def _check_shapes(conditional: Conditional, fn: Any, context: tuple[Tensor, ...]) -> None:
+def _check_shapes(conditional: Conditional, fn: Dist, context: tuple[Tensor, ...]) -> None:
     if conditional.event_shape is not None:
         _require(
             f"event_shape: {conditional.event_shape}",
@@ -111,7 +111,7 @@ def _check_shapes(conditional: Conditional, fn: Any, context: tuple[Tensor, ...]
     )
 
 
-def _draw(fn: Any, value: Tensor | None) -> Tensor:
+def _draw(fn: Dist, value: Tensor | None) -> Tensor:
     if value is not None:
         return value
     try:
@@ -160,14 +160,18 @@ def _check_gradients(conditional: Conditional, context: tuple[Tensor, ...], draw
     if fn.has_rsample:
         with contextlib.suppress(UndefinedError):
             loss = loss + fn().sum()
-    parameters = {n: p for n, p in conditional.named_parameters() if p.requires_grad}
-    if not parameters:
-        return
+    _require_gradients(loss, {n: p for n, p in conditional.named_parameters() if p.requires_grad})
+
+
+def _require_gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> None:
     gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
-    if loss.requires_grad:
+    if loss.requires_grad and parameters:
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    idle = [n for n, g in zip(parameters, gradients, strict=True) if g is None]
+    found = dict(zip(parameters, gradients, strict=True))
+    idle = [name for name, g in found.items() if g is None]
     _require("parameters: a gradient for each", not idle, f"none for {', '.join(idle)}")
+    bad = [name for name, g in found.items() if g is not None and not g.isfinite().all()]
+    _require("gradient: finite", not bad, f"not finite for {', '.join(bad)}")
 
 
 def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None:
@@ -184,7 +188,7 @@ def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None
 
 
 @tool
-def check_pair(pair: PairLike, batch: Any, *, tolerance: float = 1e-4) -> None:
+def check_pair(pair: PairLike, batch: object, *, tolerance: float = 1e-4) -> None:
     """Tests the contract of a pair.
 
     The rules: its sites match and its data plate can be found; the ELBO over its terms is that of
@@ -204,35 +208,37 @@ def check_pair(pair: PairLike, batch: Any, *, tolerance: float = 1e-4) -> None:
     store = pyro.get_param_store()
     before = dict(store.named_parameters())
     pair = as_pair(pair, "check_pair")
-    with t.prepared(pair, batch, {}) as evaluation:
+    with prepared(pair, batch, {}) as evaluation:
         batch = first_batch(evaluation.source, evaluation.num_rows)
     structure = pair.inspect(batch)
     with evaluating(structure.modules), randomness.forked(seed=0):
         if not structure.enumerated:
             _check_elbo(batch, structure, tolerance)
-        t.compute(structure, batch, num_particles=2)
+        compute(structure, batch, num_particles=2)
         if structure.tied_to is None and structure.subsample_size is None:
             _check_independence(batch, structure, tolerance)
-    with randomness.forked(seed=0):
-        _check_pair_gradients(batch, structure)
+    with evaluating(structure.modules), torch.enable_grad(), randomness.forked(seed=0):
+        _require_gradients(_loss(structure, batch), structure.parameters)
     are_modules = all(isinstance(p, torch.nn.Module) for p in (pair.model, pair.guide))
     if are_modules and dict(store.named_parameters()) != before:
-        warnings.warn(
+        warn(
             "The pair's modules have parameters in Pyro's global store, where two pairs of the "
             "same names meet. Plain nn.Module, or pyro.settings module_local_params=True, keep "
-            "them apart.",
-            PvaeWarning,
-            stacklevel=2,
+            "them apart."
         )
 
 
-def _check_elbo(batch: tuple[Tensor, ...], structure: t.Structure, tolerance: float) -> None:
+def _loss(structure: Structure, batch: Batch) -> Tensor:
+    """The negative ELBO, as training has it."""
+    objective = ELBO()
+    return objective.surrogate(compute(structure, batch), objective.make_state(structure))
+
+
+def _check_elbo(batch: Batch, structure: Structure, tolerance: float) -> None:
     with randomness.forked(seed=1):
         theirs = Trace_ELBO().loss(structure.model, structure.guide, *batch)
     with randomness.forked(seed=1):
-        terms = t.compute(structure, batch)
-        objective = ELBO()
-        ours = float(objective.surrogate(terms, objective.make_state(terms.structure)))
+        ours = float(_loss(structure, batch))
     _require(
         "ELBO: that of Pyro's Trace_ELBO",
         abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)),
@@ -240,10 +246,8 @@ def _check_elbo(batch: tuple[Tensor, ...], structure: t.Structure, tolerance: fl
     )
 
 
-def _check_independence(
-    batch: tuple[Tensor, ...], structure: t.Structure, tolerance: float
-) -> None:
-    whole = t.compute(structure, batch)
+def _check_independence(batch: Batch, structure: Structure, tolerance: float) -> None:
+    whole = compute(structure, batch)
     rows = len(batch[0])
     half = rows // 2
     given = {}
@@ -252,7 +256,7 @@ def _check_independence(
             value = site.draws[0]
             given[name] = value.narrow(site.data_axis - 1, 0, half) if site.is_local else value
     try:
-        part = t.compute(structure, tuple(b[:half] for b in batch), given=given)
+        part = compute(structure, tuple(b[:half] for b in batch), given=given)
     except PvaeError:  # a plate of fixed size
         return
     both = (whole.log_weight[:, :half], part.log_weight)
@@ -262,16 +266,3 @@ def _check_independence(
         f"a difference of {float((both[0] - both[1]).abs().max()):.3g}",
         "no softmax or norm over the batch dimension",
     )
-
-
-def _check_pair_gradients(batch: tuple[Tensor, ...], structure: t.Structure) -> None:
-    objective = ELBO()
-    with evaluating(structure.modules), torch.enable_grad():
-        terms = t.compute(structure, batch)
-        loss = objective.surrogate(terms, objective.make_state(terms.structure))
-    names, parameters = list(structure.parameters), list(structure.parameters.values())
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for name, gradient in zip(names, gradients, strict=True):
-        _require("parameters: a gradient for each", gradient is not None, f"none for {name}")
-        assert gradient is not None  # noqa: S101
-        _require("gradient: finite", gradient.isfinite().all(), f"not finite for {name}")

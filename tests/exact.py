@@ -34,7 +34,7 @@ class Exact:
     Attributes:
         pair: The pair.
         batch: What it is called with.
-        log_evidence: log p(x) of each datum, ``(N,)``; with global latents, of the data set, ``()``.
+        log_evidence: log p(x) of each datum, ``(N,)``; with global latents, of all data, ``()``.
         means: Posterior means by local latent site, ``(N, *event_shape)``.
         rate: KL(q(z | x) || p(z)) of each datum, ``(N,)``.
         marginal: Mean and standard deviation of each entry of x under the model, ``(N, D)``.
@@ -307,7 +307,7 @@ def enumerated() -> Exact:
 
     class Model(Generate):
         @config_enumerate
-        def forward(self, x: Tensor, y: Tensor) -> None:  # type: ignore[override]
+        def forward(self, x: Tensor, y: Tensor) -> None:
             with pyro.plate("data", len(x)):
                 self.draw(x)
                 c = pyro.sample("c", dist.Categorical(logits=logits))

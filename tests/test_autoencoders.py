@@ -214,7 +214,7 @@ def test_a_code_activation_needs_a_point_mass() -> None:
 
 def test_a_code_that_is_an_activation_counts_once(device: torch.device) -> None:
     vae = recipes.sparse_activations_ae(
-        D, Q, hidden=(8,), code_activation=nn.ReLU, l1=1.0, decoder_hidden=()
+        D, Q, hidden=(8,), code_activation=nn.ReLU, l1_activations=1.0, decoder_hidden=()
     ).to(device)
     x = data().to(device)
     terms = pvae.terms.compute(vae.inspect((x,)), (x,))

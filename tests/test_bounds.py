@@ -18,6 +18,7 @@ from pvae import VAE, bounds, guides, likelihoods, priors, recipes
 from pvae.data import LinearGaussian, principal_components
 from pvae.errors import UndefinedError
 from pvae.networks import MLP
+from pvae.pair import Pair
 from tests import pairs
 
 D, Q = 5, 2
@@ -304,11 +305,11 @@ def test_linear_vae_reaches_the_exact_evidence(device: torch.device) -> None:
             progress=False,
         )
         likelihood = vae.model.likelihood
-        decoder = likelihood.network.layers[0]  # type: ignore[union-attr, index]
+        decoder = likelihood.network.layers[0]
         sigma = likelihood(torch.zeros(1, Q, device=device)).base_dist.scale.flatten()[0]
         own = LinearGaussian(
-            decoder.weight.detach().cpu(),  # type: ignore[union-attr]
-            decoder.bias.detach().cpu(),  # type: ignore[union-attr]
+            decoder.weight.detach().cpu(),
+            decoder.bias.detach().cpu(),
             float(sigma.detach()),
         ).log_evidence(x)
         lower = bounds.elbo(vae, x, 50, seed=stage)
@@ -420,5 +421,7 @@ def test_a_pair_of_one_length_is_evaluated_at_that_length(device: torch.device) 
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, x.new_tensor(math.sqrt(0.5))))
 
-    found = bounds.evidence((model, guide), x, 3)
+    pair = Pair(model, guide)
+    pair.inspect(x)  # makes the parameter, of all rows
+    found = bounds.evidence(pair, x, 3)
     torch.testing.assert_close(found.per_datum, dist.Normal(0.0, math.sqrt(2.0)).log_prob(x))

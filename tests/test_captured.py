@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from pvae import fit, recipes
 from pvae import objectives as o
 from pvae.engine import Stepper, captured
+from pvae.engine.passes import PassResult
 from pvae.errors import ArgumentError, PvaeWarning
 from pvae.modes import capturing_graph
 from tests import test_compiled as c
 
 pytestmark = pytest.mark.usefixtures("store")
-Function = Callable[..., Sequence[Tensor]]
+Function = Callable[..., PassResult]
 
 
 def sgd_stepper(device: torch.device) -> tuple[Stepper, tuple[Tensor, ...]]:
@@ -30,6 +31,10 @@ def sgd_stepper(device: torch.device) -> tuple[Stepper, tuple[Tensor, ...]]:
     return stepper, batch
 
 
+def captures(stepper: Stepper) -> None:
+    stepper.engine = "cudagraph"
+
+
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """In place of a capture, a function that runs again; counts its runs by graph."""
@@ -39,7 +44,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(0)
         mine = len(counts) - 1
 
-        def replay(*batch: Tensor) -> Sequence[Tensor]:
+        def replay(*batch: Tensor) -> PassResult:
             assert [x.shape for x in batch] == [x.shape for x in example]
             counts[mine] += 1
             with capturing_graph():
@@ -48,7 +53,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay
 
     monkeypatch.setattr(captured, "record", record)
-    monkeypatch.setattr(captured, "_aside", lambda function, batch: function(*batch))
+    monkeypatch.setattr(captured, "run_aside", lambda function, batch: function(*batch))
+    monkeypatch.setattr("pvae.engine.stepper.check_engine", lambda *_: None)
     return counts
 
 
@@ -57,7 +63,7 @@ def test_what_is_around_a_capture(replays: list[int]) -> None:
 
     def trained(engine: Any) -> tuple[list[dict[str, float]], list[Tensor]]:
         stepper, batch = sgd_stepper(torch.device("cpu"))
-        stepper._engine = engine
+        stepper.engine = engine
         torch.manual_seed(1)
         found = []
         for step in range(12):
@@ -91,7 +97,7 @@ def test_a_graph_with_other_numbers_is_not_used(
 
     monkeypatch.setattr(captured, "record", wrong)
     stepper, batch = sgd_stepper(torch.device("cpu"))
-    stepper._engine = "cudagraph"
+    captures(stepper)
     for step in range(captured.WARM_UP):
         stepper(batch, step)
     before = [p.detach().clone() for p in stepper.parameters]
@@ -133,8 +139,9 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(captured, "record", fails)
-    monkeypatch.setattr(captured, "_aside", lambda function, batch: function(*batch))
-    stepper._engine = "cudagraph"
+    monkeypatch.setattr(captured, "run_aside", lambda function, batch: function(*batch))
+    monkeypatch.setattr("pvae.engine.stepper.check_engine", lambda *_: None)
+    captures(stepper)
     for step in range(captured.WARM_UP):
         stepper(batch, step)
     with pytest.warns(PvaeWarning, match="the capture fails with operation not permitted when"):

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 import pvae
 from pvae import bounds, diagnostics
 from pvae.cli import app
+from pvae.config import Config
 from pvae.errors import ArgumentError, PvaeError
-from pvae.runs import Config, open_run
+from pvae.runs import open_run
 
 FAST = ["--epochs", "3", "--hidden", "16", "--device", "cpu"]
 
@@ -150,7 +151,7 @@ def test_export_for_arviz(run: Path, tmp_path: Path) -> None:
     """The file has the test data's first rows, and codes that scatter about the guide's means."""
     _, vae, splits = open_run(run, "cpu")
     path = tmp_path / "new" / "draws.nc"
-    said = call("export", str(run), "-n", "5", "-S", "40", "--to", str(path))
+    said = call("export", str(run), "-n", "5", "-K", "40", "--to", str(path))
     assert str(path) in said
     with xarray.open_datatree(path) as tree:
         x = torch.as_tensor(splits.test.arrays[0][:5])
@@ -260,7 +261,10 @@ MISTAKES = {
     "sigma": (["train", "--likelihood", "gaussian", "--sigma", "big"], "Gaussian.sigma"),
     "both": (["train", "--resume", "--overwrite"], "either --resume or --overwrite"),
     "sigma of a binomial": (["train", "--sigma", "0.5"], "a gaussian likelihood beside it"),
-    "method": (["evaluate", "nowhere", "-n", "3"], "-n: expected --method ais or --method cubo"),
+    "method": (
+        ["evaluate", "nowhere", "-n", "3"],
+        "--rows: expected --method ais or --method cubo",
+    ),
     "no run": (["evaluate", "nowhere"], "expected the config.json of a run"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], "a run to resume"),
     "codes of a vae": (["train", "--num-codes", "8"], "--recipe vq_vae"),
@@ -418,7 +422,9 @@ def test_a_damaged_run_is_named(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "config.json").write_text('{"data": "digits", "colour": "red"}')
-    with pytest.raises(pvae.PvaeError, match="other names than those of a run"):
+    with pytest.raises(
+        pvae.PvaeError, match=r"config\.json, colour: expected an option of pvae train"
+    ):
         open_run(copy)
     shutil.copy(run / "config.json", copy / "config.json")
     content = (copy / "checkpoint.safetensors").read_bytes()

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import pvae
-from pvae.runs import Config, open_run
+from pvae.config import Config
+from pvae.runs import open_run
 from tests.test_cli import FAST, call
 
 RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -21,7 +22,7 @@ RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
         ["--l1", "0.5", "--decoder-hidden", "7", "--code-activation", "Softplus"],
         {"prior": "Laplace"},
     ),
-    "sparse_activations_ae": (["--l1", "0.01"], {"penalties": {"Activations": 0.01}}),
+    "sparse_activations_ae": (["--l1-activations", "0.02"], {"penalties": {"Activations": 0.02}}),
     "contractive_ae": (
         ["--contractive", "0.2", "--weight-decay", "0.01"],
         {"penalties": {"Contractive": 0.2, "WeightDecay": 0.01}},
@@ -89,7 +90,7 @@ def test_an_objective_by_option(tmp_path: Path) -> None:
     )
     with pytest.raises(pvae.PvaeError, match=r"(?s)--beta: expected an option.*--objective elbo"):
         Config(objective="iwae", beta=2.0).make_objective()
-    with pytest.raises(pvae.PvaeError, match="--objective: expected one of elbo, stl"):
+    with pytest.raises(pvae.PvaeError, match="--objective: expected one of elbo, iwae"):
         call("train", "--objective", "vb", "--out", str(tmp_path / "other"))
     with pytest.raises(pvae.PvaeError, match="a point mass"):
         call("train", "--recipe", "ae", "--objective", "iwae", "--out", str(tmp_path / "third"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pvae import VAE, guides, likelihoods, priors, recipes, schedules
 from pvae import objectives as o
 from pvae.engine import Stepper, choose, make_optimizer
+from pvae.engine.passes import PassResult
 from pvae.errors import ArgumentError, CheckpointError, PvaeWarning
 from pvae.pair import Pair
 from tests import fits, pairs
@@ -45,12 +46,12 @@ def run(made: Stepper, batches: list[tuple[Tensor, ...]]) -> list[dict[str, floa
     return found
 
 
-def vae(device: torch.device, **options: Any) -> Pair:
+def vae(device: torch.device, **options: Any) -> pairs.Pair:
     pair = recipes.vae(D, Q, hidden=(8,), **options).to(device)
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
-def noisy(device: torch.device) -> Pair:
+def noisy(device: torch.device) -> pairs.Pair:
     """Dropout and batch norm on both sides."""
 
     def layers(start: int, end: int) -> nn.Module:
@@ -66,7 +67,7 @@ def noisy(device: torch.device) -> Pair:
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
-def flow(device: torch.device) -> Pair:
+def flow(device: torch.device) -> pairs.Pair:
     pair = VAE(
         zuko.flows.NSF(Q, transforms=1, hidden_features=[8], bins=3),
         likelihoods.Bernoulli(lambda p: nn.Linear(Q, p * D), D),
@@ -75,7 +76,7 @@ def flow(device: torch.device) -> Pair:
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
-def coupling(device: torch.device) -> Pair:
+def coupling(device: torch.device) -> pairs.Pair:
     """A flow that picks entries by a mask."""
     pair = VAE(
         priors.StandardNormal(Q),
@@ -85,23 +86,23 @@ def coupling(device: torch.device) -> Pair:
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
-def contractive(device: torch.device) -> Pair:
+def contractive(device: torch.device) -> pairs.Pair:
     pair = recipes.contractive_ae(D, Q, hidden=(8,)).to(device)
     return pair.model, pair.guide, (torch.rand(N, D, device=device),)
 
 
-def codebook(device: torch.device) -> Pair:
+def codebook(device: torch.device) -> pairs.Pair:
     pair = recipes.vq_vae(D, Q, hidden=(8,)).to(device)
     return pair.model, pair.guide, (torch.rand(N, D, device=device),)
 
 
-CASES: dict[str, tuple[Callable[[torch.device], Pair], o.Objective]] = {
+CASES: dict[str, tuple[Callable[[torch.device], pairs.Pair], o.Objective]] = {
     "warm-up": (vae, o.ELBO(beta=schedules.Warmup(4))),
     "dropout and batch norm": (noisy, o.ELBO()),
     "flows, K particles": (flow, o.IWAE(3)),
     "masks in a flow": (coupling, o.ELBO()),
     "DReG": (vae, o.DReG(3)),
-    "a multiplier": (vae, o.GECO(5.0, speed=0.1)),
+    "a multiplier": (vae, o.GECO(tolerance=5.0, speed=0.1)),
     "a classifier": (vae, o.FactorVAE(hidden=(4,), lr=1e-2)),
     "two sites": (pairs.two_sites, o.STL(2)),
     "score functions": (pairs.discrete, o.VIMCO(3)),
@@ -129,7 +130,7 @@ def test_the_numbers_are_the_eager_ones(case: str, device: torch.device) -> None
         batches = [tuple(x.roll(i, 0) for x in pair[2]) for i in range(6)]
         found[engine] = run(made, batches)
         assert made.engine == engine
-        ends[engine] = [x.detach().clone() for x in (*made.parameters, *made.changing())]
+        ends[engine] = [x.detach().clone() for x in (*made.parameters, *made.passes.changing())]
     for eager, compiled in zip(found["eager"], found["compiled"], strict=True):
         assert compiled == pytest.approx(eager, rel=1e-6, nan_ok=True)
     for a, b in zip(ends["eager"], ends["compiled"], strict=True):
@@ -177,7 +178,7 @@ class _Rebinding(nn.Module):
 def test_what_has_no_graph_runs_as_python(
     layer: type[nn.Module], words: str, device: torch.device
 ) -> None:
-    def build() -> Pair:
+    def build() -> pairs.Pair:
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Linear(D, 2 * Q), layer())
         decoder = likelihoods.Bernoulli(lambda p: nn.Linear(Q, p * D), D)
@@ -206,7 +207,7 @@ def test_a_compiler_that_fails(device: torch.device, monkeypatch: pytest.MonkeyP
     def missing(*_: Any, **__: Any) -> None:
         raise RuntimeError("no C++ compiler\nmore of it")
 
-    monkeypatch.setattr("pvae.engine.compiled._compile", missing)
+    monkeypatch.setattr("pvae.engine.compiler.compile_graph", missing)
     made = stepper(vae(device), o.ELBO(), "compiled")
     with pytest.warns(PvaeWarning, match=r"fails with RuntimeError: no C\+\+ compiler\."):
         run(made, [vae(device)[2]])
@@ -216,9 +217,13 @@ def test_a_graph_with_other_numbers_is_refused(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(function: Any, example: Any) -> Any:
-        return lambda *batch: [x * 1.01 if x.dim() else x for x in function(*batch)]
+        def scaled(*batch: Tensor) -> PassResult:
+            result: PassResult = function(*batch)
+            return result._replace(gradients={n: g * 1.01 for n, g in result.gradients.items()})
 
-    monkeypatch.setattr("pvae.engine.stepper.compile_function", wrong)
+        return scaled
+
+    monkeypatch.setattr("pvae.engine.graphs.compile_function", wrong)
     made = stepper(vae(device), o.ELBO(), "compiled")
     with pytest.warns(PvaeWarning, match=r"differ from the eager ones, by 0\.01"):
         run(made, [vae(device)[2]])
@@ -233,7 +238,7 @@ def test_each_shape_has_its_graph_up_to_a_few(
         shapes.append(example[0].shape)
         return function
 
-    monkeypatch.setattr("pvae.engine.stepper.compile_function", note)
+    monkeypatch.setattr("pvae.engine.graphs.compile_function", note)
     made = stepper(vae(device), o.ELBO(), "compiled")
     x = vae(device)[2][0]
     run(made, [(x[:n],) for n in (12, 12, 5, 12, 5, 4, 3, 2, 2)])
@@ -247,10 +252,10 @@ def test_a_failed_step_changes_nothing(device: torch.device) -> None:
     bad = x.clone()
     bad[3, 2] = float("nan")
     run(made, [(x,)])
-    before = [v.detach().clone() for v in (*made.parameters, *made.buffers, made.sums)]
+    before = [v.detach().clone() for v in (*made.parameters, *made.passes.buffers, made.sums)]
     assert made.look(0) is None
     run(made, [(bad,), (x,)])
-    for now, then in zip((*made.parameters, *made.buffers, made.sums), before, strict=True):
+    for now, then in zip((*made.parameters, *made.passes.buffers, made.sums), before, strict=True):
         assert torch.equal(now, then)
     failure = made.look(1)
     assert failure is not None
@@ -273,7 +278,7 @@ def test_a_compiled_training_resumes_bit_for_bit(device: torch.device, tmp_path:
     options |= {"folder": tmp_path}
     fits.fit(halves.model, halves.guide, fits.binary(), engine="compiled", epochs=2, **options)
     again = fits.fit(halves.model, halves.guide, fits.binary(), epochs=4, resume=True, **options)
-    assert again.stepper.engine == "compiled"
+    assert again.training.stepper.engine == "compiled"
     assert fits.same(fits.state(whole), fits.state(halves))
     with pytest.raises(CheckpointError, match="engine='compiled'"):
         fits.fit(halves.model, halves.guide, fits.binary(), engine="eager", resume=True, **options)
@@ -299,7 +304,7 @@ def test_auto_compiles_long_trainings_alone(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = stepper(vae(device), o.ELBO(), "eager")
-    before = [x.clone() for x in (*made.parameters, *made.changing())]
+    before = [x.clone() for x in (*made.parameters, *made.passes.changing())]
     generator = torch.get_rng_state()
     batch = vae(device)[2]
     monkeypatch.setattr("pvae.engine.choice._seconds", lambda *_: 0.01)
@@ -309,7 +314,7 @@ def test_auto_compiles_long_trainings_alone(
     torch.set_rng_state(generator)
     assert choose(made, lambda: batch, 10**9) == "compiled"
     assert choose(made, lambda: batch, 1000) == "eager"
-    for now, then in zip((*made.parameters, *made.changing()), before, strict=True):
+    for now, then in zip((*made.parameters, *made.passes.changing()), before, strict=True):
         assert torch.equal(now, then)
     assert torch.equal(torch.get_rng_state(), generator)
     of_pyro = stepper(vae(device), TraceMeanField_ELBO(), "eager")

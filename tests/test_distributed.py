@@ -213,7 +213,7 @@ def test_processes_that_were_called_with_different_things(together: Path) -> Non
     assert_matches(r"process 0: .* process 1: batch_size=10; got batch_size=9", one["batch size"])
     assert_matches(r"process 1: .* process 0: batch_size=9; got batch_size=10", two["batch size"])
     assert_matches(r"expected the same as in process \d: data=", one["data"])
-    assert_matches(r"out_features=8.* got .*out_features=9", two["widths"])
+    assert_matches(r"hidden=\(8,\).* got .*hidden=\(9,\)", two["widths"])
 
 
 def assert_matches(words: str, message: str) -> None:
@@ -386,7 +386,7 @@ def test_objectives_say_whether_they_couple_data(kind: type[objectives.Objective
     structure, objective = pair.inspect((x,)), made(kind)
     parameters = list(structure.parameters.values())
     state = objective.make_state(structure, len(x), 1, 1)
-    learns, k = bool(state.tensors()), objective.num_particles
+    learns, k = bool(state.tensors()), objective.num_draws
     z = t.compute(pair.inspect(x), x, num_particles=k).sites["z"].value
     assert z is not None
 
@@ -396,7 +396,7 @@ def test_objectives_say_whether_they_couple_data(kind: type[objectives.Objective
             x[part],
             num_particles=k,
             given={"z": z[:, part].detach() if k > 1 else z[0, part].detach()},
-            **objective.pass_options,
+            **dict.fromkeys(objective.pass_options, True),
         )
         loss = objective.surrogate(terms, state)
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

@@ -98,7 +98,7 @@ def test_every_objective_is_in_the_table() -> None:
     assert set(rows) == named
     assert all(row.source.count("https://") == 1 for row in rows.values())
     assert rows["CUBO"].bound.startswith("upper bound")
-    assert objectives.Renyi(-0.5).bound == "none"
+    assert objectives.Renyi(alpha=-0.5).bound == "none"
 
 
 def test_the_page_of_objectives_is_the_table() -> None:

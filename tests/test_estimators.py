@@ -75,11 +75,11 @@ EXACT: dict[str, tuple[Any, Callable[[Tensor], Tensor], int]] = {
     "DReG": (o.DReG(2), log_mean, 2),
     "VIMCO": (o.VIMCO(2), log_mean, 2),
     "CIWAE": (o.CIWAE(2, mix=0.3), lambda w: 0.3 * w.mean(0) + 0.7 * log_mean(w), 2),
-    "multiply weighted": (o.MultiplyWeightedIWAE(3, 2), log_mean, 2),
-    "Renyi 0.5": (o.Renyi(0.5, 2), lambda w: log_mean(0.5 * w) / 0.5, 2),
-    "Renyi 3": (o.Renyi(3.0, 2), lambda w: log_mean(-2.0 * w) / -2.0, 2),
-    "Renyi 1": (o.Renyi(1.0, 2), lambda w: w.mean(0), 2),
-    "Renyi 0": (o.Renyi(0.0, 2), log_mean, 2),
+    "multiply weighted": (o.MultiplyWeightedIWAE(2, num_means=3), log_mean, 2),
+    "Renyi 0.5": (o.Renyi(2, alpha=0.5), lambda w: log_mean(0.5 * w) / 0.5, 2),
+    "Renyi 3": (o.Renyi(2, alpha=3.0), lambda w: log_mean(-2.0 * w) / -2.0, 2),
+    "Renyi 1": (o.Renyi(2, alpha=1.0), lambda w: w.mean(0), 2),
+    "Renyi 0": (o.Renyi(2, alpha=0.0), log_mean, 2),
 }
 
 
@@ -108,7 +108,8 @@ def test_piwae_has_the_models_gradient_of_one_bound_and_the_guides_of_another(
             *torch.autograd.grad(few, parameters_of(guide)),
         ]
     )
-    losses, found = repeated(o.PIWAE(2, 2), model, guide, torch.full((ROWS,), X, device=device))
+    x = torch.full((ROWS,), X, device=device)
+    losses, found = repeated(o.PIWAE(2, num_means=2), model, guide, x)
     assert_mean(losses, many)
     assert_mean(found, exact)
 
@@ -302,7 +303,7 @@ def test_baselines_make_score_functions_less_noisy(device: torch.device) -> None
     moving = o.ELBO(baseline="moving_average")
     for _ in range(3):
         moving.loss(model, guide, rows)
-    state = moving._run_for(model, guide, (rows,), {}).state
+    state = moving.state_of(model, guide, rows)
     assert state.get_buffer("average").item() == 0.0  # evaluation moves nothing
     moving.loss_and_grads(model, guide, rows)
     assert state.get_buffer("average").item() != 0.0
@@ -403,7 +404,7 @@ def test_with_a_global_latent_one_draw_is_shared(device: torch.device) -> None:
     torch.manual_seed(3)
     structure = Pair(model, guide).inspect((x,))
     objective = o.IWAE(k, vectorize_particles=True)
-    terms = objective.compute_terms(model, guide, (x,), structure)
+    terms = objective.compute_terms(structure, (x,))
     shift = terms.sites["shift"].draws
     assert shift is not None
     assert bool((shift == shift[:1]).all())

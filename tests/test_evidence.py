@@ -130,6 +130,7 @@ def test_mean_weight_is_the_evidence(start: Any, device: torch.device) -> None:
     ais = bounds.AIS(start, num_temperatures=3, num_leapfrog=2, acceptance=0.5)
     found = bounds.evidence((model, guide), x, 4000, method="ais", ais=ais, progress=False)
     ratio = (found.values - gaussian.log_evidence(model, x)).detach().exp()
+    assert found.ess is not None
     relative_error = (1 / found.ess - 1 / 4000).sqrt()
     assert float(relative_error.max()) < 0.1
     assert bool(((ratio - 1).abs() < STEPS * relative_error).all())
@@ -191,6 +192,7 @@ def test_annealing_where_importance_sampling_is_loose(device: torch.device) -> N
         found = bounds.evidence(pair, x, 24, method="ais", ais=ais, seed=1)
         assert found.se_draws < 0.05
         assert abs(found.mean - exact) < 0.1
+        assert found.acceptance is not None
         assert 0.5 < float(found.acceptance.min()) < float(found.acceptance.max()) < 0.8
 
 
@@ -244,6 +246,7 @@ def test_a_positive_latent_against_quadrature(device: torch.device) -> None:
         progress=False,
     )
     off = (found.values.cpu() - exact).abs()
+    assert found.ess is not None
     error = (1 / found.ess - 1 / 2000).sqrt().cpu()
     assert bool((error < 0.1).all())
     assert bool((off < STEPS * error + 0.01).all())  # 0.01: the bias of a logarithm
@@ -394,6 +397,7 @@ def test_chi_upper_bound_by_quadrature(device: torch.device) -> None:
     found = bounds.evidence((model, guide), x, 50_000, method="cubo")
     assert found.kind == "estimate"
     assert "no bound" in str(found)
+    assert found.ess is not None
     error = 0.5 * (1 / found.ess - 1 / 50_000).sqrt()
     assert bool(((found.values - upper).abs() < STEPS * error).all())
     few = bounds.evidence((model, guide), x.repeat(2000), 3, method="cubo")
@@ -422,7 +426,7 @@ def test_what_a_result_says() -> None:
     ("options", "message"),
     [
         ({"start": "posterior"}, "'guide' and 'prior'"),
-        ({"schedule": "cosine"}, "'linear' and 'sigmoid'"),
+        ({"schedule": "cosine"}, "'sigmoid' and 'linear'"),
         ({"num_temperatures": 0}, "num_temperatures"),
         ({"num_leapfrog": 0}, "num_leapfrog"),
         ({"num_pilot": 0}, "num_pilot"),

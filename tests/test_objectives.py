@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+import pickle
+import re
+from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import Any
 
 import pyro
@@ -10,19 +15,22 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from torch import nn
+from torch import Tensor, nn
 
+import pvae
 from pvae import VAE, guides, likelihoods, priors, recipes
+from pvae import objectives as o
 from pvae import terms as t
 from pvae.errors import ArgumentError, PairError, UndefinedError
 from pvae.networks import MLP
-from pvae.objectives import ELBO
+from pvae.objectives import ELBO, Objective
+from pvae.objectives.table import ALL
 from pvae.pair import Pair
-from pvae.schedules import Warmup
+from pvae.schedules import Constant, Schedule, Warmup
 from tests import pairs
 
 pytestmark = pytest.mark.usefixtures("store")
-ALL = pytest.mark.parametrize("name", pairs.PAIRS)
+EVERY_PAIR = pytest.mark.parametrize("name", pairs.PAIRS)
 
 
 def gradients(objective: Any, pair: pairs.Pair, seed: int = 1) -> tuple[float, dict[str, Any]]:
@@ -34,7 +42,7 @@ def gradients(objective: Any, pair: pairs.Pair, seed: int = 1) -> tuple[float, d
     return float(loss.detach()), dict(zip(parameters, found, strict=True))
 
 
-@ALL
+@EVERY_PAIR
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_numbers_and_gradients_are_trace_elbos(
     name: str, num_particles: int, device: torch.device
@@ -75,7 +83,7 @@ def test_it_runs_in_pyros_svi(device: torch.device) -> None:
         x = torch.rand(12, pairs.D, device=device).round()
         svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
         if isinstance(elbo, ELBO):  # its one look at the pair is on forked generators
-            elbo._run_for(vae.model, vae.guide, (x,), {})
+            elbo.state_of(vae.model, vae.guide, x)
         torch.manual_seed(1)
         results.append([svi.step(x) for _ in range(5)] + [svi.evaluate_loss(x)])
     assert results[0] == pytest.approx(results[1], rel=1e-9)
@@ -164,7 +172,7 @@ def test_a_schedule_advances_by_training_steps_alone(device: torch.device) -> No
     betas = []
     for _ in range(6):
         objective.loss(model, guide, *batch)  # evaluation: no advance
-        betas.append(objective._run_for(model, guide, batch, {}).state.get_buffer("beta").item())
+        betas.append(objective.state_of(model, guide, *batch).get_buffer("beta").item())
         objective.loss_and_grads(model, guide, *batch)
     assert betas == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
@@ -175,10 +183,180 @@ def test_a_schedule_in_epochs_needs_fit(device: torch.device) -> None:
         ELBO(beta=Warmup(4, "epochs")).loss(model, guide, *batch)
 
 
-def test_the_configuration_cant_be_changed() -> None:
-    objective = ELBO(beta=2.0)
-    with pytest.raises(AttributeError, match="make a new one with beta="):
-        objective.beta = 3.0  # type: ignore[assignment]
+# Settings, and objectives of the user's own
+
+
+@dataclass(frozen=True)
+class Scaled(Objective):
+    """gamma times the evidence lower bound."""
+
+    gamma: float | Schedule = 1.0
+
+    def surrogate(self, terms: t.Terms, state: o.ObjectiveState) -> Tensor:
+        bound = self.total(terms, state, terms.log_weight.mean(0))
+        return -self.value_at("gamma", state) * bound
+
+
+class Plain(Scaled):
+    """Nothing of its own but the bound."""
+
+    bound = "none"
+
+
+class InitFirst(ELBO):
+    def __init__(self, gamma: float) -> None:
+        super().__init__(3, beta=2.0)
+        self.gamma = gamma
+
+    def surrogate(self, terms: t.Terms, state: o.ObjectiveState) -> Tensor:
+        return self.gamma * super().surrogate(terms, state)
+
+
+class InitLast(InitFirst):
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
+        ELBO.__init__(self, 3, beta=2.0)
+
+
+class NoInit(InitFirst):
+    """Doesn't call the base's constructor at all: its defaults are settings, too."""
+
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
+
+
+@pytest.mark.parametrize(
+    ("mine", "plain", "shown"),
+    [
+        (Scaled(gamma=2.0), ELBO(), "Scaled(gamma=2.0)"),
+        (Scaled(3, 2.0), ELBO(3), "Scaled(num_particles=3, gamma=2.0)"),
+        (Plain(gamma=2.0), ELBO(), "Plain(gamma=2.0)"),
+        (InitFirst(2.0), ELBO(3, beta=2.0), "InitFirst(num_particles=3, beta=2.0, gamma=2.0)"),
+        (InitLast(2.0), ELBO(3, beta=2.0), "InitLast(gamma=2.0, num_particles=3, beta=2.0)"),
+        (NoInit(2.0), ELBO(), "NoInit(gamma=2.0)"),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_objectives_of_the_users_own(
+    mine: Objective, plain: Objective, shown: str, device: torch.device
+) -> None:
+    """Twice the loss and gradient of the objective that they are made from, by the same seed."""
+    pair = pairs.two_sites(device)
+    expected, gradient = gradients(plain, pair)
+    loss, found = gradients(mine, pair)
+    assert loss == pytest.approx(2 * expected)
+    for name, g in gradient.items():
+        torch.testing.assert_close(found[name], 2 * g)
+    assert repr(mine) == shown
+    model, guide, batch = pair
+    run = pvae.fit((model, guide), batch, mine, epochs=2, progress=False, device=device)
+    assert all(map(math.isfinite, run.history["loss"]))
+
+
+def test_a_schedule_of_the_users_own(device: torch.device) -> None:
+    model, guide, batch = pairs.two_sites(device)
+    objective = Scaled(gamma=Warmup(4))
+    losses = []
+    for _ in range(6):
+        torch.manual_seed(0)
+        losses.append(objective.loss_and_grads(model, guide, *batch))
+    assert losses == pytest.approx([f * losses[-1] for f in (0.0, 0.25, 0.5, 0.75, 1.0, 1.0)])
+
+
+def test_settings_cant_be_changed() -> None:
+    for objective in (ELBO(beta=2.0), Scaled(), Plain()):
+        with pytest.raises(FrozenInstanceError, match="penalty_weight"):
+            objective.penalty_weight = 3.0  # type: ignore[misc]
+    changed = replace(ELBO(4, beta=2.0), beta=3.0)
+    assert changed == ELBO(4, beta=3.0)
+    assert changed != ELBO(4, beta=2.0)
+    assert hash(changed) == hash(ELBO(4, beta=3.0))
+
+
+def test_annotations_that_a_function_alone_knows() -> None:
+    """Such a class can't be checked, but the settings of its base are."""
+
+    class Local:
+        pass
+
+    @dataclass(frozen=True)
+    class Mine(ELBO):
+        thing: Local | None = None
+
+    assert Mine(2, beta=1).beta == 1.0
+    with pytest.raises(ArgumentError, match="beta"):
+        Mine(beta=-1.0)
+
+
+SETTINGS: list[tuple[type[Objective], dict[str, Any], str]] = [
+    (ELBO, {"num_particles": 0}, "num_particles: expected an integer of at least 1; got 0"),
+    (ELBO, {"beta": "high"}, "beta: expected a finite number of at least 0; got 'high'"),
+    (ELBO, {"beta": float("nan")}, "beta: expected a finite number"),
+    (ELBO, {"penalty_weight": -1}, "penalty_weight: expected a finite number of at least 0"),
+    (ELBO, {"baseline": "mean"}, "'leave_one_out', 'moving_average' or None; got 'mean'"),
+    (ELBO, {"baseline": "leave_one_out"}, "leave_one_out': expected an integer of at least 2"),
+    (ELBO, {"vectorize_particles": 2}, "vectorize_particles: expected True, False or None"),
+    (o.IWAE, {"num_particles": 2.5}, "num_particles: expected an integer"),
+    (o.CIWAE, {"mix": 1.1}, "mix: expected a finite number of at least 0 and of at most 1"),
+    (o.PIWAE, {"num_means": 0}, "num_means: expected an integer of at least 1"),
+    (o.DReG, {"shared": "both"}, "shared: expected 'model', 'guide' or None; got 'both'"),
+    (o.VIMCO, {"num_particles": 1}, "num_particles: expected an integer of at least 2"),
+    (o.TVO, {"first": 1.0}, "first: expected a finite number above 0 and below 1; got 1.0"),
+    (o.CUBO, {"order": 1.0}, "order: expected a finite number above 1; got 1.0"),
+    (o.CUBO, {"form": "root"}, "form: expected 'log' or 'exp'; got 'root'"),
+    (o.FreeBits, {"per": "datum"}, "per: expected 'dimension' or 'site'"),
+    (o.GECO, {"tolerance": None}, "tolerance: expected a finite number; got None"),
+    (o.GECO, {"tolerance": 1.0, "decay": 1.0}, "decay: expected a finite number of at least 0 and"),
+    (o.TCVAE, {"num_data": 0}, "num_data: expected an integer of at least 1"),
+    (o.DIPVAE, {"kind": 3}, "kind: expected 1 or 2; got 3"),
+    (o.DIPVAE, {"diagonal": -1.0}, "diagonal: expected a finite number of at least 0"),
+    (o.FactorVAE, {"hidden": (8, 0)}, "hidden: expected an integer of at least 1; got 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "words"), SETTINGS, ids=lambda v: str(v)[:40])
+def test_settings_are_checked_by_their_annotations(
+    kind: type[Objective], settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ArgumentError, match=re.escape(words)):
+        kind(**settings)
+
+
+def test_the_number_of_draws_comes_first_and_the_rest_by_keyword() -> None:
+    for kind in ALL:
+        first, *rest = inspect.signature(kind).parameters.values()
+        if not issubclass(kind, (o.TCVAE, o.InfoVAE, o.FactorVAE, o.DIPVAE)):  # K is 1
+            assert first.name == "num_particles"
+            assert first.kind is first.POSITIONAL_OR_KEYWORD
+        assert all(p.kind is p.KEYWORD_ONLY for p in rest)
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda k: k.__name__)
+def test_copies_are_equal(kind: type[Objective]) -> None:
+    required: dict[str, Any] = {"Capacity": {"capacity": Warmup(3)}, "GECO": {"tolerance": 1.0}}
+    objective = kind(penalty_weight=Warmup(2), **required.get(kind.__name__, {}))
+    other = replace(objective, penalty_weight=0.5)
+    for again in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):  # noqa: S301
+        assert again == objective != other
+        assert repr(again) == repr(objective) != repr(other)
+
+
+def test_a_constant_schedule_is_its_number() -> None:
+    assert ELBO(beta=Constant(1.0)) == ELBO()
+    assert repr(ELBO(beta=Constant(4))) == repr(ELBO(beta=4)) == "ELBO(beta=4.0)"
+
+
+# By name
+
+
+def test_objectives_by_name() -> None:
+    assert o.named("elbo")() == ELBO()
+    assert o.named("DReG")(3) == o.DReG(3)
+    assert o.named("tcvae")(beta=2.0) == o.TCVAE(beta=2.0)
+    with pytest.raises(ArgumentError, match=r"(?s)one of .*dreg, .*vimco.* got 'dregg'.*'dreg'"):
+        o.named("dregg")
+    with pytest.raises(ArgumentError, match="one of"):  # it has no default of its argument
+        o.named("geco")
 
 
 def test_enumeration_beside_score_functions_is_refused(device: torch.device) -> None:
@@ -266,7 +444,7 @@ def test_a_schedule_advances_when_the_loss_is_differentiated(device: torch.devic
     seen = []
     for _ in range(5):
         loss = module(x)
-        seen.append(objective._run_for(vae.model, vae.guide, (x,), {}).state.step)
+        seen.append(objective.state_of(vae.model, vae.guide, x).step)
         loss.backward()
     assert seen == [0, 1, 2, 3, 4]
 
@@ -280,7 +458,7 @@ def test_a_schedule_advances_when_the_loss_is_differentiated(device: torch.devic
     holder, other = Holder(), ELBO(beta=Warmup(4))
     for _ in range(3):
         other.loss_and_grads(holder.model, holder.guide, x)
-    assert len(other._runs) == 1
+    assert other.state_of(holder.model, holder.guide, x).step == 3
 
 
 def test_beta_is_refused_where_the_rate_isnt_apart(device: torch.device) -> None:

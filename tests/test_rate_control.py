@@ -45,7 +45,7 @@ def measured(
     """The loss per datum, and the terms that it was made from."""
     structure = vae.inspect((x,))
     objective.check(structure)
-    terms = objective.compute_terms(vae.model, vae.guide, (x,), structure)
+    terms = objective.compute_terms(structure, (x,))
     state = objective.make_state(structure, num_data)
     return objective.surrogate(terms, state) / len(x), terms, state
 
@@ -67,7 +67,7 @@ def parts(terms: t.Terms, x: Tensor, vae: VAE) -> tuple[Tensor, Tensor, Tensor]:
 def test_free_bits(per: Any, floor: float, device: torch.device) -> None:
     """Value and gradient: a rate below its floor counts as the floor and has no gradient."""
     vae, x = make(device), pairs.data(N, device)
-    loss, terms, _ = measured(o.FreeBits(floor, per, num_particles=3), vae, x)
+    loss, terms, _ = measured(o.FreeBits(3, floor=floor, per=per), vae, x)
     distortion, rate, _ = parts(terms, x, vae)
     by = rate.mean((0, 1)) if per == "dimension" else rate.mean((0, 1)).sum()
     expected = distortion + by.clamp(min=floor).sum()
@@ -89,14 +89,14 @@ def test_free_bits_by_dimension_need_dimensions(device: torch.device) -> None:
     ).to(device)
     x = pairs.data(N, device)
     with pytest.raises(UndefinedError, match="independent dimensions"):
-        measured(o.FreeBits(0.1), full, x)
-    measured(o.FreeBits(0.1, per="site"), full, x)
+        measured(o.FreeBits(floor=0.1), full, x)
+    measured(o.FreeBits(floor=0.1, per="site"), full, x)
 
 
 def test_capacity(device: torch.device) -> None:
     vae, x = make(device), pairs.data(N, device)
     for target in (0.0, 50.0):  # above the rate, and below
-        loss, terms, _ = measured(o.Capacity(target, gamma=7.0), vae, x)
+        loss, terms, _ = measured(o.Capacity(capacity=target, gamma=7.0), vae, x)
         distortion, rate, _ = parts(terms, x, vae)
         expected = distortion + 7.0 * (rate.sum(-1).mean() - target).abs()
         torch.testing.assert_close(loss, expected)
@@ -104,7 +104,7 @@ def test_capacity(device: torch.device) -> None:
 
 def test_capacity_follows_its_schedule(device: torch.device) -> None:
     vae, x = make(device), pairs.data(N, device)
-    objective = o.Capacity(Warmup(10, end=5.0), gamma=1.0)
+    objective = o.Capacity(capacity=Warmup(10, end=5.0), gamma=1.0)
     structure = vae.inspect((x,))
     state = objective.make_state(structure)
     for step, target in ((0, 0.0), (5, 2.5), (20, 5.0)):
@@ -115,12 +115,12 @@ def test_capacity_follows_its_schedule(device: torch.device) -> None:
 def test_geco_moves_its_multiplier(device: torch.device) -> None:
     """By hand: the moving average of the constraint, and the multiplier's exponent."""
     vae, x = make(device), pairs.data(N, device)
-    objective = o.GECO(5.0, speed=0.01, decay=0.9)
+    objective = o.GECO(tolerance=5.0, speed=0.01, decay=0.9)
     structure = vae.inspect((x,))
     state = objective.make_state(structure)
     average, exponent = 0.0, 0.0
     for step in range(4):
-        terms = objective.compute_terms(vae.model, vae.guide, (x,), structure)
+        terms = objective.compute_terms(structure, (x,))
         loss = objective.surrogate(terms, state)
         distortion, rate, _ = parts(terms, x, vae)
         constraint = float(distortion.detach()) - 5.0
@@ -139,15 +139,15 @@ def test_geco_moves_its_multiplier(device: torch.device) -> None:
 
 def test_geco_is_not_moved_by_evaluation_or_a_value_that_isnt_finite(device: torch.device) -> None:
     vae, x = make(device), pairs.data(N, device)
-    objective = o.GECO(5.0)
+    objective = o.GECO(tolerance=5.0)
     for _ in range(3):
         objective.loss(vae.model, vae.guide, x)
-    state = objective._run_for(vae.model, vae.guide, (x,), {}).state
+    state = objective.state_of(vae.model, vae.guide, x)
     assert state.get_buffer("started").item() == 0
     objective.loss_and_grads(vae.model, vae.guide, x)
     assert state.get_buffer("started").item() == 1
     before = state.get_buffer("average").clone()
-    state.seen = torch.tensor(math.nan, device=device)
+    state.measured = torch.tensor(math.nan, device=device)
     state.advance()
     assert torch.equal(state.get_buffer("average"), before)
     assert bool(state.get_buffer("log_multiplier").isfinite())
@@ -161,7 +161,7 @@ def test_geco_reaches_its_tolerance(device: torch.device) -> None:
         run = pvae.fit(
             vae,
             x,
-            o.GECO(tolerance, speed=0.02, decay=0.9),
+            o.GECO(tolerance=tolerance, speed=0.02, decay=0.9),
             epochs=150,
             batch_size=50,
             lr=1e-2,
@@ -178,7 +178,7 @@ def test_geco_reaches_its_tolerance(device: torch.device) -> None:
 def test_with_weights_of_one_tcvae_is_the_elbo(device: torch.device) -> None:
     vae, x = make(device), pairs.data(N, device)
     for weights in ("stratified", "weighted"):
-        objective = o.TCVAE(1.0, 1.0, 1.0, weights=weights, num_data=40)
+        objective = o.TCVAE(beta=1.0, alpha=1.0, gamma=1.0, weights=weights, num_data=40)
         loss, terms, _ = measured(objective, vae, x)
         torch.testing.assert_close(loss, -terms.elbo_per_datum()[0])
 
@@ -231,8 +231,8 @@ def test_tcvae_wants_the_size_of_the_data_set(device: torch.device) -> None:
     with pytest.raises(ArgumentError, match="at least the batch's 12"):
         o.TCVAE(num_data=5).loss(vae.model, vae.guide, x)
     run = pvae.fit(vae, x, o.TCVAE(), epochs=1, progress=False, device=device)
-    assert run.stepper.state is not None
-    assert run.stepper.state.num_data == N
+    assert run.training.stepper.state is not None
+    assert run.training.stepper.state.num_data == N
 
 
 def test_infovae_written_out(device: torch.device) -> None:
@@ -240,7 +240,7 @@ def test_infovae_written_out(device: torch.device) -> None:
     objective = o.InfoVAE(alpha=0.25, scale=4.0)
     structure = vae.inspect((x,))
     torch.manual_seed(5)
-    terms = objective.compute_terms(vae.model, vae.guide, (x,), structure)
+    terms = objective.compute_terms(structure, (x,))
     loss = objective.surrogate(terms, objective.make_state(structure)) / N
     torch.manual_seed(5)
     again = t.compute(structure, (x,))
@@ -255,7 +255,7 @@ def test_infovae_written_out(device: torch.device) -> None:
 @pytest.mark.parametrize("kind", [1, 2])
 def test_dipvae_written_out(kind: Any, device: torch.device) -> None:
     vae, x = make(device), pairs.data(N, device)
-    loss, terms, _ = measured(o.DIPVAE(kind, off_diagonal=3.0, diagonal=5.0), vae, x)
+    loss, terms, _ = measured(o.DIPVAE(kind=kind, off_diagonal=3.0, diagonal=5.0), vae, x)
     q = vae.guide.posterior(x).base_dist
     covariance = torch.cov(q.loc.T, correction=0)
     if kind == 2:
@@ -264,8 +264,8 @@ def test_dipvae_written_out(kind: Any, device: torch.device) -> None:
     on = sum((covariance[i, i] - 1) ** 2 for i in range(Q))
     expected = -terms.elbo_per_datum()[0] + 3.0 * off + 5.0 * on
     torch.testing.assert_close(loss, expected)
-    assert o.DIPVAE(1, 3.0).diagonal == 30.0
-    assert o.DIPVAE(2, 3.0).diagonal == 3.0
+    assert o.DIPVAE(kind=1, off_diagonal=3.0).diagonal == 30.0
+    assert o.DIPVAE(kind=2, off_diagonal=3.0).diagonal == 3.0
 
 
 def test_factorvaes_classifier_learns_the_total_correlation(device: torch.device) -> None:
@@ -282,7 +282,7 @@ def test_factorvaes_classifier_learns_the_total_correlation(device: torch.device
 
     torch.manual_seed(0)
     for _ in range(1500):
-        state.seen = draw(500)
+        state.measured = draw(500)
         state.advance()
     found = float(state.network(draw(20_000)).mean())
     assert found == pytest.approx(-0.5 * math.log(1 - 0.81), abs=0.12)
@@ -308,7 +308,7 @@ def test_a_latent_among_several_is_named(device: torch.device) -> None:
     model, guide, batch = pairs.two_sites(device)
     with pytest.raises(PairError, match=r"(?s)one latent site.*site='z2'"):
         o.TCVAE(num_data=20).loss(model, guide, *batch)
-    losses = [o.TCVAE(1.0, num_data=20, site=s).loss for s in ("z1", "z2")]
+    losses = [o.TCVAE(beta=1.0, num_data=20, site=s).loss for s in ("z1", "z2")]
     for loss in losses:
         torch.manual_seed(0)
         value = loss(model, guide, *batch)
@@ -335,11 +335,11 @@ def test_a_density_by_dimension_is_needed(device: torch.device) -> None:
 @pytest.mark.parametrize(
     "objective",
     [
-        o.GECO(6.0, speed=0.05),
+        o.GECO(tolerance=6.0, speed=0.05),
         o.FactorVAE(hidden=(8,), lr=1e-2),
         o.TCVAE(),
         o.DReG(3),
-        o.FreeBits(Warmup(5, end=0.3)),
+        o.FreeBits(floor=Warmup(5, end=0.3)),
     ],
     ids=lambda v: type(v).__name__,
 )
@@ -387,7 +387,7 @@ def test_free_bits_of_an_autoguide_are_refused(device: torch.device) -> None:
     guide = AutoNormal(model)
     guide(*batch)
     with pytest.raises(PairError, match="a density of q at that site"):
-        o.FreeBits(0.1, per="site").loss(model, guide, *batch)
+        o.FreeBits(floor=0.1, per="site").loss(model, guide, *batch)
 
 
 def test_a_joint_autoguide_has_no_draws_of_single_data(device: torch.device) -> None:
@@ -404,7 +404,7 @@ def test_a_joint_autoguide_has_no_draws_of_single_data(device: torch.device) -> 
 
 def test_whose_loss_moves_shared_parameters_is_checked() -> None:
     with pytest.raises(ArgumentError, match="'model', 'guide' or None"):
-        o.DReG(shared="both")
+        o.DReG(shared="both")  # type: ignore[arg-type]
 
 
 # Penalties, batch norm, scales, and one objective for several calls
@@ -481,7 +481,7 @@ def test_the_scale_is_that_of_each_batch(device: torch.device) -> None:
                 self.infer(x)
 
     model, guide, x = Model().to(device), Guide().to(device), pairs.data(N, device)
-    for objective in (o.IWAE(1), o.STL(), o.FreeBits(0.0, per="site")):
+    for objective in (o.IWAE(1), o.STL(), o.FreeBits(floor=0.0, per="site")):
         objective.loss(model, guide, x)
         torch.manual_seed(0)
         after = objective.loss(model, guide, x[:3])
@@ -509,13 +509,13 @@ def test_settings_are_in_the_repr() -> None:
         o.IWAE(5),
         o.IWAE(5, penalty_weight=0.1),
         o.IWAE(5, plate="data"),
-        o.FreeBits(1.0),
+        o.FreeBits(floor=1.0),
         o.FreeBits(),
-        o.Capacity(1.0),
-        o.Capacity(2.0),
+        o.Capacity(capacity=1.0),
+        o.Capacity(capacity=2.0),
         o.InfoVAE(kernel=pairs.data),  # type: ignore[arg-type]
         o.ELBO(beta=Warmup(3)),
-        o.MultiplyWeightedIWAE(4, 3),
+        o.MultiplyWeightedIWAE(3, num_means=4),
     ]
     shown = [repr(objective) for objective in different]
     assert len(set(shown)) == len(shown)
@@ -527,10 +527,12 @@ def test_settings_are_in_the_repr() -> None:
 def test_a_used_objective_can_be_copied(device: torch.device) -> None:
     vae, x = make(device), pairs.data(N, device)
     objective = o.DReG(2)
-    objective.loss(vae.model, vae.guide, x)
+    objective.loss_and_grads(vae.model, vae.guide, x)
+    assert objective.state_of(vae.model, vae.guide, x).step == 1
     for again in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):  # noqa: S301
         assert repr(again) == repr(objective)
-        assert again._runs == {}
+        assert again == objective
+        assert again.state_of(vae.model, vae.guide, x).step == 0  # a training of its own
 
 
 def test_a_failed_step_leaves_the_state_as_it_was(device: torch.device) -> None:
@@ -543,8 +545,8 @@ def test_a_failed_step_leaves_the_state_as_it_was(device: torch.device) -> None:
             seen.append(float(state.get_buffer("log_multiplier")))
             return super().surrogate(terms, state)
 
+    objective = Checked(tolerance=5.0, speed=0.1, decay=0.5)
     structure = vae.inspect((x[:5],))
-    objective = Checked(5.0, speed=0.1, decay=0.5)
     state = objective.make_state(structure)
     stepper = Stepper(
         vae.model,
@@ -569,6 +571,6 @@ def test_latents_that_are_numbers(device: torch.device) -> None:
         o.TCVAE(num_data=N),
         o.InfoVAE(),
         o.FactorVAE(hidden=(4,)),
-        o.FreeBits(0.1, per="site"),
+        o.FreeBits(floor=0.1, per="site"),
     ):
         assert math.isfinite(objective.loss(model, guide, x))

@@ -111,22 +111,22 @@ def fit(vae: pvae.VAE, folder: Path, epochs: int = 2, **options: object) -> pvae
 
 def test_resume_in_process_with_more_epochs(tmp_path: Path, device: torch.device) -> None:
     whole, parts = pair(), pair()
-    fit((whole, tmp_path / "whole"), 5, device=device)
-    fit((parts, tmp_path / "parts"), 2, device=device)
+    fit(whole, tmp_path / "whole", 5, device=device)
+    fit(parts, tmp_path / "parts", 2, device=device)
     fresh = pair()
     torch.nn.init.zeros_(fresh.model.likelihood.get_parameter("network.layers.0.weight"))
-    run = fit((fresh, tmp_path / "parts"), 5, resume=True, device=device)
+    run = fit(fresh, tmp_path / "parts", 5, resume=True, device=device)
     assert [r["epoch"] for r in run.history] == list(range(5))
     for a, b in zip(fresh.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
-    again = fit((pair(), tmp_path / "parts"), 5, resume=True, device=device)  # nothing left to do
+    again = fit(pair(), tmp_path / "parts", 5, resume=True, device=device)  # nothing left to do
     assert len(again.history) == 5
 
 
 def test_the_global_generators_are_no_part_of_it(tmp_path: Path) -> None:
     fit(pair(), tmp_path / "run")
     before = torch.get_rng_state()
-    fit((pair(), tmp_path / "run"), 3, resume=True)
+    fit(pair(), tmp_path / "run", 3, resume=True)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -181,7 +181,7 @@ def test_another_training_isnt_resumed(
 ) -> None:
     fit(pair(), tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        fit((pair(), tmp_path), 3, resume=True, **options)
+        fit(pair(), tmp_path, 3, resume=True, **options)
 
 
 def test_another_pair_isnt_resumed(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_another_pair_isnt_resumed(tmp_path: Path) -> None:
         CheckpointError,
         match=r"StandardNormal\(event_shape=\(2,\).*got model=.*\(event_shape=\(3,\)",
     ):
-        fit((other, tmp_path), 3, resume=True)
+        fit(other, tmp_path, 3, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_another_machine_is_warned_about(tmp_path: Path, monkeypatch: pytest.Mon
     here = checkpoint.environment
     monkeypatch.setattr(checkpoint, "environment", lambda d: {**here(d), "threads": 99})
     with pytest.warns(PvaeWarning, match="not bit for bit as before: threads was 1, is 99"):
-        fit((pair(), tmp_path), 3, resume=True)
+        fit(pair(), tmp_path, 3, resume=True)
 
 
 def test_resume_needs_a_folder() -> None:
@@ -246,7 +246,7 @@ def test_truncated_foreign_and_tampered_files(tmp_path: Path) -> None:
     def refused(new: bytes, words: str) -> None:
         path.write_bytes(new)
         with pytest.raises(CheckpointError, match=words):
-            fit((pair(), tmp_path), 3, resume=True)
+            fit(pair(), tmp_path, 3, resume=True)
 
     refused(content[: len(content) // 2], "a safetensors file; got SafetensorError")
     refused(b"", "a safetensors file")
@@ -260,7 +260,7 @@ def test_truncated_foreign_and_tampered_files(tmp_path: Path) -> None:
     refused(save({"a": torch.zeros(3)}), "a checkpoint that pvae wrote")
     refused(content.replace(b'"pvae_format":"1"', b'"pvae_format":"9"'), "format 1; got format 9")
     path.write_bytes(content)
-    fit((pair(), tmp_path), 3, resume=True)
+    fit(pair(), tmp_path, 3, resume=True)
 
 
 # Loading
@@ -272,7 +272,7 @@ def test_load_gives_the_pair_back(tmp_path: Path, device: torch.device) -> None:
     run.save(tmp_path / "elsewhere.safetensors")
     for path in (tmp_path / "run", tmp_path / "elsewhere.safetensors"):
         other = recipes.vae(6, 2, hidden=(8,)).to(device)
-        meta = pvae.load(path, other.model, other.guide)
+        meta = pvae.load_parameters(other, path)
         assert meta["progress"]["epoch"] == 2
         for a, b in zip(other.parameters(), vae.parameters(), strict=True):
             assert torch.equal(a, b)
@@ -280,9 +280,9 @@ def test_load_gives_the_pair_back(tmp_path: Path, device: torch.device) -> None:
 
 def test_load_takes_the_best_epoch(tmp_path: Path) -> None:
     vae = pair()
-    fit((vae, tmp_path), 60, lr=3e-2, valid=binary(9), patience=3)
+    fit(vae, tmp_path, 60, lr=3e-2, valid=binary(9), patience=3)
     other = pair()
-    pvae.load(tmp_path, other.model, other.guide)
+    pvae.load_parameters(other, tmp_path)
     for a, b in zip(other.parameters(), vae.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -297,8 +297,8 @@ def test_load_into_functions(tmp_path: Path, device: torch.device) -> None:
     for parameter in run.structure.parameters.values():
         torch.nn.init.zeros_(parameter)
     with pytest.raises(CheckpointError, match="batch to trace"):
-        pvae.load(tmp_path, model, guide)
-    pvae.load(tmp_path, model, guide, batch)
+        pvae.load_parameters((model, guide), tmp_path)
+    pvae.load_parameters((model, guide), tmp_path, batch)
     for name, parameter in run.structure.parameters.items():
         assert torch.equal(parameter, expected[name])
 
@@ -334,9 +334,9 @@ def test_every_generator_is_saved(tmp_path: Path) -> None:
         return vae
 
     whole = drawing()
-    fit((whole, tmp_path / "whole"), 4)
-    fit((drawing(), tmp_path / "parts"), 2)
+    fit(whole, tmp_path / "whole", 4)
+    fit(drawing(), tmp_path / "parts", 2)
     parts = drawing()
-    fit((parts, tmp_path / "parts"), 4, resume=True)
+    fit(parts, tmp_path / "parts", 4, resume=True)
     for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -275,7 +275,7 @@ plots.samples(columns[:, used["sparse"]].T, title="the 20 most used columns of t
 # in the pair. It acts in training alone; no bound or validation value has it.
 
 # %%
-calm = train(recipes.sparse_activations_ae, 64, l1=0.03)
+calm = train(recipes.sparse_activations_ae, 64, l1_activations=0.03)
 
 
 def hidden_layers(pair, x):
@@ -572,7 +572,7 @@ assert rungs["4"]["evidence"].mean > rungs["3"]["evidence"].mean
 # |---|---|---|
 # | plain | nothing: point mass, flat prior | `recipes.ae(64, 8)` |
 # | sparse in the code | prior: $\lambda \lVert z \rVert_1$ | `recipes.sparse_ae(64, 100, l1=0.3)` |
-# | sparse in all activations | penalty: $\lambda \sum_j \lVert a^{[j]} \rVert_1$ | `recipes.sparse_activations_ae(64, 64, l1=0.03)` |
+# | sparse in all activations | penalty: $\lambda \sum_j \lVert a^{[j]} \rVert_1$ | `recipes.sparse_activations_ae(64, 64, l1_activations=0.03)` |
 # | contractive | penalty: $\lambda \lVert \partial z / \partial x \rVert_F$ | `recipes.contractive_ae(64, 8, contractive=0.1)` |
 # | denoising | corruption: $\tilde x = x + n$ or $x \cdot m$ | `recipes.denoising_ae(64, 64, corruption=corruptions.Masking(0.3))` |
 # | RAE | prior: $\tfrac12 \lVert z \rVert^2$; penalty: $\gamma \lVert W_d \rVert^2$ | `recipes.rae(64, 8)` |

@@ -98,7 +98,7 @@ for name, objective in {
     "STL()": o.STL(),
     "IWAE(8)": o.IWAE(8),
     "DReG(8)": o.DReG(8),
-    "Renyi(0.5, 8)": o.Renyi(0.5, 8),
+    "Renyi(0.5, 8)": o.Renyi(8, alpha=0.5),
     "ELBO(beta=4)": o.ELBO(beta=4.0),
 }.items():
     pairs[name], _ = train(objective)
@@ -175,10 +175,10 @@ figure
 # %%
 target = 105.0
 controlled = {
-    "FreeBits(1.0)": o.FreeBits(1.0),
+    "FreeBits(1.0)": o.FreeBits(floor=1.0),
     "warm-up": o.ELBO(beta=Warmup(8, "epochs")),
-    "Capacity(5)": o.Capacity(5.0, gamma=10.0),
-    f"GECO({target:.0f})": o.GECO(target, decay=0.9),
+    "Capacity(5)": o.Capacity(capacity=5.0, gamma=10.0),
+    f"GECO({target:.0f})": o.GECO(tolerance=target, decay=0.9),
 }
 for name, objective in controlled.items():
     controlled[name], run = train(objective, epochs=25)

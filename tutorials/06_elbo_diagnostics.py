@@ -291,7 +291,7 @@ def trained(objective):
     return vae
 
 
-collapsed, revived = trained(o.ELBO(beta=30.0)), trained(o.FreeBits(0.2))
+collapsed, revived = trained(o.ELBO(beta=30.0)), trained(o.FreeBits(floor=0.2))
 before = diagnostics.surgery(collapsed, held_out)
 after = diagnostics.surgery(revived, held_out)
 for result in (before, after):
@@ -390,7 +390,7 @@ assert [line.verdict for line in replicated.findings()][1] == "look"
 # named dimensions, for every plot and table that ArviZ has.
 
 # %%
-tree = export.to_arviz((model, good), x[:20], num_samples=500)
+tree = export.to_arviz((model, good), x[:20], num_particles=500)
 print(list(tree.children))
 means = torch.as_tensor(tree["posterior"]["z"].mean(("chain", "draw")).to_numpy())
 with torch.no_grad():

@@ -244,7 +244,7 @@ def gaussian(sigma: float = SIGMA) -> Any:
 
 def maker(images: Images, recipe: str, latent_dim: int = 0, **options: Any) -> Callable[[], VAE]:
     """What builds a recipe's pair for the images."""
-    build = recipes.RECIPES[recipe].build
+    build = recipes.named(recipe)
     if recipe == "vae":
         options = {"likelihood": gaussian(), **options}
     if recipe == "wae":

@@ -116,8 +116,8 @@ def _families(bench: Bench, real: Tensor, judge: Callable[[], MLPClassifier]) ->
     def prior(recipe: str) -> Callable[[int], Tensor]:
         def draw(seed: int) -> Tensor:
             pair = bench.fit(recipe, maker(images, recipe), seed)
-            model = latent.with_prior(pair.model, priors.StandardNormal(dim))
-            return latent.sample(model, real, mean=True, seed=seed)
+            other = latent.with_prior(pair, priors.StandardNormal(dim))
+            return latent.sample(other, real, mean=True, seed=seed)
 
         return draw
 
@@ -201,10 +201,10 @@ def _limit(bench: Bench, real: Tensor, judge: Callable[[], MLPClassifier]) -> Ro
     def measured(name: str, make: Callable[[], VAE]) -> list[Numbers]:
         def measure(seed: int) -> Numbers:
             pair = bench.fit(name, make, seed)
-            draws = latent.codes(pair, images.x_test, num_samples=32)
+            draws = latent.codes(pair, images.x_test, num_particles=32)
             spread = pair.encode(images.x_test).var(0).sum().sqrt()
-            model = latent.with_prior(pair.model, priors.StandardNormal(images.latent_dim))
-            drawn = latent.sample(model, real, mean=True, seed=seed)
+            other = latent.with_prior(pair, priors.StandardNormal(images.latent_dim))
+            drawn = latent.sample(other, real, mean=True, seed=seed)
             found = _score(images, real, drawn, judge(), seed)
             return {
                 "test MSE": mse(pair.reconstruct(images.x_test), images.x_test),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.bounds.density import LatentDensity, densities
+from pvae.bounds.density import LatentDensity, densities, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
 from pvae.pair import Batch
@@ -21,31 +21,22 @@ from pvae.terms import Evaluation
 __all__ = ["AIS", "Annealed", "annealed"]
 
 
-def _linear(fraction: Tensor) -> Tensor:
-    return fraction
-
-
-def _sigmoid(fraction: Tensor) -> Tensor:
-    raw = torch.sigmoid(4 * (2 * fraction - 1))
-    return (raw - raw[0]) / (raw[-1] - raw[0])
-
-
-_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"linear": _linear, "sigmoid": _sigmoid}
+_APART = 20  # transitions that part the chains which start from one draw of the posterior
 
 
 @dataclass(frozen=True)
 class AIS:
-    r"""How to anneal: from the guide, or the prior, to p(x, z), by Hamiltonian Monte Carlo.
+    r"""Settings of annealing from the guide, or the prior, to p(x, z) by Hamiltonian Monte Carlo.
 
     .. math::
         \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1})
         \left(\log p(x, z_{t-1}) - \log p_0(z_{t-1})\right), \quad
         z_t \sim T_t(\cdot | z_{t-1})
 
-    with :math:`z_0 \sim p_0` and transitions that leave :math:`p_0^{1 - \beta_t} p^{\beta_t}` as
-    it is. E[w] = p(x) exactly, as step sizes are found on chains of their own and are then kept
-    (Wu et al. adapt them as they go). Everything is in unconstrained coordinates; steps are in
-    units of the standard deviations of :math:`p_0`, by datum and coordinate.
+    with :math:`z_0 \sim p_0` and transitions that leave :math:`p_0^{1 - \beta_t} p^{\beta_t}`
+    invariant. E[w] = p(x) exactly, as step sizes are found on chains of their own and are then
+    kept (Wu et al. adapt them on the same chains). Everything is in unconstrained coordinates;
+    steps are in units of the standard deviations of :math:`p_0`, by datum and coordinate.
 
     References:
         Annealed Importance Sampling (Neal, 2001), https://arxiv.org/abs/physics/9803008
@@ -53,13 +44,13 @@ class AIS:
         https://arxiv.org/abs/1611.04273
 
     Arguments:
-        start: Where chains begin, ``"guide"`` or ``"prior"``. The prior needs no density of q; a
-            guide that is any good needs fewer temperatures.
-        num_temperatures: T.
-        schedule: ``"sigmoid"``, denser at both ends, or ``"linear"``.
-        num_leapfrog: Steps of a trajectory; each is a gradient.
-        acceptance: What step sizes are set for.
-        num_pilot: Chains a datum to set them by.
+        start: The distribution that chains start from, ``"guide"`` or ``"prior"``. The prior needs
+            no density of q; a good guide needs fewer temperatures.
+        num_temperatures: T, the number of steps from the start to the posterior.
+        schedule: ``"sigmoid"``, whose temperatures are denser at both ends, or ``"linear"``.
+        num_leapfrog: Number of leapfrog steps of a trajectory; each takes one gradient.
+        acceptance: Mean probability of acceptance that step sizes are set for.
+        num_pilot: Number of chains of each datum by which step sizes are set.
 
     Example:
         >>> AIS(num_temperatures=4, schedule="linear").betas
@@ -75,7 +66,7 @@ class AIS:
 
     def __post_init__(self) -> None:
         check_choice("AIS: start", self.start, ("guide", "prior"))
-        check_choice("AIS: schedule", self.schedule, _SCHEDULES)
+        check_choice("AIS: schedule", self.schedule, ("sigmoid", "linear"))
         for name in ("num_temperatures", "num_leapfrog", "num_pilot"):
             check_int(f"AIS: {name}", getattr(self, name))
         if check_number("AIS: acceptance", self.acceptance, above=0) >= 1:
@@ -84,21 +75,25 @@ class AIS:
     @property
     def betas(self) -> list[float]:
         """The T + 1 places on the path."""
-        fraction = torch.linspace(0, 1, self.num_temperatures + 1, dtype=torch.float64)
-        return _SCHEDULES[self.schedule](fraction).tolist()
+        betas = torch.linspace(0, 1, self.num_temperatures + 1, dtype=torch.float64)
+        if self.schedule == "sigmoid":
+            raw = torch.sigmoid(4 * (2 * betas - 1))
+            betas = (raw - raw[0]) / (raw[-1] - raw[0])
+        return betas.tolist()
 
 
 @dataclass(frozen=True)
 class Annealed:
-    """What came of a chunk of data.
+    """The weights of the annealed chains of one chunk of data.
 
     Attributes:
-        rows: The data of it.
-        forward: log weights of chains to the posterior, ``(K, n)``.
-        reverse: log weights of chains from it, or None.
+        rows: Rows of the data set that the chunk has.
+        forward: log weights of the chains that end at the posterior, ``(K, n)``.
+        reverse: log weights of the chains that start at the posterior, or None.
         acceptance: Mean probability of acceptance of each datum, ``(n,)``; NaN with one
             temperature, which has no transitions.
-        batch: What the pair was called with; with simulated data, those.
+        batch: The batch that the pair was called with, observed data replaced by simulated ones if
+            there are any.
     """
 
     rows: slice
@@ -113,9 +108,9 @@ def annealed(
 ) -> Iterator[Annealed]:
     """Anneals all data, chunk by chunk, in evaluation mode.
 
-    With ``simulate`` the data are drawn from the model, and chains are sent back, too. Those of a
-    datum start at the latents that it was drawn with, and get apart by a few transitions that
-    leave the posterior as it is.
+    With ``simulate`` the data are drawn from the model, and chains are also sent the other way,
+    from the posterior. Those of a datum start at the latents that it was drawn with, and are
+    separated first by a few transitions that leave the posterior invariant.
     """
     with densities(evaluation, num_chains, "annealing") as (chunks, bar):
         for rows, density in chunks:
@@ -145,9 +140,9 @@ def _chunk(
     if exact is not None and inner:
         transitions += len(groups) * (len(inner) + _APART)
     path, draw = _path(density, ais, lambda: bar.update(min(share / transitions, 1 - bar.n)))
-    steps = adapt(
-        path, path.state(draw(ais.num_pilot)), inner, _scale(draw, at_once), ais.acceptance
-    )
+    pilots = path.state(draw(ais.num_pilot))
+    _, scale = spread(draw, at_once)
+    steps = adapt(path, pilots, inner, scale, ais.acceptance)
     forward, reverse, chances = [], [], []
     for k in groups:
         log_weight, chance = _anneal(path, path.state(draw(k)), gaps, inner, steps)
@@ -184,17 +179,6 @@ def _path(
 
     path = Path(ends, ais.num_leapfrog, tick)
     return path, density.from_guide if from_guide else density.from_prior
-
-
-def _scale(draw: Callable[[int], Tensor], at_once: int) -> Tensor:
-    """Standard deviations of where chains start, ``(N, D)``, by a few draws; 1 if there is none."""
-    draws = torch.cat([draw(min(at_once, _FOR_SCALE)) for _ in range(-(-_FOR_SCALE // at_once))])
-    scale = draws.std(0)
-    return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-
-
-_FOR_SCALE = 32
-_APART = 20  # transitions
 
 
 def _anneal(

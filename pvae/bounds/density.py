@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,27 +14,31 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform, biject_to
+from torch.distributions.constraints import Constraint
 from tqdm import tqdm
 
+from pvae.bounds.weights import require_local
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
 from pvae.pair import Structure, as_batch
+from pvae.simulate import simulate_batch
 from pvae.terms.chunks import chunks_of
 from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import can_vectorize, compute
 from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
+from pvae.types import Dist
 
-__all__ = ["LatentDensity", "densities"]
+__all__ = ["LatentDensity", "densities", "spread"]
 
 
 @dataclass(frozen=True)
 class _Site:
-    """Where a latent stands in the flat vector, and how it gets into the programs."""
+    """The columns of the flat vector that hold a latent, and its shape in the programs."""
 
     name: str
-    transform: Any  # unconstrained -> support
+    transform: Transform  # unconstrained -> support
     shape: tuple[int, ...]  # of one datum, unconstrained
     columns: slice
     axis: int  # of the data, in a value with particles first
@@ -44,14 +48,15 @@ class _Site:
 class LatentDensity:
     r"""The densities of one batch of a pair as functions of u, its latents as one flat vector.
 
-    The latents of a datum, of all sites that have a guide, go through the bijections of torch
-    from their supports to the real line, and are put in a row. Densities are those of u:
+    The latents of a datum, of all sites that have a guide, are mapped from their supports to the
+    real line by the bijections of torch, and are concatenated into one vector u. All densities are
+    densities of u:
 
     .. math:: \log p(x, u) = \log p(x, z(u)) + \log |\det \partial z / \partial u|
 
-    Gradients are meant to be taken in u alone, by ``torch.autograd.grad``. Programs run in the
-    mode that they are in; `evaluating` around it is for the other one, and switches gradients off
-    where ``torch.enable_grad`` isn't inside. Data must not meet in a batch.
+    Gradients are meant to be taken in u alone, by ``torch.autograd.grad``. The programs run in the
+    mode, training or evaluation, that their modules are in. They must treat the data of a batch
+    independently.
 
     Arguments:
         structure: The pair, as `Pair.inspect` found it.
@@ -72,10 +77,7 @@ class LatentDensity:
     """
 
     def __init__(
-        self,
-        structure: Structure,
-        batch: Any,
-        given: Mapping[str, Tensor] | None = None,
+        self, structure: Structure, batch: Any, given: Mapping[str, Tensor] | None = None
     ) -> None:
         self.structure, self.batch = structure, as_batch(batch)
         self.given = dict(given or {})
@@ -113,20 +115,6 @@ class LatentDensity:
         """log p(x, u), shape ``(K, N)``, enumerated latents summed out."""
         return self.terms(u).log_joint + self.log_det(u)
 
-    def log_prior(self, u: Tensor) -> Tensor:
-        """log p(u), shape ``(K, N)``."""
-        self.structure.require_proper("log p(z)")
-        return self.terms(u).log_prior + self.log_det(u)
-
-    def log_q(self, u: Tensor) -> Tensor:
-        """log q(u | x), shape ``(K, N)``.
-
-        Raises:
-            UndefinedError: If the guide has a point mass, or sites that the model doesn't have.
-        """
-        self.require_guide("log q(z | x)")
-        return self.terms(u).log_q + self.log_det(u)
-
     def require_guide(self, what: str) -> None:
         """Refuses a quantity that needs the guide's density as a function of the latents."""
         self.structure.require_density(what)
@@ -144,24 +132,17 @@ class LatentDensity:
         return {site.name: site.transform(self._part(site, u)) for site in self._sites}
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
-        """What `values` undoes: u of shape ``(K, N, D)``."""
+        """The inverse of `values`: u of shape ``(K, N, D)``."""
         parts = [site.transform.inv(values[site.name]) for site in self._sites]
         return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], 2)
 
     def from_guide(self, num_draws: int) -> Tensor:
         """Draws from q(u | x), shape ``(num_draws, N, D)``."""
-        terms = compute(
-            self.structure,
-            self.batch,
-            num_particles=num_draws,
-            given=self.given,
-        )
+        terms = compute(self.structure, self.batch, num_particles=num_draws, given=self.given)
         return self.flatten(_values_of(terms))
 
     def from_prior(self, num_draws: int) -> Tensor:
         """Draws from p(u), given what the model doesn't observe of the batch."""
-        from pvae.simulate import simulate_batch
-
         run = simulate_batch(
             self.structure,
             self.batch,
@@ -184,8 +165,6 @@ class LatentDensity:
             UndefinedError: If the model has factors, the prior is improper, or a site observes
                 anything but a tensor of the batch, as it is or reshaped.
         """
-        from pvae.simulate import simulate_batch
-
         with torch.no_grad():
             run = simulate_batch(
                 self.structure, self.batch, given=self.given, where="simulated data"
@@ -246,12 +225,17 @@ def densities(
 ) -> Iterator[tuple[Iterator[tuple[slice, LatentDensity]], tqdm]]:
     """The densities of all data in order, chunk by chunk, in evaluation mode without gradients.
 
-    A chunk has so many data that ``num_particles`` for each are at most the evaluation's
-    ``max_rows``. A pair that runs on one number of rows alone has its last chunk filled up: only
-    so many of its rows count as the slice says.
+    The rows of a chunk, times ``num_particles``, are at most the evaluation's ``max_rows``. A pair
+    that runs on one number of rows alone has its last chunk filled up with other rows; those that
+    count are the first, as many as the slice has.
+
+    Arguments:
+        evaluation: The pair and its data.
+        num_particles: Number of draws of each datum that will go through the networks at once.
+        title: Title of the progress bar; empty for no bar.
 
     Yields:
-        Rows and densities of each chunk; and a progress bar, which is full at 1.
+        An iterator over the rows and densities of each chunk, and a progress bar whose total is 1.
     """
     structure, source, max_rows = evaluation.structure, evaluation.source, evaluation.max_rows
     chunks = chunks_of(source, structure, num_particles, max_rows)
@@ -265,22 +249,26 @@ def densities(
         yield ((rows, LatentDensity(structure, b, given)) for rows, _, b, given in chunks), bar
 
 
+def spread(draw: Callable[[int], Tensor], at_once: int = 1) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations of 32 draws, ``(N, D)``; a deviation that isn't finite is 1."""
+    draws = torch.cat([draw(min(at_once, _FEW)) for _ in range(-(-_FEW // at_once))])
+    scale = draws.std(0)
+    return draws.mean(0), torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+
+
+_FEW = 32
+
+
 def _check_pair(structure: Structure) -> None:
     what = "densities of the latents"
-    if structure.global_sites:
-        raise UndefinedError(
-            f"{what} of single data",
-            "a pair whose sites are all inside the data plate",
-            f"global site {oxford(structure.global_sites)}",
-            ["bounds.elbo or bounds.evidence, for the data set"],
-        )
+    require_local(structure, what)
     if isinstance(poutine.unwrap(structure.guide), Messenger):
         raise PairError("guide", "a guide that runs alone", "an AutoMessenger", ["AutoNormal"])
     if not structure.latents:
         raise UndefinedError(what, "a latent of the data that has a guide", "none")
 
 
-def _support(name: str, fn: Any) -> Any:
+def _support(name: str, fn: Dist) -> Constraint:
     """A support that is the same for all data, or a refusal."""
     try:
         support = fn.support
@@ -307,7 +295,7 @@ def _no_bijection(name: str, actual: str, fixes: list[str] | None = None) -> Und
     )
 
 
-def _same_map(one: Any, other: Any, like: Tensor) -> bool:
+def _same_map(one: Constraint, other: Constraint, like: Tensor) -> bool:
     """Whether two supports are one, by the bijections that they have."""
     try:
         u = biject_to(one).inv(like)

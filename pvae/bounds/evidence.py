@@ -42,10 +42,11 @@ def evidence(
     engine: Asked = "auto",
     **options: Unpack[Options],
 ) -> Estimate:
-    r"""The estimate of the evidence of each datum, by one of four methods.
+    r"""An estimate of log p(x), the log evidence, of each datum, by one of four methods.
 
-    All of them are averages over K weights, each with a standard error over draws by the delta
-    method (where one weight has it all, even that is too small), and an effective sample size.
+    Each is an average over K weights for every datum, with a standard error over draws by the
+    delta method and an effective sample size. Where one weight is nearly the whole sum, that error
+    is too small.
 
     ``method="importance"``, weights of draws from the guide, a lower bound on average:
 
@@ -69,8 +70,8 @@ def evidence(
     data that the model has simulated.
 
     ``method="cubo"``, the chi upper bound :math:`\tfrac1n \log E_q[w^n]` of order n. Its estimate
-    of K draws is too low on average, and where weights vary by much it is even below log p(x): it
-    is no certain upper bound, and a sign of trouble where it rises with K.
+    of K draws is too low on average, and where weights vary by much it is even below log p(x), so
+    it is no certain upper bound. Where it rises with K, the draws are too few.
 
     With sites g outside the data plate there is no evidence of one datum; the result is the bound
     for the data set,
@@ -90,22 +91,23 @@ def evidence(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: K, draws or chains for each datum; None for 1000 draws or 16 chains.
-        method: As above.
-        ais: How to anneal; None for what `AIS` is by itself.
-        local: How q is fitted to each datum; None for what `LocalFit` is by itself.
-        family: Of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in unconstrained
-            coordinates; ``"flow"``, splines upon that.
-        order: n of the upper bound, above 1.
-        num_global: Draws of global latents, where there are any.
+        method: How to estimate, as above.
+        ais: Settings of the annealing; None for the defaults of `AIS`.
+        local: Settings of the fit of q to each datum; None for the defaults of `LocalFit`.
+        family: Family of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in
+            unconstrained coordinates; ``"flow"``, splines that start from that Gaussian.
+        order: The order n of the chi upper bound, above 1.
+        num_global: Number of draws of latents outside the data plate, where there are any.
         engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with
             the same draws; ``"auto"``, compiled where that pays. Fits and annealing are eager.
         options: As in `pvae.options.Options`.
 
     Raises:
-        UndefinedError: If a latent of a datum has an improper prior, or, but for annealing from
-            the prior, a point-mass guide; but for importance sampling, if there are sites
-            outside the data plate; for ``"ais"`` and ``"local"``, if a latent is discrete or
-            has no unconstrained coordinates; for ``"local"``, if latents are masked out.
+        UndefinedError: If a latent of a datum has an improper prior, or a point-mass guide
+            (annealing from the prior needs no guide); if there are sites outside the data plate
+            and the method isn't importance sampling; if a latent is discrete or has no
+            unconstrained coordinates, with ``"ais"`` and ``"local"``; if latents are masked out,
+            with ``"local"``.
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)

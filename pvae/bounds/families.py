@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -19,22 +18,24 @@ from torch.nn.functional import softplus
 from pvae.bounds.density import LatentDensity
 from pvae.errors import UndefinedError
 from pvae.terms import Terms, compute
+from pvae.types import Dist
 
 __all__ = ["LocalFamily", "flow", "full_rank", "own_family", "refuse_masks"]
 
 
 @dataclass(frozen=True)
 class LocalFamily:
-    """A distribution of u, with parameters for each datum: the function makes it of them."""
+    """A family of distributions of u: parameters for each datum, and a function of them."""
 
     parameters: list[Tensor]
-    distribution: Callable[[Sequence[Tensor]], Any]
+    distribution: Callable[[Sequence[Tensor]], Dist]
 
-    def draw(self, num_draws: int) -> tuple[Tensor, Tensor]:
-        """u, shape ``(K, N, D)``, and its log density ``(K, N)`` with the parameters stopped."""
+    def log_weights(self, density: LatentDensity, num_draws: int) -> Tensor:
+        """log p(x, u) - log q(u) of draws, ``(K, N)``, log q with its parameters stopped."""
         u = self.distribution(self.parameters).rsample((num_draws,))
         stopped = self.distribution([p.detach() for p in self.parameters])
-        return u, stopped.log_prob(u.view_as(u))  # a view, as transforms remember their draws
+        log_q = stopped.log_prob(u.view_as(u))  # a view, as transforms remember their draws
+        return density.log_joint(u) - log_q
 
 
 def _affine_start(like: Tensor) -> list[Tensor]:
@@ -51,10 +52,10 @@ def _affine(loc: Tensor, factor: Tensor, parameters: Sequence[Tensor]) -> tuple[
 
 
 def full_rank(loc: Tensor, scale: Tensor) -> LocalFamily:
-    """Gaussians, from diagonal ones on."""
+    """Full-rank Gaussians, which start from diagonal ones."""
     start = scale.diag_embed()
 
-    def distribution(parameters: Sequence[Tensor]) -> Any:
+    def distribution(parameters: Sequence[Tensor]) -> Dist:
         mean, factor = _affine(loc, start, parameters)
         return dist.MultivariateNormal(mean, scale_tril=factor, validate_args=False)
 
@@ -93,7 +94,7 @@ def _spline_start(like: Tensor) -> list[Tensor]:
     return [*lengths, like.new_full((*like.shape, _BINS - 1), _ONE)]
 
 
-def _spline(parameters: Sequence[Tensor]) -> Any:
+def _spline(parameters: Sequence[Tensor]) -> Dist:
     widths, heights, middles, slopes = parameters
     shares = (widths.softmax(-1), heights.softmax(-1), softplus(slopes), middles.sigmoid())
     return ConditionedSpline(shares, bound=_BOUND)
@@ -102,8 +103,8 @@ def _spline(parameters: Sequence[Tensor]) -> Any:
 def flow(start: LocalFamily) -> LocalFamily:
     """Two layers of splines, each followed by an affine map, the last of them the Gaussian's.
 
-    In one dimension, too, it is more than a Gaussian, and its inverse is as fast as itself. These
-    are Pyro's transforms, which take parameters with a dimension of data.
+    It is richer than a Gaussian in one dimension, too, and as fast to invert as to run. Pyro's
+    spline takes parameters with a dimension of data.
     """
     gaussian = start.distribution([p.detach() for p in start.parameters])
     zero = torch.zeros_like(gaussian.loc)
@@ -111,7 +112,7 @@ def flow(start: LocalFamily) -> LocalFamily:
     base = dist.Normal(zero, one, validate_args=False).to_event(1)
     flip = torch.arange(zero.shape[-1] - 1, -1, -1, device=zero.device)
 
-    def distribution(parameters: Sequence[Tensor]) -> Any:
+    def distribution(parameters: Sequence[Tensor]) -> Dist:
         inner = _affine(zero, one.diag_embed(), parameters[4:7])
         outer = _affine(gaussian.loc, gaussian.scale_tril, parameters[11:])
         layers = [
@@ -131,7 +132,7 @@ def flow(start: LocalFamily) -> LocalFamily:
 class _Sites:
     """Distributions of the guide's kinds at its sites, as one of u."""
 
-    def __init__(self, density: LatentDensity, sites: dict[str, Any]) -> None:
+    def __init__(self, density: LatentDensity, sites: dict[str, Dist]) -> None:
         self.density, self.sites = density, sites
         self.dim = density.structure.dim
 
@@ -167,7 +168,7 @@ def own_family(density: LatentDensity, instead: LocalFamily) -> tuple[LocalFamil
         readings[name] = reading
     ends = list(itertools.accumulate((len(r.start) for r in readings.values()), initial=0))
 
-    def distribution(parameters: Sequence[Tensor]) -> Any:
+    def distribution(parameters: Sequence[Tensor]) -> Dist:
         shares = (parameters[a:b] for a, b in itertools.pairwise(ends))
         made = {n: r.build(p) for (n, r), p in zip(readings.items(), shares, strict=True)}
         return _Sites(density, made)
@@ -180,13 +181,13 @@ def own_family(density: LatentDensity, instead: LocalFamily) -> tuple[LocalFamil
 class _Reading:
     """A distribution's kind and unconstrained parameters, of which it can be made again."""
 
-    kind: Any
+    kind: type[Dist]
     names: list[str]
     start: list[Tensor]
     units: list[Tensor]
     event_dims: int
 
-    def build(self, moves: Sequence[Tensor]) -> Any:
+    def build(self, moves: Sequence[Tensor]) -> Dist:
         """The distribution, its parameters moved."""
         values = {
             name: transform_to(self.kind.arg_constraints[name])(start + unit * move)
@@ -202,7 +203,7 @@ class _Reading:
 _DERIVED = {"covariance_matrix", "precision_matrix", "probs"}  # another parameter says it, too
 
 
-def _read(fn: Any) -> _Reading | None:
+def _read(fn: Dist) -> _Reading | None:
     """Kind and parameters of a distribution; None if they don't make it again."""
     base = fn
     while isinstance(base, Independent):
@@ -226,7 +227,7 @@ def _read(fn: Any) -> _Reading | None:
     return reading if is_same and start else None
 
 
-def _guides(density: LatentDensity) -> dict[str, Any]:
+def _guides(density: LatentDensity) -> dict[str, Dist]:
     """The guide's distributions at the latents of one pass."""
     terms = _one_pass(density)
     return {name: terms.sites[name].guide for name in density.sites}

@@ -18,14 +18,14 @@ Ends = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class State:
-    """Chains: where they are, ``(K, N, D)``, and both ends' log densities there, ``(K, N)``."""
+    """Positions of chains, ``(K, N, D)``, and the log densities of both ends there, ``(K, N)``."""
 
     u: Tensor
     log_start: Tensor
     log_end: Tensor
 
     def log_density(self, beta: float) -> Tensor:
-        """That of the path, ``(K, N)``."""
+        """The log density of the path at beta, ``(K, N)``."""
         return (1 - beta) * self.log_start + beta * self.log_end
 
     @property
@@ -119,14 +119,15 @@ def adapt(
     """Step sizes for each place on the path, from chains that are sent along it.
 
     A datum's step, in units of ``scale``, grows where its chains accept more than ``acceptance``
-    on average, and shrinks where they accept less. A short path is walked in place for a while.
+    on average, and shrinks where they accept less. Where places are few, chains make several
+    transitions at each.
 
     Arguments:
         path: The path.
-        state: Chains at its start.
-        betas: Places.
+        state: Chains at the start of the path.
+        betas: Places on the path.
         scale: Unit of each coordinate of each datum, ``(N, D)``.
-        acceptance: What is aimed at.
+        acceptance: Mean probability of acceptance that is aimed at.
 
     Returns:
         Steps of shape ``(N, D)``, for each place.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
-from pvae.bounds.density import LatentDensity, densities
+from pvae.bounds.density import LatentDensity, densities, spread
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
 from pvae.bounds.weights import require_evidence
 from pvae.errors import check_int, check_number
@@ -27,23 +27,24 @@ FAMILIES: tuple[Family, ...] = ("own", "full_rank", "flow")
 
 @dataclass(frozen=True)
 class LocalFit:
-    r"""How q is fitted to each datum: Adam, whose rate falls where the ELBO stands still.
+    r"""Settings of the fit of q to each datum, by Adam with a falling learning rate.
 
-    Every 50 steps the mean ELBO of all data is looked at, with the same draws each time. Where it
-    has not risen, the rate falls; where it has fallen, by two standard errors of the difference,
-    the fit goes back, so that it doesn't end below its start. After four falls of the rate it ends.
+    Every 50 steps the mean ELBO of all data is estimated, with the same draws each time. Where it
+    has not risen, the learning rate falls to 0.3 of what it was; where the ELBO has fallen by two
+    standard errors of the difference, the parameters are set back, so that a fit doesn't end below
+    its start. After four falls of the learning rate the fit ends.
 
     Gradients leave out the score of q, whose expectation is 0, so that they vanish where q is the
-    posterior. Adam works element by element, so that no datum's fit depends on another's; when to
-    stop is decided by their mean.
+    posterior. Adam works element by element, so that no datum's steps depend on another's; the
+    learning rate and the end depend on the mean over data.
 
     References:
         Sticking the Landing (Roeder et al., 2017), https://arxiv.org/abs/1703.09194
 
     Arguments:
-        num_particles: Draws of a datum for a gradient.
-        lr: The first learning rate; locations move in units of standard deviations.
-        max_steps: Steps after which a fit ends where it is.
+        num_particles: Number of draws of each datum for a gradient.
+        lr: Learning rate at the start; locations move in units of standard deviations.
+        max_steps: Number of steps after which a fit ends, settled or not.
 
     Example:
         >>> LocalFit(max_steps=500)
@@ -65,11 +66,11 @@ class Fitted:
     """One family, fitted to a chunk of data.
 
     Attributes:
-        rows: The data.
-        family: Which one.
-        log_weights: Of fresh draws from it, ``(K, n)``.
-        is_settled: Whether the ELBO stood still before the last step.
-        instead: Why the guide's own family was replaced by a full-rank Gaussian, or nothing.
+        rows: Rows of the data set that the chunk has.
+        family: The family that was fitted.
+        log_weights: log weights of fresh draws from the fitted q, ``(K, n)``.
+        is_settled: Whether the ELBO had stopped rising before ``max_steps``.
+        instead: Why the guide's own family was replaced by a full-rank Gaussian; empty if not.
     """
 
     rows: slice
@@ -97,7 +98,7 @@ def fit_locally(
             refuse_masks(density)
             count = rows.stop - rows.start
             share = count / evaluation.num_rows / len(families)
-            start = full_rank(*_spread(density))
+            start = full_rank(*spread(density.from_guide))
             for family in families:
                 q, instead = start, ""
                 if family == "own":
@@ -119,7 +120,7 @@ _MEMORY = (0.9, 0.95)  # short: gradients are large where a fit starts, and soon
 
 
 def _maximise(q: LocalFamily, density: LatentDensity, how: LocalFit, particles: int) -> bool:
-    """Whether the mean ELBO stood still in the end."""
+    """Fits q by gradient ascent on the ELBO; says whether it had stopped rising in the end."""
     for parameter in q.parameters:
         parameter.requires_grad_()
     optimiser = torch.optim.Adam(q.parameters, lr=how.lr, betas=_MEMORY)
@@ -137,31 +138,32 @@ def _maximise(q: LocalFamily, density: LatentDensity, how: LocalFit, particles: 
             optimiser.param_groups[0]["lr"] *= _FALL
         with torch.no_grad():
             if gain < -2 * error:
-                torch._foreach_copy_(q.parameters, kept)
+                _copy_into(q.parameters, kept)
             else:
                 best = now
-                torch._foreach_copy_(kept, q.parameters)
+                _copy_into(kept, q.parameters)
     return falls == _FALLS
+
+
+def _copy_into(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
 
 
 def _look(q: LocalFamily, density: LatentDensity, particles: int) -> Tensor:
     """The mean ELBO of all data for each of some draws, the same at every look."""
     with torch.no_grad(), randomness.forked(0):
-        found = []
-        for _ in range(max(1, _LOOKS // particles)):
-            u, log_q = q.draw(particles)
-            found.append((density.log_joint(u) - log_q).double())
-    each = torch.cat(found)
+        draws = [q.log_weights(density, particles) for _ in range(max(1, _LOOKS // particles))]
+    each = torch.cat(draws).double()
     return torch.where(each.isfinite(), each, 0.0).sum(1) / each.isfinite().sum(1).clamp(min=1)
 
 
 def _step(
     q: LocalFamily, density: LatentDensity, optimiser: torch.optim.Optimizer, particles: int
 ) -> None:
-    """One step of all data."""
+    """One step of Adam, for all data at once."""
     with torch.enable_grad():
-        u, log_q = q.draw(particles)
-        elbo = (density.log_joint(u) - log_q).mean(0)
+        elbo = q.log_weights(density, particles).mean(0)
         gradients = torch.autograd.grad(-elbo.sum(), q.parameters)
     for parameter, gradient in zip(q.parameters, gradients, strict=True):
         parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
@@ -171,18 +173,5 @@ def _step(
 def _weigh(q: LocalFamily, density: LatentDensity, num_particles: int, max_rows: int) -> Tensor:
     """log weights of fresh draws, ``(K, N)``."""
     at_once = max(1, min(num_particles, max_rows // density.num_rows))
-    found = []
-    for done in range(0, num_particles, at_once):
-        u, log_q = q.draw(min(at_once, num_particles - done))
-        found.append((density.log_joint(u) - log_q).double())
-    return torch.cat(found)
-
-
-def _spread(density: LatentDensity) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of the guide's draws, ``(N, D)``."""
-    draws = torch.cat([density.from_guide(1) for _ in range(_FOR_SPREAD)])
-    scale = draws.std(0)
-    return draws.mean(0), torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-
-
-_FOR_SPREAD = 32
+    parts = [min(at_once, num_particles - done) for done in range(0, num_particles, at_once)]
+    return torch.cat([q.log_weights(density, k).double() for k in parts])

@@ -24,9 +24,10 @@ class Sandwich:
     """Both bounds of the evidence of simulated data.
 
     Attributes:
-        lower: From chains to the posterior.
-        upper: From chains that start at draws of the posterior. Those of one datum come from the
-            same draw, so that there is no error over draws apart from that over data.
+        lower: The estimate from chains that end at the posterior.
+        upper: The estimate from chains that start at a draw of the posterior. All chains of a
+            datum start at the same draw, so that its error over draws isn't known by itself; the
+            error over data has it in it.
         batch: The simulated data, and what the model was given beside them.
     """
 
@@ -80,8 +81,8 @@ def bdmc(
     .. math::
         E[\log \bar w] \le E[\log p(x)] \le E\left[-\log \tfrac1K \sum_k 1 / w_k'\right]
 
-    with :math:`w'` the weights of the chains that are sent back. The gap between both bounds what
-    AIS with these settings misses, on average over data of this kind.
+    with :math:`w'` the weights of the chains that are sent back. The gap between the bounds is, on
+    average over data of this kind, at least what AIS with these settings misses of log p(x).
 
     References:
         Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (Grosse et al., 2015),
@@ -94,7 +95,7 @@ def bdmc(
         data: An array, tensor, tuple of them, data set or source: what the model doesn't observe
             of it (labels) is kept, and there is one simulated datum for each of its rows.
         num_particles: K, chains for each datum, there and back.
-        ais: How to anneal; None for what `AIS` is by itself.
+        ais: Settings of the annealing; None for the defaults of `AIS`.
         options: As in `pvae.options.Options`.
 
     Raises:

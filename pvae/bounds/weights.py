@@ -23,6 +23,7 @@ __all__ = [
     "facts",
     "log_weights",
     "require_evidence",
+    "require_local",
     "weights_by_chunk",
 ]
 
@@ -93,7 +94,13 @@ def require_evidence(
     if density:
         structure.require_density(what)
     structure.require_proper(what)
-    if by_datum and structure.global_sites:
+    if by_datum:
+        require_local(structure, what)
+
+
+def require_local(structure: Structure, what: str) -> None:
+    """Refuses a quantity of single data where a site that has a density is outside the plate."""
+    if structure.global_sites:
         raise UndefinedError(
             f"{what} of single data",
             "a pair whose sites are all inside the data plate",
@@ -136,7 +143,7 @@ class Sums:
 
     @property
     def all(self) -> Tensor:
-        """Those of all data."""
+        """The sums of all data, in order."""
         return torch.cat(list(self._sums.values()), -1)
 
 
@@ -153,7 +160,7 @@ class WeightSums(Sums):
         self.power = power
 
     def reduce(self, log_weight: Tensor) -> Tensor:
-        """What is summed up of log weights ``(K, n)``: ``(2, n)``."""
+        """Both sums of log weights ``(K, n)`` over their K particles, ``(2, n)``."""
         powers = self.power * log_weight.double()
         return torch.stack([powers.logsumexp(0), (2 * powers).logsumexp(0)])
 

@@ -42,10 +42,13 @@ def main() -> None:
     # Torch's threads spin while they wait; where other work holds a core, that costs all the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
-    except TrainingError as error:
-        typer.echo(f"pvae: {error.one_line()}", err=True)
-        sys.exit(3)
+        sys.exit(app(standalone_mode=False) or 0)
     except PvaeError as error:
         typer.echo(f"pvae: {error.one_line()}", err=True)
+        sys.exit(3 if isinstance(error, TrainingError) else 2)
+    except typer.TyperException as error:
+        if message := " ".join(error.format_message().split()):  # it is empty below help
+            typer.echo(f"pvae: {message}", err=True)
         sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)

@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pvae.config import Config
     from pvae.data import Splits
     from pvae.fitting import History
-    from pvae.runs import Config
     from pvae.vae import VAE
 
-__all__ = ["Device", "RunFolder", "app", "prepare_file", "summary"]
+__all__ = ["DataFile", "Device", "RunFolder", "Seed", "app", "prepare_file", "summary"]
 
 app = typer.Typer(
     help="Variational autoencoders as probabilistic programs, on Pyro.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-RunFolder = Annotated[Path, typer.Argument(help="A folder that 'pvae train' wrote.")]
+Device = Annotated[
+    str, typer.Option(help="Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+]
+RunFolder = Annotated[Path, typer.Argument(help="Folder that 'pvae train' wrote.")]
+Seed = Annotated[int, typer.Option(help="Seed of what is drawn at random.")]
+DataFile = Annotated[
+    Path | None, typer.Option(help="File with data of the same kind; the run's test data if none.")
+]
 
 
 def summary(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pvae.cli.common import Device, RunFolder, app, prepare_file
+from pvae.cli.common import Device, RunFolder, Seed, app, prepare_file
 
 __all__ = ["diagnose"]
 
@@ -16,11 +16,21 @@ __all__ = ["diagnose"]
 @app.command()
 def diagnose(
     run: RunFolder,
-    rows: Annotated[int, typer.Option(help="Of the test data that are looked at.")] = 500,
-    num_particles: Annotated[int, typer.Option("-K", help="Draws from the guide a datum.")] = 200,
-    deep: Annotated[bool, typer.Option("--deep", help="Every check: minutes.")] = False,  # noqa: FBT002
-    to: Annotated[Path | None, typer.Option(help="A .json file of all lines.")] = None,
-    seed: Annotated[int, typer.Option(help="Of rows and draws.")] = 0,
+    *,
+    rows: Annotated[int, typer.Option(help="Number of test data to look at.")] = 500,
+    num_particles: Annotated[
+        int,
+        typer.Option(
+            "--num-particles", "-K", help="Number K of draws from the guide for each datum."
+        ),
+    ] = 200,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Make all checks, which takes minutes.")
+    ] = False,
+    to: Annotated[
+        Path | None, typer.Option(help="File to write all findings to. Example: --to found.json")
+    ] = None,
+    seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Judge a run: bound, posterior, latent space, model, training, and what to do next.

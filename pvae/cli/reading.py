@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvae.cli.common import Device, RunFolder, app, prepare_file, summary
+from pvae.cli.common import DataFile, Device, RunFolder, Seed, app, prepare_file, summary
 from pvae.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -24,17 +24,31 @@ __all__ = ["encode", "evaluate", "export", "reconstruct", "sample"]
 @app.command()
 def evaluate(
     run: RunFolder,
+    *,
     num_particles: Annotated[
         int | None,
-        typer.Option("-K", help="Draws a datum, for the evidence: 500, or 16 chains."),
+        typer.Option(
+            "--num-particles",
+            "-K",
+            help="Number K of draws for each datum, or of chains of ais. Default: 500; 16 chains.",
+        ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="importance; ais, cubo: the evidence alone, by that method.")
+        str,
+        typer.Option(
+            help="How the evidence is estimated; ais and cubo give nothing else. "
+            "Choices: importance, ais, cubo."
+        ),
     ] = "importance",
     rows: Annotated[
-        int | None, typer.Option("-n", help="Rows of the test data, for ais and cubo.")
+        int | None,
+        typer.Option(
+            "--rows",
+            "-n",
+            help="Number of test data, the first ones, for ais and cubo; all if none.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Estimate ELBO, evidence and their parts on the test data."""
@@ -45,8 +59,8 @@ def evaluate(
     from pvae.runs import open_run
 
     if rows is not None and method == "importance":
-        raise ArgumentError("-n", "--method ais or --method cubo with it", f"--method {method}")
-    count = None if rows is None else check_int("-n", rows)
+        raise ArgumentError("--rows", "--method ais or --method cubo with it", f"--method {method}")
+    count = None if rows is None else check_int("--rows", rows)
     config, vae, splits = open_run(run, device)
     if method == "importance":
         k = 500 if num_particles is None else num_particles
@@ -62,14 +76,22 @@ def evaluate(
 @app.command()
 def sample(
     run: RunFolder,
-    num_samples: Annotated[int, typer.Option("-n", help="How many.")] = 100,
-    mean: Annotated[bool, typer.Option(help="Means of x given z instead of draws.")] = False,  # noqa: FBT002
+    *,
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Number of draws.")] = 100,
+    mean: Annotated[
+        bool, typer.Option("--mean", help="Write the mean of x given z in place of a draw.")
+    ] = False,
     density: Annotated[
         str | None,
-        typer.Option(help="gaussian, gmm: fitted to the training codes, in the prior's place."),
+        typer.Option(
+            help="Density that is fitted to the training codes and takes the prior's place. "
+            "Choices: gaussian, gmm."
+        ),
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/samples.npy.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    to: Annotated[
+        Path | None, typer.Option(help="File to write. Default: RUN/samples.npy.")
+    ] = None,
+    seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Draw from the model: z from the prior, x from the decoder. No encoder is used.
@@ -103,12 +125,15 @@ def sample(
 @app.command()
 def reconstruct(
     run: RunFolder,
-    data: Annotated[
-        Path | None, typer.Option(help="A file of data; otherwise the test data.")
+    *,
+    data: DataFile = None,
+    to: Annotated[
+        Path | None, typer.Option(help="File to write. Default: RUN/reconstructions.npy.")
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/reconstructions.npy.")] = None,
-    corrupt: Annotated[bool, typer.Option(help="Corrupt the data first, as training did.")] = False,  # noqa: FBT002
-    seed: Annotated[int, typer.Option(help="Of the corruption.")] = 0,
+    corrupt: Annotated[
+        bool, typer.Option("--corrupt", help="Corrupt the data first, as training did.")
+    ] = False,
+    seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Encode data and decode them again: means of x at the mean of q(z | x)."""
@@ -129,10 +154,9 @@ def reconstruct(
 @app.command()
 def encode(
     run: RunFolder,
-    data: Annotated[
-        Path | None, typer.Option(help="A file of data; otherwise the test data.")
-    ] = None,
-    to: Annotated[Path | None, typer.Option(help="The .npy file; RUN/codes.npy.")] = None,
+    *,
+    data: DataFile = None,
+    to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/codes.npy.")] = None,
     device: Device = "auto",
 ) -> None:
     """Write the codes of data: the means of q(z | x)."""
@@ -145,15 +169,17 @@ def encode(
 @app.command()
 def export(
     run: RunFolder,
-    data: Annotated[
-        Path | None, typer.Option(help="A file of data; otherwise the test data.")
-    ] = None,
+    *,
+    data: DataFile = None,
     rows: Annotated[
-        int | None, typer.Option("-n", min=1, help="The first rows alone; all of them.")
+        int | None,
+        typer.Option("--rows", "-n", min=1, help="Number of data, the first ones; all if none."),
     ] = None,
-    num_particles: Annotated[int, typer.Option("-S", help="Draws of each datum.")] = 200,
-    to: Annotated[Path | None, typer.Option(help="The .nc file; RUN/draws.nc.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    num_particles: Annotated[
+        int, typer.Option("--num-particles", "-K", help="Number of draws of z for each datum.")
+    ] = 200,
+    to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/draws.nc.")] = None,
+    seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Write draws and log densities for ArviZ, as netCDF."""

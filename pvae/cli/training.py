@@ -1,7 +1,13 @@
-"""``pvae train``."""
+"""``pvae train``, whose options are those of `pvae.config`.
+
+Typer makes the command line from them: the other commands are written with it, it prints each group
+as a panel, and it takes a command whose arguments are made from a table. Values arrive as text and
+are checked by `pvae.config.Config`, as those of a file are, so a mistake reads the same in both.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,189 +18,108 @@ from pvae.cli.common import Device, app, summary
 from pvae.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
+    from pvae.config import Config
     from pvae.data import Splits
     from pvae.distributed import World
     from pvae.fitting import Fit
-    from pvae.runs import Config
     from pvae.vae import VAE
 
 __all__ = ["train"]
 
+_ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-@app.command()
-def train(
-    context: typer.Context,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="digits, mnist, fashion_mnist, kmnist, static_mnist, freyfaces, "
-            "or a file: .npy, .npz, IDX; images as (N, H, W) or (N, C, H, W)."
-        ),
-    ] = "digits",
-    data_dir: Annotated[
-        str | None,
-        typer.Option(help="Folder for data sets; otherwise the environment's PVAE_DATA."),
-    ] = None,
-    download: Annotated[bool, typer.Option(help="Fetch the data set if it isn't there.")] = False,  # noqa: FBT002
-    binarize: Annotated[
-        str, typer.Option(help="none, threshold, static, or dynamic (redrawn for every batch).")
-    ] = "none",
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="vae; or deterministic: ae, sparse_ae, sparse_activations_ae, contractive_ae, "
-            "denoising_ae, rae, wae, vq_vae."
-        ),
-    ] = "vae",
-    prior: Annotated[
-        str | None, typer.Option(help="standard_normal, normal, laplace, student_t, flat.")
-    ] = None,
-    likelihood: Annotated[
-        str | None,
-        typer.Option(
-            help="bernoulli, binomial, categorical, gaussian; otherwise the data's natural one."
-        ),
-    ] = None,
-    sigma: Annotated[
-        str | None,
-        typer.Option(help="Of a gaussian: a number, shared, feature, predicted, optimal."),
-    ] = None,
-    guide: Annotated[str | None, typer.Option(help="mean_field, point.")] = None,
-    noise: Annotated[
-        float | None,
-        typer.Option(help="Corruption: standard deviation of added noise, for data from 0 to 1."),
-    ] = None,
-    mask: Annotated[
-        float | None, typer.Option(help="Corruption: share of entries put to 0.")
-    ] = None,
-    salt_and_pepper: Annotated[
-        float | None, typer.Option(help="Corruption: share of entries put to 0 or 1.")
-    ] = None,
-    block: Annotated[
-        int | None, typer.Option(help="Corruption: side of a square put to 0.")
-    ] = None,
-    downsample: Annotated[
-        int | None, typer.Option(help="Corruption: factor of a lower resolution.")
-    ] = None,
-    l1: Annotated[
-        float | None, typer.Option(help="Rate of a Laplace prior: an L1 penalty on the code.")
-    ] = None,
-    l1_activations: Annotated[
-        float | None, typer.Option(help="Weight of the L1 norm of all activations.")
-    ] = None,
-    contractive: Annotated[
-        float | None, typer.Option(help="Weight of the norm of the code's Jacobian.")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="Weight of the squared norm of weights.")
-    ] = None,
-    mmd: Annotated[
-        float | None, typer.Option(help="Weight of the discrepancy of all codes from N(0, I).")
-    ] = None,
-    num_codes: Annotated[int | None, typer.Option(help="Of vq_vae: size of the codebook.")] = None,
-    num_latents: Annotated[int | None, typer.Option(help="Of vq_vae: vectors of a code.")] = None,
-    commitment: Annotated[
-        float | None, typer.Option(help="Of vq_vae: weight of the distance to the codes.")
-    ] = None,
-    network: Annotated[str, typer.Option(help="mlp, conv, resnet.")] = "mlp",
-    hidden: Annotated[
-        str | None, typer.Option(help="Widths (or channels) of hidden layers, as in 256,256.")
-    ] = None,
-    decoder_hidden: Annotated[
-        str | None,
-        typer.Option(help="Of the decoder: widths, or linear; otherwise as the recipe has it."),
-    ] = None,
-    activation: Annotated[str, typer.Option(help="A class of torch.nn.")] = "ReLU",
-    code_activation: Annotated[
-        str | None,
-        typer.Option(help="Class of torch.nn at the encoder's end: ReLU, or Identity for none."),
-    ] = None,
-    latent_dim: Annotated[int, typer.Option(help="Size of the latent.")] = 8,
-    objective: Annotated[
-        str,
-        typer.Option(help="elbo, stl, iwae, dreg, freebits, tcvae, ...: docs/objectives.md."),
-    ] = "elbo",
-    num_particles: Annotated[
-        int | None, typer.Option(help="Draws a datum; otherwise as the objective has it.")
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="Weight of the rate; 1 is the ELBO.")] = None,
-    warmup: Annotated[int, typer.Option(help="Epochs in which the weight of the rate rises.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
-    patience: Annotated[
-        int | None,
-        typer.Option(help="Stop after as many epochs without a better validation value."),
-    ] = None,
-    device: Device = "auto",
-    engine: Annotated[
-        str, typer.Option(help="eager, compiled, cudagraph, or auto: compiled where that pays.")
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of networks, data and draws.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<data>-<recipe>.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on; only --epochs may be new.")] = False,  # noqa: FBT002
-    overwrite: Annotated[bool, typer.Option(help="Replace the run in the folder.")] = False,  # noqa: FBT002
-) -> None:
-    """Train a pair and write a run folder: config, checkpoint, history, figures, summary.
 
-    On several GPUs or machines: torchrun --nproc-per-node=N -m pvae train ...
-    """
-    from pvae import distributed
-    from pvae.runs import Config
+@app.command(add_help_option=False, context_settings=_ANYTHING)
+def train(context: typer.Context) -> None:
+    """Train a pair and write a run folder: config, checkpoint, history, figures, summary."""
+    # The options are looked up when they are asked for: 'pvae --help' imports no torch, and a part
+    # that has just been given a name is a choice.
+    from pvae.config import flag, options
 
-    folder = out or Path("runs") / f"{Path(data).stem}-{recipe}"
-    asked = Config(
-        data=str(Path(data).resolve()) if Path(data).is_file() else data,
-        data_dir=data_dir,
-        binarize=binarize,
-        recipe=recipe,
-        prior=prior,
-        likelihood=likelihood,
-        sigma=sigma,
-        guide=guide,
-        noise=noise,
-        mask=mask,
-        salt_and_pepper=salt_and_pepper,
-        block=block,
-        downsample=downsample,
-        l1=l1,
-        l1_activations=l1_activations,
-        contractive=contractive,
-        weight_decay=weight_decay,
-        mmd=mmd,
-        num_codes=num_codes,
-        num_latents=num_latents,
-        commitment=commitment,
-        network=network,
-        hidden=_widths("--hidden", hidden),
-        decoder_hidden=()
-        if decoder_hidden == "linear"
-        else _widths("--decoder-hidden", decoder_hidden),
-        activation=activation,
-        code_activation=code_activation,
-        latent_dim=latent_dim,
-        objective=objective.lower(),
-        num_particles=num_particles,
-        beta=beta,
-        warmup=warmup,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        patience=patience,
-        engine=engine,
-        seed=seed,
+    def run(**values: str) -> None:
+        _run(**values)  # type: ignore[arg-type]
+
+    fixed = inspect.signature(_run, eval_str=True)
+    parameters = [p for p in fixed.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for name, option in options().items():
+        how = typer.Option(
+            flag(name),
+            metavar=option.kind,
+            help=option.text(name),
+            rich_help_panel=option.group,
+            show_default=False,
+        )
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[str | None, how],
+            )
+        )
+    run.__signature__ = fixed.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command(help=_HELP)(run)
+    raise typer.Exit(
+        command(context.args, standalone_mode=False, prog_name=context.command_path) or 0
     )
-    sources = {name: context.get_parameter_source(name) for name in vars(asked)}
-    given = {n for n, source in sources.items() if source and source.name != "DEFAULT"}
+
+
+_HELP = """Train a pair and write a run folder: config, checkpoint, history, figures, summary.
+
+On several GPUs or machines: torchrun --nproc-per-node=N -m pvae train ..."""
+
+
+def _run(
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the run. Default: runs/DATA-RECIPE. Example: --out runs/a"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with options to start from, which those of the command line change: the "
+            "config.json of a run, or a JSON or TOML file with the same names. "
+            "Example: --config runs/a/config.json"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in the folder; only --epochs may be new."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the folder.")
+    ] = False,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the data set if it isn't in its folder.")
+    ] = False,
+    device: Device = "auto",
+    **given: str | None,
+) -> None:
+    from pvae import distributed
+    from pvae.config import Config
+
+    values: dict[str, object] = {n: v for n, v in given.items() if v is not None}
+    if config is not None:
+        Config.read(config)  # so that a mistake in it is said to be there
+        values = Config.values_in(config) | values
+    if "data" in values and Path(str(values["data"])).is_file():
+        values["data"] = str(Path(str(values["data"])).resolve())
+    asked = Config(**values)
+    folder = out or Path("runs") / f"{Path(asked.data).stem}-{asked.recipe}"
     with distributed.joined(device) as world:
         _leave_talking_to_the_first(world)
         resume, overwrite = world.from_first(
             lambda: restarted(folder, resume=resume, overwrite=overwrite)
         )
-        config = world.from_first(
-            lambda: _prepare_folder(folder, asked, given, resume=resume, overwrite=overwrite)
+        chosen = world.from_first(
+            lambda: _prepare_folder(folder, asked, set(values), resume=resume, overwrite=overwrite)
         )
-        _train(folder, config, device, world, resume=resume, overwrite=overwrite, fetch=download)
+        _train(folder, chosen, device, world, resume=resume, overwrite=overwrite, fetch=download)
 
 
 def _leave_talking_to_the_first(world: World) -> None:
@@ -213,7 +138,7 @@ def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, boo
     job's is no more touched than at the first start.
     """
     from pvae import checkpoint, distributed
-    from pvae.fitting.options import CHECKPOINT
+    from pvae.fitting.settings import CHECKPOINT
     from pvae.runs import job_of
 
     mine = distributed.job()
@@ -224,22 +149,11 @@ def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, boo
     return (True, False) if is_ours or resume else (False, True)
 
 
-def _widths(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(width) for width in text.split(","))
-    except ValueError:
-        raise ArgumentError(option, "widths such as 256,256", repr(text)) from None
-
-
 def _prepare_folder(
     folder: Path, asked: Config, given: set[str], *, resume: bool, overwrite: bool
 ) -> Config:
     """The configuration to run: when resuming the folder's own, with more epochs if asked."""
-    from dataclasses import replace
-
-    from pvae.runs import Config
+    from pvae.config import Config, flag
 
     exists = (folder / "config.json").exists()
     if resume and overwrite:
@@ -248,18 +162,18 @@ def _prepare_folder(
         raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
     if resume:
         there = Config.read(folder)
-        others = sorted(given - {"epochs", "data_dir"})
-        differ = [name for name in others if getattr(there, name) != getattr(asked, name)]
+        new = {n: getattr(asked, n) for n in given & {"epochs", "data_dir"}}
+        ran, wanted = there.model_dump(), asked.model_dump()
+        differ = [n for n in sorted(given - set(new)) if ran.get(n) != wanted.get(n)]
         if differ:
             raise ArgumentError(
                 "--resume",
                 "the options of the run: "
-                + ", ".join(f"--{n.replace('_', '-')} {getattr(there, n)}" for n in differ),
-                ", ".join(f"{getattr(asked, n)}" for n in differ),
+                + ", ".join(f"{flag(n)} {_typed(ran.get(n))}" for n in differ),
+                ", ".join(_typed(wanted.get(n)) for n in differ),
                 ["--resume with --epochs alone", "--out with another name, to train anew"],
             )
-        there = replace(there, data_dir=asked.data_dir) if "data_dir" in given else there
-        return replace(there, epochs=asked.epochs) if "epochs" in given else there
+        return there.model_copy(update=new)
     in_use = folder.exists() and any(folder.iterdir())
     if in_use and not (exists and overwrite):
         raise ArgumentError(
@@ -271,6 +185,10 @@ def _prepare_folder(
             else ["--out with another name"],
         )
     return asked
+
+
+def _typed(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _train(
@@ -288,6 +206,7 @@ def _train(
     import pvae
     from pvae import randomness, terms
     from pvae.data import as_source
+    from pvae.runs import written
 
     if fetch:
         world.from_first(lambda: config.load_data(fetch=True) and None)
@@ -295,9 +214,9 @@ def _train(
     with randomness.forked(config.seed):
         vae = config.build(splits)
     where, dtype = vae.place(device)
-    test = as_source(splits.test, where, dtype)
+    test = as_source(splits.test.unlabelled(), where, dtype)
     terms.check_data(vae.inspect_source(test), test, "test data")
-    with config.written(folder, splits, vae) if world.is_first else nullcontext():
+    with written(config, folder, splits, vae) if world.is_first else nullcontext():
         run = pvae.fit(
             vae,
             splits.train.unlabelled(),

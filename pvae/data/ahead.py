@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         batches: Draws from no global generator, which the thread would share.
         device: Where the batches go.
     """
-    stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch() -> Batch | None:
         with torch.cuda.stream(stream):  # None does nothing

@@ -19,7 +19,9 @@ __all__ = ["Data", "LoaderSource", "Source", "as_source", "check_rows", "first_b
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 BINARIZE: tuple[Binarize, ...] = ("none", "threshold", "static", "dynamic")
+Index = slice | np.ndarray | list[int]
 _BLOCK = 256
+"""Rows whose fixed binarisation is drawn together."""
 
 
 class MappedRows:
@@ -37,21 +39,24 @@ class MappedRows:
     def shape(self) -> tuple[int, ...]:
         return (len(self.index), *self.array.shape[1:])
 
-    def __getitem__(self, index: Any) -> MappedRows:
+    def __getitem__(self, index: Index) -> MappedRows:
         return MappedRows(self.array, self.index[index])
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
         return np.asarray(self.array[self.index], dtype)
 
     def reshape(self, *shape: int) -> MappedRows:
         array = self.array.reshape(len(self.array), *shape[1:])
         return MappedRows(array, self.index)  # type: ignore[arg-type]
 
-    def min(self) -> Any:
-        return self.array.min()
+    def min(self) -> float:
+        return float(self.array.min())
 
-    def max(self) -> Any:
-        return self.array.max()
+    def max(self) -> float:
+        return float(self.array.max())
+
+
+Array = np.ndarray | Tensor | MappedRows
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Data:
     scale: float = 1.0
     binarize: Binarize = "none"
     seed: int = field(default=0, kw_only=True)
-    origin: Any = field(default=None, kw_only=True, compare=False, repr=False)
+    origin: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if hasattr(self.arrays, "shape"):  # an array alone is no tuple of its rows
@@ -94,7 +99,7 @@ class Data:
         """Shape of one datum."""
         return tuple(self.arrays[0].shape[1:])
 
-    def take(self, index: Any) -> Data:
+    def take(self, index: Index) -> Data:
         """The rows at ``index`` (a slice or integers)."""
         origin = None if self.origin is None else self.origin[index]
         return replace(self, arrays=tuple(a[index] for a in self.arrays), origin=origin)
@@ -162,18 +167,16 @@ class ArraySource(Source):
             size = sum(a.nbytes for a in self.data.arrays)
             resident = size < 0.5 * torch.cuda.mem_get_info(device)[0]
         self.resident = resident
-        self.arrays: list[Any] = [
-            self._cast(_as_tensor(a).to(device), i) if resident else a
-            for i, a in enumerate(self.data.arrays)
-        ]
+        on_device = self.data.arrays if resident else ()
+        self._tensors = [self._cast(_as_tensor(a).to(device), i) for i, a in enumerate(on_device)]
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """The rows at ``index``; the first array scaled and binarised."""
         if self.resident:
-            batch = [a.index_select(0, index) for a in self.arrays]
+            batch = [x.index_select(0, index) for x in self._tensors]
         else:
             host = index.cpu()
-            batch = [self._cast(self._send(a, host), i) for i, a in enumerate(self.arrays)]
+            batch = [self._cast(self._send(a, host), i) for i, a in enumerate(self.data.arrays)]
         x = batch[0]
         if x.dtype in (torch.uint8, torch.bool):
             x = x.to(self.dtype)
@@ -202,7 +205,7 @@ class ArraySource(Source):
             uniform[here] = drawn[index[here] % _BLOCK]
         return uniform
 
-    def _send(self, array: Any, index: Tensor) -> Tensor:
+    def _send(self, array: Array, index: Tensor) -> Tensor:
         rows = array[index] if isinstance(array, Tensor) else array[index.numpy()]
         tensor = _as_tensor(rows)
         if self.device.type == "cuda":
@@ -273,7 +276,7 @@ def in_memory(source: Source) -> Source:
     return as_source(data, source.device, source.dtype)
 
 
-def _as_tensor(array: Any) -> Tensor:
+def _as_tensor(array: Array) -> Tensor:
     if isinstance(array, Tensor):
         return array
     array = np.asarray(array)
@@ -286,7 +289,7 @@ def _as_tensor(array: Any) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _as_batch(batch: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _as_batch(batch: object, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
     if not all(isinstance(p, Tensor) for p in parts):
         raise DataError(
@@ -301,7 +304,7 @@ def _as_batch(batch: Any, device: torch.device, dtype: torch.dtype) -> tuple[Ten
 
 
 def as_source(
-    data: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    data: object, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Source:
     """Turns data into a `Source`.
 
@@ -361,7 +364,7 @@ def _checked(data: Data) -> Data:
     return replace(data, arrays=arrays)
 
 
-def _as_array(array: Any) -> Any:
+def _as_array(array: object) -> Array:
     if isinstance(array, np.memmap) and array.ndim:
         return MappedRows(array)
     return array if isinstance(array, (Tensor, np.ndarray, MappedRows)) else np.asarray(array)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, DataError, check_int, check_number
-from pvae.latent.matrix import as_matrix
+from pvae.latent.coding import as_matrix
 
 __all__ = [
     "DCI",

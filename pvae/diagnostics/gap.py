@@ -153,10 +153,11 @@ class Gap(Result):
     @property
     def notes(self) -> tuple[str, ...]:
         """The ELBO of each q, the evidence, and what is to be known of the fits."""
-        lines = [str(bound) for bound in (*map(self.elbo, self.log_weights), self.evidence)]
+        lines = [bound.headline for bound in (*map(self.elbo, self.log_weights), self.evidence)]
         if self.instead:
             lines.append(f"own: a full-rank Gaussian instead, as {self.instead}")
-        lines += [f"{q}: was still getting better at the last step" for q in self.unsettled]
+        fits = [q.replace("_", "-") for q in self.unsettled]
+        lines += [f"{q}: was still getting better at the last step" for q in fits]
         return tuple(lines)
 
     def _best(self) -> str:
@@ -216,7 +217,8 @@ def gap(
         num_particles: K, draws of a datum for each ELBO.
         evidence: log p(x) of the same data by other means, such as
             ``bounds.evidence(..., method="ais")``.
-        local: How q is fitted to each datum; None for what `bounds.LocalFit` is by itself.
+        local: Settings of the fit of q to each datum; None for the defaults of
+            `bounds.LocalFit`.
         flow: Whether to fit flows, too.
         options: As in `pvae.options.Options`.
 

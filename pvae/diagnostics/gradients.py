@@ -22,7 +22,7 @@ from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.modes import in_mode
 from pvae.objectives import ELBO, Objective, as_objective
 from pvae.options import Options, tool
-from pvae.pair import PairLike, Structure
+from pvae.pair import PairLike, Structure, as_pair
 
 __all__ = ["GradientNoise", "ObjectiveComparison", "compare_objectives", "gradient_noise"]
 
@@ -247,7 +247,7 @@ def compare_objectives(
     if not isinstance(objectives, Mapping) or not objectives:
         got = "none" if not objectives else type(objectives).__name__
         raise ArgumentError("objectives", "a dictionary of at least one, by name", got)
-    return _compared(pair, data, objectives, num_repeats, options)
+    return _compared(as_pair(pair, "compare_objectives"), data, objectives, num_repeats, options)
 
 
 def _compared(
@@ -319,7 +319,7 @@ def _gradient(
     """Of the loss per datum, by parameter, flat and in double precision."""
     evaluated = objective.compute_terms(structure, batch)
     loss = objective.surrogate(evaluated, state) / structure.divisor(evaluated.num_rows)
-    state.seen = None
+    state.measured = None
     parameters = list(structure.parameters.values())
     if not loss.requires_grad:
         return {}

@@ -5,11 +5,13 @@
 """
 
 from pvae.engine.choice import ASKED, Asked, choose
-from pvae.engine.compiled import UncompilableError, compile_function
+from pvae.engine.compiler import UncompilableError, compile_function
+from pvae.engine.measure import PARTS
+from pvae.engine.monitor import Failure
 from pvae.engine.optimizers import OptimizerLike, make_optimizer
 from pvae.engine.precision import PRECISIONS, Precision
 from pvae.engine.repeated import Repeated
-from pvae.engine.stepper import ENGINES, PARTS, Engine, Failure, Stepper
+from pvae.engine.stepper import ENGINES, Engine, Stepper
 
 __all__ = [
     "ASKED",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from pvae.engine.compiled import UncompilableError
+from pvae.engine.compiler import UncompilableError
 from pvae.modes import capturing_graph, is_capturing_graph
 
-__all__ = ["Captured", "Fixed"]
+__all__ = ["Captured", "Fixed", "record", "run_aside"]
 
-Function = Callable[..., Sequence[Tensor]]
+T = TypeVar("T")
+Batch = tuple[Tensor, ...]
 
 WARM_UP = 3
 """Runs on a stream of their own before a capture, in which libraries set themselves up."""
@@ -23,14 +24,14 @@ MAX_GRAPHS = 4
 """Kinds of batch that are captured; others run as Python."""
 
 
-class Captured:
+class Captured(Generic[T]):
     """Runs a function as Python a few times and from then on as a graph, for each kind of batch.
 
     Draws go on as they would: torch moves its generators at each replay. Every other number that
     isn't in a tensor is what it was at the capture; those that may change are to be in ``kind``.
 
     Arguments:
-        function: Of tensors, to tensors; all it does is done on the device.
+        function: Of tensors, to tensors in any container; all it does is done on the device.
         check: Called with a replay and what it is to be given, after a capture; raises where the
             graph doesn't do what the function does, and leaves everything as it was.
 
@@ -39,18 +40,18 @@ class Captured:
     """
 
     def __init__(
-        self, function: Function, check: Callable[[Function, tuple[Tensor, ...]], None]
+        self, function: Callable[..., T], check: Callable[[Callable[..., T], Batch], None]
     ) -> None:
         self.function, self.check = function, check
         self._runs: dict[Hashable, int] = {}
-        self._graphs: dict[Hashable, Function] = {}
+        self._graphs: dict[Hashable, Callable[..., T]] = {}
 
-    def __call__(self, kind: Hashable, batch: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    def __call__(self, kind: Hashable, batch: Batch) -> T:
         """The function's results on a batch, in tensors that the next call may write over."""
         if kind not in self._graphs:
             done = self._runs[kind] = self._runs.get(kind, 0) + 1
             if done <= WARM_UP:
-                return _aside(self.function, batch)
+                return run_aside(self.function, batch)
             if len(self._graphs) >= MAX_GRAPHS:
                 return self.function(*batch)
             try:
@@ -64,14 +65,14 @@ class Captured:
         return self._graphs[kind](*batch)
 
 
-def record(function: Function, example: tuple[Tensor, ...]) -> Function:
+def record(function: Callable[..., T], example: Batch) -> Callable[..., T]:
     """The function as a graph with inputs and outputs of its own."""
     inputs = [x.clone() for x in example]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = function(*inputs)
 
-    def replay(*batch: Tensor) -> Sequence[Tensor]:
+    def replay(*batch: Tensor) -> T:
         for place, x in zip(inputs, batch, strict=True):
             place.copy_(x, non_blocking=True)
         graph.replay()
@@ -128,9 +129,9 @@ class Fixed:
                 group["lr"] = value
 
 
-def _aside(function: Function, batch: tuple[Tensor, ...]) -> Sequence[Tensor]:
+def run_aside(function: Callable[..., T], batch: Batch) -> T:
     """Runs it on a stream of its own."""
-    current: Any = torch.cuda.current_stream()
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):

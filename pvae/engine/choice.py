@@ -12,8 +12,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae import randomness
-from pvae.engine.optimizers import Backup
+from pvae.engine.graphs import undoing
 from pvae.engine.stepper import Engine, Stepper
 from pvae.modes import in_mode
 from pvae.objectives import Objective
@@ -49,18 +48,14 @@ def _seconds(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
     """What a pass takes as in training, without its update."""
     found = []
     with (
-        randomness.forked(),
+        undoing(stepper.passes.changing(), stepper.state),
         in_mode(stepper.structure.modules, training=True),
         pyro.validation_enabled(is_validate=False),
     ):
-        backup = Backup(stepper.changing())
         for _ in range(4):
             started = time.perf_counter()
-            stepper.run_pass(*batch)
+            stepper.passes.run(*batch)
             if stepper.structure.device.type == "cuda":
                 torch.cuda.synchronize()
             found.append(time.perf_counter() - started)
-        backup.restore()
-    if stepper.state is not None:
-        stepper.state.seen = None
     return statistics.median(found[1:])

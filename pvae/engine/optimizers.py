@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError
+from pvae.internals import can_skip_on_device, fused_adam, has_step_hooks, version
 
-__all__ = ["Backup", "OptimizerLike", "is_fused", "make_optimizer", "update"]
+__all__ = ["Backup", "OptimizerLike", "make_optimizer", "update"]
 
 OptimizerLike = Callable[..., torch.optim.Optimizer]
 
 
 def make_optimizer(
-    factory: OptimizerLike, parameters: Sequence[Any], lr: float | None = None
+    factory: OptimizerLike, parameters: Sequence[Tensor | dict[str, Any]], lr: float | None = None
 ) -> torch.optim.Optimizer:
     """One optimiser over all parameters, fused where optimiser and device have that.
 
@@ -46,18 +47,13 @@ def make_optimizer(
         ) from error
 
 
-def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its update can be masked on the device."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def update(optimizer: Any, ok: Tensor, parameters: Sequence[Tensor]) -> None:
+def update(optimizer: torch.optim.Optimizer, ok: Tensor, parameters: Sequence[Tensor]) -> None:
     """The optimiser's step where ``ok``, and nothing where not."""
     if ok.device.type == "cpu":  # nothing to wait for
         if bool(ok) and not _adam(optimizer):
             optimizer.step()
-    elif is_fused(optimizer):
-        optimizer.found_inf = (~ok).to(torch.float32)
+    elif can_skip_on_device(optimizer):
+        setattr(optimizer, "found_inf", (~ok).to(torch.float32))  # noqa: B010
         optimizer.step()
     else:
         states = optimizer.state.values()
@@ -69,14 +65,12 @@ def update(optimizer: Any, ok: Tensor, parameters: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def _adam(optimizer: torch.optim.Optimizer) -> bool:
-    """A step of plain fused Adam by the kernel that it calls, without what is around it.
+    """A step of plain fused Adam by the kernel alone, and whether it was taken.
 
-    Which takes as long as the kernel itself, in small networks. Not done for subclasses, hooks and
-    anything special, nor for the first step.
+    It isn't for subclasses, hooks and anything special, nor for the first step.
     """
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    is_patched = "step" in vars(optimizer)  # as learning rate schedulers do
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or any(hooks) or is_patched:
+    is_watched = has_step_hooks(optimizer) or "step" in vars(optimizer)  # as by schedulers of rates
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or is_watched:
         return False
     for group in optimizer.param_groups:
         special = (group["amsgrad"], group["maximize"], not group["fused"])
@@ -88,29 +82,18 @@ def _adam(optimizer: torch.optim.Optimizer) -> bool:
     for group in optimizer.param_groups:
         moved = [p for p in group["params"] if p.grad is not None]
         states = [optimizer.state[p] for p in moved]
-        steps = [s["step"] for s in states]
-        beta1, beta2 = group["betas"]
         if not moved:
             continue
-        is_decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
-        kernel: Any = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
-        torch._foreach_add_(steps, 1)
-        kernel(
+        fused_adam(
             moved,
-            [p.grad for p in moved],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
-            [],
-            steps,
-            amsgrad=False,
+            [s["step"] for s in states],
             lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
+            betas=group["betas"],
             eps=group["eps"],
-            maximize=False,
-            grad_scale=None,
-            found_inf=None,
+            weight_decay=group["weight_decay"],
+            is_decoupled=group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW),
         )
     return True
 
@@ -121,12 +104,12 @@ class Backup:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
         self.copies = [tensor.detach().clone() for tensor in tensors]
-        self.versions = [tensor._version for tensor in tensors]
+        self.versions = [version(tensor) for tensor in tensors]
 
     def changed(self) -> list[Tensor]:
         """The tensors that aren't as they were, as far as versions and values tell."""
         rows = zip(self.tensors, self.copies, self.versions, strict=True)
-        return [x for x, y, v in rows if x._version != v or not torch.equal(x, y)]
+        return [x for x, y, v in rows if version(x) != v or not torch.equal(x, y)]
 
     def restore(self) -> None:
         """Puts the copies back."""

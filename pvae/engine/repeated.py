@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvae import randomness
 from pvae.engine.choice import Asked, has_compiler
-from pvae.engine.compiled import UncompilableError, compile_function
+from pvae.engine.compiler import UncompilableError, compile_function
 from pvae.errors import ArgumentError, PvaeWarning
 
 __all__ = ["Repeated"]
@@ -50,17 +50,15 @@ class Repeated:
             raise ArgumentError("engine", f"one of {', '.join(_ENGINES)}", repr(engine))
         self.function, self.left, self.engine = function, calls, engine
         self.tolerance = _TOLERANCE.get(dtype, 1e-2)
-        self._graphs: dict[Any, Callable[..., Any]] = {}
-        self._seconds: dict[Any, list[float]] = {}
+        self._graphs: dict[Hashable, Callable[..., Tensor]] = {}
+        self._seconds: dict[Hashable, list[float]] = {}
 
     def __call__(self, static: Hashable, *tensors: Tensor) -> Tensor:
         """Calls the function, or its graph."""
         key = (static, *((x.shape, x.dtype) for x in tensors))
         if key in self._graphs:
             self.left -= 1
-            (found,) = self._graphs[key](*tensors)
-            result: Tensor = found
-            return result
+            return self._graphs[key](*tensors)
         before = randomness.get_state() if self.engine != "eager" else {}
         started = time.perf_counter()
         result = self.function(static, *tensors)
@@ -80,7 +78,7 @@ class Repeated:
                 )
         return result
 
-    def _pays(self, key: Any, tensors: tuple[Tensor, ...]) -> bool:
+    def _pays(self, key: Hashable, tensors: tuple[Tensor, ...]) -> bool:
         if self.engine != "auto":
             return self.engine == "compiled"
         seconds = self._seconds[key]
@@ -93,17 +91,13 @@ class Repeated:
         tensors: tuple[Tensor, ...],
         expected: Tensor,
         before: dict[str, Tensor],
-    ) -> Callable[..., Any]:
+    ) -> Callable[..., Tensor]:
         """The graph, which has given the same numbers for the last call."""
-
-        def listed(*arguments: Tensor) -> list[Tensor]:
-            return [self.function(static, *arguments)]
-
         with randomness.forked():
-            graph = compile_function(listed, tensors)
+            graph = compile_function(functools.partial(self.function, static), tensors)
             randomness.set_state(before)
             try:
-                (found,) = graph(*tensors)
+                found = graph(*tensors)
             except Exception as error:
                 raise UncompilableError(f"the graph fails with {error}") from error
         size = expected.abs().max().clamp(min=1.0)

@@ -2,7 +2,7 @@
 
 from pvae.fitting.api import fit
 from pvae.fitting.history import History
-from pvae.fitting.loop import Fit
-from pvae.fitting.state import load
+from pvae.fitting.result import Fit
+from pvae.fitting.saving import load_parameters
 
-__all__ = ["Fit", "History", "fit", "load"]
+__all__ = ["Fit", "History", "fit", "load_parameters"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from pyro.infer import ELBO as PyroELBO
 
 from pvae.engine import Asked, OptimizerLike, Precision
-from pvae.fitting.loop import Fit
-from pvae.fitting.options import Options
+from pvae.fitting.loop import train
+from pvae.fitting.result import Fit
+from pvae.fitting.settings import Settings
+from pvae.fitting.setup import set_up
+from pvae.objectives import named
 from pvae.options import tool
 from pvae.pair import PairLike, as_pair
 from pvae.schedules import Schedule
@@ -21,8 +23,8 @@ __all__ = ["fit"]
 @tool
 def fit(
     pair: PairLike,
-    data: Any,
-    objective: PyroELBO | None = None,
+    data: object,
+    objective: PyroELBO | str | None = None,
     *,
     epochs: int = 10,
     batch_size: int | None = 128,
@@ -30,7 +32,7 @@ def fit(
     lr: float = 1e-3,
     lr_schedule: Schedule | None = None,
     clip_norm: float | None = None,
-    valid: Any = None,
+    valid: object = None,
     patience: int | None = None,
     device: str | torch.device = "auto",
     engine: Asked = "auto",
@@ -59,7 +61,8 @@ def fit(
         pair: A model and its guide: modules, or functions whose parameters are in Pyro's store.
         data: An array, tensor, ``np.memmap`` or tuple of them; a torch ``Dataset``; a
             ``DataLoader``; a `pvae.data.Data`. Batches are passed as ``model(*batch)``.
-        objective: What to maximise; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
+        objective: What to maximise: one of `pvae.objectives`, or its name in small letters, such
+            as ``"dreg"``; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
             Pyro's other ELBOs run as they are.
         epochs: Passes over the data.
         batch_size: Rows of a batch, of all processes together; None for all of the data, which is
@@ -110,7 +113,7 @@ def fit(
         >>> len(run.history), run.history[-1]["elbo"] < 0
         (2, True)
     """
-    options = Options(
+    settings = Settings(
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -129,6 +132,8 @@ def fit(
         save_steps=save_steps,
         progress=progress,
     )
-    run = Fit(as_pair(pair, "fit"), data, objective, valid, options)
-    run.train()
-    return run
+    if isinstance(objective, str):
+        objective = named(objective)()
+    training = set_up(as_pair(pair, "fit"), data, objective, valid, settings)
+    train(training)
+    return Fit(training)

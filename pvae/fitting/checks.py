@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer import ELBO as PyroELBO
 from pyro.infer.autoguide import AutoGuide
 
 from pvae import randomness
-from pvae import terms as t
-from pvae.data import Source, first_batch
-from pvae.data.sources import LoaderSource
+from pvae.data import LoaderSource, Source, first_batch
 from pvae.distributed import World
-from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
+from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
-from pvae.pair import is_penalty
+from pvae.pair import Structure, is_penalty, run_pair
+from pvae.types import Site
 
 __all__ = [
     "check_batches",
     "check_objective",
     "check_overcomplete",
     "check_parameters",
+    "check_plate",
     "trying",
 ]
 
 
-def check_batches(
-    structure: t.Structure,
-    source: Source,
-    batch_size: int,
-    world: World,
-) -> None:
+def check_batches(structure: Structure, source: Source, batch_size: int, world: World) -> None:
     """Refuses batches that the pair can't be trained on, or would be wrongly trained on."""
     if isinstance(source, LoaderSource) or structure.subsample_size is not None:
         return
-    is_part = batch_size < source.num_rows
-    if is_part:
+    if batch_size < source.num_rows:
         _check_minibatches(structure, source.num_rows, batch_size)
     if 1 in _sizes(source.num_rows, batch_size, world):
         _check_one_row(structure, source, batch_size)
@@ -53,7 +46,7 @@ def _sizes(num_rows: int, batch_size: int, world: World) -> set[int]:
     return world.shares(batch_size) | world.shares(num_rows % batch_size)
 
 
-def _check_minibatches(structure: t.Structure, num_rows: int, batch_size: int) -> None:
+def _check_minibatches(structure: Structure, num_rows: int, batch_size: int) -> None:
     if structure.tied_to is not None:
         per_row = isinstance(poutine.unwrap(structure.guide), AutoGuide) and structure.latents
         if per_row or num_rows % batch_size:
@@ -67,11 +60,9 @@ def _check_minibatches(structure: t.Structure, num_rows: int, batch_size: int) -
                     "pyro.plate(name, N, subsample_size=...) in the pair, which picks its rows",
                 ],
             )
-        warnings.warn(
+        warn(
             f"The pair runs on batches of {structure.tied_to} rows and on no others. If it has "
-            "parameters of its own for each row, other rows will share them: batch_size=None.",
-            PvaeWarning,
-            stacklevel=6,
+            "parameters of its own for each row, other rows will share them: batch_size=None."
         )
     if structure.global_sites and not structure.is_scaled:
         shared = oxford(structure.global_sites[:4])
@@ -90,19 +81,17 @@ def _check_minibatches(structure: t.Structure, num_rows: int, batch_size: int) -
                     "batch_size=None",
                 ],
             )
-        warnings.warn(
+        warn(
             f"Site(s) {shared} are outside the data plate. {advice}. "
-            f"pyro.plate('{structure.plate}', {num_rows}, subsample_size=len(x)) counts them once.",
-            PvaeWarning,
-            stacklevel=6,
+            f"pyro.plate('{structure.plate}', {num_rows}, subsample_size=len(x)) counts them once."
         )
 
 
-def _check_one_row(structure: t.Structure, source: Source, batch_size: int) -> None:
+def _check_one_row(structure: Structure, source: Source, batch_size: int) -> None:
     """Tries a batch of one row in training mode, which batch norm and penalties may refuse."""
     try:
         with trying(structure):
-            t.run_pair(structure.model, structure.guide, first_batch(source, 1))
+            run_pair(structure.model, structure.guide, first_batch(source, 1))
     except PairError as error:
         if not re.search("more than 1 value per channel|at least two data", str(error)):
             raise
@@ -115,11 +104,7 @@ def _check_one_row(structure: t.Structure, source: Source, batch_size: int) -> N
 
 
 def check_objective(
-    objective: Objective,
-    structure: t.Structure,
-    source: Source,
-    batch_size: int,
-    world: World,
+    objective: Objective, structure: Structure, source: Source, batch_size: int, world: World
 ) -> None:
     """Tries the objective on batches of the sizes that training will have."""
     sizes = {batch_size}
@@ -134,7 +119,7 @@ def check_objective(
 
 
 @contextmanager
-def trying(structure: t.Structure) -> Iterator[None]:
+def trying(structure: Structure) -> Iterator[None]:
     """Training mode, which leaves no trace: modes, buffers and generators are put back."""
     kept = [(b, b.clone()) for m in structure.modules for b in m.buffers(recurse=False)]
     try:
@@ -145,7 +130,7 @@ def trying(structure: t.Structure) -> Iterator[None]:
             buffer.copy_(copy)
 
 
-def check_overcomplete(structure: t.Structure, source: Source) -> None:
+def check_overcomplete(structure: Structure, source: Source) -> None:
     """Warns of an autoencoder that nothing keeps from learning the identity."""
     if isinstance(source, LoaderSource) or not (structure.points & set(structure.improper)):
         return
@@ -153,7 +138,7 @@ def check_overcomplete(structure: t.Structure, source: Source) -> None:
     points = sorted(structure.points & set(structure.improper))
     try:
         with evaluating(structure.modules), randomness.forked():
-            clean, of_model = t.run_pair(structure.model, structure.guide, batch)
+            clean, of_model = run_pair(structure.model, structure.guide, batch)
         code, data = (
             sum(_size(of_model.nodes[n]) for n in names) for names in (points, structure.observed)
         )
@@ -162,7 +147,7 @@ def check_overcomplete(structure: t.Structure, source: Source) -> None:
         if any(hasattr(clean.nodes[n]["fn"], "quantised") for n in points):
             return  # few codes
         with trying(structure):
-            of_guide, of_model = t.run_pair(structure.model, structure.guide, batch)
+            of_guide, of_model = run_pair(structure.model, structure.guide, batch)
     except PvaeError:  # training will say so
         return
     sites = [*of_guide.nodes.values(), *of_model.nodes.values()]
@@ -170,20 +155,30 @@ def check_overcomplete(structure: t.Structure, source: Source) -> None:
         return
     if any(not torch.equal(of_guide.nodes[n]["value"], clean.nodes[n]["value"]) for n in points):
         return  # corrupted data, dropout, or a norm over the batch
-    warnings.warn(
+    warn(
         f"The code has {code} entries, the data have {data}: an autoencoder can learn the "
         "identity, and nothing here keeps it from that. A smaller latent_dim, a sparse or normal "
         "prior, a corruption, or a penalty would.",
-        PvaeWarning,
-        stacklevel=5,
     )
 
 
-def _size(site: Any) -> int:
+def _size(site: Site) -> int:
     return math.prod(site["fn"].event_shape)
 
 
-def check_parameters(structure: t.Structure) -> None:
+def check_plate(objective: PyroELBO, structure: Structure) -> None:
+    """Refuses an objective that was told of another data plate than the pair's."""
+    plate = getattr(objective, "plate", None)
+    if plate is not None and plate not in structure.plates:
+        raise ArgumentError(
+            "objective",
+            f"the pair's data plate, '{structure.plate}'",
+            f"plate='{plate}'",
+            [f"pvae.fit(pvae.Pair(model, guide, plate='{plate}'), ...)"],
+        )
+
+
+def check_parameters(structure: Structure) -> None:
     """Refuses a pair with nothing to train."""
     if not structure.parameters:
         raise PairError(

@@ -9,9 +9,10 @@ from typing import Any, overload
 
 from pvae.checkpoint import write_atomically
 
-__all__ = ["History"]
+__all__ = ["History", "Record"]
 
 Record = dict[str, Any]
+"""What one epoch has come to, by name."""
 
 
 class History(Sequence[Record]):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pvae import terms as t
-from pvae.errors import UndefinedError, check_int
+from pvae.data import as_source, check_rows
+from pvae.errors import DataError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
 
-__all__ = ["codes", "means_and_noise"]
+__all__ = ["as_matrix", "codes", "means_and_noise"]
 
 NUM_PARTICLES_OF_MEAN = 32
 
@@ -131,3 +132,19 @@ def _is_exact(terms: t.Terms, site: str) -> bool:
         return False
     means = _means(terms, site)
     return bool((means == means[:1]).all())
+
+
+def as_matrix(where: str, codes: Tensor) -> Tensor:
+    """Codes without their gradient; refuses what is no finite matrix of real numbers."""
+    if not isinstance(codes, Tensor) or codes.dim() != 2 or not codes.is_floating_point():
+        raise DataError(
+            where,
+            "a floating tensor of shape (N, d)",
+            f"shape {tuple(codes.shape)}, {codes.dtype}"
+            if isinstance(codes, Tensor)
+            else type(codes).__name__,
+            ["codes.flatten(1)", "torch.as_tensor(array)"],
+        )
+    codes = codes.detach()
+    check_rows(as_source(codes, codes.device, codes.dtype), where=where)
+    return codes

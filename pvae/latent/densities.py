@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pvae import randomness
 from pvae.conditional import Conditional, as_conditional
 from pvae.errors import ArgumentError, DataError, TrainingError, check_int, check_number
-from pvae.latent.matrix import as_matrix
+from pvae.latent.coding import as_matrix
 
 __all__ = ["fit_density"]
 

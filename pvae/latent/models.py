@@ -14,6 +14,7 @@ from pvae import randomness
 from pvae.conditional import as_conditional
 from pvae.data import as_source
 from pvae.errors import PairError, check_int, oxford
+from pvae.internals import mask_of
 from pvae.options import tool
 from pvae.pair import Pair, PairLike, as_pair, probing
 from pvae.pair.messages import is_factor, sample_sites
@@ -107,7 +108,7 @@ class _Swap(Messenger):
             )
         depths = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
         new = self.fn.expand(old.batch_shape[-max(depths, default=len(old.batch_shape)) :])
-        msg["fn"] = new.mask(old._mask) if isinstance(old, MaskedDistribution) else new
+        msg["fn"] = new.mask(mask_of(old)) if isinstance(old, MaskedDistribution) else new
 
 
 @tool
@@ -153,7 +154,7 @@ def sample(
         source = as_source(data, like.device, like.dtype)
         size = source.num_rows if num_samples is None else check_int("num_samples", num_samples)
         batch = source.rows(torch.arange(size, device=source.device) % source.num_rows)
-        trace = run_model("sample", pair.model, batch, mean=mean, keep_masked=False)
+        trace = run_model(pair.model, batch, where="sample", mean=mean, keep_masked=False)
     sites = {s["name"]: s for s in sample_sites(trace)}
     observed = [n for n, s in sites.items() if s["is_observed"] and not is_factor(s)]
     what, names = ("observed site", observed) if site is None else ("site", [*sites])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
-from pvae.latent.matrix import as_matrix
+from pvae.latent.coding import as_matrix
 
 __all__ = ["jeffreys", "nearest", "precision_at_k"]
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvae import randomness
-from pvae import terms as t
-from pvae.errors import ArgumentError, PairError, UndefinedError, check_int, check_number
+from pvae.errors import ArgumentError, PairError, UndefinedError
 from pvae.mmd import Kernel, mmd
-from pvae.objectives.base import Objective, ObjectiveState
+from pvae.objectives.base import Objective
+from pvae.objectives.settings import AtLeastZero, Positive
+from pvae.objectives.state import ObjectiveState, Training
+from pvae.pair import Structure
+from pvae.terms import SiteTerms, Terms
 
 __all__ = ["DIPVAE", "TCVAE", "FactorVAE", "InfoVAE", "log_density_matrix"]
 
 
+@dataclass(frozen=True)
 class _Aggregate(Objective):
     """The abstract objective on the codes of a batch: one draw a datum, one latent site."""
 
@@ -28,16 +33,16 @@ class _Aggregate(Objective):
     couples_data = True
     estimator = "pathwise, the batch as the sample"
 
-    def __init__(self, site: str | None, **options: Any) -> None:
-        self.site = site
-        super().__init__(1, **options)
+    num_particles: int = field(default=1, init=False)
+    _: KW_ONLY
+    site: str | None = None
 
-    def check(self, structure: t.Structure) -> None:
+    def check(self, structure: Structure) -> None:
         """Also refuses pairs with several latents, unless one is named."""
         super().check(structure)
         self._site_of(structure)
 
-    def _site_of(self, structure: t.Structure) -> str:
+    def _site_of(self, structure: Structure) -> str:
         if self.site is not None and self.site in structure.latents:
             return self.site
         if self.site is not None or len(structure.latents) != 1:
@@ -49,7 +54,7 @@ class _Aggregate(Objective):
             )
         return structure.latents[0]
 
-    def _codes(self, terms: t.Terms) -> tuple[t.SiteTerms, Tensor]:
+    def _codes(self, terms: Terms) -> tuple[SiteTerms, Tensor]:
         """The site, and its draws, ``(N, D)``."""
         site = terms.sites[self._site_of(terms.structure)]
         mask = terms.guide_trace.nodes[site.name]["mask"]
@@ -66,7 +71,7 @@ def _is_independent(fn: Any) -> bool:
     return not len(fn.event_shape) or isinstance(fn, torch.distributions.Independent)
 
 
-def log_density_matrix(site: t.SiteTerms) -> Tensor:
+def log_density_matrix(site: SiteTerms) -> Tensor:
     """log q(z_i | x_j) by dimension, shape ``(N, N, D)``: draw i under the guide of datum j."""
     fn = site.guide
     if not _is_independent(fn) or site.value is None:
@@ -81,6 +86,7 @@ def log_density_matrix(site: t.SiteTerms) -> Tensor:
     return each.reshape(*each.shape[:2], -1)
 
 
+@dataclass(frozen=True)
 class TCVAE(_Aggregate):
     r"""The evidence lower bound with weights on the three parts of its rate (beta-TC-VAE).
 
@@ -108,32 +114,17 @@ class TCVAE(_Aggregate):
         gamma: Weight of the dimension-wise divergence.
         weights: ``"stratified"`` or ``"weighted"``.
         num_data: N; None to have it from `fit`.
-        site: The latent, where there are several.
-        options: ``penalty_weight``, ``plate``, as in `ELBO`.
+        options: As in `Objective`, and ``site``, the latent where there are several.
     """
 
-    source = "Chen et al. 2018, https://arxiv.org/abs/1802.04942"
+    _: KW_ONLY
+    beta: AtLeastZero = 6.0
+    alpha: AtLeastZero = 1.0
+    gamma: AtLeastZero = 1.0
+    weights: Literal["stratified", "weighted"] = "stratified"
+    num_data: Annotated[int | None, {"minimum": 1}] = None
 
-    def __init__(
-        self,
-        beta: float = 6.0,
-        alpha: float = 1.0,
-        gamma: float = 1.0,
-        weights: Literal["stratified", "weighted"] = "stratified",
-        num_data: int | None = None,
-        site: str | None = None,
-        **options: Any,
-    ) -> None:
-        self.beta = check_number("beta", beta, minimum=0)
-        self.alpha = check_number("alpha", alpha, minimum=0)
-        self.gamma = check_number("gamma", gamma, minimum=0)
-        if weights not in ("stratified", "weighted"):
-            raise ArgumentError("weights", "'stratified' or 'weighted'", repr(weights))
-        self.weights = weights
-        self.num_data = None if num_data is None else check_int("num_data", num_data)
-        super().__init__(site, **options)
-
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         site, _ = self._codes(terms)
         assert site.log_q is not None  # noqa: S101
@@ -147,9 +138,9 @@ class TCVAE(_Aggregate):
         by_dimension = (log_product - site.log_p[0]).mean()
         rate = self.alpha * information + self.beta * correlation + self.gamma * by_dimension
         rest = (terms.log_q - terms.log_prior - (site.log_q - site.log_p)).mean()
-        return -self.total_of_mean(terms, state, terms.log_likelihood.mean() - rate - rest)
+        return -self.total(terms, state, terms.log_likelihood.mean() - rate - rest)
 
-    def _log_weights(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def _log_weights(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """Row i: what each datum of the batch counts for the draw of datum i."""
         rows = terms.num_rows
         size = self.num_data or state.num_data
@@ -167,6 +158,7 @@ class TCVAE(_Aggregate):
         return torch.full((rows, rows), others).fill_diagonal_(-math.log(size))
 
 
+@dataclass(frozen=True)
 class InfoVAE(_Aggregate):
     r"""The evidence lower bound, with part of the rate's weight on the aggregated posterior.
 
@@ -186,29 +178,21 @@ class InfoVAE(_Aggregate):
         alpha: :math:`\alpha`, at most 1.
         scale: :math:`\lambda`, in nats a datum.
         kernel: See `pvae.mmd.mmd`.
-        site: The latent, where there are several.
-        options: As in `TCVAE`.
+        options: As in `Objective`, and ``site``, the latent where there are several.
     """
 
-    source = "Zhao et al. 2019, https://arxiv.org/abs/1706.02262"
+    _: KW_ONLY
+    alpha: Annotated[float, {"maximum": 1}] = 1.0
+    scale: float = 100.0
+    kernel: Literal["imq", "rbf"] | Kernel = "imq"
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        scale: float = 100.0,
-        kernel: Literal["imq", "rbf"] | Kernel = "imq",
-        site: str | None = None,
-        **options: Any,
-    ) -> None:
-        self.alpha, self.scale = check_number("alpha", alpha), check_number("scale", scale)
-        if self.alpha > 1 or self.alpha + self.scale < 1:
-            raise ArgumentError(
-                "alpha, scale", "alpha at most 1, alpha + scale at least 1", f"{alpha}, {scale}"
-            )
-        self.kernel = kernel
-        super().__init__(site, **options)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha + self.scale < 1:
+            got = f"{self.alpha + self.scale:g}"
+            raise ArgumentError("alpha, scale", "alpha + scale at least 1", got)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         site, z = self._codes(terms)
         prior = site.model
@@ -216,9 +200,10 @@ class InfoVAE(_Aggregate):
         gap = mmd(z, draws.reshape(z.shape), self.kernel)
         rate = (terms.log_q - terms.log_prior).mean()
         weighted = (1 - self.alpha) * rate + (self.alpha + self.scale - 1) * gap
-        return -self.total_of_mean(terms, state, terms.log_likelihood.mean() - weighted)
+        return -self.total(terms, state, terms.log_likelihood.mean() - weighted)
 
 
+@dataclass(frozen=True)
 class DIPVAE(_Aggregate):
     r"""The evidence lower bound, with the covariance of codes drawn to the identity.
 
@@ -236,30 +221,21 @@ class DIPVAE(_Aggregate):
         kind: 1 or 2.
         off_diagonal: :math:`\lambda_o`.
         diagonal: :math:`\lambda_d`; None for 10 times as much in kind 1, and as much in kind 2.
-        site: The latent, where there are several.
-        options: As in `TCVAE`.
+        options: As in `Objective`, and ``site``, the latent where there are several.
     """
 
-    source = "Kumar et al. 2018, https://arxiv.org/abs/1711.00848"
+    _: KW_ONLY
+    kind: Literal[1, 2] = 2
+    off_diagonal: AtLeastZero = 10.0
+    diagonal: Annotated[float | None, {"minimum": 0}] = None
 
-    def __init__(
-        self,
-        kind: Literal[1, 2] = 2,
-        off_diagonal: float = 10.0,
-        diagonal: float | None = None,
-        site: str | None = None,
-        **options: Any,
-    ) -> None:
-        if kind not in (1, 2):
-            raise ArgumentError("kind", "1 or 2", repr(kind))
-        self.kind = kind
-        self.off_diagonal = check_number("off_diagonal", off_diagonal, minimum=0)
-        default = 10 * self.off_diagonal if kind == 1 else self.off_diagonal
-        self.diagonal = default if diagonal is None else diagonal
-        check_number("diagonal", self.diagonal, minimum=0)
-        super().__init__(site, **options)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.diagonal is None:
+            default = self.off_diagonal * (10 if self.kind == 1 else 1)
+            object.__setattr__(self, "diagonal", default)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         site, z = self._codes(terms)
         fn = site.guide
@@ -282,29 +258,29 @@ class DIPVAE(_Aggregate):
         diagonal = covariance.diagonal()
         off = covariance.square().sum() - diagonal.square().sum()
         penalty = self.off_diagonal * off + self.diagonal * (diagonal - 1).square().sum()
-        return -self.total_of_mean(terms, state, terms.log_weight.mean() - penalty)
+        return -self.total(terms, state, terms.log_weight.mean() - penalty)
 
 
 class _Discriminator(ObjectiveState):
     """A classifier that tells codes of one datum from those with each entry of another one."""
 
-    def __init__(
-        self, size: int, hidden: tuple[int, ...], lr: float, seed: int, *base: Any
-    ) -> None:
-        super().__init__(*base)
+    def __init__(self, training: Training, size: int, objective: FactorVAE) -> None:
+        super().__init__(training)
+        hidden = objective.hidden
         layers: list[nn.Module] = []
-        with randomness.forked(seed):
+        with randomness.forked(objective.seed):
             for before, after in pairwise([size, *hidden]):
                 layers += [nn.Linear(before, after), nn.LeakyReLU(0.2)]
             layers.append(nn.Linear(hidden[-1] if hidden else size, 1))
         self.network = nn.Sequential(*layers).to(self.like)
         self.network.requires_grad_(requires_grad=False)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr, betas=(0.5, 0.9))
+        parameters = self.network.parameters()
+        self.optimizer = torch.optim.Adam(parameters, lr=objective.lr, betas=(0.5, 0.9))
 
     def advance(self) -> None:
         """Trains the classifier on the codes that the step has seen."""
-        if self.seen is not None:
-            z, self.seen = self.seen, None
+        if self.measured is not None:
+            z, self.measured = self.measured, None
             both = torch.cat([z, z.gather(0, torch.rand_like(z).argsort(0))])
             target = torch.zeros(len(both), 1).to(both)
             target[: len(z)] = 1.0
@@ -339,6 +315,7 @@ class _Discriminator(ObjectiveState):
         super().restore(tensors, step)
 
 
+@dataclass(frozen=True)
 class FactorVAE(_Aggregate):
     r"""The evidence lower bound less the total correlation, by a classifier's density ratio.
 
@@ -356,41 +333,29 @@ class FactorVAE(_Aggregate):
         hidden: Widths of the classifier's hidden layers.
         lr: Its learning rate (of Adam).
         seed: Of its initial weights.
-        site: The latent, where there are several.
-        options: As in `TCVAE`.
+        options: As in `Objective`, and ``site``, the latent where there are several.
     """
 
     estimator = "pathwise, a classifier's density ratio"
-    source = "Kim & Mnih 2018, https://arxiv.org/abs/1802.05983"
 
-    def __init__(
-        self,
-        gamma: float = 10.0,
-        hidden: tuple[int, ...] = (256, 256, 256),
-        lr: float = 1e-4,
-        seed: int = 0,
-        site: str | None = None,
-        **options: Any,
-    ) -> None:
-        self.gamma = check_number("gamma", gamma, minimum=0)
-        self.hidden = tuple(check_int("hidden", width) for width in hidden)
-        self.lr = check_number("lr", lr, above=0)
-        self.seed = check_int("seed", seed, minimum=0)
-        super().__init__(site, **options)
+    _: KW_ONLY
+    gamma: AtLeastZero = 10.0
+    hidden: tuple[int, ...] = (256, 256, 256)
+    lr: Positive = 1e-4
+    seed: Annotated[int, {"minimum": 0}] = 0
 
-    def new_state(self, schedules: Any, structure: t.Structure, num_data: Any) -> ObjectiveState:
+    def new_state(self, training: Training) -> ObjectiveState:
         """One with the classifier."""
-        size = math.prod(structure.shapes[self._site_of(structure)])
-        base = (schedules, structure, num_data)
-        return _Discriminator(size, self.hidden, self.lr, self.seed, *base)
+        shape = training.structure.shapes[self._site_of(training.structure)]
+        return _Discriminator(training, math.prod(shape), self)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         assert isinstance(state, _Discriminator)  # noqa: S101
         _, z = self._codes(terms)
         if torch.is_grad_enabled():
-            state.seen = z.detach()
+            state.measured = z.detach()
         frozen = {n: p.clone() for n, p in state.network.named_parameters()}  # it learns meanwhile
         ratio = torch.func.functional_call(state.network, frozen, z)
         mean = terms.log_weight.mean() - self.gamma * ratio.mean()
-        return -self.total_of_mean(terms, state, mean)
+        return -self.total(terms, state, mean)

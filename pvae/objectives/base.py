@@ -1,127 +1,42 @@
-"""The abstract objective, its state, and what objectives refuse."""
+"""The abstract objective."""
 
 from __future__ import annotations
 
 import functools
-import inspect
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal
+from dataclasses import KW_ONLY, MISSING, dataclass, replace
+from typing import Any, ClassVar, Literal
 
-import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
-from torch import Tensor, nn
+from torch import Tensor
 
-from pvae import terms as t
-from pvae.errors import check_int, check_number
+from pvae.errors import ArgumentError, check_int
 from pvae.objectives.refusals import REFUSALS, Need
-from pvae.pair import Pair
-from pvae.schedules import Constant, Schedule, as_schedule
+from pvae.objectives.settings import Weight, as_annotated, hints, written
+from pvae.objectives.state import ObjectiveState, Training
+from pvae.pair import Pair, Structure, run_pair
+from pvae.schedules import Schedule
+from pvae.terms import Terms, compute
+from pvae.types import Program
 
-__all__ = ["MovingAverage", "Objective", "ObjectiveState", "as_weight"]
+__all__ = ["Objective", "PassOption"]
 
-
-class ObjectiveState(nn.Module):
-    """What an objective keeps during one training: the step, and the value of its schedules there.
-
-    Schedules are evaluated on the host and kept as tensors, so that nothing has to be traced or
-    compiled anew when they change. Subclasses keep more, in buffers and parameters, which a
-    checkpoint saves: `surrogate` leaves one tensor that it has measured in ``seen``, and `advance`,
-    which training steps alone call, learns from it.
-
-    Arguments:
-        schedules: By name, lengths in steps.
-        structure: What the pair is made of.
-        num_data: Size of the data set; None if it isn't known.
-    """
-
-    def __init__(
-        self, schedules: dict[str, Schedule], structure: t.Structure, num_data: int | None = None
-    ) -> None:
-        super().__init__()
-        self.schedules, self.step, self.num_data = schedules, 0, num_data
-        self.seen: Tensor | None = None
-        self.like = torch.zeros((), dtype=structure.dtype, device=structure.device)
-        for name in schedules:
-            self.register_buffer(name, self.like.clone())
-        self.set_step(0)
-
-    def resolve(self, schedules: dict[str, Schedule], steps_per_epoch: int, total: int) -> None:
-        """Takes schedules anew, for a training of another length."""
-        self.schedules = {n: s.resolve(steps_per_epoch, total) for n, s in schedules.items()}
-        self.set_step(self.step)
-
-    def set_step(self, step: int) -> None:
-        """Moves to a training step."""
-        self.step = step
-        for name, schedule in self.schedules.items():
-            buffer: Tensor = getattr(self, name)
-            buffer.fill_(schedule(step))
-
-    def advance(self) -> None:
-        """Moves to the next training step."""
-        self.set_step(self.step + 1)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has of it beside the step."""
-        return {k: v for k, v in self.state_dict().items() if k not in self.schedules}
-
-    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Puts it where it was when `tensors` were taken."""
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                tensor.copy_(tensors[name])
-        self.set_step(step)
-
-    def report(self) -> dict[str, float]:
-        """What the history has of it, beside schedules."""
-        return {}
-
-    def now(self, name: str) -> Tensor:
-        """A schedule's value at this step, which later steps don't change."""
-        return self.get_buffer(name).clone()
+PassOption = Literal["per_dimension", "stop_guide", "detach", "share_globals"]
+_Known = dict[tuple[Program, Program], tuple[Pair, ObjectiveState | None, set[int]]]
+_REMEMBERED = "_remembered"  # of each pair in Pyro's own SVI: structure and state
 
 
-class MovingAverage(ObjectiveState):
-    """A state with the moving average of a number that each step measures.
-
-    Arguments:
-        decay: What an older value counts, a step later.
-        base: As in `ObjectiveState`.
-    """
-
-    average: Tensor
-    started: Tensor
-
-    def __init__(self, decay: float, *base: Any) -> None:
-        super().__init__(*base)
-        self.decay = decay
-        for name in ("average", "started"):
-            self.register_buffer(name, self.like.clone())
-
-    def averaged(self, value: Tensor) -> Tensor:
-        """The average with a new value in it."""
-        mixed = self.decay * self.average + (1 - self.decay) * value
-        return torch.where(self.started > 0, mixed, value)
-
-    def advance(self) -> None:
-        """Takes in what the step has measured, if that is finite."""
-        if self.seen is not None:
-            average = self.averaged(self.seen)
-            ok = average.isfinite()
-            self.average.copy_(torch.where(ok, average, self.average))
-            self.started.copy_(torch.where(ok, 1.0, self.started))
-            self.seen = None
-        super().advance()
-
-
+@dataclass(frozen=True)
 class Objective(PyroELBO):
-    """The abstract objective over terms. To write one, define `surrogate`, and what it `needs`.
+    """The abstract objective: a frozen dataclass of its settings. To write one, define `surrogate`.
 
-    Needs are named after what they refuse:
+    Settings are fields, which give the constructor, the repr (what isn't the default) and
+    equality. What a field accepts is said by its annotation, see `pvae.objectives.settings`. Where
+    it is a schedule, `value_at` has its value at the training step.
+
+    What an objective ``needs`` is named after what that refuses:
 
     - ``"density"``: local latents with a point-mass guide, improper priors;
     - ``"gradient"``: draws that can't be reparametrised;
@@ -135,83 +50,91 @@ class Objective(PyroELBO):
         couples_data: Whether the loss of a batch isn't the mean of its data's, so that several
             processes can't compute it in parts.
         estimator: How its gradient is estimated.
-        source: Paper, year, URL.
+        pass_options: What is asked of `pvae.terms.compute`, of which these are arguments.
 
     Arguments:
         num_particles: K, draws from the guide for each datum.
         penalty_weight: A factor on the pair's penalties, a number or a schedule.
         vectorize_particles: Whether they go through the networks at once; None to find out.
-        plate: Name of the data plate, where the batch's length doesn't tell.
+        plate: Name of the data plate in Pyro's own ``SVI``, where the batch's length doesn't tell;
+            elsewhere the pair says it.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Tempered(Objective):
+        ...     temperature: float = 1.0
+        ...
+        ...     def surrogate(self, terms, state):
+        ...         bound = terms.log_likelihood / self.temperature + terms.log_prior - terms.log_q
+        ...         return -self.total(terms, state, bound.mean(0))
+        >>> Tempered(temperature=0.5)
+        Tempered(temperature=0.5)
     """
 
-    needs: tuple[Need, ...] = ()
-    bound: Literal["lower", "upper", "none"] = "lower"
-    couples_data = False
-    estimator = "pathwise"
-    source = ""
-    pass_options: Mapping[str, Any] = MappingProxyType({})
+    needs: ClassVar[tuple[Need, ...]] = ()
+    bound: ClassVar[Literal["lower", "upper", "none"]] = "lower"
+    couples_data: ClassVar[bool] = False
+    estimator: ClassVar[str] = "pathwise"
+    pass_options: ClassVar[tuple[PassOption, ...]] = ()
+    max_plate_nesting: ClassVar[float] = math.inf  # as Pyro's own have it when they are made
 
-    def __init__(
-        self,
-        num_particles: int = 1,
-        *,
-        penalty_weight: float | Schedule = 1.0,
-        vectorize_particles: bool | None = None,
-        plate: str | None = None,
-    ) -> None:
-        super().__init__(num_particles=check_int("num_particles", num_particles))
-        self.penalty_weight = as_weight("penalty_weight", penalty_weight)
-        self.vectorize_particles = vectorize_particles
-        self.plate = plate
-        self._runs: dict[tuple[Any, Any], Any] = {}
+    num_particles: int = 1
+    _: KW_ONLY
+    penalty_weight: Weight = 1.0
+    vectorize_particles: bool | None = None
+    plate: str | None = None
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if "_runs" in self.__dict__:
-            raise AttributeError(f"an objective can't be changed; make a new one with {name}=...")
-        super().__setattr__(name, value)
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # else dataclass() makes another
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runs": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def __post_init__(self) -> None:
+        annotations = hints(type(self))
+        kept = {n: as_annotated(n, v, annotations.get(n)) for n, v in self.__getstate__().items()}
+        kept["num_particles"] = check_int("num_particles", self.num_particles)
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        config = []
-        for name, parameter in _arguments(type(self)).items():
-            value, default = self._shown(name), parameter.default
-            if isinstance(value, Schedule) and isinstance(default, (int, float)):
-                default = Constant(default)
-            if value != default:
-                config.append(f"{name}={_written(value)}")
-        return f"{type(self).__name__}({', '.join(config)})"
+        given = {name: written(value) for name, value in self.__getstate__().items()}
+        default = {name: written(getattr(type(self), name, MISSING)) for name in given}
+        shown = [f"{name}={text}" for name, text in given.items() if text != default[name]]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _shown(self, name: str) -> object:
-        """What was given for an argument."""
-        return getattr(self, name)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != _REMEMBERED}
+
+    @property
+    def num_draws(self) -> int:
+        """Draws from the guide for each datum, all together."""
+        return self.num_particles
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        """Schedules by name."""
-        return {"penalty_weight": self.penalty_weight}
+        """Those of its settings that are schedules."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Schedule)}
 
     @property
     def refuses_batches(self) -> bool:
         """Whether a pair may be refused for what only a batch shows, so that `fit` tries one."""
         return True
 
-    def check(self, structure: t.Structure) -> None:
+    def check(self, structure: Structure) -> None:
         """Refuses a pair that this objective can't be used with, and says why."""
+        if self.plate is not None and self.plate not in structure.plates:
+            raise ArgumentError(
+                "plate", f"the pair's data plate, '{structure.plate}'", repr(self.plate)
+            )
         for need in self.needs:
             REFUSALS[need](type(self).__name__, structure)
 
     @abstractmethod
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
 
     def make_state(
         self,
-        structure: t.Structure,
+        structure: Structure,
         num_data: int | None = None,
         steps_per_epoch: int | None = None,
         total_steps: int | None = None,
@@ -222,49 +145,43 @@ class Objective(PyroELBO):
             schedules = {
                 name: s.resolve(steps_per_epoch, total_steps) for name, s in schedules.items()
             }
-        return self.new_state(schedules, structure, num_data)
+        return self.new_state(Training(schedules, structure, num_data))
 
-    def new_state(
-        self, schedules: dict[str, Schedule], structure: t.Structure, num_data: int | None
-    ) -> ObjectiveState:
+    def new_state(self, training: Training) -> ObjectiveState:
         """A state of the kind that this objective has."""
-        return ObjectiveState(schedules, structure, num_data)
+        return ObjectiveState(training)
 
-    def compute_terms(
-        self,
-        structure: t.Structure,
-        batch: tuple[Tensor, ...],
-    ) -> t.Terms:
+    def compute_terms(self, structure: Structure, batch: tuple[Tensor, ...]) -> Terms:
         """The terms that this objective needs."""
-        return t.compute(
-            structure,
-            batch,
-            num_particles=self.num_particles,
-            vectorize=self.vectorize_particles,
-            **self.pass_options,
-        )
+        options: dict[str, Any] = dict.fromkeys(self.pass_options, True)
+        options |= {"num_particles": self.num_draws, "vectorize": self.vectorize_particles}
+        return compute(structure, batch, **options)
 
     def value_at(self, name: str, state: ObjectiveState) -> Tensor | float:
-        """A schedule's value; the number 1, where it is that, which costs nothing."""
-        return 1.0 if getattr(self, name) == Constant(1.0) else state.now(name)
+        """A setting at this step: a schedule's value, which later steps don't change; a number."""
+        scheduled = isinstance(getattr(self, name), Schedule)
+        return state.get_buffer(name).clone() if scheduled else getattr(self, name)
 
-    def total(self, terms: t.Terms, state: ObjectiveState, local: Tensor) -> Tensor:
-        """The plate-scaled sum of what each datum has, ``(N,)``, and of global sites; a scalar.
+    def total(self, terms: Terms, state: ObjectiveState, local: Tensor) -> Tensor:
+        """The plate-scaled sum over data and global sites, less the pair's penalties; a scalar.
 
-        The pair's penalties are subtracted.
+        Arguments:
+            terms: The terms.
+            state: The objective's state.
+            local: What each datum has, ``(N,)``, or the mean over data, a scalar.
         """
-        scale = terms.data_scale
+        local = local.expand(terms.num_rows).sum()
         outside = (terms.global_log_p - terms.global_log_q).mean()
-        return scale * local.sum() + outside + self.penalty(terms, state)
+        return terms.data_scale * local + outside + self.penalty(terms, state)
 
-    def penalty(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def penalty(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """What the pair's penalties add, plate-scaled, a scalar.
 
         Where draws have no gradient, what penalties have of them comes by the score function, with
         the other particles as the baseline: those that are the same for all draws get no noise.
         """
         each = terms.scaled("penalty")
-        if terms.has_penalties and self.pass_options.get("detach"):
+        if terms.has_penalties and "detach" in self.pass_options:
             signal, k = each.detach(), len(each)
             if k > 1:
                 signal = signal - (signal.sum() - signal) / (k - 1)
@@ -272,103 +189,84 @@ class Objective(PyroELBO):
             each = each + score - score.detach()
         return self.value_at("penalty_weight", state) * each.mean()
 
-    def total_of_mean(self, terms: t.Terms, state: ObjectiveState, mean: Tensor) -> Tensor:
-        """The same of a mean over data, a scalar."""
-        return self.total(terms, state, mean.expand(terms.num_rows))
-
     # What Pyro's SVI, and the objective as a module, call
 
-    def differentiable_loss(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+    ) -> Tensor:
         """The plate-scaled loss as a scalar to differentiate.
 
         Schedules advance by one step when it is differentiated, and by nothing else.
         """
-        run = self._run_for(model, guide, batch, kwargs)
-        loss = self.surrogate(self.compute_terms(run.structure, batch), run.state)
+        structure, state = self._recall(model, guide, batch, kwargs)
+        loss = self.surrogate(self.compute_terms(structure, batch), state)
         if loss.requires_grad:
-            loss.register_hook(lambda _: run.state.advance())
+            loss.register_hook(lambda _: state.advance())
         return loss
 
-    def loss(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> float:
+    def loss(self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any) -> float:
         """The plate-scaled loss in nats; doesn't advance schedules."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *batch, **kwargs))
 
-    def loss_and_grads(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+    ) -> float:
         """The plate-scaled loss in nats; adds gradients, and so advances schedules."""
         loss = self.differentiable_loss(model, guide, *batch, **kwargs)
         loss.backward()
         return float(loss.detach())
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def state_of(
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+    ) -> ObjectiveState:
+        """The state of a pair's training in Pyro's own ``SVI``: its step, schedules, multiplier.
+
+        Arguments:
+            model: A Pyro program.
+            guide: Its guide.
+            batch: What they are called with; the first one shows what the pair is made of.
+            kwargs: As ``batch``.
+        """
+        return self._recall(model, guide, batch, kwargs)[1]
+
+    def _recall(
+        self, model: Program, guide: Program, batch: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[Structure, ObjectiveState]:
+        """What a pair is made of, and the state of its training, both remembered.
+
+        The state is kept while some of the pair's parameters are those of before.
+        """
+        known: _Known = self.__dict__.setdefault(_REMEMBERED, {})
+        programs = _with_keywords(model, guide, kwargs)
+        if (model, guide) not in known:
+            known[model, guide] = Pair(*programs, plate=self.plate), None, set()
+        pair, state, before = known[model, guide]
+        structure = pair.inspect(batch)
+        parameters = {id(p) for p in structure.parameters.values()}
+        if state is None or parameters != before:
+            self.check(structure)
+            if state is None or not parameters & before:
+                state = self.make_state(structure)
+            known[model, guide] = pair, state, parameters
+        if kwargs or pair.model != model:
+            structure = replace(structure, model=programs[0], guide=programs[1])
+        return structure, state
+
+    def _get_trace(
+        self, model: Program, guide: Program, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
         """Traces of model and guide, scored, as Pyro's tools expect them."""
-        guide_trace, model_trace = t.run_pair(*_bound(model, guide, kwargs), args)
+        guide_trace, model_trace = run_pair(*_with_keywords(model, guide, kwargs), args)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace
 
-    def _run_for(self, model: Any, guide: Any, batch: Any, kwargs: dict[str, Any]) -> _Run:
-        """What is known of a pair outside `fit`, found out at its first batch."""
-        programs = _bound(model, guide, kwargs)
-        known = self._runs.get((model, guide))
-        live = None if known is None else _live(known[0], model, guide)
-        if known is None or live != {id(p) for p in known[0].parameters.values()}:
-            structure = Pair(*programs, plate=self.plate).inspect(batch)
-            self.check(structure)
-            now = {id(p) for p in structure.parameters.values()}
-            is_same = known is not None and bool(now & (live or set()))  # some frozen, or freed
-            state = known[1] if known is not None and is_same else self.make_state(structure)
-            self._runs[model, guide] = structure, state
-        return _Run(programs, *self._runs[model, guide])
 
-
-def _live(structure: t.Structure, model: Any, guide: Any) -> set[int]:
-    """Trainable parameters that a pair has now, as far as it is known where they are."""
-    roots = [p for p in (model, guide) if isinstance(p, nn.Module)]
-    found = {id(p) for root in roots for p in root.parameters() if p.requires_grad}
-    store = pyro.get_param_store()
-    stored = [store._params.get(name) for name in structure.parameters]
-    return found | {id(p) for p in stored if p is not None and p.requires_grad}
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A pair outside `fit`: its programs with keyword arguments bound, structure and state."""
-
-    programs: tuple[Callable[..., Any], Callable[..., Any]]
-    structure: t.Structure
-    state: ObjectiveState
-
-
-def _arguments(kind: type) -> dict[str, inspect.Parameter]:
-    """The arguments of an objective, with those that it passes on."""
-    found: dict[str, inspect.Parameter] = {}
-    for one in kind.__mro__:
-        own = dict(inspect.signature(one).parameters)
-        passes_on = own.pop("options", None) is not None
-        found = {**own, **found}
-        if not passes_on:
-            break
-    return {k: found[k] for k in (*inspect.signature(kind).parameters, *found) if k in found}
-
-
-def _written(value: object) -> str:
-    """A value as it would be given."""
-    if isinstance(value, Constant):
-        return repr(value.number)
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)
-
-
-def _bound(model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _with_keywords(
+    model: Program, guide: Program, kwargs: dict[str, Any]
+) -> tuple[Program, Program]:
+    """Both programs with the keyword arguments that they are called with."""
     if not kwargs:
         return model, guide
     return functools.partial(model, **kwargs), functools.partial(guide, **kwargs)
-
-
-def as_weight(name: str, value: float | Schedule) -> Schedule:
-    """A weight of at least 0 as a schedule."""
-    if not isinstance(value, Schedule):
-        check_number(name, value, minimum=0)
-    return as_schedule(name, value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -12,22 +13,19 @@ from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pvae import terms as t
 from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, PairError, check_int
-from pvae.objectives.base import (
-    MovingAverage,
-    Objective,
-    ObjectiveState,
-    as_weight,
-)
+from pvae.objectives.base import Objective
 from pvae.objectives.refusals import REFUSALS
-from pvae.pair.messages import is_penalty
-from pvae.schedules import Constant, Schedule
+from pvae.objectives.settings import Weight
+from pvae.objectives.state import MovingAverage, ObjectiveState, Training
+from pvae.pair import Structure, is_penalty
+from pvae.terms import Terms
 
 __all__ = ["ELBO", "as_objective"]
 
 
+@dataclass(frozen=True)
 class ELBO(Objective):
     r"""The evidence lower bound, with a weight on its rate, less the pair's penalties.
 
@@ -46,18 +44,15 @@ class ELBO(Objective):
         https://openreview.net/forum?id=r1lgTGL5DE
 
     Arguments:
-        num_particles: K, draws from the guide for each datum.
         beta: Weight of the rate; a number, or a schedule such as
             ``schedules.Warmup(10, "epochs")``. Where it isn't 1 the loss isn't the ELBO; the ELBO
             is logged beside it.
-        penalty_weight: c, a factor on all penalties, a number or a schedule.
         analytic_kl: The rate of a site in closed form where torch knows it, as in Pyro's
             ``TraceMeanField_ELBO``; others are sampled. Less noise, the same expectation.
         baseline: What is subtracted from the signal of score-function gradients, datum by datum:
             ``"leave_one_out"``, the mean over the other particles; ``"moving_average"``, over
             earlier steps; None for Pyro's way, without any.
-        vectorize_particles: Whether particles go through the networks at once; None to find out.
-        plate: Name of the data plate, where the batch's length doesn't tell.
+        options: As in `Objective`; ``penalty_weight`` is c.
 
     Example:
         >>> from pvae.schedules import Warmup
@@ -66,69 +61,46 @@ class ELBO(Objective):
     """
 
     estimator = "pathwise, or score function where a site has no other"
-    source = "Kingma & Welling 2014, https://arxiv.org/abs/1312.6114"
 
-    def __init__(
-        self,
-        num_particles: int = 1,
-        beta: float | Schedule = 1.0,
-        penalty_weight: float | Schedule = 1.0,
-        *,
-        analytic_kl: bool = False,
-        baseline: Literal["leave_one_out", "moving_average"] | None = None,
-        vectorize_particles: bool | None = None,
-        plate: str | None = None,
-    ) -> None:
-        self.beta = as_weight("beta", beta)
-        self.analytic_kl, self.baseline = analytic_kl, baseline
-        if not isinstance(analytic_kl, bool):
-            raise ArgumentError("analytic_kl", "True or False", repr(analytic_kl))
-        if baseline not in (None, "leave_one_out", "moving_average"):
-            raise ArgumentError(
-                "baseline", "'leave_one_out', 'moving_average' or None", repr(baseline)
-            )
-        if baseline == "leave_one_out":
-            check_int("num_particles with baseline='leave_one_out'", num_particles, minimum=2)
-        super().__init__(
-            num_particles,
-            penalty_weight=penalty_weight,
-            vectorize_particles=vectorize_particles,
-            plate=plate,
-        )
+    _: KW_ONLY
+    beta: Weight = 1.0
+    analytic_kl: bool = False
+    baseline: Literal["leave_one_out", "moving_average", None] = None
 
-    @property
-    def schedules(self) -> dict[str, Schedule]:
-        """Those of the two weights."""
-        return {"beta": self.beta, **super().schedules}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline == "leave_one_out":
+            check_int(f"num_particles with baseline='{self.baseline}'", self.num_particles, 2)
 
     @property
     def refuses_batches(self) -> bool:
         """With the closed form, or a weight on the rate."""
-        return self.analytic_kl or self.beta != Constant(1.0)
+        return self.analytic_kl or self.beta != 1.0
 
-    def check(self, structure: t.Structure) -> None:
-        """Refuses pairs for which these options aren't defined."""
+    def check(self, structure: Structure) -> None:
+        """Also refuses pairs for which these options aren't defined."""
+        super().check(structure)
         if self.analytic_kl:
             REFUSALS["gradient"]("ELBO(analytic_kl=True)", structure)
         if self.baseline is not None:
             REFUSALS["local"](f"ELBO(baseline='{self.baseline}')", structure)
             REFUSALS["unscaled"](f"ELBO(baseline='{self.baseline}')", structure)
 
-    def new_state(self, *base: Any) -> ObjectiveState:
+    def new_state(self, training: Training) -> ObjectiveState:
         """With a moving average, if that is the baseline."""
         if self.baseline == "moving_average":
-            return MovingAverage(0.9, *base)
-        return super().new_state(*base)
+            return MovingAverage(training)
+        return super().new_state(training)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         beta, factor = self.value_at("beta", state), self.value_at("penalty_weight", state)
-        if self.beta != Constant(1.0) and terms.is_joint:
+        if self.beta != 1.0 and terms.is_joint:
             terms.require_split()
         rate = terms.scaled("q") - terms.scaled("prior")
         if self.analytic_kl:
             rate = rate + sum(map(_analytic_less_sampled, terms.passes)) / terms.num_particles
-        value = terms.scaled("likelihood") - (rate if isinstance(beta, float) else beta * rate)
+        value = terms.scaled("likelihood") - (rate if self.beta == 1.0 else beta * rate)
         if terms.has_penalties:
             value = value + factor * terms.scaled("penalty")
         loss = -value.mean()
@@ -141,7 +113,7 @@ class ELBO(Objective):
         return loss
 
     def _signal(
-        self, terms: t.Terms, state: ObjectiveState, beta: Tensor | float, factor: Tensor | float
+        self, terms: Terms, state: ObjectiveState, beta: Tensor | float, factor: Tensor | float
     ) -> Tensor:
         """The score function times the signal less its baseline; its value is 0."""
         score = terms.like.new_zeros(terms.num_particles, terms.num_rows)
@@ -150,12 +122,14 @@ class ELBO(Objective):
             assert log_q is not None  # noqa: S101
             score = score + log_q
         with torch.no_grad():
-            signal = terms.log_joint - beta * terms.log_q + (beta - 1) * self._prior(terms, beta)
+            signal = terms.log_joint - beta * terms.log_q
+            if self.beta != 1.0:
+                signal = signal + (beta - 1) * terms.log_prior
             for penalty in terms.penalties.values():
                 signal = signal + factor * (penalty if penalty.dim() == 2 else penalty[:, None])
             if isinstance(state, MovingAverage):
                 advantage = signal - state.average
-                state.seen = signal.mean() if score.requires_grad else None
+                state.measured = signal.mean() if score.requires_grad else None
             else:
                 k = terms.num_particles
                 advantage = signal - (signal.sum(0) - signal) / (k - 1)
@@ -163,12 +137,8 @@ class ELBO(Objective):
         scale = terms.data_scale
         return scale * (product - product.detach())
 
-    @staticmethod
-    def _prior(terms: t.Terms, beta: Tensor | float) -> Tensor | float:
-        return 0.0 if isinstance(beta, float) else terms.log_prior
 
-
-def _analytic_less_sampled(terms: t.Terms) -> Tensor:
+def _analytic_less_sampled(terms: Terms) -> Tensor:
     """What the rate of a pass changes by, summed over particles, where it is in closed form."""
     of_guide, of_model = terms.guide_trace.nodes, terms.model_trace.nodes
     latents = [n for n, s in terms.sites.items() if s.kind == "latent" and s.guide is not None]
@@ -198,14 +168,14 @@ def _analytic_less_sampled(terms: t.Terms) -> Tensor:
     return change
 
 
-def _needs_score(terms: t.Terms) -> bool:
+def _needs_score(terms: Terms) -> bool:
     """Whether a guide site can't be reparametrised."""
     return any(
         not site.guide.has_rsample for site in terms.sites.values() if site.guide is not None
     )
 
 
-def _score_function(terms: t.Terms, beta: Tensor | float, factor: Tensor | float) -> Tensor:
+def _score_function(terms: Terms, beta: Tensor | float, factor: Tensor | float) -> Tensor:
     """The ELBO of one pass with score-function terms, as ``Trace_ELBO`` has it, summed over K.
 
     References:
@@ -247,26 +217,18 @@ def _score_function(terms: t.Terms, beta: Tensor | float, factor: Tensor | float
     return surrogate
 
 
-def as_objective(objective: PyroELBO | None, plate: str | None = None) -> PyroELBO:
+def as_objective(objective: PyroELBO | None) -> PyroELBO:
     """Exactly ``Trace_ELBO`` runs as our own ELBO: the same numbers, and the parts logged."""
     if objective is None:
-        return ELBO(plate=plate)
+        return ELBO()
     if type(objective) is Trace_ELBO:
-        return ELBO(
-            objective.num_particles,
-            vectorize_particles=True if objective.vectorize_particles else None,
-            plate=plate,
-        )
+        vectorize = True if objective.vectorize_particles else None
+        return ELBO(objective.num_particles, vectorize_particles=vectorize)
     if not isinstance(objective, PyroELBO):
         raise ArgumentError(
             "objective",
             "an instance of one of pyro.infer's ELBOs or of pvae.objectives",
             repr(objective),
             ["objectives.ELBO(beta=0.5)", "pyro.infer.TraceMeanField_ELBO()"],
-        )
-    own = getattr(objective, "plate", None)
-    if None not in (own, plate) and own != plate:
-        raise ArgumentError(
-            "plate", f"the objective's, '{own}'", repr(plate), ["one of the two arguments"]
         )
     return objective

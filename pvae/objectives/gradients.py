@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.errors import ArgumentError, check_int, check_number
-from pvae.objectives.base import Objective, ObjectiveState, as_weight
+from pvae.objectives.base import Objective
+from pvae.objectives.settings import Weight
+from pvae.objectives.state import ObjectiveState
 from pvae.objectives.two_losses import TwoLosses
 from pvae.objectives.weighted import log_mean_exp, log_weights
-from pvae.schedules import Schedule
+from pvae.terms import Terms
 
 __all__ = ["RWS", "STL", "TVO", "VIMCO"]
 
 
+@dataclass(frozen=True)
 class STL(Objective):
     r"""The evidence lower bound with a gradient that is exact at an exact guide.
 
@@ -34,37 +35,28 @@ class STL(Objective):
         Sticking the Landing (Roeder et al., 2017), https://arxiv.org/abs/1703.09194
 
     Arguments:
-        num_particles: K, draws from the guide for each datum.
         beta: Weight of the rate, a number or a schedule.
-        options: ``penalty_weight``, ``vectorize_particles``, ``plate``, as in `ELBO`.
+        options: As in `Objective`.
     """
 
     needs = ("density", "gradient", "unscaled", "local")
     estimator = "pathwise, without the score function"
-    source = "Roeder et al. 2017, https://arxiv.org/abs/1703.09194"
-    pass_options = MappingProxyType({"stop_guide": True})
+    pass_options = ("stop_guide",)
 
-    def __init__(
-        self, num_particles: int = 1, beta: float | Schedule = 1.0, **options: Any
-    ) -> None:
-        self.beta = as_weight("beta", beta)
-        super().__init__(num_particles, **options)
+    _: KW_ONLY
+    beta: Weight = 1.0
 
-    @property
-    def schedules(self) -> dict[str, Schedule]:
-        """Those of the two weights."""
-        return {"beta": self.beta, **super().schedules}
-
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         beta = self.value_at("beta", state)
-        if isinstance(beta, float):
+        if self.beta == 1.0:
             return -self.total(terms, state, log_weights(terms).mean(0))
         assert terms.stopped_log_q is not None  # noqa: S101
         rate = terms.stopped_log_q - terms.log_prior
         return -self.total(terms, state, (terms.log_likelihood - beta * rate).mean(0))
 
 
+@dataclass(frozen=True)
 class VIMCO(Objective):
     r"""The importance-weighted bound for latents that can't be reparametrised.
 
@@ -81,19 +73,16 @@ class VIMCO(Objective):
 
     Arguments:
         num_particles: K, at least 2.
-        options: As in `STL`.
+        options: As in `Objective`.
     """
 
     needs = ("density", "unscaled", "local")
     estimator = "score function, leave-one-out"
-    source = "Mnih & Rezende 2016, https://arxiv.org/abs/1602.06725"
-    pass_options = MappingProxyType({"detach": True})
+    pass_options = ("detach",)
 
-    def __init__(self, num_particles: int = 5, **options: Any) -> None:
-        check_int("num_particles", num_particles, minimum=2)
-        super().__init__(num_particles, **options)
+    num_particles: Annotated[int, {"minimum": 2}] = 5
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         log_weight = terms.log_weight
         fixed = log_weight.detach()
@@ -112,6 +101,7 @@ def _without_one(log_weight: Tensor) -> Tensor:
     return replaced.logsumexp(1) - math.log(k)
 
 
+@dataclass(frozen=True)
 class RWS(TwoLosses):
     r"""Reweighted wake-sleep: the guide learns from weighted draws, not from a bound.
 
@@ -129,27 +119,22 @@ class RWS(TwoLosses):
         Reweighted Wake-Sleep (Bornschein & Bengio, 2015), https://arxiv.org/abs/1406.2751
 
     Arguments:
-        num_particles: K.
-        shared: Whose loss moves parameters that model and guide share: ``"model"``, ``"guide"``,
-            or None to refuse them.
-        options: As in `STL`.
+        options: As in `TwoLosses`.
     """
 
-    needs = ("density", "unscaled", "local")
     estimator = "self-normalised weights, two losses"
-    source = "Bornschein & Bengio 2015, https://arxiv.org/abs/1406.2751"
-    pass_options = MappingProxyType({"detach": True})
+    pass_options = ("detach",)
 
-    def __init__(self, num_particles: int = 5, **options: Any) -> None:
-        super().__init__(num_particles, **options)
+    num_particles: int = 5
 
-    def losses(self, terms: t.Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(self, terms: Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
         """Minus the bound, twice, and minus the weighted log q."""
         weight = terms.log_weight.detach().softmax(0)
         loss = -self.total(terms, state, log_mean_exp(terms.log_weight))
         return loss, loss, -self.total(terms, state, (weight * terms.log_q).sum(0))
 
 
+@dataclass(frozen=True)
 class TVO(Objective):
     r"""The thermodynamic variational objective: a lower Riemann sum of the evidence.
 
@@ -171,23 +156,17 @@ class TVO(Objective):
         num_particles: K, at least 2.
         num_partitions: J; the inner points are spread evenly in their logarithms.
         first: :math:`\beta_1`, the least of the inner points.
-        options: As in `STL`.
+        options: As in `Objective`.
     """
 
     needs = ("density", "unscaled", "local")
     estimator = "covariances"
-    source = "Masrani et al. 2019, https://arxiv.org/abs/1907.00031"
-    pass_options = MappingProxyType({"detach": True})
+    pass_options = ("detach",)
 
-    def __init__(
-        self, num_particles: int = 10, num_partitions: int = 5, first: float = 0.03, **options: Any
-    ) -> None:
-        check_int("num_particles", num_particles, minimum=2)
-        self.num_partitions = check_int("num_partitions", num_partitions)
-        self.first = check_number("first", first, above=0)
-        if self.first >= 1:
-            raise ArgumentError("first", "a number between 0 and 1", f"{first}")
-        super().__init__(num_particles, **options)
+    num_particles: Annotated[int, {"minimum": 2}] = 10
+    _: KW_ONLY
+    num_partitions: Annotated[int, {"minimum": 1}] = 5
+    first: Annotated[float, {"above": 0, "below": 1}] = 0.03
 
     @property
     def partition(self) -> list[float]:
@@ -196,7 +175,7 @@ class TVO(Objective):
         rest = self.num_partitions - 1
         return [0.0, *(self.first ** (1 - i / rest) for i in inner), 1.0]
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         points = torch.tensor(self.partition, dtype=terms.like.dtype, device=terms.like.device)
         beta, width = points[:-1, None, None], points.diff()[:, None]

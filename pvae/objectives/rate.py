@@ -2,21 +2,23 @@ r"""Control of the rate KL(q(z | x) || p(z)), beside its weight: floors, targets
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from pvae import terms as t
 from pvae.distributions import log_density_of_delta
-from pvae.errors import ArgumentError, PairError, check_number
-from pvae.objectives.base import MovingAverage, Objective, ObjectiveState, as_weight
-from pvae.schedules import Schedule
+from pvae.errors import PairError
+from pvae.objectives.base import Objective, PassOption
+from pvae.objectives.settings import AtLeastZero, Positive, Weight
+from pvae.objectives.state import MovingAverage, ObjectiveState, Training
+from pvae.terms import Terms
 
 __all__ = ["GECO", "Capacity", "FreeBits"]
 
 
+@dataclass(frozen=True)
 class FreeBits(Objective):
     r"""The evidence lower bound, with a floor under the rate that costs nothing to reach.
 
@@ -34,45 +36,30 @@ class FreeBits(Objective):
     Arguments:
         floor: :math:`\lambda`, in nats, for each dimension or site; a number or a schedule.
         per: ``"dimension"`` or ``"site"``.
-        num_particles: K, draws from the guide for each datum.
-        options: ``penalty_weight``, ``vectorize_particles``, ``plate``, as in `ELBO`.
+        options: As in `Objective`.
 
     Example:
-        >>> FreeBits(0.25, per="site")
+        >>> FreeBits(floor=0.25, per="site")
         FreeBits(floor=0.25, per='site')
     """
 
     needs = ("density", "gradient", "local", "unscaled", "split")
     couples_data = True
-    source = "Kingma et al. 2016, https://arxiv.org/abs/1606.04934"
 
-    def __init__(
-        self,
-        floor: float | Schedule = 0.1,
-        per: Literal["dimension", "site"] = "dimension",
-        num_particles: int = 1,
-        **options: Any,
-    ) -> None:
-        self.floor = as_weight("floor", floor)
-        if per not in ("dimension", "site"):
-            raise ArgumentError("per", "'dimension' or 'site'", repr(per))
-        self.per = per
-        super().__init__(num_particles, **options)
+    _: KW_ONLY
+    floor: Weight = 0.1
+    per: Literal["dimension", "site"] = "dimension"
 
     @property
-    def schedules(self) -> dict[str, Schedule]:
-        """The floor, and the weight of penalties."""
-        return {"floor": self.floor, **super().schedules}
-
-    @property
-    def pass_options(self) -> Mapping[str, Any]:  # type: ignore[override]
+    def pass_options(self) -> tuple[PassOption, ...]:  # type: ignore[override]
         """Terms by dimension, if they are wanted."""
-        return {"per_dimension": self.per == "dimension"}
+        return ("per_dimension",) if self.per == "dimension" else ()
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         rest = terms.log_q - terms.log_prior  # in the end, of auxiliary sites
         floored = terms.like.new_zeros(())
+        floor = floored + self.value_at("floor", state)
         for site in terms.sites.values():
             if site.kind != "latent" or site.log_p is None or site.log_q is None:
                 continue
@@ -87,11 +74,12 @@ class FreeBits(Objective):
             rate = (site.log_q - site.log_p).mean()
             if site.log_q_dims is not None and site.log_p_dims is not None:
                 rate = (site.log_q_dims - site.log_p_dims).mean((0, 1))
-            floored = floored + torch.maximum(rate, state.now("floor")).sum()
+            floored = floored + torch.maximum(rate, floor).sum()
         mean = terms.log_likelihood.mean() - rest.mean() - floored
-        return -self.total_of_mean(terms, state, mean)
+        return -self.total(terms, state, mean)
 
 
+@dataclass(frozen=True)
 class Capacity(Objective):
     r"""The evidence lower bound, with the rate drawn to a target that grows.
 
@@ -105,36 +93,22 @@ class Capacity(Objective):
     Arguments:
         capacity: C, in nats a datum; usually ``schedules.Warmup(length, end=25.0)``.
         gamma: :math:`\gamma`.
-        num_particles: K, draws from the guide for each datum.
-        options: As in `FreeBits`.
+        options: As in `Objective`.
     """
 
     needs = ("density", "gradient", "local", "unscaled", "split")
     bound = "none"
     couples_data = True
-    source = "Burgess et al. 2018, https://arxiv.org/abs/1804.03599"
 
-    def __init__(
-        self,
-        capacity: float | Schedule,
-        gamma: float = 100.0,
-        num_particles: int = 1,
-        **options: Any,
-    ) -> None:
-        self.capacity = as_weight("capacity", capacity)
-        self.gamma = check_number("gamma", gamma, minimum=0)
-        super().__init__(num_particles, **options)
+    _: KW_ONLY
+    capacity: Weight
+    gamma: AtLeastZero = 100.0
 
-    @property
-    def schedules(self) -> dict[str, Schedule]:
-        """The target, and the weight of penalties."""
-        return {"capacity": self.capacity, **super().schedules}
-
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         rate = (terms.log_q - terms.log_prior).mean()
-        off = (rate - state.now("capacity")).abs()
-        return -self.total_of_mean(terms, state, terms.log_likelihood.mean() - self.gamma * off)
+        off = (rate - self.value_at("capacity", state)).abs()
+        return -self.total(terms, state, terms.log_likelihood.mean() - self.gamma * off)
 
 
 class _Multiplier(MovingAverage):
@@ -144,8 +118,8 @@ class _Multiplier(MovingAverage):
 
     largest, limit = 0.01, 10.0  # change, and size, of the logarithm
 
-    def __init__(self, speed: float, *base: Any) -> None:
-        super().__init__(*base)
+    def __init__(self, training: Training, speed: float, decay: float) -> None:
+        super().__init__(training, decay)
         self.speed = speed
         self.register_buffer("log_multiplier", self.like.clone())
 
@@ -155,13 +129,14 @@ class _Multiplier(MovingAverage):
 
     def advance(self) -> None:
         """Moves the multiplier after what the step has measured."""
-        has_measured = self.seen is not None
+        has_measured = self.measured is not None
         super().advance()
         if has_measured:
             change = (self.speed * self.average).clamp(-self.largest, self.largest)
             self.log_multiplier.add_(change).clamp_(-self.limit, self.limit)
 
 
+@dataclass(frozen=True)
 class GECO(Objective):
     r"""The least rate whose distortion is at most a tolerance, by a Lagrange multiplier.
 
@@ -180,41 +155,29 @@ class GECO(Objective):
         tolerance: :math:`\kappa`, in nats a datum.
         speed: :math:`\nu`, for a nat and a step.
         decay: Of the constraint's moving average.
-        num_particles: K, draws from the guide for each datum.
-        options: As in `FreeBits`.
+        options: As in `Objective`.
     """
 
     needs = ("density", "gradient", "local", "unscaled", "split")
     bound = "none"
-    source = "Rezende & Viola 2018, https://arxiv.org/abs/1810.00597"
 
-    def __init__(
-        self,
-        tolerance: float,
-        speed: float = 1e-3,
-        decay: float = 0.99,
-        num_particles: int = 1,
-        **options: Any,
-    ) -> None:
-        self.tolerance = check_number("tolerance", tolerance)
-        self.speed = check_number("speed", speed, above=0)
-        self.decay = check_number("decay", decay, minimum=0)
-        if self.decay >= 1:
-            raise ArgumentError("decay", "a number below 1", f"{decay}")
-        super().__init__(num_particles, **options)
+    _: KW_ONLY
+    tolerance: float
+    speed: Positive = 1e-3
+    decay: Annotated[float, {"minimum": 0, "below": 1}] = 0.99
 
-    def new_state(self, *base: Any) -> ObjectiveState:
+    def new_state(self, training: Training) -> ObjectiveState:
         """One with the multiplier."""
-        return _Multiplier(self.speed, self.decay, *base)
+        return _Multiplier(training, self.speed, self.decay)
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         assert isinstance(state, _Multiplier)  # noqa: S101
         constraint = -terms.log_likelihood.mean() - self.tolerance
         if torch.is_grad_enabled():
-            state.seen = constraint.detach()
+            state.measured = constraint.detach()
         averaged = state.averaged(constraint.detach())
         value = constraint + (averaged - constraint).detach()
         rate = (terms.log_q - terms.log_prior).mean()
         weighted = state.log_multiplier.exp() * value
-        return -self.total_of_mean(terms, state, -rate - weighted)
+        return -self.total(terms, state, -rate - weighted)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from pvae import terms as t
 from pvae.errors import PairError, oxford
+from pvae.pair import Structure
 
-__all__ = ["REFUSALS", "Need", "refuse_shared"]
+__all__ = ["NEEDS", "REFUSALS", "Need", "refuse_shared"]
 
 Need = Literal["density", "gradient", "local", "own draws", "unscaled", "split"]
 
 
-def _density(name: str, structure: t.Structure) -> None:
+def _density(name: str, structure: Structure) -> None:
     structure.require_density(name)
     structure.require_proper(name)
 
 
-def _gradient(name: str, structure: t.Structure) -> None:
+def _gradient(name: str, structure: Structure) -> None:
     if structure.not_reparametrised:
         raise PairError(
             name,
@@ -28,7 +28,7 @@ def _gradient(name: str, structure: t.Structure) -> None:
         )
 
 
-def _local(name: str, structure: t.Structure) -> None:
+def _local(name: str, structure: Structure) -> None:
     if structure.global_sites:
         raise PairError(
             name,
@@ -38,7 +38,7 @@ def _local(name: str, structure: t.Structure) -> None:
         )
 
 
-def _own_draws(name: str, structure: t.Structure) -> None:
+def _own_draws(name: str, structure: Structure) -> None:
     joint = [site for site in structure.auxiliary if site in structure.global_sites]
     if structure.fed and joint and not set(structure.auxiliary) - set(joint):
         raise PairError(
@@ -49,7 +49,7 @@ def _own_draws(name: str, structure: t.Structure) -> None:
         )
 
 
-def _unscaled(name: str, structure: t.Structure) -> None:
+def _unscaled(name: str, structure: Structure) -> None:
     if structure.removed_scales:
         site, scale = next(iter(structure.removed_scales.items()))
         raise PairError(
@@ -60,7 +60,7 @@ def _unscaled(name: str, structure: t.Structure) -> None:
         )
 
 
-def refuse_shared(name: str, structure: t.Structure) -> None:
+def refuse_shared(name: str, structure: Structure) -> None:
     """Refuses parameters that model and guide share."""
     if structure.shared:
         raise PairError(
@@ -71,7 +71,7 @@ def refuse_shared(name: str, structure: t.Structure) -> None:
         )
 
 
-def _split(name: str, structure: t.Structure) -> None:
+def _split(name: str, structure: Structure) -> None:
     if structure.enumerated:
         raise PairError(
             f"{name}, which weighs the rate",
@@ -81,7 +81,7 @@ def _split(name: str, structure: t.Structure) -> None:
         )
 
 
-REFUSALS: dict[Need, Callable[[str, t.Structure], None]] = {
+REFUSALS: dict[Need, Callable[[str, Structure], None]] = {
     "density": _density,
     "gradient": _gradient,
     "local": _local,
@@ -89,3 +89,13 @@ REFUSALS: dict[Need, Callable[[str, t.Structure], None]] = {
     "unscaled": _unscaled,
     "split": _split,
 }
+
+NEEDS: dict[Need, str] = {
+    "density": "a density of q",
+    "gradient": "reparametrised draws",
+    "local": "local sites alone",
+    "own draws": "no joint draw of all data",
+    "unscaled": "no poutine.scale",
+    "split": "nothing summed out",
+}
+"""Each need in the words of the table of objectives."""

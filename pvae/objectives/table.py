@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 
-from pvae.objectives.aggregate import DIPVAE, TCVAE, FactorVAE, InfoVAE
+from pvae.objectives import aggregate, elbo, gradients, rate, weighted
 from pvae.objectives.base import Objective
-from pvae.objectives.elbo import ELBO
-from pvae.objectives.gradients import RWS, STL, TVO, VIMCO
-from pvae.objectives.rate import GECO, Capacity, FreeBits
+from pvae.objectives.refusals import NEEDS
 from pvae.objectives.two_losses import TwoLosses
-from pvae.objectives.upper import CUBO
-from pvae.objectives.weighted import CIWAE, IWAE, PIWAE, DReG, MultiplyWeightedIWAE, Renyi
 
 __all__ = ["ALL", "Table", "table"]
 
-ALL: tuple[type[Objective], ...] = (
-    ELBO,
-    STL,
-    IWAE,
-    MultiplyWeightedIWAE,
-    CIWAE,
-    PIWAE,
-    DReG,
-    Renyi,
-    VIMCO,
-    RWS,
-    TVO,
-    CUBO,
-    FreeBits,
-    Capacity,
-    GECO,
-    TCVAE,
-    InfoVAE,
-    FactorVAE,
-    DIPVAE,
+ALL: tuple[type[Objective], ...] = tuple(
+    kind
+    for module in (elbo, weighted, gradients, rate, aggregate)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, Objective) and kind.__name__ in module.__all__
 )
+"""In the order in which their modules define them."""
+
 BOUNDS = {
     "lower": "lower bound",
     "upper": "upper bound; its estimate is biased down, and bounds nothing",
@@ -47,14 +31,6 @@ SPECIAL = {
     "STL": "lower bound, with beta from 1 on; below, no bound",
     "Renyi": "lower bound from alpha = 0 on; below, no bound: its estimate is biased down",
     "TVO": "lower bound, as K grows",
-}
-NEEDS = {
-    "density": "a density of q",
-    "gradient": "reparametrised draws",
-    "local": "local sites alone",
-    "own draws": "no joint draw of all data",
-    "unscaled": "no poutine.scale",
-    "split": "nothing summed out",
 }
 
 
@@ -92,25 +68,23 @@ def table() -> Table:
 
     Example:
         >>> [row.name for row in table()][:3]
-        ['ELBO', 'STL', 'IWAE']
+        ['ELBO', 'IWAE', 'MultiplyWeightedIWAE']
     """
-    rows = Table()
-    for kind in ALL:
-        summary = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
-        default = inspect.signature(kind).parameters.get("num_particles")
-        means = inspect.signature(kind).parameters.get("num_means")
-        draws = 1 if default is None else default.default
-        split = ("no shared parameters",) if issubclass(kind, TwoLosses) else ()
-        bound = kind.bound if isinstance(kind.bound, str) else "lower"
-        rows.append(
-            Row(
-                kind.__name__,
-                summary,
-                SPECIAL.get(kind.__name__, BOUNDS[bound]),
-                draws if means is None else draws * means.default,
-                kind.estimator,
-                (*(NEEDS[n] for n in kind.needs), *split),
-                kind.source,
-            )
-        )
-    return rows
+    return Table(_row(kind) for kind in ALL)
+
+
+def _row(kind: type[Objective]) -> Row:
+    text = inspect.getdoc(kind) or ""
+    paper = re.search(r"References:.*?\(([^()]+),\s+(\d{4})\),\s+(https://\S+)", text, re.DOTALL)
+    author, year, url = ("", "", "") if paper is None else paper.groups()
+    split = ("no shared parameters",) if issubclass(kind, TwoLosses) else ()
+    bound = kind.bound if isinstance(kind.bound, str) else "lower"
+    return Row(
+        kind.__name__,
+        text.splitlines()[0].rstrip("."),
+        SPECIAL.get(kind.__name__, BOUNDS[bound]),
+        kind.num_particles * getattr(kind, "num_means", 1),
+        kind.estimator,
+        (*(NEEDS[n] for n in kind.needs), *split),
+        f"{author} {year}, {url}",
+    )

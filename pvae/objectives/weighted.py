@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Literal
 
 from torch import Tensor
 
-from pvae import terms as t
-from pvae.errors import ArgumentError, check_int, check_number
-from pvae.objectives.base import Objective, ObjectiveState
+from pvae.objectives.base import Objective
+from pvae.objectives.state import ObjectiveState
 from pvae.objectives.two_losses import TwoLosses
+from pvae.terms import Terms
 
-__all__ = ["CIWAE", "IWAE", "PIWAE", "DReG", "MultiplyWeightedIWAE", "Renyi"]
+__all__ = ["CIWAE", "CUBO", "IWAE", "PIWAE", "DReG", "MultiplyWeightedIWAE", "Renyi"]
 
 
 def log_mean_exp(log_weight: Tensor) -> Tensor:
@@ -27,27 +27,31 @@ def mean_of_bounds(log_weight: Tensor, num_means: int) -> Tensor:
     return log_mean_exp(groups.transpose(0, 1)).mean(0)
 
 
-def log_weights(terms: t.Terms) -> Tensor:
+def log_weights(terms: Terms) -> Tensor:
     """log p(x, z) - log q(z | x), with the guide's parameters stopped in q where they are."""
     log_q = terms.log_q if terms.stopped_log_q is None else terms.stopped_log_q
     return terms.log_joint - log_q
 
 
+@dataclass(frozen=True)
 class _Weighted(Objective):
     """The abstract bound that is a function of each datum's weights: define `bound_of`."""
 
     needs = ("density", "gradient", "unscaled", "own draws")
-    pass_options = MappingProxyType({"share_globals": True})
+    pass_options = ("share_globals",)
+
+    num_particles: int = 5
 
     def bound_of(self, log_weight: Tensor) -> Tensor:
         """From log weights, shape ``(K, N)``, to the bound of each datum, ``(N,)``."""
         raise NotImplementedError
 
-    def surrogate(self, terms: t.Terms, state: ObjectiveState) -> Tensor:
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         return -self.total(terms, state, self.bound_of(terms.log_weight))
 
 
+@dataclass(frozen=True)
 class IWAE(_Weighted):
     r"""The importance-weighted bound with K draws of each datum.
 
@@ -64,24 +68,19 @@ class IWAE(_Weighted):
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
 
     Arguments:
-        num_particles: K.
-        options: ``penalty_weight``, ``vectorize_particles``, ``plate``, as in `ELBO`.
+        options: As in `Objective`.
 
     Example:
         >>> IWAE(50)
         IWAE(num_particles=50)
     """
 
-    source = "Burda et al. 2016, https://arxiv.org/abs/1509.00519"
-
-    def __init__(self, num_particles: int = 5, **options: Any) -> None:
-        super().__init__(num_particles, **options)
-
     def bound_of(self, log_weight: Tensor) -> Tensor:
         """The log mean weight."""
         return log_mean_exp(log_weight)
 
 
+@dataclass(frozen=True)
 class MultiplyWeightedIWAE(_Weighted):
     r"""The mean of M importance-weighted bounds with K draws each.
 
@@ -96,30 +95,29 @@ class MultiplyWeightedIWAE(_Weighted):
         https://arxiv.org/abs/1802.04537
 
     Arguments:
-        num_means: M.
-        num_particles: K.
-        options: As in `IWAE`.
+        num_means: M, each with ``num_particles`` = K draws.
+        options: As in `Objective`.
 
     Example:
-        >>> MultiplyWeightedIWAE(8, 4)
-        MultiplyWeightedIWAE(num_means=8, num_particles=4)
+        >>> MultiplyWeightedIWAE(4, num_means=8)
+        MultiplyWeightedIWAE(num_particles=4, num_means=8)
     """
 
-    source = "Rainforth et al. 2018, https://arxiv.org/abs/1802.04537"
+    num_particles: int = 2
+    _: KW_ONLY
+    num_means: Annotated[int, {"minimum": 1}] = 4
 
-    def __init__(self, num_means: int = 4, num_particles: int = 2, **options: Any) -> None:
-        self.num_means = check_int("num_means", num_means)
-        self.draws_each = check_int("num_particles", num_particles)
-        super().__init__(num_means * num_particles, **options)
-
-    def _shown(self, name: str) -> object:
-        return self.draws_each if name == "num_particles" else super()._shown(name)
+    @property
+    def num_draws(self) -> int:
+        """M K."""
+        return self.num_means * self.num_particles
 
     def bound_of(self, log_weight: Tensor) -> Tensor:
         """The mean over M of the log mean over K."""
         return mean_of_bounds(log_weight, self.num_means)
 
 
+@dataclass(frozen=True)
 class CIWAE(_Weighted):
     r"""Between the evidence lower bound and the importance-weighted one, of the same K draws.
 
@@ -130,28 +128,23 @@ class CIWAE(_Weighted):
         https://arxiv.org/abs/1802.04537
 
     Arguments:
-        num_particles: K.
         mix: :math:`\beta`, from 0 (`IWAE`) to 1 (`ELBO`).
-        options: As in `IWAE`.
+        options: As in `Objective`.
 
     Example:
         >>> CIWAE(8, mix=0.2)
         CIWAE(num_particles=8, mix=0.2)
     """
 
-    source = "Rainforth et al. 2018, https://arxiv.org/abs/1802.04537"
-
-    def __init__(self, num_particles: int = 5, mix: float = 0.5, **options: Any) -> None:
-        self.mix = check_number("mix", mix, minimum=0)
-        if self.mix > 1:
-            raise ArgumentError("mix", "a number from 0 to 1", f"{mix}")
-        super().__init__(num_particles, **options)
+    _: KW_ONLY
+    mix: Annotated[float, {"minimum": 0, "maximum": 1}] = 0.5
 
     def bound_of(self, log_weight: Tensor) -> Tensor:
         """The mixture of both bounds."""
         return self.mix * log_weight.mean(0) + (1 - self.mix) * log_mean_exp(log_weight)
 
 
+@dataclass(frozen=True)
 class Renyi(_Weighted):
     r"""The variational Renyi bound, estimated with K draws of each datum.
 
@@ -169,19 +162,15 @@ class Renyi(_Weighted):
 
     Arguments:
         alpha: The order.
-        num_particles: K.
-        options: As in `IWAE`.
+        options: As in `Objective`.
 
     Example:
-        >>> Renyi(0.5, num_particles=10).bound, Renyi(-1.0).bound
+        >>> Renyi(10, alpha=0.5).bound, Renyi(alpha=-1.0).bound
         ('lower', 'none')
     """
 
-    source = "Li & Turner 2016, https://arxiv.org/abs/1602.02311"
-
-    def __init__(self, alpha: float = 0.5, num_particles: int = 5, **options: Any) -> None:
-        self.alpha = check_number("alpha", alpha)
-        super().__init__(num_particles, **options)
+    _: KW_ONLY
+    alpha: float = 0.5
 
     @property
     def bound(self) -> Literal["lower", "upper", "none"]:  # type: ignore[override]
@@ -195,6 +184,7 @@ class Renyi(_Weighted):
         return log_mean_exp((1 - self.alpha) * log_weight) / (1 - self.alpha)
 
 
+@dataclass(frozen=True)
 class PIWAE(TwoLosses):
     r"""The model by the bound of M K draws, the guide by M bounds of K draws each.
 
@@ -206,37 +196,30 @@ class PIWAE(TwoLosses):
         https://arxiv.org/abs/1802.04537
 
     Arguments:
-        num_means: M.
-        num_particles: K.
-        shared: Whose loss moves parameters that model and guide share: ``"model"``, ``"guide"``,
-            or None to refuse them.
-        options: As in `IWAE`.
+        num_means: M, each with ``num_particles`` = K draws.
+        options: As in `TwoLosses`.
     """
 
     needs = ("density", "gradient", "unscaled", "local")
     estimator = "pathwise, two losses"
-    source = "Rainforth et al. 2018, https://arxiv.org/abs/1802.04537"
 
-    def __init__(
-        self,
-        num_means: int = 4,
-        num_particles: int = 2,
-        **options: Any,
-    ) -> None:
-        self.num_means = check_int("num_means", num_means)
-        self.draws_each = check_int("num_particles", num_particles)
-        super().__init__(num_means * num_particles, **options)
+    num_particles: int = 2
+    _: KW_ONLY
+    num_means: Annotated[int, {"minimum": 1}] = 4
 
-    def _shown(self, name: str) -> object:
-        return self.draws_each if name == "num_particles" else super()._shown(name)
+    @property
+    def num_draws(self) -> int:
+        """M K."""
+        return self.num_means * self.num_particles
 
-    def losses(self, terms: t.Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(self, terms: Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
         """Minus the bound of all draws, twice, and minus the mean of the others."""
         loss = -self.total(terms, state, log_mean_exp(terms.log_weight))
         means = mean_of_bounds(terms.log_weight, self.num_means)
         return loss, loss, -self.total(terms, state, means)
 
 
+@dataclass(frozen=True)
 class DReG(TwoLosses):
     r"""The importance-weighted bound, with a gradient of the guide that more draws make better.
 
@@ -255,23 +238,73 @@ class DReG(TwoLosses):
         2019), https://arxiv.org/abs/1810.04152
 
     Arguments:
-        num_particles: K.
-        shared: Whose loss moves parameters that model and guide share: ``"model"``, ``"guide"``,
-            or None to refuse them.
-        options: As in `IWAE`.
+        options: As in `TwoLosses`.
     """
 
     needs = ("density", "gradient", "unscaled", "local")
     estimator = "doubly reparametrised, two losses"
-    source = "Tucker et al. 2019, https://arxiv.org/abs/1810.04152"
-    pass_options = MappingProxyType({"stop_guide": True})
+    pass_options = ("stop_guide",)
 
-    def __init__(self, num_particles: int = 5, **options: Any) -> None:
-        super().__init__(num_particles, **options)
+    num_particles: int = 5
 
-    def losses(self, terms: t.Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(self, terms: Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
         """Minus the bound, twice, and what has its doubly reparametrised gradient."""
         log_weight = log_weights(terms)
         weight = log_weight.detach().softmax(0)
         loss = -self.total(terms, state, log_mean_exp(terms.log_weight))
         return loss, loss, -self.total(terms, state, (weight.square() * log_weight).sum(0))
+
+
+@dataclass(frozen=True)
+class CUBO(TwoLosses):
+    r"""The chi upper bound, which the guide makes smaller; the model has the lower bound.
+
+    .. math::
+        \log p(x) \le C_n = \frac1n \log E_q[w^n], \qquad
+        \nabla_q E_q[w^n] = (1 - n)\, E_q[w^n \nabla \log q(z | x)]
+
+    Its guide covers the posterior where `ELBO`'s stays inside. Of K draws, the logarithm is biased
+    down, and by much where weights vary: no bound. ``form="exp"`` is unbiased, in value and
+    gradient, but it isn't in nats, overflows unless ``reference`` is near log p(x), and counts
+    rows that are masked out. Gradients are by the score function (self-normalised in the
+    logarithm): the way through the draws would lower the estimate by taking them where weights
+    are small. The model learns by the importance-weighted bound of the same draws, as an upper
+    bound can't be maximised.
+
+    References:
+        Variational Inference via Chi Upper Bound Minimization (Dieng et al., 2017),
+        https://arxiv.org/abs/1611.00328
+
+    Arguments:
+        order: n, above 1.
+        form: ``"log"``, the value in nats, biased down; ``"exp"``, unbiased.
+        reference: c, in nats: with ``form="exp"`` the loss of a datum is
+            :math:`E[\exp(n (\log w - c))]`.
+        options: As in `TwoLosses`.
+    """
+
+    bound = "upper"
+    estimator = "score function, two losses"
+    pass_options = ("detach",)
+
+    num_particles: int = 10
+    _: KW_ONLY
+    order: Annotated[float, {"above": 1}] = 2.0
+    form: Literal["log", "exp"] = "log"
+    reference: float = 0.0
+
+    def losses(self, terms: Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+        """The upper bound (in nats with ``form="log"``), minus the lower, and the guide's."""
+        n, log_weight = self.order, terms.log_weight
+        fixed = log_weight.detach()
+        if self.form == "log":
+            upper = log_mean_exp(n * fixed) / n
+            score = (1 - n) / n * ((n * fixed).softmax(0) * terms.log_q).sum(0)
+        else:
+            power = (n * (fixed - self.reference)).exp()
+            upper = power.mean(0)
+            score = (1 - n) * (power * terms.log_q).mean(0)
+        scale = terms.data_scale
+        penalty = self.penalty(terms, state)
+        lower = -self.total(terms, state, log_mean_exp(log_weight))
+        return scale * upper.sum() - penalty, lower, scale * score.sum() - penalty

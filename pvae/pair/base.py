@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -15,7 +14,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pvae.data import LoaderSource, Source, first_batch
-from pvae.errors import ArgumentError, PairError, PvaeWarning
+from pvae.errors import ArgumentError, PairError, warn
 from pvae.pair.modules import modules_held
 from pvae.pair.probe import as_batch, inspect_pair
 from pvae.pair.structure import Structure
@@ -109,7 +108,7 @@ class Pair:
         known[key] = structure, state
         for text in structure.oddities:
             if text not in said:
-                warnings.warn(text, PvaeWarning, stacklevel=_depth())
+                warn(text)
         return structure
 
     def inspect_source(self, source: Source, num_rows: int = 128) -> Structure:
@@ -266,17 +265,3 @@ def _as_device(device: str | torch.device) -> torch.device:
             ["device='auto'", "pvae doctor"],
         )
     return where
-
-
-def _depth() -> int:
-    """How many frames up the first one is that isn't pvae's, which a warning should point at."""
-    import sys
-
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
-        depth, frame = depth + 1, frame.f_back
-    return depth
-
-
-def _is_inner(module: str) -> bool:
-    return module == "contextlib" or module.startswith("pvae.")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pvae.distributions import masks_of
 from pvae.errors import PairError
+from pvae.internals import DETERMINISTIC
 from pvae.sites import PENALTY
 from pvae.types import Site
 
@@ -41,7 +42,7 @@ def sample_sites(trace: Trace) -> list[Site]:
         for site in trace.nodes.values()
         if site["type"] == "sample"
         and not site_is_subsample(site)
-        and not (site["infer"] or {}).get("_deterministic")
+        and not (site["infer"] or {}).get(DETERMINISTIC)
     ]
 
 

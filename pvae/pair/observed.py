@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pvae.errors import UndefinedError
+from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.pair.messages import is_factor, mask_of, sample_sites
 from pvae.pair.probe import Batch
 from pvae.pair.structure import Structure
@@ -96,37 +96,42 @@ def put_back(
     observed: Mapping[str, Observed],
     values: Mapping[str, Tensor],
     batch: Batch,
-    fixes: Sequence[str] = (),
+    places: Mapping[str, int] | None = None,
 ) -> Batch:
     """The batch with other data: each site's value in place of what the site observes.
 
     Arguments:
-        where: The tool, for the error message.
+        where: The tool, for error messages.
         observed: From `observed_sites`.
         values: By observed site, as the program has them.
         batch: What the pair was called with.
-        fixes: What else the error message says to try.
+        places: The user's ``arguments=``: places in the batch that can't be told; None where the
+            tool has no such option.
 
     Raises:
+        ArgumentError: If there is no such site or place.
         UndefinedError: If some data are no entry of the batch, or share one.
     """
-    filled = list(batch)
+    filled, asked = list(batch), places or {}
+    for name, place in asked.items():
+        if name not in observed or not 0 <= place < len(batch):
+            known = f"places from 0 to {len(batch) - 1}, of {oxford(observed)}"
+            raise ArgumentError("arguments", known, f"{place} for '{name}'")
     for name, site in observed.items():
-        place = site.place
-        if place is None or site.rows is not None or batch[place].numel() != values[name].numel():
+        found = asked.get(name, site.place)
+        if found is None or site.rows is not None or batch[found].numel() != values[name].numel():
+            equal = f"arguments {', '.join(map(str, site.places))}, which are equal"
+            by_hand = f"arguments={{'{name}': 0}}, the place of the argument"
             raise UndefinedError(
                 f"{where}: data of site '{name}'",
                 "one argument of the pair that is these data, as it is or reshaped",
-                f"arguments {', '.join(map(str, site.places))}, which are equal"
-                if len(site.places) > 1
-                else "none",
-                ["obs=x, with x as the model was given it", *fixes],
+                equal if len(site.places) > 1 else "none",
+                ["obs=x, with x as the model was given it", *([] if places is None else [by_hand])],
             )
-        if filled[place] is not batch[place]:
-            raise UndefinedError(
-                where, "observed sites with an argument each", f"'{name}' and another share one"
-            )
-        filled[place] = site.as_entry(values[name], batch[place])
+        if filled[found] is not batch[found]:
+            what = f"'{name}' and another, which share argument {found}"
+            raise UndefinedError(where, "observed sites with an argument each", what)
+        filled[found] = site.as_entry(values[name], batch[found])
     return tuple(filled)
 
 

@@ -15,7 +15,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pvae.distributions import is_improper, log_density_of_delta
-from pvae.errors import PairError, PvaeError, PvaeWarning, oxford
+from pvae.errors import PairError, PvaeError, oxford, warn
 from pvae.pair.messages import extra_scale, is_factor, is_penalty, sample_sites
 from pvae.pair.modules import probing
 from pvae.pair.parameters import Parameters
@@ -246,11 +246,9 @@ def _check_sites(
                 ["drop it from the guide", "call the model without that data"],
             )
         if infer.get("enumerate") == "parallel":
-            warnings.warn(
+            warn(
                 f"Site '{name}' of the guide asks to be enumerated, but is drawn here. "
-                "objective=pyro.infer.TraceEnum_ELBO() enumerates it.",
-                PvaeWarning,
-                stacklevel=4,
+                "objective=pyro.infer.TraceEnum_ELBO() enumerates it."
             )
     if not any(s["is_observed"] and not is_penalty(s) for s in in_model.values()):
         raise PairError(

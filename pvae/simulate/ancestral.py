@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -30,19 +32,46 @@ from pvae.terms.collect import PARTICLES
 from pvae.terms.passes import can_vectorize, in_particles
 from pvae.types import Program, Site
 
-__all__ = ["Origin", "Simulation", "run_model", "simulate_batch"]
+__all__ = [
+    "Origin",
+    "RunOptions",
+    "Simulation",
+    "no_guide",
+    "require_proper",
+    "run_model",
+    "simulate_batch",
+]
 
 Origin = Literal["posterior", "prior", "mixed"]
 """Where latents come from: all from the guide; all from the model; those outside the data plate
 from the guide, and those of data from the model given these."""
 
+WHERE = "draws of data"
+
+
+class RunOptions(TypedDict, total=False):
+    """How `run_model` runs a model.
+
+    Attributes:
+        where: The tool, for error messages; "draws of data".
+        draw_data: Whether data are drawn, and not only latents; True.
+        mean: Whether data are their distributions' means in place of draws; False.
+        keep_masked: Whether entries that are masked out are the observed ones; True.
+    """
+
+    where: str
+    draw_data: bool
+    mean: bool
+    keep_masked: bool
+
 
 class _DrawData(Messenger):
     """Draws what a model observes from its distribution, or sets it to the distribution's mean."""
 
-    def __init__(self, *, mean: bool, keep_masked: bool) -> None:
+    def __init__(self, options: RunOptions) -> None:
         super().__init__()
-        self.mean, self.keep_masked = mean, keep_masked
+        self.mean = options.get("mean", False)
+        self.keep_masked = options.get("keep_masked", True)
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] or is_factor(msg):
@@ -55,52 +84,42 @@ class _DrawData(Messenger):
         msg["value"] = value
 
     def _value(self, msg: Any) -> Tensor:
-        fn = msg["fn"]
-        try:
-            value = mean_of(fn) if self.mean else fn(*msg["args"], **msg["kwargs"])
-        except NotImplementedError:
-            value = None
+        fn, mean = msg["fn"], self.mean
+        value: Tensor | None = None
+        with contextlib.suppress(NotImplementedError):
+            value = mean_of(fn) if mean else fn(*msg["args"], **msg["kwargs"])
         if value is None:
-            raise UndefinedError(
-                f"site '{msg['name']}'",
-                "a distribution whose mean is known" if self.mean else "one that can draw",
-                type(fn).__name__,
-                ["mean=False"] if self.mean else [".sample() on the distribution"],
-            )
+            expected = "a distribution whose mean is known" if mean else "one that can draw"
+            fixes = ["mean=False"] if mean else [".sample() on the distribution"]
+            raise UndefinedError(f"site '{msg['name']}'", expected, type(fn).__name__, fixes)
         return value
 
 
 def run_model(
-    where: str,
     model: Program,
     batch: Batch,
-    *,
-    latents: Any = None,
-    draw_data: bool = True,
-    mean: bool = False,
-    keep_masked: bool = True,
-) -> Any:
+    latents: Trace | None = None,
+    **options: Unpack[RunOptions],
+) -> Trace:
     """Pyro's trace of one run of a model with its data drawn, each site given those before it.
 
     Arguments:
-        where: The tool, for error messages.
         model: The program.
         batch: What it is called with; of what it observes, only the shape matters.
         latents: A trace of latents that aren't to be drawn.
-        draw_data: Whether data are drawn, and not only latents.
-        mean: Data are their distributions' means in place of draws.
-        keep_masked: Whether entries that are masked out are the observed ones.
+        options: As in `RunOptions`.
 
     Raises:
         UndefinedError: If the model has factors, or a distribution no mean.
     """
-    program = _DrawData(mean=mean, keep_masked=keep_masked)(model) if draw_data else model
+    draws_data = options.get("draw_data", True)
+    program = _DrawData(options)(model) if draws_data else model
     program = program if latents is None else poutine.replay(program, trace=latents)
-    trace = run_pair(program, _nothing, batch)[1]
+    trace = run_pair(program, no_guide, batch)[1]
     factors = [s["name"] for s in sample_sites(trace) if is_factor(s) and not is_penalty(s)]
-    if draw_data and factors:
+    if draws_data and factors:
         raise UndefinedError(
-            where,
+            options.get("where", WHERE),
             "a model without factors, which no draw follows",
             f"factor {oxford(factors)}",
             ["pyro.infer.NUTS on the model"],
@@ -108,7 +127,7 @@ def run_model(
     return trace
 
 
-def _nothing(*batch: object) -> None:
+def no_guide(*batch: object) -> None:
     """A guide that leaves all latents to the model."""
 
 
@@ -122,38 +141,30 @@ class Simulation:
         guides: Traces of the guide, by pass; None where latents are the model's.
         given: Values of sites that weren't to be drawn.
         per_pass: Draws that a pass has.
-        mean: Whether data are means in place of draws.
+        options: How the model is run.
         terms: Log densities of the same latents and the batch's own data, if asked for.
-        where: The tool, for error messages.
-        num_rows: N.
+        num_rows: N; None until some rows are left out.
     """
 
     structure: Structure
     batch: Batch
-    guides: list[Any]
+    guides: list[Trace | None]
     given: Mapping[str, Tensor]
     per_pass: int
-    draw_data: bool = True
-    mean: bool = False
+    options: RunOptions
     terms: Terms | None = None
-    where: str = "draws of data"
     num_rows: int | None = None
 
     @cached_property
-    def traces(self) -> list[Any]:
+    def traces(self) -> list[Trace]:
         """Of the model with its data drawn, by pass; run when first asked for."""
         program = in_particles(self.structure.model, self.structure, self.per_pass, self.given)
-        return [
-            run_model(
-                self.where,
-                program,
-                self.batch,
-                latents=guide,
-                draw_data=self.draw_data,
-                mean=self.mean,
-            )
-            for guide in self.guides
-        ]
+        return [run_model(program, self.batch, guide, **self.options) for guide in self.guides]
+
+    @property
+    def where(self) -> str:
+        """The tool, for error messages."""
+        return self.options.get("where", WHERE)
 
     def site(self, name: str) -> Site:
         """A site of the model, as the first pass has it."""
@@ -196,29 +207,18 @@ class Simulation:
         if self.terms is not None:
             self.terms.first_rows(count)
 
-    def put_back(self, places: Mapping[str, int] | None = None, fixes: Sequence[str] = ()) -> Batch:
+    def put_back(self, places: Mapping[str, int] | None = None) -> Batch:
         """The batch with the drawn data, of one draw, in place of what the model observes.
 
         Arguments:
-            places: By observed site, its place in the batch, where it can't be told.
-            fixes: What else an error message says to try.
+            places: By observed site, its place in the batch, where a user can say so.
 
         Raises:
             UndefinedError: If some data are no entry of the batch.
         """
-        observed = {
-            name: replace(site, places=(places[name],)) if places and name in places else site
-            for name, site in self.observed.items()
-        }
-        for name, place in (places or {}).items():
-            if name not in observed or not -len(self.batch) <= place < len(self.batch):
-                raise ArgumentError(
-                    "arguments",
-                    f"places from 0 to {len(self.batch) - 1}, of {oxford(observed)}",
-                    f"{place} for '{name}'",
-                )
+        observed = self.observed
         values = {name: self.traces[0].nodes[name]["value"] for name in observed}
-        return put_back(self.where, observed, values, self.batch, fixes)
+        return put_back(self.where, observed, values, self.batch, places)
 
     def check_unfed(self, filled: Batch) -> None:
         """Refuses a model that reads its data besides observing them.
@@ -234,7 +234,7 @@ class Simulation:
         """
         program = in_particles(self.structure.model, self.structure, self.per_pass, self.given)
         replayed = poutine.replay(program, trace=self.traces[0])
-        again = run_pair(replayed, _nothing, filled)[1]
+        again = run_pair(replayed, no_guide, filled)[1]
         of_guide = {} if self.guides[0] is None else self.guides[0].nodes
         for site in sample_sites(self.traces[0]):
             name = site["name"]
@@ -272,10 +272,8 @@ def simulate_batch(
     num_particles: int = 1,
     given: Mapping[str, Tensor] | None = None,
     origin: Origin = "prior",
-    draw_data: bool = True,
-    mean: bool = False,
     score: bool = False,
-    where: str = "draws of data",
+    **options: Unpack[RunOptions],
 ) -> Simulation:
     """K draws of latents and data for each row of a batch, by running a pair's model.
 
@@ -287,10 +285,8 @@ def simulate_batch(
         num_particles: K.
         given: Values of sites that aren't to be drawn.
         origin: Where latents come from; under ``"mixed"`` those of the guide have to be given.
-        draw_data: Whether data are drawn, and not only latents.
-        mean: Data are their distributions' means in place of draws.
         score: Whether `Simulation.terms` are to be there; of latents from the guide alone.
-        where: The tool, for error messages.
+        options: As in `RunOptions`.
 
     Raises:
         UndefinedError: If the model is to draw a latent that has an improper prior.
@@ -299,9 +295,10 @@ def simulate_batch(
         raise ArgumentError("origin", "'posterior', 'prior' or 'mixed'", repr(origin))
     batch, given = as_batch(batch), dict(given or {})
     if origin != "posterior":
-        _require_proper(structure, given)
+        require_proper(structure, given)
     k = num_particles if num_particles == 1 or can_vectorize(structure, batch) else 1
-    terms = None
+    terms: Terms | None = None
+    guides: list[Trace | None]
     if score and origin == "posterior":
         terms = compute(structure, batch, num_particles=num_particles, given=given)
         guides = [one.guide_trace for one in terms.passes]
@@ -311,10 +308,11 @@ def simulate_batch(
         guides = [run_pair(structure.model, guide, batch, model_too=False)[0] for _ in range(count)]
     else:
         guides = [None] * (num_particles // k)
-    return Simulation(structure, batch, guides, given, k, draw_data, mean, terms, where)
+    return Simulation(structure, batch, guides, given, k, options, terms)
 
 
-def _require_proper(structure: Structure, given: Mapping[str, Tensor]) -> None:
+def require_proper(structure: Structure, given: Container[str] = ()) -> None:
+    """Refuses draws from the model where a prior, of what isn't given, is no distribution."""
     improper = [name for name in structure.improper if name not in given]
     if improper:
         raise UndefinedError(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
-from pvae.data import first_batch
 from pvae.errors import UndefinedError, check_int, oxford
 from pvae.modes import evaluating
-from pvae.pair import is_inside
-from pvae.pair.messages import is_factor, sample_sites
-from pvae.simulate.ancestral import Origin, Simulation, simulate_batch
-from pvae.terms import Evaluation, stream
+from pvae.simulate.ancestral import Origin, Simulation, no_guide, require_proper, simulate_batch
+from pvae.terms import Evaluation, draw_globals, first_rows, stream
 from pvae.terms.passes import can_vectorize
 
 __all__ = ["check_generative", "draws"]
@@ -50,40 +48,29 @@ def draws(
     run = partial(simulate_batch, origin=origin, mean=mean, score=score)
     at_once = max(1, min(num_draws, evaluation.max_rows // evaluation.num_rows))
     if at_once > 1:  # the first rows say whether particles can be vectorised
-        batch = _first(evaluation)
         with evaluating(evaluation.structure.modules):
-            at_once = at_once if can_vectorize(evaluation.structure, batch) else 1
+            can_vectorize(evaluation.structure, first_rows(evaluation))
     done = 0
     while done < num_draws:
         k = min(at_once, num_draws - done)
-        given = _draw_globals(evaluation, k, origin) if evaluation.structure.global_sites else {}
+        given: dict[str, Tensor] = {}
+        if evaluation.structure.global_sites:
+            given, k = _draw_globals(evaluation, k, origin)
         for rows, simulation in stream(evaluation, k, given, run=run):
             yield slice(done, done + k), rows, simulation
         done += k
 
 
-def _first(evaluation: Evaluation) -> tuple[Tensor, ...]:
-    structure, source = evaluation.structure, evaluation.source
-    rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
-    return first_batch(source, rows)
-
-
-def _draw_globals(evaluation: Evaluation, num_draws: int, origin: Origin) -> dict[str, Tensor]:
-    """Draws of what is outside the data plate, as the programs have them."""
-    structure = evaluation.structure
-    with evaluating(structure.modules):
-        first = simulate_batch(
-            structure,
-            _first(evaluation),
-            num_particles=num_draws,
-            origin="prior" if origin == "prior" else "posterior",
-        )
-        [trace] = first.traces if origin == "prior" else first.guides
-    return {
-        site["name"]: site["value"]
-        for site in sample_sites(trace)
-        if not site["is_observed"] and not is_inside(structure, site) and not is_factor(site)
-    }
+def _draw_globals(
+    evaluation: Evaluation, num_draws: int, origin: Origin
+) -> tuple[dict[str, Tensor], int]:
+    """Draws of what is outside the data plate, and how many there are; see `draw_globals`."""
+    if origin == "prior":
+        require_proper(evaluation.structure)
+        structure = replace(evaluation.structure, guide=no_guide, enumerated=())
+        evaluation = replace(evaluation, structure=structure)
+    given, terms = draw_globals(evaluation, num_draws)
+    return given, terms.num_particles
 
 
 def check_generative(
@@ -116,13 +103,10 @@ def check_generative(
             f"{oxford(structure.enumerated)}, which the model sums out",
             ["kind='mixed' or 'prior', in which the model draws them", "a guide for them"],
         )
-    given = {}
-    if origin == "mixed" and structure.global_sites:
-        given = _draw_globals(evaluation, 1, origin)
+    given, _ = _draw_globals(evaluation, 1, origin) if structure.global_sites else ({}, 1)
     with evaluating(structure.modules):
-        first = simulate_batch(
-            structure, _first(evaluation), origin=origin, given=given, where=what
-        )
+        batch = first_rows(evaluation)
+        first = simulate_batch(structure, batch, origin=origin, given=given, where=what)
         if not first.traces or latents_alone:
             return
         try:

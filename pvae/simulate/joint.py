@@ -89,7 +89,9 @@ def draw_jointly(
     structure, source = evaluation.structure, evaluation.in_memory().source
     structure.require_density(where)
     require_rows(where, structure)
-    sites = _chosen(where, structure, site)
+    sites = structure.latents
+    if site is not None:
+        sites = (only_site(where, "latent of the data", sites, site),)
     chosen = torch.randint(source.num_rows, (num_simulations,), device=source.device)
     latents: list[Tensor] = []
     observed: list[Tensor] = []
@@ -97,7 +99,7 @@ def draw_jointly(
     with evaluating(structure.modules):
         for rows in chosen.split(evaluation.max_rows):
             run = simulate_batch(structure, source.rows(rows), where=where)
-            filled = run.put_back(arguments, _fixes(structure))
+            filled = run.put_back(arguments or {})
             if not batches:
                 run.check_unfed(filled)
                 names = names_of_dimensions(run, sites)
@@ -107,16 +109,6 @@ def draw_jointly(
             batches.append(filled)
     whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
     return JointDraws(torch.cat(latents), names, sites, torch.cat(observed), evaluation.on(whole))
-
-
-def _chosen(where: str, structure: Structure, site: str | None) -> tuple[str, ...]:
-    if site is None:
-        return structure.latents
-    return (only_site(where, "latent of the data", structure.latents, site),)
-
-
-def _fixes(structure: Structure) -> list[str]:
-    return [f"arguments={{'{name}': 0}}, the place of the argument" for name in structure.observed]
 
 
 def require_rows(where: str, structure: Structure) -> None:

@@ -6,7 +6,7 @@ chunks of bounded memory.
 """
 
 from pvae.pair import Structure, run_pair
-from pvae.terms.chunks import draw_globals, stream
+from pvae.terms.chunks import draw_globals, first_rows, stream
 from pvae.terms.evaluation import Evaluation, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
@@ -22,6 +22,7 @@ __all__ = [
     "compute",
     "draw_globals",
     "draw_guide",
+    "first_rows",
     "mean_of",
     "only_site",
     "prepared",

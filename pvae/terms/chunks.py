@@ -11,12 +11,12 @@ from torch import Tensor
 from pvae.data import Source, first_batch
 from pvae.errors import PairError
 from pvae.modes import evaluating
-from pvae.pair import Structure
+from pvae.pair import Batch, Structure
 from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import compute
 from pvae.terms.result import Terms
 
-__all__ = ["chunks_of", "draw_globals", "stream"]
+__all__ = ["chunks_of", "draw_globals", "first_rows", "stream"]
 
 
 def stream(
@@ -117,17 +117,22 @@ def _of_one_length(source: Source, size: int) -> Iterator[Chunk]:
         yield slice(start, stop), keep, source.rows(indices), {}
 
 
+def first_rows(evaluation: Evaluation) -> Batch:
+    """A batch of the first rows: as many as the pair runs on, if it can't run on any number."""
+    structure, source = evaluation.structure, evaluation.source
+    whole = structure.subsample_size is not None
+    return first_batch(source, source.num_rows if whole else structure.tied_to or 128)
+
+
 def draw_globals(evaluation: Evaluation, num_draws: int = 1) -> tuple[dict[str, Tensor], Terms]:
     """Draws of what is outside the data plate, in the form in which they can be given.
 
     Those of several particles can be given only to as many vectorised ones, so where particles
     are looped it is one; the terms, which are of the first rows, say how many.
     """
-    structure, source = evaluation.structure, evaluation.source
-    rows = source.num_rows if structure.subsample_size else structure.tied_to or 128
+    structure = evaluation.structure
     with evaluating(structure.modules):
-        batch = first_batch(source, rows)
-        terms = compute(structure, batch, num_particles=num_draws).passes[0]
+        terms = compute(structure, first_rows(evaluation), num_particles=num_draws).passes[0]
     k, given = terms.num_particles, dict[str, Tensor]()
     for name, site in terms.sites.items():
         if site.is_local or site.kind not in ("latent", "auxiliary") or site.draws is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pvae.distributions import log_density_of_delta
 from pvae.errors import PairError, UndefinedError
+from pvae.internals import ENUMERATE_DIM
 from pvae.pair import Structure
 from pvae.pair.messages import is_factor, is_penalty, plate_scale, score
 from pvae.terms.result import Kind, SiteTerms, Terms
@@ -214,7 +215,7 @@ class Collector:
                 ["no poutine.scale and no subsampled inner plate there", "a guide for the latent"],
             )
         dims = [
-            s["infer"].get("_enumerate_dim")
+            s["infer"].get(ENUMERATE_DIM)
             for s, _ in self.summed_out
             if s["name"] in self.structure.enumerated
         ]
@@ -232,6 +233,6 @@ class Collector:
         mask = site["mask"]
         if mask is None or mask is True:
             return masked
-        count = masked.shape[masked.dim() + site["infer"]["_enumerate_dim"]]
+        count = masked.shape[masked.dim() + site["infer"][ENUMERATE_DIM]]
         masked_out = torch.as_tensor(mask, device=masked.device).logical_not()
         return masked - masked_out.to(masked.dtype) * math.log(count)

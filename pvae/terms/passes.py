@@ -14,10 +14,11 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeWarning, UndefinedError, check_int, oxford
+from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_capturing_graph
 from pvae.pair import Batch, Structure, as_batch, num_rows_of, probing, run_pair
 from pvae.pair.messages import is_factor, sample_sites
@@ -214,9 +215,7 @@ def _joined(ones: list[dict[str, SiteTerms]]) -> dict[str, SiteTerms]:
 
 def can_vectorize(structure: Structure, batch: Batch) -> bool:
     """Whether particles may go through the networks at once; found out once, on this batch."""
-    if any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in structure.modules
-    ):
+    if any(isinstance(m, BatchNorm) and m.training for m in structure.modules):
         return False
     if "looped_because" not in structure.notes:
         reason = _compare(structure, batch)
@@ -377,7 +376,7 @@ def _draw_globals(structure: Structure, batch: Batch, *, detach: bool) -> dict[s
 @contextmanager
 def _statistics_kept(structure: Structure) -> Iterator[None]:
     """Running statistics move by the one pass that counts, and not by another in here."""
-    norms = [m for m in structure.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = [m for m in structure.modules if isinstance(m, Norm)]
     buffers = [b for m in norms if m.training for b in m.buffers(recurse=False)]
     copies = [b.clone() for b in buffers]
     try:

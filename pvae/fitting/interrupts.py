@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 __all__ = ["on_interrupt"]
 
@@ -23,7 +23,7 @@ def on_interrupt(*, alone: bool) -> Iterator[threading.Event]:
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def handle(signum: int, frame: Any) -> None:
+    def handle(signum: int, frame: FrameType | None) -> None:
         if stop.is_set() and callable(before):
             before(signum, frame)
         stop.set()

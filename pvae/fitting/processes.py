@@ -1,26 +1,26 @@
-"""What several processes have to agree on before they train together, and what they can't train."""
+"""Several processes that train together: what they agree on first, and what they can't train."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae import distributed
-from pvae import terms as t
-from pvae.data import Source, first_batch
-from pvae.data.sources import LoaderSource
+from pvae.data import LoaderSource, Source, first_batch
 from pvae.distributed import World
-from pvae.errors import ArgumentError, PairError, PvaeError, PvaeWarning, oxford
+from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.fitting.checks import trying
-from pvae.fitting.state import first_difference
+from pvae.fitting.identity import first_difference
+from pvae.internals import BatchNorm
 from pvae.objectives import Objective
+from pvae.pair import Structure
+from pvae.terms import compute
 
 __all__ = ["agree", "check_parts", "warn_if_apart"]
 
@@ -30,15 +30,13 @@ _ALONE = "one process"
 def warn_if_apart(world: World) -> None:
     """Warns of processes that ``torchrun`` has started, and that don't know of each other."""
     if world.size == 1 and distributed.is_started_by_torchrun():
-        warnings.warn(
+        warn(
             "torchrun has started several processes, but each trains by itself. To train "
             "together: with pvae.distributed.joined(): pvae.fit(...)",
-            PvaeWarning,
-            stacklevel=6,
         )
 
 
-def agree(world: World, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def agree(world: World, settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
     """Refuses processes that train different things; gives all the first one's tensors.
 
     Raises:
@@ -61,7 +59,7 @@ def agree(world: World, settings: dict[str, Any], tensors: dict[str, Tensor]) ->
 def check_parts(
     world: World,
     objective: PyroELBO,
-    structure: t.Structure,
+    structure: Structure,
     source: Source,
     batch_size: int,
 ) -> None:
@@ -87,7 +85,7 @@ def check_parts(
         )
     _check_objective(objective, structure)
     for module in structure.modules:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             instead = ["nn.LayerNorm or nn.GroupNorm", _ALONE]
             _refuse("pair", "data that don't meet in a batch", f"{type(module).__name__}", instead)
         if getattr(module, "couples_data", False):
@@ -100,7 +98,7 @@ def _refuse(where: str, expected: str, actual: str, fixes: list[str] | None = No
     raise PairError(where, f"{expected}, for several processes", actual, fixes or [_ALONE])
 
 
-def _check_objective(objective: PyroELBO, structure: t.Structure) -> None:
+def _check_objective(objective: PyroELBO, structure: Structure) -> None:
     name = type(objective).__name__
     if isinstance(objective, Objective):
         if objective.couples_data:
@@ -112,7 +110,7 @@ def _check_objective(objective: PyroELBO, structure: t.Structure) -> None:
         _refuse("objective", "an objective of pvae's", name, known)
 
 
-def _check_pair(structure: t.Structure, batch: tuple[Tensor, ...]) -> None:
+def _check_pair(structure: Structure, batch: tuple[Tensor, ...]) -> None:
     """Tries a batch in training mode: sites, buffers that move, terms that need other data."""
     buffers = [
         (f"{type(module).__name__}.{name}", buffer, buffer.clone())
@@ -120,7 +118,7 @@ def _check_pair(structure: t.Structure, batch: tuple[Tensor, ...]) -> None:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     with trying(structure), torch.enable_grad():
-        terms = t.compute(structure, batch)
+        terms = compute(structure, batch)
         moved = [name for name, buffer, copy in buffers if not torch.equal(buffer, copy)]
     for name, site in terms.sites.items():
         if not site.is_local and not structure.is_scaled:
@@ -142,14 +140,14 @@ def _check_pair(structure: t.Structure, batch: tuple[Tensor, ...]) -> None:
         _refuse("pair", "data that don't meet in a batch", what)
 
 
-def _meeting(structure: t.Structure, batch: tuple[Tensor, ...]) -> Iterator[bool]:
+def _meeting(structure: Structure, batch: tuple[Tensor, ...]) -> Iterator[bool]:
     """Whether the terms of the first datum have a gradient of other data, part by part."""
     leaves = [x.detach().clone() for x in batch]
     floating = [x.requires_grad_() for x in leaves if x.is_floating_point()]
     gradients: tuple[Tensor | None, ...] = ()
     with trying(structure), torch.enable_grad(), suppress(PvaeError, RuntimeError):
         inputs = tuple(x.clone() for x in leaves)  # a pair may write into its data
-        terms = t.compute(structure, inputs)
+        terms = compute(structure, inputs)
         parts = [terms.log_weight, *(p for p in terms.penalties.values() if p.dim() == 2)]
         first = torch.stack([part[:, 0].sum() for part in parts]).sum()
         gradients = torch.autograd.grad(first, floating, allow_unused=True)

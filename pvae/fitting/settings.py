@@ -1,10 +1,9 @@
-"""What `fit` is told, checked."""
+"""The settings of a training, checked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,14 +12,14 @@ from pvae.engine import ASKED, Asked, OptimizerLike, Precision
 from pvae.errors import ArgumentError, CheckpointError, check_int, check_number, oxford
 from pvae.schedules import Schedule, as_schedule
 
-__all__ = ["CHECKPOINT", "Options"]
+__all__ = ["CHECKPOINT", "Settings"]
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of a training's checkpoint in its folder."""
 
 
 @dataclass(frozen=True)
-class Options:
+class Settings:
     """The arguments of `pvae.fit` beside pair, data and objective; they mean what they do there."""
 
     epochs: int
@@ -86,14 +85,3 @@ class Options:
         """Where the history is."""
         assert self.folder is not None  # noqa: S101
         return self.folder / "history.jsonl"
-
-    def fixed(self) -> dict[str, Any]:
-        """What a resumed training must have in common with the first one."""
-        return {
-            "seed": self.seed,
-            "lr": self.lr,
-            "lr_schedule": repr(self.schedule),
-            "clip_norm": self.clip_norm,
-            "precision": self.precision,
-            "patience": self.patience,
-        }

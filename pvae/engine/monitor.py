@@ -1,0 +1,139 @@
+"""What training steps measured, and whether one failed, kept on the device.
+
+A step fails where its loss or its gradient isn't finite. The host finds out when it looks, every
+so often, so that no step waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pvae.engine.measure import PARTS
+
+__all__ = ["Failure", "Monitor"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first step that wasn't finite: its number, and the sites or parameters at fault."""
+
+    step: int
+    sites: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+class Monitor:
+    """Sums of what steps measured, and the first step that failed.
+
+    Once a step has failed, all further ones count as failed, until `recover`.
+
+    Arguments:
+        device: Where steps run.
+
+    Attributes:
+        sums: Of each of `PARTS` times the step's rows, and of the rows.
+        loss: Of the last step.
+        number: Of the step that runs.
+        failed: Whether a step has failed.
+        failed_at: The number of the first one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.number = torch.zeros((), dtype=torch.int64, device=device)
+        self.failed = torch.zeros((), dtype=torch.bool, device=device)
+        self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self._good = torch.ones((), dtype=torch.bool, device=device)
+        self._bad_sites = self._bad_parameters = self.failed.new_zeros(0)
+        self._sites: tuple[str, ...] = ()
+
+    def judge(
+        self,
+        parts: Sequence[Tensor],
+        num_rows: int | Tensor,
+        norms: Tensor,
+        densities: Sequence[tuple[str, Tensor]],
+        *,
+        may_look: bool,
+    ) -> Tensor:
+        """Adds a step to the sums, and says whether it is good, as a tensor on the device.
+
+        Arguments:
+            parts: All of `PARTS`.
+            num_rows: How many data these are means of.
+            norms: Of each parameter's gradient.
+            densities: `Measured.densities`.
+            may_look: Whether values may be read where that costs nothing.
+        """
+        values = torch.stack([*parts]).to(torch.float64)
+        row = torch.cat([values, values.new_ones(1)]) * num_rows
+        self.loss.copy_(values[0])
+        if may_look and self._is_good(values):
+            self.sums.add_(row)
+            return self._good
+        finite = values[0].isfinite() & values[-1].isfinite()  # the loss, and the gradient's norm
+        ok = finite & ~self.failed
+        self.note_sites(densities)
+        self._bad_parameters = self._first_bad(self._bad_parameters, ~norms.isfinite())
+        self.failed_at.copy_(torch.where(finite | self.failed, self.failed_at, self.number))
+        self.failed.copy_(~ok)
+        self.sums.add_(torch.where(ok, row, torch.zeros_like(row)))
+        return ok
+
+    def note_sites(self, densities: Sequence[tuple[str, Tensor]]) -> None:
+        """Notes which sites have densities that aren't finite, unless a step has failed before."""
+        if densities:
+            self._sites = tuple(name for name, _ in densities)
+            sums = torch.stack([density.sum() for _, density in densities])
+            self._bad_sites = self._first_bad(self._bad_sites, ~sums.isfinite())
+
+    def _is_good(self, values: Tensor) -> bool:
+        """Whether a step is good; False also where that can't be read at once."""
+        if values.device.type != "cpu" or bool(self.failed):
+            return False
+        return bool((values[0] + values[-1]).isfinite())
+
+    def _first_bad(self, known: Tensor, bad: Tensor) -> Tensor:
+        """What was bad at the first failure, once there was one; written where it is known."""
+        if known.shape != bad.shape:
+            return bad
+        return known.copy_(torch.where(self.failed, known, bad))
+
+    def tensors(self) -> list[Tensor]:
+        """What a step changes."""
+        return [self.sums, self.loss, self.failed, self.failed_at]
+
+    def averages(self) -> dict[str, float]:
+        """Averages over data since the last `reset`; waits for the device."""
+        *sums, rows = self.sums.tolist()
+        return {name: total / max(rows, 1.0) for name, total in zip(PARTS, sums, strict=True)}
+
+    def reset(self) -> None:
+        """Starts new averages."""
+        self.sums.zero_()
+
+    def look(self, parameters: Sequence[str]) -> Failure | None:
+        """Waits for the device and says whether a step has failed.
+
+        Arguments:
+            parameters: Names of those with a gradient.
+        """
+        if not bool(self.failed):
+            return None
+        sites = zip(self._sites, self._bad_sites.tolist(), strict=False)
+        named = zip(parameters, self._bad_parameters.tolist(), strict=False)
+        return Failure(
+            int(self.failed_at),
+            tuple(dict.fromkeys(name for name, bad in sites if bad)),
+            tuple(name for name, bad in named if bad),
+        )
+
+    def recover(self) -> None:
+        """Forgets the failure."""
+        self.failed.zero_()
+        self.failed_at.fill_(-1)

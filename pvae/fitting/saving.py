@@ -1,0 +1,206 @@
+"""A training to and from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pvae import checkpoint, randomness
+from pvae.distributed import job
+from pvae.errors import CheckpointError, warn
+from pvae.fitting.history import History
+from pvae.fitting.identity import first_difference
+from pvae.fitting.settings import CHECKPOINT
+from pvae.fitting.training import Progress, Training, buffers_of
+from pvae.options import tool
+from pvae.pair import Pair, PairLike, as_pair
+
+__all__ = [
+    "copy_into",
+    "load_parameters",
+    "restore",
+    "save_checkpoint",
+    "write_checkpoint",
+]
+
+
+def save_checkpoint(training: Training) -> None:
+    """Writes the checkpoint of the training's folder, if it has one."""
+    if training.settings.folder is not None:
+        write_checkpoint(training, training.settings.checkpoint_file)
+
+
+def write_checkpoint(training: Training, path: Path) -> None:
+    """Writes everything that exact resume needs; all processes call this, the first one writes."""
+    generators = training.world.gather(randomness.get_state())
+    if training.world.is_first:
+        checkpoint.save(path, _snapshot(training, generators))
+
+
+def _snapshot(training: Training, generators: list[dict[str, Tensor]]) -> checkpoint.Checkpoint:
+    """A training as a checkpoint; ``generators`` are the states of each process's."""
+    stepper, progress = training.stepper, training.progress
+    saved = checkpoint.Checkpoint()
+    saved.add("param", training.structure.parameters)
+    saved.add("buffer", training.buffers)
+    saved.add("best", progress.best_tensors)
+    for rank, state in enumerate(generators):
+        saved.add(_generators_of(rank), state)
+    tensors, rest = checkpoint.optimizer_state(stepper.optimizer)
+    saved.add("optimizer", tensors)
+    saved.tensors["sums"] = stepper.sums
+    if stepper.state is not None:
+        saved.add("objective", stepper.state.tensors())
+    numbers = {k: v for k, v in vars(progress).items() if k not in ("history", "best_tensors")}
+    saved.meta = {
+        "progress": {**numbers, "history": progress.history.records},
+        "optimizer": rest,
+        "objective_step": None if stepper.state is None else stepper.state.step,
+        "settings": training.identity,
+        "environment": checkpoint.environment(training.structure.device),
+        "job": job(),
+    }
+    return saved
+
+
+def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
+    """Puts pair, optimiser and generators into a saved state; returns how far that had come.
+
+    Raises:
+        CheckpointError: If the checkpoint is of another pair or another training.
+    """
+    where, stepper = str(training.settings.checkpoint_file), training.stepper
+    _check_identity(saved.meta["settings"], training.identity, where)
+    copy_into(saved.part("param"), training.structure.parameters, where, "parameters")
+    copy_into(saved.part("buffer"), training.buffers, where, "buffers")
+    checkpoint.restore_optimizer(
+        stepper.optimizer, saved.part("optimizer"), saved.meta["optimizer"]
+    )
+    stepper.sums.copy_(saved.tensors["sums"])
+    if stepper.state is not None:
+        stepper.state.restore(saved.part("objective"), saved.meta["objective_step"])
+    numbers = dict(saved.meta["progress"])
+    _restore_generators(saved, training, numbers["global_step"])
+    history = History(numbers.pop("history"))
+    device = training.structure.device
+    best = {k: v.to(device) for k, v in saved.part("best").items()}
+    return Progress(**numbers, history=history, best_tensors=best)
+
+
+def _check_identity(theirs: dict[str, object], ours: dict[str, object], where: str) -> None:
+    differ = [k for k in ours if ours[k] != theirs.get(k)]
+    if differ:
+        raise CheckpointError(
+            where,
+            "the settings that it was made with: "
+            + ", ".join(f"{k}={first_difference(theirs.get(k), ours[k])!r}" for k in differ),
+            ", ".join(f"{k}={first_difference(ours[k], theirs.get(k))!r}" for k in differ),
+            ["the same call as before", "another folder, to train anew"],
+        )
+
+
+def _restore_generators(saved: checkpoint.Checkpoint, training: Training, step: int) -> None:
+    """Puts the generators back, or seeds others where there are more or fewer processes."""
+    now = checkpoint.environment(training.structure.device)
+    then = saved.meta["environment"]
+    if now["processes"] == then["processes"]:
+        randomness.set_state(saved.part(_generators_of(training.world.rank)))
+    else:
+        randomness.set_seed(training.world.seed(training.settings.seed, step))
+    changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if now[k] != then.get(k)]
+    if changed:
+        warn(f"The training goes on, but not bit for bit as before: {'; '.join(changed)}.")
+
+
+def _generators_of(rank: int) -> str:
+    """What a process's generators are called in a checkpoint."""
+    return f"rng{rank}" if rank else "rng"
+
+
+# Parameters alone
+
+
+@tool
+def load_parameters(pair: PairLike, path: str | Path, batch: object = None) -> dict[str, Any]:
+    """Copies a checkpoint's parameters and buffers into a pair built as it was when saved.
+
+    Where the training kept the best epoch, that is what is copied.
+
+    Arguments:
+        pair: A model and its guide.
+        path: A checkpoint, or a folder that `pvae.fit` wrote.
+        batch: A batch of data; only needed for functions, whose parameters a trace has to find.
+
+    Returns:
+        What the checkpoint says of the training: progress, settings, environment.
+
+    Raises:
+        CheckpointError: If the file can't be read, or is of another pair.
+
+    Example:
+        >>> import tempfile
+        >>> import pvae
+        >>> x = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)).round()
+        >>> first, second = (pvae.recipes.vae(4, 1, hidden=(3,)) for _ in range(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pvae.fit(first, x, epochs=1, folder=folder, progress=False)
+        ...     saved = load_parameters(second, folder)
+        >>> saved["progress"]["epoch"]
+        1
+        >>> all(map(torch.equal, first.parameters(), second.parameters()))
+        True
+    """
+    pair, path = as_pair(pair, "load_parameters"), Path(path)
+    path = path / CHECKPOINT if path.is_dir() else path
+    saved = checkpoint.load(path)
+    if batch is None:
+        parameters, buffers = _own_parameters(pair), buffers_of(pair)
+    else:
+        structure = pair.inspect(batch)
+        parameters, buffers = structure.parameters, buffers_of(pair, structure.modules)
+    best = saved.part("best")
+    if best:
+        copy_into(best, {**parameters, **buffers}, str(path), "tensors")
+    else:
+        copy_into(saved.part("param"), parameters, str(path), "parameters")
+        copy_into(saved.part("buffer"), buffers, str(path), "buffers")
+    return saved.meta
+
+
+def _own_parameters(pair: Pair) -> dict[str, Tensor]:
+    """The trainable parameters of a pair of modules, named as a trace names them."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for prefix, root in (("model", pair.model), ("guide", pair.guide)):
+        if not isinstance(root, nn.Module):
+            raise CheckpointError(
+                prefix,
+                "a module, or a batch to trace the function with",
+                "a function",
+                ["batch=(x[:10],)"],
+            )
+        for name, parameter in root.named_parameters():
+            if parameter.requires_grad:
+                named.setdefault(id(parameter), (f"{prefix}.{name}", parameter))
+    return dict(named.values())
+
+
+def copy_into(saved: dict[str, Tensor], present: dict[str, Tensor], where: str, what: str) -> None:
+    """Copies saved tensors into those of a pair, by name."""
+    shapes = {k: (tuple(v.shape), str(v.dtype)) for k, v in saved.items()}
+    here = {k: (tuple(v.shape), str(v.dtype)) for k, v in present.items()}
+    if shapes != here:
+        odd = sorted(k for k in {*shapes, *here} if shapes.get(k) != here.get(k))
+        raise CheckpointError(
+            where,
+            f"{what} like the pair's: "
+            + ", ".join(f"{k} {here.get(k, 'absent')}" for k in odd[:3]),
+            ", ".join(f"{k} {shapes.get(k, 'absent')}" for k in odd[:3])
+            + (f" and {len(odd) - 3} more" if len(odd) > 3 else ""),
+            ["the pair that the checkpoint was made with"],
+        )
+    with torch.no_grad():
+        for name, tensor in present.items():
+            tensor.copy_(saved[name])

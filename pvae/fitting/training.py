@@ -1,0 +1,176 @@
+"""A training that is set up: what its steps need, and how far it has come."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pyro
+from torch import Tensor, nn
+
+from pvae.data import Batches, Source
+from pvae.engine import Stepper
+from pvae.errors import DataError
+from pvae.fitting.history import History
+from pvae.fitting.identity import identity_of
+from pvae.fitting.settings import Settings
+from pvae.objectives import Objective
+from pvae.pair import Pair
+from pvae.schedules import Constant, Schedule, Timed
+
+__all__ = ["Progress", "Training", "buffers_of"]
+
+
+@dataclass
+class Progress:
+    """How far a training has come.
+
+    Attributes:
+        epochs: Number of epochs that the training is to have.
+        epoch: Number of whole epochs.
+        step: Steps taken in the epoch after those.
+        global_step: Steps taken in all.
+        best: Best validation value so far; None before the first.
+        best_epoch: Its epoch.
+        seconds: Time spent in training.
+        stopped_early: Whether validation ended it.
+        history: One record an epoch.
+        best_tensors: Parameters and buffers after the best epoch, if they are kept.
+    """
+
+    epochs: int = 0
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    best: float | None = None
+    best_epoch: int | None = None
+    seconds: float = 0.0
+    stopped_early: bool = False
+    history: History = field(default_factory=History)
+    best_tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Training:
+    """A pair, its data and its stepper, ready for the loop, and how far they have come.
+
+    Arguments:
+        pair: What is trained.
+        settings: What `pvae.fit` was told.
+        batches: The data, cut into batches.
+        valid: The validation data, if there are any.
+        stepper: Runs a step.
+
+    Attributes:
+        objective: What is maximised.
+        structure: What the pair is made of.
+        source: The data.
+        world: The processes that train together.
+        steps_per_epoch: Number of steps in an epoch.
+        buffers: Buffers and frozen parameters of the pair's networks, by name.
+        identity: What a resumed training must have in common with the first one, by name.
+        progress: How far it has come.
+        generators: States of the random generators where the training was left; None before.
+        interrupted: Whether the last training was stopped by Ctrl-C, at a step's end.
+        store: Names in Pyro's parameter store that were there before the last epoch.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        settings: Settings,
+        batches: Batches,
+        valid: Source | None,
+        stepper: Stepper,
+    ) -> None:
+        self.pair, self.settings, self.valid = pair, settings, valid
+        self.batches, self.source = batches, batches.source
+        self.stepper, self.world = stepper, stepper.world
+        self.objective, self.structure = stepper.objective, stepper.structure
+        self.steps_per_epoch = batches.steps_per_epoch
+        if (size := self.structure.subsample_size) is not None:  # as many as its subsamples take
+            self.steps_per_epoch = -(-self.source.num_rows // size)
+        self.buffers = buffers_of(pair, self.structure.modules)
+        self.identity = identity_of(pair, settings, self.objective, stepper.optimizer, batches)
+        self.progress = Progress(epochs=settings.epochs)
+        self.generators: dict[str, Tensor] | None = None
+        self.interrupted = False
+        self.store = set(pyro.get_param_store().keys())
+        self._lrs = [float(group["lr"]) for group in stepper.optimizer.param_groups]
+        self.set_length()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the pair by name: parameters and buffers."""
+        return {**self.structure.parameters, **self.buffers}
+
+    # Schedules
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training, at least one, which schedules may span."""
+        return max(1, self.progress.epochs * self.steps_per_epoch)
+
+    @property
+    def spanning(self) -> list[str]:
+        """Names of the schedules that span the whole training, whatever its length."""
+        named = {"lr_schedule": self.settings.schedule}
+        if isinstance(self.objective, Objective):
+            named |= self.objective.schedules
+        return [name for name, s in named.items() if isinstance(s, Timed) and s.length is None]
+
+    def set_length(self) -> None:
+        """Gives schedules over the whole training its length."""
+        length = self.steps_per_epoch, self.num_steps
+        self._lr_factor: Schedule = self.settings.schedule.resolve(*length)
+        if isinstance(self.objective, Objective) and self.stepper.state is not None:
+            self.stepper.state.resolve(self.objective.schedules, *length)
+
+    def set_lr(self) -> None:
+        """Sets the learning rates of the step to come."""
+        if isinstance(self._lr_factor, Constant) and self._lr_factor.number == 1.0:
+            return  # the optimiser's own, which it may change itself
+        factor = self._lr_factor(self.progress.global_step)
+        for group, lr in zip(self.stepper.optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr * factor
+
+    # Steps
+
+    def batches_left(self) -> Iterator[tuple[Tensor, ...]]:
+        """What is left of the epoch's batches.
+
+        Raises:
+            DataError: If the epoch has none, as of an empty ``DataLoader``.
+        """
+        epoch, start = self.progress.epoch, self.progress.step
+        if self.structure.subsample_size is None:
+            yield from self.batches.epoch(epoch, start)
+        else:
+            whole = next(self.batches.epoch(epoch))
+            yield from itertools.repeat(whole, self.steps_per_epoch - start)
+        if self.progress.step == 0:
+            raise DataError("data", "at least one batch in an epoch", "none")
+
+    def count_step(self) -> None:
+        """Notes that a step was taken."""
+        self.progress.step += 1
+        self.progress.global_step += 1
+
+    def go_back_to(self, step: int) -> None:
+        """Takes back the steps from ``step`` on, which failed; all are of the epoch going on."""
+        self.progress.step -= self.progress.global_step - step
+        self.progress.global_step = step
+        self.stepper.recover(step)
+
+
+def buffers_of(pair: Pair, modules: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
+    """Buffers and frozen parameters by attribute name; those in closures by their order."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    roots = [("model", pair.model), ("guide", pair.guide)]
+    roots += [(f"module{i}", m) for i, m in enumerate(modules)]
+    for prefix, root in roots:
+        if isinstance(root, nn.Module):
+            frozen = [(n, p) for n, p in root.named_parameters() if not p.requires_grad]
+            for name, tensor in (*root.named_buffers(), *frozen):
+                named.setdefault(id(tensor), (f"{prefix}.{name}", tensor))
+    return dict(named.values())

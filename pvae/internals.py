@@ -1,0 +1,162 @@
+"""Every private attribute of torch and Pyro that pvae uses, each with its reason.
+
+Both may change these without notice, so ``pyproject.toml`` bounds both at the versions that were
+tested, and `tests/test_internals.py` fails where one has moved. What is used of torch's compiler
+stands in `pvae.engine.compiler`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from torch import Tensor, nn
+
+__all__ = [
+    "CACHED",
+    "DETERMINISTIC",
+    "ENUMERATE_DIM",
+    "INVERSE",
+    "BatchNorm",
+    "Convolution",
+    "InverseTransform",
+    "Norm",
+    "can_skip_on_device",
+    "forget_values",
+    "fused_adam",
+    "has_step_hooks",
+    "import_compiler",
+    "mask_of",
+    "multiply",
+    "norms",
+    "version",
+]
+
+# Modules. Libraries derive layers of their own from these, so that naming torch's public layers
+# would leave theirs out.
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""All batch norms."""
+
+Norm = nn.modules.batchnorm._NormBase
+"""All batch norms and instance norms, which keep running statistics."""
+
+Convolution = nn.modules.conv._ConvNd
+"""All convolutions, transposed ones among them."""
+
+
+# Pyro's sites and distributions
+
+DETERMINISTIC = "_deterministic"
+"""Key in a site's ``infer`` by which `pyro.deterministic` marks it, and nothing else does."""
+
+ENUMERATE_DIM = "_enumerate_dim"
+"""Key in a site's ``infer`` of the dimension that Pyro has enumerated it along."""
+
+
+def mask_of(fn: MaskedDistribution) -> Tensor | bool:
+    """The mask that ``fn.mask(...)`` was given, which no public attribute has."""
+    mask: Tensor | bool = fn._mask
+    return mask
+
+
+# Torch's transforms
+
+InverseTransform = torch.distributions.transforms._InverseTransform
+"""What ``transform.inv`` is: the one transform whose inverse is what it was made with."""
+
+INVERSE = "_inv"
+"""Attribute of a transform: the one that it was made of, or its inverse once asked for."""
+
+CACHED = "_cached"
+"""How the names of attributes begin that keep values already computed."""
+
+
+def forget_values(transform: torch.distributions.Transform) -> None:
+    """Empties a transform's cache: a copy has none, and can't be called without one."""
+    transform._cached_x_y = None, None
+
+
+# Optimisers and tensors
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been written to, which its values alone don't tell."""
+    return tensor._version
+
+
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is left out where ``optimizer.found_inf`` says so on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anything is to be called before or after a step."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def fused_adam(
+    parameters: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    is_decoupled: bool,
+) -> None:
+    """A step of Adam by torch's kernel alone; what is around it takes as long in small networks.
+
+    Arguments:
+        parameters: With gradients, which are in ``.grad``.
+        averages: Of gradients.
+        squares: Averages of squared gradients.
+        steps: Counters, which are advanced.
+        lr: Learning rate.
+        betas: How fast the averages forget.
+        eps: Is added to the root of the squares.
+        weight_decay: How much parameters shrink.
+        is_decoupled: Whether they shrink by themselves, as in AdamW, or by the gradient.
+    """
+    kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
+    torch._foreach_add_(list(steps), 1)
+    kernel(
+        list(parameters),
+        [p.grad for p in parameters if p.grad is not None],
+        list(averages),
+        list(squares),
+        [],
+        list(steps),
+        amsgrad=False,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+        grad_scale=None,
+        found_inf=None,
+    )
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each tensor, by one kernel; torch's public function has the whole norm alone."""
+    return torch.stack(torch._foreach_norm(tuple(tensors)))
+
+
+def multiply(tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    """Each tensor times a factor on the device, by one kernel."""
+    return torch._foreach_mul(tuple(tensors), factor)
+
+
+def import_compiler() -> None:
+    """Imports what optimisers of torch import at the first one made.
+
+    Where there is a process group by then, it is kept for good, and its threads, still there as
+    Python ends, now and then abort the process.
+    """
+    importlib.import_module("torch._dynamo")
