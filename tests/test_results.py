@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +28,10 @@ LINES = [
 class Three(Result):
     """Three lines under two headings."""
 
-    title = "Three lines"  # type: ignore[assignment]
-    missing = {"four": "there is none"}  # type: ignore[assignment] # noqa: RUF012
-    notes = ("a note",)  # type: ignore[assignment]
-    advice = "rest"  # type: ignore[assignment]
+    title = "Three lines"
+    missing = {"four": "there is none"}  # noqa: RUF012
+    notes = ("a note",)
+    advice = "rest"
 
     def findings(self) -> list[Finding]:
         return LINES
@@ -56,9 +57,9 @@ def test_a_result_as_text() -> None:
 
 
 def test_a_result_as_data() -> None:
-    found = Three().to_dict()
+    found: Any = Three().to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    one, two, three = found["findings"]  # type: ignore[misc]
+    one, two, three = found["findings"]
     assert (one["value"], one["error"], one["verdict"]) == (0.5, 0.01, "good")
     assert (two["value"], two["error"], two["advice"]) == (None, None, "do this")
     assert three["unit"] == ""
