@@ -156,9 +156,6 @@ class VAE(Pair, nn.Module):
         (torch.Size([5, 64]), torch.Size([3, 2]))
     """
 
-    model: Model
-    guide: Guide
-
     def __init__(
         self,
         prior: object,

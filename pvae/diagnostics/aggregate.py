@@ -61,37 +61,24 @@ class AggregatedPosterior(Result):
         if P_VALUE.verdict(p_value) != "good":
             single = DISTANCE.verdict(distance)
         differs = {joint, single} != {"good"}
-        lines = [
-            Finding(
-                "q(z) = p(z), p-value",
-                self.joint.p_value,
-                verdict=joint,
-                meaning="that codes, jointly, are distributed as the prior is",
-                advice="a richer prior, or latent.fit_density, for samples" if differs else "",
-            ),
-            Finding(
-                "q(z_d) from p(z_d)",
-                distance,
-                verdict=single,
-                meaning=f"Kolmogorov-Smirnov distance in {self.names[worst]}, the greatest",
-                advice="" if single == "good" else "diagnostics.surgery, for its size in nats",
-            ),
+        what = "that codes, jointly, are distributed as the prior is"
+        advice = "a richer prior, or latent.fit_density, for samples" if differs else ""
+        where = f"Kolmogorov-Smirnov distance in {self.names[worst]}, the greatest"
+        size = "" if single == "good" else "diagnostics.surgery, for its size in nats"
+        return [
+            Finding("q(z) = p(z), p-value", self.joint.p_value, None, "", joint, what, advice),
+            Finding("q(z_d) from p(z_d)", distance, None, "", single, where, size),
+            *([self._correlation()] if len(self.names) > 1 else []),
         ]
-        if len(self.names) > 1:
-            lines.append(self._correlation())
-        return lines
 
     def _correlation(self) -> Finding:
         count = len(self.names)
         apart = self.correlation.nan_to_num().triu(1)
         first, second = divmod(int(apart.abs().argmax()), count)
         value = float(apart[first, second])
-        return Finding(
-            "correlation",
-            value,
-            (1 - value**2) / (len(self.draws) - 1) ** 0.5,
-            meaning=f"of {self.names[first]} and {self.names[second]} under q(z), the strongest",
-        )
+        error = (1 - value**2) / (len(self.draws) - 1) ** 0.5
+        pair = f"of {self.names[first]} and {self.names[second]} under q(z), the strongest"
+        return Finding("correlation", value, error, meaning=pair)
 
 
 @tool

@@ -155,7 +155,7 @@ def diagnose(
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> found = diagnose(vae, torch.rand(50, 4).round(), checks=["elbo"])
         >>> [line.name for line in found.findings()]
-        ['ELBO']
+        ['ELBO', 'distortion', 'rate']
     """
     asked = list(dict.fromkeys(checks))
     if unknown := [name for name in asked if name not in CHECKS]:

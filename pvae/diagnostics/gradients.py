@@ -102,17 +102,10 @@ class GradientNoise(Result):
             Finding(f"gradient SNR, {side}", found.snr, meaning=self._meaning(found))
             for side, found in self.sides.items()
         ]
-        meaning = "variance over draws of the gradient of this site's parameters"
-        lines += [
-            Finding(
-                f"var {site}",
-                found.total_variance,
-                found.se_total_variance,
-                "nats^2",
-                meaning=meaning,
-            )
-            for site, found in self.sites.items()
-        ]
+        what = "variance over draws of the gradient of this site's parameters"
+        for site, found in self.sites.items():
+            value, error = found.total_variance, found.se_total_variance
+            lines.append(Finding(f"var {site}", value, error, "nats^2", meaning=what))
         return lines
 
     def _meaning(self, found: Moments) -> str:

@@ -196,17 +196,10 @@ class Importance(Result):
         rows = ", ".join(str(int(row)) for row in self.worst())
         verdict = UNRELIABLE.verdict(self.unreliable)
         advice = f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?"
-        found = [
-            Finding(
-                f"k-hat above {KHAT}",
-                self.unreliable,
-                self.se_unreliable,
-                "",
-                verdict,
-                "share of data for which q is too narrow somewhere",
-                "" if verdict == "good" else advice,
-            )
-        ]
+        advice = "" if verdict == "good" else advice
+        share, error = self.unreliable, self.se_unreliable
+        meaning = "share of data for which q is too narrow somewhere"
+        found = [Finding(f"k-hat above {KHAT}", share, error, "", verdict, meaning, advice)]
         exact, tied = self.is_exact, self.khat.isnan() & ~self.is_exact
         for name, rows_of, why in (
             ("exact", exact, "constant weights: q is the posterior there, and has no k-hat"),

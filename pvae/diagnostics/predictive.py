@@ -136,15 +136,10 @@ class PredictiveCheck(Result):
             verdict = "none"
         mean = float(statistic.replicated.mean())
         spread = float(statistic.replicated.std()) if len(statistic.replicated) > 1 else math.nan
-        return Finding(
-            f"p of {statistic.name}",
-            statistic.p_value,
-            statistic.error,
-            "",
-            verdict,
-            f"{statistic.observed:.4g} in the data; replicates {mean:.4g}, sd {spread:.2g}",
-            "" if verdict in ("good", "none") else _ADVICE[self.kind],
-        )
+        name, p_value, error = f"p of {statistic.name}", statistic.p_value, statistic.error
+        meaning = f"{statistic.observed:.4g} in the data; replicates {mean:.4g}, sd {spread:.2g}"
+        advice = "" if verdict in ("good", "none") else _ADVICE[self.kind]
+        return Finding(name, p_value, error, "", verdict, meaning, advice)
 
 
 _FIT = "another likelihood or decoder; bounds.evidence of both says which is better"

@@ -12,11 +12,11 @@ from torch import Tensor
 from pvae import terms
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import P_VALUE
-from pvae.diagnostics.uniformity import Uniformity, uniformity
+from pvae.diagnostics.uniformity import Uniformity, ranked, uniformity
 from pvae.errors import ArgumentError, check_int, check_number
 from pvae.options import Options, tool
 from pvae.pair import PairLike
-from pvae.simulate import draw_jointly, random_rank
+from pvae.simulate import draw_jointly
 
 __all__ = ["SBC", "sbc"]
 
@@ -72,28 +72,19 @@ class SBC(Result):
         """Uniformity over all dimensions, and the coverage that is furthest off."""
         tests, count = self.tests, len(self.names)
         verdict = P_VALUE.verdict(tests.p_value)
-        bad = int((tests.p_values < 0.05).sum())
+        bad = int((tests.p_values <= P_VALUE.look).sum())
         meaning = f"the ranks of {count} dimension(s) are as an exact q's"
         if verdict != "good":
             worst = f"{self.names[tests.worst]}: {self.shape_of(tests.worst)}"
             meaning = f"{worst}; {bad} of {count} dimensions are off"
         off = (self.coverage - self.levels[:, None]).abs() / self.coverage_se.clamp(min=1e-12)
         level, column = divmod(int(off.argmax()), count)
+        covered = float(self.coverage[level, column]), float(self.coverage_se[level, column])
+        where = f"{float(self.levels[level]):.0%} of q({self.names[column]} | x), furthest off"
+        advice = "" if verdict == "good" else "a richer guide or encoder; train it longer"
         return [
-            Finding(
-                "SBC p-value",
-                tests.p_value,
-                verdict=verdict,
-                meaning=meaning,
-                advice="" if verdict == "good" else "a richer guide or encoder; train it longer",
-            ),
-            Finding(
-                "coverage",
-                float(self.coverage[level, column]),
-                float(self.coverage_se[level, column]),
-                meaning=f"of z in the central {float(self.levels[level]):.0%} of "
-                f"q({self.names[column]} | x), furthest off",
-            ),
+            Finding("SBC p-value", tests.p_value, None, "", verdict, meaning, advice),
+            Finding("coverage", *covered, meaning=f"of z in the central {where}"),
         ]
 
 
@@ -157,26 +148,13 @@ def sbc(
     cuts = _cuts(levels, num_particles)
     with terms.prepared(pair, data, options, "sbc") as evaluation:
         joint = draw_jointly("sbc", evaluation, num_simulations, site=site, arguments=arguments)
-        less = torch.zeros(joint.latents.shape, dtype=torch.long, device=joint.latents.device)
-        equal = less.clone()
-        for rows, draws in joint.of_guide(num_particles):
-            truth = joint.latents[rows]
-            less[rows] += (draws < truth).sum(0)
-            equal[rows] += (draws == truth).sum(0)
-        ranks = random_rank(less, equal)
+        ranks = ranked(joint.latents, joint.of_guide(num_particles))
     inside = torch.stack([(ranks >= a) & (ranks <= num_particles - a) for a in cuts]).double()
     coverage = inside.mean(1).cpu()
     nominal = 1 - 2 * torch.tensor(cuts, dtype=torch.float64) / (num_particles + 1)
     error = (nominal * (1 - nominal) / len(ranks)).sqrt()[:, None].expand_as(coverage)
-    return SBC(
-        ranks,
-        num_particles,
-        joint.names,
-        uniformity(ranks, num_particles),
-        nominal,
-        coverage,
-        error,
-    )
+    tests = uniformity(ranks, num_particles)
+    return SBC(ranks, num_particles, joint.names, tests, nominal, coverage, error)
 
 
 def _cuts(levels: Sequence[float], num_particles: int) -> list[int]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from pvae import terms
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import P_VALUE
-from pvae.diagnostics.uniformity import Uniformity, uniformity
+from pvae.diagnostics.uniformity import Uniformity, ranked, uniformity
 from pvae.errors import ArgumentError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
-from pvae.simulate import JointDraws, draw_jointly, random_rank
+from pvae.simulate import JointDraws, draw_jointly
 
 __all__ = ["TARP", "tarp"]
 
@@ -66,20 +66,11 @@ class TARP(Result):
                 meaning = "q is too wide, in some directions at least"
         worst = int((self.coverage - self.levels).abs().argmax())
         level = float(self.levels[worst])
+        error = (level * (1 - level) / len(self.ranks)) ** 0.5
+        where = f"of z in balls that hold {level:.0%} of q, furthest off"
         return [
-            Finding(
-                "TARP p-value",
-                self.tests.p_value,
-                verdict=verdict,
-                meaning=meaning,
-                advice=advice,
-            ),
-            Finding(
-                "joint coverage",
-                float(self.coverage[worst]),
-                (level * (1 - level) / len(self.ranks)) ** 0.5,
-                meaning=f"of z in balls that hold {level:.0%} of q, furthest off",
-            ),
+            Finding("TARP p-value", self.tests.p_value, None, "", verdict, meaning, advice),
+            Finding("joint coverage", float(self.coverage[worst]), error, meaning=where),
         ]
 
 
@@ -147,13 +138,8 @@ def tarp(
         if reference == "data":
             points = points[_nearest(joint, others, evaluation.max_rows)]
         own = _distance(joint.latents, points, scale)
-        less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
-        equal = less.clone()
-        for rows, draws in joint.of_guide(num_particles):
-            each = _distance(draws, points[rows], scale)
-            less[rows] += (each < own[rows]).sum(0)
-            equal[rows] += (each == own[rows]).sum(0)
-        ranks = random_rank(less, equal)
+        drawn = joint.of_guide(num_particles)
+        ranks = ranked(own, ((rows, _distance(z, points[rows], scale)) for rows, z in drawn))
     tests = uniformity(ranks[:, None], num_particles)
     return TARP(ranks, num_particles, tests.points, tests.ecdf[:, 0], tests)
 

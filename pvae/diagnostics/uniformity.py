@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +12,9 @@ from scipy.special import gammaln
 from scipy.stats import binom, chisquare
 from torch import Tensor
 
-__all__ = ["Uniformity", "uniformity"]
+from pvae.simulate import random_rank
+
+__all__ = ["Uniformity", "ranked", "uniformity"]
 
 MAX_POINTS, MAX_BINS = 99, 20
 
@@ -55,6 +58,21 @@ class Uniformity:
         least = self.p_values == self.p_values.min()
         oddness = torch.maximum(self.shift.abs(), self.spread.abs())
         return int(torch.where(least, oddness, -1.0).argmax())
+
+
+def ranked(own: Tensor, drawn: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """Ranks of numbers ``(S, ...)`` among others that are drawn for them; ties by chance.
+
+    Arguments:
+        own: The numbers.
+        drawn: Rows of them, and some draws for each of these rows, ``(K, rows, ...)``.
+    """
+    less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
+    equal = less.clone()
+    for rows, draws in drawn:
+        less[rows] += (draws < own[rows]).sum(0)
+        equal[rows] += (draws == own[rows]).sum(0)
+    return random_rank(less, equal)
 
 
 def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:

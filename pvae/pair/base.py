@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakSet
 
 import pyro
@@ -54,8 +55,8 @@ class Pair:
         ('z',)
     """
 
-    model: Program
-    guide: Program
+    model: Any
+    guide: Any
     plate: str | None = None
 
     def __init__(self, model: Program, guide: Program, *, plate: str | None = None) -> None:
