@@ -108,15 +108,7 @@ class SVI:
             state = self.objective.make_state(structure)
         self.optimizer = _torch_optimizer(self.optim, structure.parameters)
         self._stepper = Stepper(
-            self.model,
-            self.guide,
-            self.objective,
-            structure,
-            self.optimizer,
-            state,
-            None,
-            self.engine,
-            per_datum=False,
+            structure, self.objective, self.optimizer, state, engine=self.engine, per_datum=False
         )
         return self._stepper
 

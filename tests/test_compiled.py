@@ -31,9 +31,7 @@ def stepper(pair: pairs.Pair, objective: Any, engine: Any, **options: Any) -> St
     parameters = list(structure.parameters.values())
     state = objective.make_state(structure, 100) if isinstance(objective, o.Objective) else None
     optimizer = make_optimizer(torch.optim.Adam, parameters, 1e-2)
-    return Stepper(
-        model, guide, objective, structure, optimizer, state, options.get("clip_norm"), engine
-    )
+    return Stepper(structure, objective, optimizer, state, options.get("clip_norm"), engine)
 
 
 def run(made: Stepper, batches: list[tuple[Tensor, ...]]) -> list[dict[str, float]]:

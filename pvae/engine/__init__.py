@@ -6,8 +6,7 @@
 
 from pvae.engine.choice import ASKED, Asked, choose
 from pvae.engine.compiler import UncompilableError, compile_function
-from pvae.engine.measure import PARTS
-from pvae.engine.monitor import Failure
+from pvae.engine.monitor import PARTS, Failure
 from pvae.engine.optimizers import OptimizerLike, make_optimizer
 from pvae.engine.precision import PRECISIONS, Precision
 from pvae.engine.repeated import Repeated

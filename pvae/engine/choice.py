@@ -46,9 +46,9 @@ def has_compiler(device: torch.device) -> bool:
 
 def _seconds(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
     """What a pass takes as in training, without its update."""
-    found = []
+    seconds = []
     with (
-        undoing(stepper.passes.changing(), stepper.state),
+        undoing(stepper.passes),
         in_mode(stepper.structure.modules, training=True),
         pyro.validation_enabled(is_validate=False),
     ):
@@ -57,5 +57,5 @@ def _seconds(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
             stepper.passes.run(*batch)
             if stepper.structure.device.type == "cuda":
                 torch.cuda.synchronize()
-            found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def mixed(structure: t.Structure) -> Iterator[None]:
     if structure.dtype != torch.float32:
         raise ArgumentError("precision", "a pair in float32", str(structure.dtype))
 
-    def widen(_: Any, __: Any, output: Any) -> Any:
+    def widen(_: object, __: object, output: object) -> object:
         is_narrow = isinstance(output, Tensor) and output.dtype == torch.bfloat16
         return output.float() if is_narrow else output
 

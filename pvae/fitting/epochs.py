@@ -51,7 +51,7 @@ def _record(training: Training) -> Record:
         "log_likelihood": average["log_likelihood"],
         "rate": None if no_rate else average["rate"],
     }
-    if stepper.has_penalties:
+    if stepper.passes.has_penalties:
         record["penalty"] = average["penalty"]
     record["grad_norm"] = average["grad_norm"]
     record["lr"] = stepper.optimizer.param_groups[0]["lr"]

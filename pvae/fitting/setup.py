@@ -49,17 +49,11 @@ def set_up(
         state = None
         if isinstance(objective, Objective):  # Pyro's own have none
             state = objective.make_state(structure, source.num_rows, 1, 1)  # until it has a length
+        precision = settings.precision
         stepper = Stepper(
-            pair.model,
-            pair.guide,
-            objective,
-            structure,
-            optimizer,
-            state,
-            settings.clip_norm,
-            precision=settings.precision,
-            world=world,
-        )
+            structure, objective, optimizer, state, settings.clip_norm,
+            precision=precision, world=world,
+        )  # fmt: skip
         training = Training(pair, settings, batches, validation, stepper)
         _warn_of_long_schedules(training)
         agree(world, training.identity, training.tensors)
