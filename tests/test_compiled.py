@@ -272,14 +272,14 @@ def test_a_compiled_training_resumes_bit_for_bit(device: torch.device, tmp_path:
     """With a last batch of another size; what "auto" finds in the folder, it obeys."""
     options: dict[str, Any] = {"device": device, "objective": o.ELBO(beta=schedules.Warmup(5))}
     whole, halves = fits.vae(), fits.vae()
-    fits.fit(whole.model, whole.guide, fits.binary(), engine="compiled", epochs=4, **options)
+    fits.fit(whole, fits.binary(), engine="compiled", epochs=4, **options)
     options |= {"folder": tmp_path}
-    fits.fit(halves.model, halves.guide, fits.binary(), engine="compiled", epochs=2, **options)
-    again = fits.fit(halves.model, halves.guide, fits.binary(), epochs=4, resume=True, **options)
+    fits.fit(halves, fits.binary(), engine="compiled", epochs=2, **options)
+    again = fits.fit(halves, fits.binary(), epochs=4, resume=True, **options)
     assert again.training.stepper.engine == "compiled"
     assert fits.same(fits.state(whole), fits.state(halves))
     with pytest.raises(CheckpointError, match="engine='compiled'"):
-        fits.fit(halves.model, halves.guide, fits.binary(), engine="eager", resume=True, **options)
+        fits.fit(halves, fits.binary(), engine="eager", resume=True, **options)
 
 
 def test_draws_differ_by_step_and_by_seed_alone(device: torch.device) -> None:
@@ -287,7 +287,7 @@ def test_draws_differ_by_step_and_by_seed_alone(device: torch.device) -> None:
     for seed in (1, 1, 2):
         pair = fits.vae()
         fits.fit(
-            pair.model, pair.guide, fits.binary(), engine="compiled", seed=seed, epochs=2,
+            pair, fits.binary(), engine="compiled", seed=seed, epochs=2,
             batch_size=40, device=device,
         )  # fmt: skip
         ends.append(fits.state(pair))

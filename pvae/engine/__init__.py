@@ -7,7 +7,7 @@
 from pvae.engine.choice import ASKED, Asked, choose
 from pvae.engine.compiler import UncompilableError, compile_function
 from pvae.engine.monitor import PARTS, Failure
-from pvae.engine.optimizers import OptimizerLike, make_optimizer
+from pvae.engine.optimizers import Backup, OptimizerLike, make_optimizer
 from pvae.engine.precision import PRECISIONS, Precision
 from pvae.engine.repeated import Repeated
 from pvae.engine.stepper import ENGINES, Engine, Stepper
@@ -18,6 +18,7 @@ __all__ = [
     "PARTS",
     "PRECISIONS",
     "Asked",
+    "Backup",
     "Engine",
     "Failure",
     "OptimizerLike",

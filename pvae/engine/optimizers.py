@@ -72,29 +72,20 @@ def _adam(optimizer: torch.optim.Optimizer) -> bool:
     is_watched = has_step_hooks(optimizer) or "step" in vars(optimizer)  # as by schedulers of rates
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or is_watched:
         return False
+    state, moved = optimizer.state, []
     for group in optimizer.param_groups:
-        special = (group["amsgrad"], group["maximize"], not group["fused"])
-        kinds = {(p.dtype, p.device) for p in group["params"]}
-        if any(special) or len(kinds) > 1 or isinstance(group["lr"], Tensor):
+        parameters = [p for p in group["params"] if p.grad is not None]
+        is_special = group["amsgrad"] or group["maximize"] or not group["fused"]
+        is_mixed = len({(p.dtype, p.device) for p in group["params"]}) > 1
+        if is_special or is_mixed or isinstance(group["lr"], Tensor):
             return False
-        if any(p.grad is not None and not optimizer.state[p] for p in group["params"]):
+        if not all(state[p] for p in parameters):
             return False
-    for group in optimizer.param_groups:
-        moved = [p for p in group["params"] if p.grad is not None]
-        states = [optimizer.state[p] for p in moved]
-        if not moved:
-            continue
-        fused_adam(
-            moved,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["step"] for s in states],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            is_decoupled=group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW),
-        )
+        if parameters:
+            moved.append((group, parameters))
+    for group, parameters in moved:
+        is_decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
+        fused_adam(parameters, [state[p] for p in parameters], group, is_decoupled=is_decoupled)
     return True
 
 

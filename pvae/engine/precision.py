@@ -28,8 +28,9 @@ def mixed(structure: t.Structure) -> Iterator[None]:
         raise ArgumentError("precision", "a pair in float32", str(structure.dtype))
 
     def widen(_: object, __: object, output: object) -> object:
-        is_narrow = isinstance(output, Tensor) and output.dtype == torch.bfloat16
-        return output.float() if is_narrow else output
+        if isinstance(output, Tensor) and output.dtype == torch.bfloat16:
+            return output.float()
+        return output
 
     layers = [
         m

@@ -37,7 +37,8 @@ def train(training: Training) -> None:
                 with pyro.validation_enabled(is_validate=is_first):
                     training.stepper(batch, progress.global_step)
                 is_first = False
-                training.count_step()
+                progress.step += 1
+                progress.global_step += 1
                 bar.update()
                 is_due = save_steps is not None and progress.global_step % save_steps == 0
                 if is_due or progress.global_step % LOOK_EVERY == 0:
@@ -64,13 +65,11 @@ def _look(training: Training, bar: tqdm) -> None:
     failure = training.stepper.look(training.progress.global_step - 1)
     if failure is not None:
         training.go_back_to(failure.step)
-        what = (
-            f"a value that isn't finite at site {oxford(failure.sites)}"
-            if failure.sites
-            else f"a gradient that isn't finite, of {oxford(failure.parameters[:3])}"
-            if failure.parameters
-            else f"a loss of {type(training.objective).__name__} that isn't finite"
-        )
+        what = f"a loss of {type(training.objective).__name__} that isn't finite"
+        if failure.sites:
+            what = f"a value that isn't finite at site {oxford(failure.sites)}"
+        elif failure.parameters:
+            what = f"a gradient that isn't finite, of {oxford(failure.parameters[:3])}"
         raise TrainingError(
             f"epoch {training.progress.epoch}, batch {training.progress.step}",
             "a finite loss and gradient",

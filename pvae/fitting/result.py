@@ -10,7 +10,6 @@ from pvae.errors import check_int
 from pvae.fitting.history import History
 from pvae.fitting.loop import train
 from pvae.fitting.saving import write_checkpoint
-from pvae.fitting.setup import warn_of_stretching
 from pvae.fitting.training import Progress, Training
 
 if TYPE_CHECKING:
@@ -59,19 +58,15 @@ class Fit:
             names = [k for k in last if k.endswith(("elbo", "log_joint", "loss", "rate"))]
             lines += [f"  {k}: {last[k]:.2f}" for k in names if last[k] is not None]
         if progress.best is not None:
-            lines.append(
-                f"  best validation value {progress.best:.2f}, epoch {progress.best_epoch}"
-            )
+            epoch = progress.best_epoch
+            lines.append(f"  best validation value {progress.best:.2f}, epoch {epoch}")
         lines.append("  next: .diagnose(), or .refine(epochs)")
         return "\n".join(lines)
 
     def refine(self, epochs: int) -> Fit:
         """Trains for more epochs, from where the last training ended; returns itself."""
-        progress = self.progress
-        total = progress.epoch + check_int("epochs", epochs)
-        warn_of_stretching(self.training, total)
-        progress.epochs, progress.stopped_early = total, False
-        self.training.set_length()
+        self.training.set_epochs(self.progress.epoch + check_int("epochs", epochs))
+        self.progress.stopped_early = False
         train(self.training)
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pyro
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae.data import Batches, Source
 from pvae.engine import Stepper
-from pvae.errors import DataError
+from pvae.errors import DataError, oxford, warn
 from pvae.fitting.history import History
 from pvae.fitting.identity import identity_of
 from pvae.fitting.settings import Settings
@@ -19,7 +19,7 @@ from pvae.objectives import Objective
 from pvae.pair import Pair
 from pvae.schedules import Constant, Schedule, Timed
 
-__all__ = ["Progress", "Training", "buffers_of"]
+__all__ = ["Progress", "Training", "named_tensors"]
 
 
 @dataclass
@@ -62,10 +62,8 @@ class Training:
         stepper: Runs a step.
 
     Attributes:
-        objective: What is maximised.
-        structure: What the pair is made of.
+        objective, structure, world: Those of the stepper.
         source: The data.
-        world: The processes that train together.
         steps_per_epoch: Number of steps in an epoch.
         buffers: Buffers and frozen parameters of the pair's networks, by name.
         identity: What a resumed training must have in common with the first one, by name.
@@ -90,14 +88,16 @@ class Training:
         self.steps_per_epoch = batches.steps_per_epoch
         if (size := self.structure.subsample_size) is not None:  # as many as its subsamples take
             self.steps_per_epoch = -(-self.source.num_rows // size)
-        self.buffers = buffers_of(pair, self.structure.modules)
+        in_closures = {f"module{i}": m for i, m in enumerate(self.structure.modules)}
+        programs = {"model": pair.model, "guide": pair.guide}
+        self.buffers = named_tensors(programs | in_closures, trainable=False)
         self.identity = identity_of(pair, settings, self.objective, stepper.optimizer, batches)
         self.progress = Progress(epochs=settings.epochs)
         self.generators: dict[str, Tensor] | None = None
         self.interrupted = False
         self.store = set(pyro.get_param_store().keys())
         self._lrs = [float(group["lr"]) for group in stepper.optimizer.param_groups]
-        self.set_length()
+        self.set_epochs(settings.epochs)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -111,20 +111,22 @@ class Training:
         """Steps of the whole training, at least one, which schedules may span."""
         return max(1, self.progress.epochs * self.steps_per_epoch)
 
-    @property
-    def spanning(self) -> list[str]:
-        """Names of the schedules that span the whole training, whatever its length."""
-        named = {"lr_schedule": self.settings.schedule}
-        if isinstance(self.objective, Objective):
-            named |= self.objective.schedules
-        return [name for name, s in named.items() if isinstance(s, Timed) and s.length is None]
-
-    def set_length(self) -> None:
-        """Gives schedules over the whole training its length."""
+    def set_epochs(self, epochs: int) -> None:
+        """Gives the training its length; warns if schedules span it, and it had another one."""
+        before, self.progress.epochs = self.progress.epochs, epochs
         length = self.steps_per_epoch, self.num_steps
+        named = {"lr_schedule": self.settings.schedule}
         self._lr_factor: Schedule = self.settings.schedule.resolve(*length)
         if isinstance(self.objective, Objective) and self.stepper.state is not None:
+            named |= self.objective.schedules
             self.stepper.state.resolve(self.objective.schedules, *length)
+        spanning = [name for name, s in named.items() if isinstance(s, Timed) and s.length is None]
+        if epochs != before and spanning:
+            warn(
+                f"{oxford(spanning)} spans the whole training, which was {before} epoch(s) "
+                f"and now is {epochs}: it goes on as the longer one would at this step, so the "
+                "result isn't that of one training of that length."
+            )
 
     def set_lr(self) -> None:
         """Sets the learning rates of the step to come."""
@@ -151,11 +153,6 @@ class Training:
         if self.progress.step == 0:
             raise DataError("data", "at least one batch in an epoch", "none")
 
-    def count_step(self) -> None:
-        """Notes that a step was taken."""
-        self.progress.step += 1
-        self.progress.global_step += 1
-
     def go_back_to(self, step: int) -> None:
         """Takes back the steps from ``step`` on, which failed; all are of the epoch going on."""
         self.progress.step -= self.progress.global_step - step
@@ -163,14 +160,20 @@ class Training:
         self.stepper.recover(step)
 
 
-def buffers_of(pair: Pair, modules: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
-    """Buffers and frozen parameters by attribute name; those in closures by their order."""
+def named_tensors(roots: Mapping[str, object], *, trainable: bool) -> dict[str, Tensor]:
+    """Tensors of modules by root and attribute, each once, as a trace names them.
+
+    Arguments:
+        roots: By name; those that aren't modules have no tensors.
+        trainable: Trainable parameters; or else buffers and frozen parameters.
+    """
     named: dict[int, tuple[str, Tensor]] = {}
-    roots = [("model", pair.model), ("guide", pair.guide)]
-    roots += [(f"module{i}", m) for i, m in enumerate(modules)]
-    for prefix, root in roots:
+    for prefix, root in roots.items():
         if isinstance(root, nn.Module):
-            frozen = [(n, p) for n, p in root.named_parameters() if not p.requires_grad]
-            for name, tensor in (*root.named_buffers(), *frozen):
+            buffers = [] if trainable else [*root.named_buffers()]
+            parameters = [
+                (n, p) for n, p in root.named_parameters() if p.requires_grad == trainable
+            ]
+            for name, tensor in (*buffers, *parameters):
                 named.setdefault(id(tensor), (f"{prefix}.{name}", tensor))
     return dict(named.values())
