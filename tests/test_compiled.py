@@ -305,7 +305,7 @@ def test_auto_compiles_long_trainings_alone(
     before = [x.clone() for x in (*made.parameters, *made.passes.changing())]
     generator = torch.get_rng_state()
     batch = vae(device)[2]
-    monkeypatch.setattr("pvae.engine.choice._seconds", lambda *_: 0.01)
+    monkeypatch.setattr("pvae.engine.stepper.time_pass", lambda *_: 0.01)
     assert choose(made, lambda: batch, 10_000) == "eager"
     assert choose(made, lambda: batch, 20_000) == "compiled"
     monkeypatch.undo()

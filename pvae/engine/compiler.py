@@ -12,6 +12,7 @@ of the compiler's settings. `tests/test_internals.py` fails where one of them mo
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from pvae.modes import capturing_graph
 
-__all__ = ["UncompilableError", "compile_function", "compile_graph"]
+__all__ = ["UncompilableError", "compile_function", "compile_graph", "has_compiler"]
 
 T = TypeVar("T")
 
@@ -37,6 +38,11 @@ OPTIONS = {
 
 class UncompilableError(Exception):
     """Why a function has no graph."""
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether graphs can be compiled: on a CPU that takes a C++ compiler."""
+    return device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
 
 
 def compile_function(function: Callable[..., T], example: tuple[Tensor, ...]) -> Callable[..., T]:

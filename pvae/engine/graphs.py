@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.engine.compiler import UncompilableError, compile_function
+from pvae.engine.monitor import Measured
 from pvae.engine.optimizers import Backup
-from pvae.engine.passes import Measured, Passes, PassResult
+from pvae.engine.passes import Passes, PassResult
 from pvae.objectives import Objective
 
 __all__ = ["CompiledPass", "check_numbers", "kind_of", "numbers", "undoing"]

@@ -6,13 +6,14 @@ so often, so that no step waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["PARTS", "Failure", "Monitor"]
+__all__ = ["PARTS", "Failure", "Measured", "Monitor"]
 
 PARTS = ("loss", "elbo", "log_likelihood", "rate", "penalty", "grad_norm")
 """What is summed over an epoch: per datum and in nats, but for the norm of the gradient."""
@@ -25,6 +26,20 @@ class Failure:
     step: int
     sites: tuple[str, ...]
     parameters: tuple[str, ...]
+
+
+class Measured(NamedTuple):
+    """What is measured on a batch, or by one of several processes on its rows of it.
+
+    Attributes:
+        parts: All of `PARTS` but the last, per datum.
+        gradients: Of the loss, by the name of the parameter; those that have one.
+        densities: Log densities by site and program, not all finite where the loss isn't.
+    """
+
+    parts: Tensor
+    gradients: dict[str, Tensor]
+    densities: dict[tuple[str, str], Tensor]
 
 
 class Monitor:
@@ -55,24 +70,23 @@ class Monitor:
 
     def judge(
         self,
-        parts: Tensor,
-        norm: Tensor,
+        measured: Measured,
         num_rows: int | Tensor,
         norms: Tensor,
-        densities: Mapping[tuple[str, str], Tensor],
+        norm: Tensor,
         *,
         may_look: bool,
     ) -> Tensor:
         """Adds a step to the sums, and says whether it is good, as a tensor on the device.
 
         Arguments:
-            parts: All of `PARTS` but the last.
-            norm: The last: the norm of the gradient.
-            num_rows: How many data these are means of.
+            measured: Of the step.
+            num_rows: How many data its parts are means of.
             norms: Of each parameter's gradient.
-            densities: Log densities by site and program.
+            norm: Of the whole gradient.
             may_look: Whether values may be read where that costs nothing.
         """
+        parts, densities = measured.parts, measured.densities
         row = torch.cat([parts, norm[None], norm.new_ones(1)]).to(torch.float64) * num_rows
         self.loss.copy_(parts[0])
         is_readable = may_look and parts.device.type == "cpu"

@@ -15,7 +15,7 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from pvae.distributed import World
-from pvae.engine.monitor import PARTS, Monitor
+from pvae.engine.monitor import PARTS, Measured, Monitor
 from pvae.engine.optimizers import Backup
 from pvae.engine.precision import PRECISIONS, Precision, check_densities, mixed
 from pvae.errors import ArgumentError, PairError, oxford
@@ -24,21 +24,7 @@ from pvae.objectives import Objective, ObjectiveState
 from pvae.pair import Structure
 from pvae.sites import without_announcements
 
-__all__ = ["Measured", "PassResult", "Passes"]
-
-
-class Measured(NamedTuple):
-    """What is measured on a batch, or by one of several processes on its rows of it.
-
-    Attributes:
-        parts: All of `PARTS` but the last, per datum.
-        gradients: Of the loss, by the name of the parameter; those that have one.
-        densities: Log densities by site and program, not all finite where the loss isn't.
-    """
-
-    parts: Tensor
-    gradients: dict[str, Tensor]
-    densities: dict[tuple[str, str], Tensor]
+__all__ = ["PassResult", "Passes"]
 
 
 class PassResult(NamedTuple):
@@ -105,12 +91,7 @@ class Passes:
     def run_shared(
         self, batch: tuple[Tensor, ...], measure: Callable[[tuple[Tensor, ...]], Measured]
     ) -> PassResult:
-        """What `run` does, by all processes together, each on its own rows.
-
-        Arguments:
-            batch: This process's rows; empty where there are none for it.
-            measure: Measures them.
-        """
+        """What `run` does, by all processes, each on its own rows, of which there may be none."""
         buffers, first = Backup(self.buffers), next(iter(self.parameters.values()))
         own = measure(batch) if batch else Measured(first.new_zeros(len(PARTS) - 1), {}, {})
         with torch.no_grad():
@@ -127,10 +108,9 @@ class Passes:
         else:
             measured = self._measure_pyro(self.objective, batch)
         if sparse := [name for name, g in measured.gradients.items() if g.is_sparse]:
+            actual = f"sparse ones, of {', '.join(sparse)}"
             fixes = ["nn.Embedding(..., sparse=False)"]
-            raise ArgumentError(
-                "pair", "dense gradients", f"sparse ones, of {', '.join(sparse)}", fixes
-            )
+            raise ArgumentError("pair", "dense gradients", actual, fixes)
         return measured
 
     def _measure(self, objective: Objective, batch: tuple[Tensor, ...]) -> Measured:
@@ -172,12 +152,9 @@ class Passes:
         else:
             value = objective.loss_and_grads(model, guide, *batch)
             if not isinstance(value, (float, int, Tensor)):
-                raise ArgumentError(
-                    "objective",
-                    "one that returns one loss",
-                    f"{type(objective).__name__}, which returns a {type(value).__name__}",
-                    ["pyro.infer.SVI with it, and a loop of your own"],
-                )
+                actual = f"{type(objective).__name__}, which returns a {type(value).__name__}"
+                fixes = ["pyro.infer.SVI with it, and a loop of your own"]
+                raise ArgumentError("objective", "one that returns one loss", actual, fixes)
             loss = torch.as_tensor(value, dtype=torch.float64) / divisor
             given = {n: p.grad for n, p in self.parameters.items()}
             gradients = {n: g.div_(divisor) for n, g in given.items() if g is not None}
@@ -199,38 +176,30 @@ class Passes:
             anywhere = {name for names in self.world.gather([*gradients]) for name in names}
             self._agreed = [name for name in self.parameters if name in anywhere]
         if late := gradients.keys() - self._agreed:
-            raise PairError(
-                f"gradient of {oxford(sorted(late)[:3])}",
-                "the same parameters in each step of several processes",
-                "one more than in the first step",
-            )
-        return {
-            n: gradients[n] if n in gradients else torch.zeros_like(self.parameters[n])
-            for n in self._agreed
-        }
+            where = f"gradient of {oxford(sorted(late)[:3])}"
+            expected = "the same parameters in each step of several processes"
+            raise PairError(where, expected, "one more than in the first step")
+        own = {n: torch.zeros_like(self.parameters[n]) for n in self._agreed if n not in gradients}
+        own |= gradients
+        return {name: own[name] for name in self._agreed}
 
     @torch.no_grad()
     def _judge(self, buffers: Backup, measured: Measured, num_rows: int | Tensor) -> PassResult:
         """Says whether a pass is good, undoes it if not, clips its gradients, adds to the sums."""
         gradients, is_recorded = measured.gradients, self.moving is not None
         if not gradients:
-            raise ArgumentError(
-                "pair",
-                "a loss that depends on its parameters",
-                "no parameter with a gradient",
-                [
-                    "does the guide sample from a distribution made of its parameters?",
-                    "pyro.clear_param_store(), if pyro.module had other modules by these names",
-                ],
-            )
+            fixes = [
+                "does the guide sample from a distribution made of its parameters?",
+                "pyro.clear_param_store(), if pyro.module had other modules by these names",
+            ]
+            expected = "a loss that depends on its parameters"
+            raise ArgumentError("pair", expected, "no parameter with a gradient", fixes)
         if is_recorded:  # one by one, for a compiler to fuse
             each = torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])
         else:
             each = norms([*gradients.values()])
         norm = torch.linalg.vector_norm(each)
-        ok = self.monitor.judge(
-            measured.parts, norm, num_rows, each, measured.densities, may_look=self.may_look
-        )
+        ok = self.monitor.judge(measured, num_rows, each, norm, may_look=self.may_look)
         buffers.restore_unless(ok, may_wait=not is_recorded)
         if self.clip_norm is not None:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)

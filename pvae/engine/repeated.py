@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
-from pvae.engine.choice import Asked, has_compiler
-from pvae.engine.compiler import UncompilableError, compile_function
+from pvae.engine.compiler import UncompilableError, compile_function, has_compiler
+from pvae.engine.stepper import Asked
 from pvae.errors import ArgumentError, warn
 
 __all__ = ["Repeated"]

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, TypeVar, get_args
 
+import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from pvae.distributed import World
 from pvae.engine.captured import CapturedStep
-from pvae.engine.compiler import UncompilableError
-from pvae.engine.graphs import CompiledPass
-from pvae.engine.monitor import Failure, Monitor
+from pvae.engine.compiler import UncompilableError, has_compiler
+from pvae.engine.graphs import CompiledPass, undoing
+from pvae.engine.monitor import Failure, Measured, Monitor
 from pvae.engine.optimizers import Backup, update
-from pvae.engine.passes import Measured, Passes, PassResult
+from pvae.engine.passes import Passes, PassResult
 from pvae.engine.precision import Precision
 from pvae.errors import ArgumentError, warn
 from pvae.internals import can_skip_on_device
+from pvae.modes import in_mode
 from pvae.objectives import Objective, ObjectiveState
 from pvae.pair import Structure
 
-__all__ = ["ENGINES", "Engine", "Stepper", "check_engine"]
+__all__ = ["ASKED", "ENGINES", "Asked", "Engine", "Stepper", "check_engine", "choose", "time_pass"]
 
 Engine = Literal["eager", "compiled", "cudagraph"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+Asked = Literal["auto", "eager", "compiled", "cudagraph"]
+ASKED: tuple[Asked, ...] = get_args(Asked)
+
+WORTH_COMPILING = 180.0
+"""Seconds of eager training from which compiling pays: it takes up to half a minute for each shape
+of batch, and saves from a tenth of the time (large convolutions) to half of it (small networks)."""
+
 Result = TypeVar("Result", PassResult, Measured)
 
 
@@ -183,3 +195,32 @@ def check_engine(engine: Engine, device: torch.device, world: World) -> None:
         where = device.type if world.size == 1 else "several processes"
         fixes = ["engine='compiled'", "device='cuda', where there is one"]
         raise ArgumentError("engine", "a pair on one CUDA device, for 'cudagraph'", where, fixes)
+
+
+def choose(stepper: Stepper, batch: Callable[[], tuple[Tensor, ...]], steps: int) -> Engine:
+    """The engine for so many steps on such a batch, by the time that an eager one takes.
+
+    Leaves everything as it was. Only long trainings are measured at all.
+    """
+    if not isinstance(stepper.objective, Objective) or steps < WORTH_COMPILING / 0.2:
+        return "eager"
+    if not has_compiler(stepper.structure.device):
+        return "eager"
+    return "compiled" if steps * time_pass(stepper, batch()) > WORTH_COMPILING else "eager"
+
+
+def time_pass(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
+    """What a pass takes as in training, without its update."""
+    seconds = []
+    with (
+        undoing(stepper.passes),
+        in_mode(stepper.structure.modules, training=True),
+        pyro.validation_enabled(is_validate=False),
+    ):
+        for _ in range(4):
+            started = time.perf_counter()
+            stepper.passes.run(*batch)
+            if stepper.structure.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])

@@ -114,24 +114,11 @@ def fit(
         (2, True)
     """
     settings = Settings(
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr=lr,
-        lr_schedule=lr_schedule,
-        clip_norm=clip_norm,
-        patience=patience,
-        device=device,
-        engine=engine,
-        precision=precision,
-        seed=seed,
-        folder=None if folder is None else Path(folder),
-        resume=resume,
-        overwrite=overwrite,
-        save_every=save_every,
-        save_steps=save_steps,
-        progress=progress,
-    )
+        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, lr_schedule=lr_schedule,
+        clip_norm=clip_norm, patience=patience, device=device, engine=engine, precision=precision,
+        seed=seed, folder=None if folder is None else Path(folder), resume=resume,
+        overwrite=overwrite, save_every=save_every, save_steps=save_steps, progress=progress,
+    )  # fmt: skip
     if isinstance(objective, str):
         objective = named(objective)()
     training = set_up(as_pair(pair, "fit"), data, objective, valid, settings)

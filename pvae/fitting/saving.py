@@ -46,7 +46,7 @@ def write_checkpoint(training: Training, path: Path) -> None:
         saved.add("objective", stepper.state.tensors())
     numbers = {k: v for k, v in vars(progress).items() if k not in ("history", "best_tensors")}
     saved.meta = {
-        "progress": {**numbers, "history": progress.history.records},
+        "progress": {**numbers, "history": list(progress.history)},
         "optimizer": rest,
         "objective_step": None if stepper.state is None else stepper.state.step,
         "settings": training.identity,
