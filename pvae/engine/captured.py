@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -83,23 +82,18 @@ class CapturedStep:
         return tuple(tuple((k, v) for k, v in g.items() if isinstance(v, Hashable)) for g in groups)
 
     def _step(self, *batch: Tensor) -> PassResult:
-        result = self.passes.run(*batch)
-        with self._rates_on_device():
+        result, before = self.passes.run(*batch), [group["lr"] for group in self._groups]
+        try:
+            if is_capturing_graph():  # of the learning rates as tensors
+                self._set_rates(self._rates)
             self.update(result)
+        finally:
+            self._set_rates(before)
         return result
 
-    @contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
-        """Learning rates are tensors, where a step is captured."""
-        before = [group["lr"] for group in self._groups]
-        if is_capturing_graph():
-            for rate, group in zip(self._rates, self._groups, strict=True):
-                group["lr"] = rate
-        try:
-            yield
-        finally:
-            for value, group in zip(before, self._groups, strict=True):
-                group["lr"] = value
+    def _set_rates(self, rates: Sequence[float | Tensor]) -> None:
+        for group, rate in zip(self._groups, rates, strict=True):
+            group["lr"] = rate
 
     def _capture(self, batch: Batch) -> Callable[..., PassResult]:
         """The step as a graph, whose replay has given an eager pass's numbers and was undone."""

@@ -92,11 +92,9 @@ def kind_of(passes: Passes, batch: Batch) -> Hashable:
 
 @contextmanager
 def undoing(passes: Passes, others: Sequence[Tensor] = ()) -> Iterator[Callable[[], None]]:
-    """Undoes what passes did, at the end and whenever the function that it gives is called.
+    """Undoes what passes did, and changes to other tensors, at the end and at each call.
 
-    Arguments:
-        passes: The passes; the generators are put back, too.
-        others: Tensors that what is undone changes besides.
+    Generators are put back, too.
     """
     modules, tensors = passes.structure.modules, [*passes.changing(), *others]
     with randomness.forked():

@@ -39,12 +39,9 @@ def make_optimizer(
             raise TypeError("its step needs a closure that evaluates the loss again")
         return made
     except (TypeError, AttributeError) as error:
-        raise ArgumentError(
-            "optimizer",
-            "a torch optimiser class, called with (parameters, lr=...)",
-            f"{factory!r}: {error}",
-            ["torch.optim.Adam", "functools.partial(torch.optim.SGD, momentum=0.9)"],
-        ) from error
+        fixes = ["torch.optim.Adam", "functools.partial(torch.optim.SGD, momentum=0.9)"]
+        expected = "a torch optimiser class, called with (parameters, lr=...)"
+        raise ArgumentError("optimizer", expected, f"{factory!r}: {error}", fixes) from error
 
 
 def update(optimizer: torch.optim.Optimizer, ok: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -69,23 +66,28 @@ def _adam(optimizer: torch.optim.Optimizer) -> bool:
 
     It isn't for subclasses, hooks and anything special, nor for the first step.
     """
+    if not _is_plain(optimizer):
+        return False
+    moved = [[p for p in g["params"] if p.grad is not None] for g in optimizer.param_groups]
+    states = [[optimizer.state[p] for p in parameters] for parameters in moved]
+    if not all(map(all, states)):
+        return False
+    for group, parameters, own in zip(optimizer.param_groups, moved, states, strict=True):
+        is_decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
+        if parameters:
+            fused_adam(parameters, own, group, is_decoupled=is_decoupled)
+    return True
+
+
+def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
     is_watched = has_step_hooks(optimizer) or "step" in vars(optimizer)  # as by schedulers of rates
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or is_watched:
         return False
-    state, moved = optimizer.state, []
     for group in optimizer.param_groups:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        is_special = group["amsgrad"] or group["maximize"] or not group["fused"]
-        is_mixed = len({(p.dtype, p.device) for p in group["params"]}) > 1
-        if is_special or is_mixed or isinstance(group["lr"], Tensor):
+        kinds = {(p.dtype, p.device) for p in group["params"]}
+        is_special = group["amsgrad"] or group["maximize"] or isinstance(group["lr"], Tensor)
+        if is_special or not group["fused"] or len(kinds) > 1:
             return False
-        if not all(state[p] for p in parameters):
-            return False
-        if parameters:
-            moved.append((group, parameters))
-    for group, parameters in moved:
-        is_decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
-        fused_adam(parameters, [state[p] for p in parameters], group, is_decoupled=is_decoupled)
     return True
 
 
@@ -108,12 +110,7 @@ class Backup:
             tensor.data.copy_(copy)
 
     def restore_unless(self, ok: Tensor, *, may_wait: bool = True) -> None:
-        """Puts the copies back where not ``ok``.
-
-        Arguments:
-            ok: A boolean scalar.
-            may_wait: Whether its value may be read, where that costs nothing.
-        """
+        """Puts the copies back where not ``ok``, which is read, on a CPU, if it may be."""
         if may_wait and ok.device.type == "cpu" and bool(ok):
             return
         with torch.no_grad():

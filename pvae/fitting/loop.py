@@ -29,10 +29,11 @@ LOOK_EVERY = 50
 
 def train(training: Training) -> None:
     """Trains up to ``training.progress.epochs`` epochs in all."""
-    progress, save_steps = training.progress, training.settings.save_steps
-    training.interrupted, is_first = False, True
+    progress, training.interrupted, is_first = training.progress, False, True
     with _at_work(training) as (bar, interrupt):
-        while progress.epoch < progress.epochs and not progress.stopped_early:
+        while progress.epoch < progress.epochs and not (
+            progress.stopped_early or training.interrupted
+        ):
             started = time.perf_counter()
             for batch in training.batches_left():
                 training.set_lr()
@@ -42,24 +43,28 @@ def train(training: Training) -> None:
                 progress.step += 1
                 progress.global_step += 1
                 bar.update()
-                is_due = save_steps is not None and progress.global_step % save_steps == 0
-                if is_due or progress.global_step % LOOK_EVERY == 0:
-                    _look(training, bar)
-                if is_due:
-                    save_checkpoint(training)
+                _look_and_save(training, bar)
                 if interrupt.is_set():
                     break
             _look(training, bar)
             progress.seconds += time.perf_counter() - started
             if not interrupt.is_set() or progress.step >= training.steps_per_epoch:
                 _end_epoch(training, bar)
-            if interrupt.is_set():
-                training.interrupted = True
-                break
+            training.interrupted = interrupt.is_set()
         save_checkpoint(training)
         training.generators = randomness.get_state()
     if progress.best_tensors and not training.interrupted:
         copy_into(progress.best_tensors, training.tensors, "best epoch", "tensors")
+
+
+def _look_and_save(training: Training, bar: tqdm) -> None:
+    """What is to be done within an epoch, every so many steps."""
+    step, save_steps = training.progress.global_step, training.settings.save_steps
+    is_due = save_steps is not None and step % save_steps == 0
+    if is_due or step % LOOK_EVERY == 0:
+        _look(training, bar)
+    if is_due:
+        save_checkpoint(training)
 
 
 def _look(training: Training, bar: tqdm) -> None:
@@ -126,16 +131,16 @@ def _record(training: Training) -> Record:
     record["grad_norm"] = average["grad_norm"]
     record["lr"] = stepper.optimizer.param_groups[0]["lr"]
     if (state := stepper.state) is not None:
-        record |= state.report()
         changing = [name for name, s in state.schedules.items() if s != Constant(1.0)]
-        record |= {name: float(state.get_buffer(name)) for name in changing}
+        record |= state.report() | {name: float(state.get_buffer(name)) for name in changing}
     if training.valid is not None:
         record |= training.world.from_first(lambda: _validate(training))
-    for name, value in record.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            record[name] = None
     record["seconds"] = round(progress.seconds, 3)
-    return record
+    return {name: _finite(value) for name, value in record.items()}
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _validate(training: Training) -> Record:

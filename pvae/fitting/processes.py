@@ -19,7 +19,7 @@ from pvae.fitting.identity import first_difference
 from pvae.internals import BatchNorm
 from pvae.objectives import Objective
 from pvae.pair import Structure
-from pvae.terms import compute
+from pvae.terms import Terms, compute
 
 __all__ = ["agree", "check_parts", "warn_if_apart"]
 
@@ -111,6 +111,15 @@ def _check_pair(structure: Structure, batch: tuple[Tensor, ...]) -> None:
     with trying(structure), torch.enable_grad():
         terms = compute(structure, batch)
         moved = [name for name, buffer, copy in buffers if not torch.equal(buffer, copy)]
+    _check_sites(structure, terms)
+    if moved:
+        expected = "no buffers that training moves: each process would have its own"
+        raise PairError("pair", expected, oxford(moved[:3]), [_ALONE])
+    if _meets(structure, batch):
+        _refuse("pair", _APART, "terms of the first row that change with other rows")
+
+
+def _check_sites(structure: Structure, terms: Terms) -> None:
     for name, site in terms.sites.items():
         if not site.is_local and not structure.is_scaled:
             _refuse(
@@ -123,11 +132,6 @@ def _check_pair(structure: Structure, batch: tuple[Tensor, ...]) -> None:
         if any(getattr(fn, "couples_data", False) for fn in (site.model, site.guide)):
             what = "a density that all rows of the batch share"
             _refuse(f"site '{name}'", "a density of each datum alone", what)
-    if moved:
-        expected = "no buffers that training moves: each process would have its own"
-        raise PairError("pair", expected, oxford(moved[:3]), [_ALONE])
-    if _meets(structure, batch):
-        _refuse("pair", _APART, "terms of the first row that change with other rows")
 
 
 def _meets(structure: Structure, batch: tuple[Tensor, ...]) -> bool:

@@ -41,11 +41,8 @@ def set_up(
         state = None
         if isinstance(objective, Objective):  # Pyro's own have none
             state = objective.make_state(structure, source.num_rows, 1, 1)  # until it has a length
-        precision = settings.precision
-        stepper = Stepper(
-            structure, objective, optimizer, state, settings.clip_norm,
-            precision=precision, world=world,
-        )  # fmt: skip
+        given = (structure, objective, optimizer, state, settings.clip_norm)
+        stepper = Stepper(*given, precision=settings.precision, world=world)
         training = Training(pair, settings, batches, validation, stepper)
         _warn_of_long_schedules(training)
         agree(world, training.identity, training.tensors)
