@@ -58,10 +58,7 @@ class World:
         return self.rank == 0
 
     def share(self, num_rows: int) -> slice:
-        """This process's part of so many rows; parts differ by at most one, the first is largest.
-
-        Where there are fewer rows than processes, the last ones have none.
-        """
+        """This process's part of so many rows; they differ by at most one, the last is least."""
         each, more = divmod(num_rows, self.size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
@@ -141,7 +138,7 @@ def restarts() -> int:
 def job() -> str | None:
     """A name of this call of ``torchrun``, the same after each restart; None without it.
 
-    It is the ``--rdzv-id``, or else the folder that ``torchrun`` has made for its workers' logs.
+    It is the ``--rdzv-id``, or else the folder of the workers' logs.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name != "none":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.engine.compiler import UncompilableError
-from pvae.engine.graphs import check_numbers, kind_of, numbers, undoing
+from pvae.engine.graphs import MAX_GRAPHS, check_numbers, kind_of, numbers, undoing
 from pvae.engine.passes import Passes, PassResult
 from pvae.modes import capturing_graph, is_capturing_graph
 
@@ -21,9 +21,6 @@ Batch = tuple[Tensor, ...]
 
 WARM_UP = 3
 """Runs on a stream of their own before a capture, in which libraries set themselves up."""
-
-MAX_GRAPHS = 4
-"""Kinds of batch that are captured; others run as Python."""
 
 
 class CapturedStep:

@@ -21,8 +21,8 @@ __all__ = ["CompiledPass", "check_numbers", "kind_of", "numbers", "undoing"]
 Batch = tuple[Tensor, ...]
 Result = TypeVar("Result", PassResult, Measured)
 
-MAX_SHAPES = 4
-"""Shapes of a batch that are compiled; others run as Python."""
+MAX_GRAPHS = 4
+"""Kinds of batch that are compiled or captured; others run as Python."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Of the norm of the gradient's change against the norm of the gradient; 0.05 for bfloat16."""
@@ -49,7 +49,7 @@ class CompiledPass(Generic[Result]):
         """
         kind = kind_of(self.passes, batch)
         if kind not in self._graphs:
-            if len(self._graphs) >= MAX_SHAPES:
+            if len(self._graphs) >= MAX_GRAPHS:
                 return self.eager(*batch)
             self._graphs[kind] = self._compile(batch)
         return self._graphs[kind](*batch)

@@ -85,8 +85,8 @@ def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
         return False
     for group in optimizer.param_groups:
         kinds = {(p.dtype, p.device) for p in group["params"]}
-        is_special = group["amsgrad"] or group["maximize"] or isinstance(group["lr"], Tensor)
-        if is_special or not group["fused"] or len(kinds) > 1:
+        special = group["amsgrad"], group["maximize"], not group["fused"], len(kinds) > 1
+        if any(special) or isinstance(group["lr"], Tensor):
             return False
     return True
 

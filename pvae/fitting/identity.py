@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -13,7 +14,7 @@ from pvae.data import Batches, LoaderSource, Source
 from pvae.fitting.settings import Settings
 from pvae.pair import Pair
 
-__all__ = ["first_difference", "identity_of"]
+__all__ = ["differences", "identity_of"]
 
 
 def identity_of(
@@ -48,7 +49,16 @@ def identity_of(
     return {k: re.sub(addresses, "", v) if isinstance(v, str) else v for k, v in identity.items()}
 
 
-def first_difference(setting: object, other: object) -> object:
+def differences(
+    expected: Mapping[str, object], actual: Mapping[str, object]
+) -> list[tuple[str, str]]:
+    """What differs, as ``name=value`` in either; of texts of several lines the line that does."""
+    names = [k for k in {**actual, **expected} if expected.get(k) != actual.get(k)]
+    values = [(name, expected.get(name), actual.get(name)) for name in names]
+    return [(f"{k}={_differing(a, b)!r}", f"{k}={_differing(b, a)!r}") for k, a, b in values]
+
+
+def _differing(setting: object, other: object) -> object:
     """Of texts of several lines, the first line that isn't in the other one."""
     if not (isinstance(setting, str) and isinstance(other, str) and "\n" in setting + other):
         return setting

@@ -15,7 +15,7 @@ from pvae.data import LoaderSource, Source, first_batch
 from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.fitting.checks import trying
-from pvae.fitting.identity import first_difference
+from pvae.fitting.identity import differences
 from pvae.internals import BatchNorm
 from pvae.objectives import Objective
 from pvae.pair import Structure
@@ -44,15 +44,10 @@ def agree(world: World, settings: dict[str, object], tensors: dict[str, Tensor])
     """
     mine = settings | {n: f"{tuple(x.shape)} {x.dtype}" for n, x in tensors.items()}
     for rank, theirs in enumerate(world.gather(mine)):
-        name = next((k for k in (*mine, *theirs) if mine.get(k) != theirs.get(k)), None)
-        if name is not None:
-            ours, other = mine.get(name), theirs.get(name)
-            raise ArgumentError(
-                f"process {world.rank}",
-                f"the same as in process {rank}: {name}={first_difference(other, ours)!r}",
-                f"{name}={first_difference(ours, other)!r}",
-                ["the same call, with the same data, in every process"],
-            )
+        for expected, actual in differences(theirs, mine):
+            where, expected = f"process {world.rank}", f"the same as in process {rank}: {expected}"
+            fixes = ["the same call, with the same data, in every process"]
+            raise ArgumentError(where, expected, actual, fixes)
     world.copy_from_first(tensors.values())
 
 

@@ -9,7 +9,7 @@ from pvae import randomness
 from pvae.errors import check_int
 from pvae.fitting.history import History
 from pvae.fitting.loop import train
-from pvae.fitting.saving import write_checkpoint
+from pvae.fitting.saving import save_checkpoint
 from pvae.fitting.training import Progress, Training
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Fit:
         with randomness.forked():
             if self.training.generators is not None:
                 randomness.set_state(self.training.generators)
-            write_checkpoint(self.training, Path(path))
+            save_checkpoint(self.training, Path(path))
 
     def diagnose(self, data: object = None, **options: Any) -> Diagnosis:
         """What the fit is worth, on one screen: `pvae.diagnose`.

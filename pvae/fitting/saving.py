@@ -12,24 +12,23 @@ from pvae import checkpoint, randomness
 from pvae.distributed import job
 from pvae.errors import CheckpointError, warn
 from pvae.fitting.history import History
-from pvae.fitting.identity import first_difference
+from pvae.fitting.identity import differences
 from pvae.fitting.settings import CHECKPOINT
 from pvae.fitting.training import Progress, Training, named_tensors
 from pvae.options import tool
 from pvae.pair import PairLike, as_pair
 
-__all__ = ["copy_into", "load_parameters", "restore", "save_checkpoint", "write_checkpoint"]
+__all__ = ["copy_into", "load_parameters", "restore", "save_checkpoint"]
 
 
-def save_checkpoint(training: Training) -> None:
-    """Writes the checkpoint of the training's folder, if it has one."""
-    if training.settings.folder is not None:
-        write_checkpoint(training, training.settings.checkpoint_file)
+def save_checkpoint(training: Training, path: Path | None = None) -> None:
+    """Writes everything that exact resume needs; all processes call this, the first one writes.
 
-
-def write_checkpoint(training: Training, path: Path) -> None:
-    """Writes everything that exact resume needs; all processes call this, the first one writes."""
-    generators = training.world.gather(randomness.get_state())
+    Without a path it is the checkpoint of the training's folder, if there is one.
+    """
+    if path is None and training.settings.folder is None:
+        return
+    states = training.world.gather(randomness.get_state())
     if not training.world.is_first:
         return
     stepper, progress = training.stepper, training.progress
@@ -37,8 +36,8 @@ def write_checkpoint(training: Training, path: Path) -> None:
     saved.add("param", training.structure.parameters)
     saved.add("buffer", training.buffers)
     saved.add("best", progress.best_tensors)
-    for rank, state in enumerate(generators):
-        saved.add(_generators_of(rank), state)
+    for rank, state in enumerate(states):
+        saved.add(f"rng{rank or ''}", state)
     tensors, rest = checkpoint.optimizer_state(stepper.optimizer)
     saved.add("optimizer", tensors)
     saved.tensors["sums"] = stepper.sums
@@ -53,7 +52,7 @@ def write_checkpoint(training: Training, path: Path) -> None:
         "environment": checkpoint.environment(training.structure.device),
         "job": job(),
     }
-    checkpoint.save(path, saved)
+    checkpoint.save(path or training.settings.checkpoint_file, saved)
 
 
 def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
@@ -63,13 +62,10 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
         CheckpointError: If the checkpoint is of another pair or another training.
     """
     where, stepper = str(training.settings.checkpoint_file), training.stepper
-    theirs, ours = saved.meta["settings"], training.identity
-    if differ := [k for k in ours if ours[k] != theirs.get(k)]:
-        then = (f"{k}={first_difference(theirs.get(k), ours[k])!r}" for k in differ)
-        now = (f"{k}={first_difference(ours[k], theirs.get(k))!r}" for k in differ)
+    if pairs := differences(saved.meta["settings"], training.identity):
+        then, now = (", ".join(texts) for texts in zip(*pairs, strict=True))
         fixes = ["the same call as before", "another folder, to train anew"]
-        expected = f"the settings that it was made with: {', '.join(then)}"
-        raise CheckpointError(where, expected, ", ".join(now), fixes)
+        raise CheckpointError(where, f"the settings that it was made with: {then}", now, fixes)
     copy_into(saved.part("param"), training.structure.parameters, where, "parameters")
     copy_into(saved.part("buffer"), training.buffers, where, "buffers")
     optimizer = saved.part("optimizer"), saved.meta["optimizer"]
@@ -90,17 +86,12 @@ def _restore_generators(saved: checkpoint.Checkpoint, training: Training, step: 
     now = checkpoint.environment(training.structure.device)
     then = saved.meta["environment"]
     if now["processes"] == then["processes"]:
-        randomness.set_state(saved.part(_generators_of(training.world.rank)))
+        randomness.set_state(saved.part(f"rng{training.world.rank or ''}"))
     else:
         randomness.set_seed(training.world.seed(training.settings.seed, step))
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if now[k] != then.get(k)]
     if changed:
         warn(f"The training goes on, but not bit for bit as before: {'; '.join(changed)}.")
-
-
-def _generators_of(rank: int) -> str:
-    """What a process's generators are called in a checkpoint."""
-    return f"rng{rank}" if rank else "rng"
 
 
 # Parameters alone
@@ -139,17 +130,16 @@ def load_parameters(pair: PairLike, path: str | Path, batch: object = None) -> d
     pair, path = as_pair(pair, "load_parameters"), Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
     saved = checkpoint.load(path)
-    roots: dict[str, object] = {"model": pair.model, "guide": pair.guide}
     if batch is not None:
         structure = pair.inspect(batch)
         parameters = structure.parameters
-        roots |= {f"module{i}": m for i, m in enumerate(structure.modules)}
-    elif functions := [k for k, program in roots.items() if not isinstance(program, nn.Module)]:
-        expected = "a module, or a batch to trace the function with"
-        raise CheckpointError(functions[0], expected, "a function", ["batch=(x[:10],)"])
+        buffers = named_tensors(pair, structure.modules, trainable=False)
     else:
-        parameters = named_tensors(roots, trainable=True)
-    buffers = named_tensors(roots, trainable=False)
+        for name, program in (("model", pair.model), ("guide", pair.guide)):
+            if not isinstance(program, nn.Module):
+                expected = "a module, or a batch to trace the function with"
+                raise CheckpointError(name, expected, "a function", ["batch=(x[:10],)"])
+        parameters, buffers = (named_tensors(pair, trainable=is_so) for is_so in (True, False))
     if best := saved.part("best"):
         copy_into(best, {**parameters, **buffers}, str(path), "tensors")
     else:

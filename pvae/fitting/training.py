@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pyro
@@ -88,9 +88,7 @@ class Training:
         self.steps_per_epoch = batches.steps_per_epoch
         if (size := self.structure.subsample_size) is not None:  # as many as its subsamples take
             self.steps_per_epoch = -(-self.source.num_rows // size)
-        in_closures = {f"module{i}": m for i, m in enumerate(self.structure.modules)}
-        programs = {"model": pair.model, "guide": pair.guide}
-        self.buffers = named_tensors(programs | in_closures, trainable=False)
+        self.buffers = named_tensors(pair, self.structure.modules, trainable=False)
         self.identity = identity_of(pair, settings, self.objective, stepper.optimizer, batches)
         self.progress = Progress(epochs=settings.epochs)
         self.generators: dict[str, Tensor] | None = None
@@ -160,15 +158,16 @@ class Training:
         self.stepper.recover(step)
 
 
-def named_tensors(roots: Mapping[str, object], *, trainable: bool) -> dict[str, Tensor]:
-    """Tensors of modules by root and attribute, each once, as a trace names them.
+def named_tensors(
+    pair: Pair, modules: Iterable[nn.Module] = (), *, trainable: bool
+) -> dict[str, Tensor]:
+    """Trainable parameters, or else buffers and frozen parameters, as a trace names them.
 
-    Arguments:
-        roots: By name; those that aren't modules have no tensors.
-        trainable: Trainable parameters; or else buffers and frozen parameters.
+    Each is there once; those of functions are in the modules that these use.
     """
     named: dict[int, tuple[str, Tensor]] = {}
-    for prefix, root in roots.items():
+    numbered = ((f"module{i}", module) for i, module in enumerate(modules))
+    for prefix, root in (("model", pair.model), ("guide", pair.guide), *numbered):
         if isinstance(root, nn.Module):
             buffers = [] if trainable else [*root.named_buffers()]
             parameters = [
