@@ -56,6 +56,7 @@ class Monitor:
         number: Of the step that runs.
         failed: Whether a step has failed.
         failed_at: The number of the first one.
+        may_look: Whether values may be read where that costs nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,15 +68,10 @@ class Monitor:
         self._good = torch.ones((), dtype=torch.bool, device=device)
         self._bad_sites = self._bad_parameters = self.failed.new_zeros(0)
         self._sites: list[str] = []
+        self.may_look = True
 
     def judge(
-        self,
-        measured: Measured,
-        num_rows: int | Tensor,
-        norms: Tensor,
-        norm: Tensor,
-        *,
-        may_look: bool,
+        self, measured: Measured, num_rows: int | Tensor, norms: Tensor, norm: Tensor
     ) -> Tensor:
         """Adds a step to the sums, and says whether it is good, as a tensor on the device.
 
@@ -84,12 +80,11 @@ class Monitor:
             num_rows: How many data its parts are means of.
             norms: Of each parameter's gradient.
             norm: Of the whole gradient.
-            may_look: Whether values may be read where that costs nothing.
         """
         parts, densities = measured.parts, measured.densities
         row = torch.cat([parts, norm[None], norm.new_ones(1)]).to(torch.float64) * num_rows
         self.loss.copy_(parts[0])
-        is_readable = may_look and parts.device.type == "cpu"
+        is_readable = self.may_look and parts.device.type == "cpu"
         if is_readable and not self.failed and (parts[0] + norm).isfinite():
             self.sums.add_(row)
             return self._good

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -41,46 +42,39 @@ class PassResult(NamedTuple):
     gradients: dict[str, Tensor]
 
 
+@dataclass(eq=False)
 class Passes:
     """Runs passes of a pair, and keeps track of what they change.
 
-    Arguments:
+    Attributes:
         structure, objective, state, clip_norm, precision, per_datum, world: As of `Stepper`.
         monitor: Judges each pass.
-
-    Attributes:
-        may_look: Whether values may be read where that costs nothing.
         moving: The buffers that a pass changes, where it is known, as while one is recorded.
         names: Of the parameters that the last pass had gradients of.
         has_penalties: Whether the last pass had any.
     """
 
-    def __init__(
-        self,
-        structure: Structure,
-        objective: PyroELBO,
-        state: ObjectiveState | None,
-        monitor: Monitor,
-        *,
-        clip_norm: float | None,
-        precision: Precision,
-        per_datum: bool,
-        world: World,
-    ) -> None:
-        if precision not in PRECISIONS:
-            raise ArgumentError("precision", f"one of {', '.join(PRECISIONS)}", repr(precision))
-        if precision == "bf16" and not isinstance(objective, Objective):
-            kind = type(objective).__name__
+    structure: Structure
+    objective: PyroELBO
+    state: ObjectiveState | None
+    monitor: Monitor
+    clip_norm: float | None
+    precision: Precision
+    per_datum: bool
+    world: World
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            expected = f"one of {', '.join(PRECISIONS)}"
+            raise ArgumentError("precision", expected, repr(self.precision))
+        if self.precision == "bf16" and not isinstance(self.objective, Objective):
+            kind = type(self.objective).__name__
             raise ArgumentError("precision", "an objective of pvae's with 'bf16'", kind)
-        self.structure, self.objective, self.state = structure, objective, state
-        self.monitor, self.clip_norm, self.world = monitor, clip_norm, world
-        self.precision, self.per_datum = precision, per_datum
-        self.parameters = structure.parameters
-        self.buffers = [b for m in structure.modules for b in m.buffers(recurse=False)]
-        self.may_look, self.has_penalties = True, False
+        self.parameters, modules = self.structure.parameters, self.structure.modules
+        self.buffers = [b for m in modules for b in m.buffers(recurse=False)]
         self.moving: list[Tensor] | None = None
         self.names: list[str] = []
-        self._num_rows = 0
+        self.has_penalties, self._num_rows = False, 0
         self._agreed: list[str] | None = None  # parameters with a gradient in any process
 
     def run(self, *batch: Tensor) -> PassResult:
@@ -199,7 +193,7 @@ class Passes:
         else:
             each = norms([*gradients.values()])
         norm = torch.linalg.vector_norm(each)
-        ok = self.monitor.judge(measured, num_rows, each, norm, may_look=self.may_look)
+        ok = self.monitor.judge(measured, num_rows, each, norm)
         buffers.restore_unless(ok, may_wait=not is_recorded)
         if self.clip_norm is not None:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -89,10 +89,8 @@ class Stepper:
         self.parameters = list(structure.parameters.values())
         self._monitor = Monitor(structure.device)
         self.loss, self.sums = self._monitor.loss, self._monitor.sums
-        self.passes = Passes(
-            structure, objective, state, self._monitor,
-            clip_norm=clip_norm, precision=precision, per_datum=per_datum, world=self.world,
-        )  # fmt: skip
+        given = structure, objective, state, self._monitor, clip_norm
+        self.passes = Passes(*given, precision, per_datum, self.world)
         self._whole = CompiledPass(self.passes, self.passes.run)
         self._own_rows = CompiledPass(self.passes, self.passes.measure)
         self._captured: CapturedStep | None = None
@@ -107,7 +105,7 @@ class Stepper:
     def engine(self, engine: Engine) -> None:
         check_engine(engine, self.structure.device, self.world)
         self._engine: Engine = engine
-        self.passes.may_look = engine == "eager"
+        self._monitor.may_look = engine == "eager"
 
     def __call__(self, batch: tuple[Tensor, ...], step: int) -> None:
         """Runs one step on a batch; ``step`` is its number, for a `Failure` to name.

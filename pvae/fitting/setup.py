@@ -96,7 +96,8 @@ def _make_batches(
 def _open_folder(training: Training) -> None:
     """Goes on from the folder's checkpoint, or empties the folder; chooses the engine."""
     settings, world = training.settings, training.world
-    saved = world.from_first(lambda: _saved(settings))
+    file = settings.checkpoint_file if settings.resume else None
+    saved = world.from_first(lambda: checkpoint.load(file) if file and file.exists() else None)
     before = None if saved is None else saved.meta["settings"].get("engine")
     training.stepper.engine = training.identity["engine"] = _choose_engine(training, before)
     if saved is not None:
@@ -108,13 +109,6 @@ def _open_folder(training: Training) -> None:
     elif settings.overwrite and settings.folder is not None and world.is_first:
         settings.checkpoint_file.unlink(missing_ok=True)
         settings.history_file.unlink(missing_ok=True)
-
-
-def _saved(settings: Settings) -> checkpoint.Checkpoint | None:
-    """What there is to go on from."""
-    if not settings.resume or not settings.checkpoint_file.exists():
-        return None
-    return checkpoint.load(settings.checkpoint_file)
 
 
 def _choose_engine(training: Training, before: Engine | None) -> Engine:
