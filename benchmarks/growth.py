@@ -102,7 +102,7 @@ def repeated(what: str, size: int) -> tuple[Callable[[], Any], int]:
     structure = Pair(model, guide).inspect((x[:BATCH],))
     optimizer = make_optimizer(torch.optim.Adam, list(structure.parameters.values()), 1e-3)
     state = objective.make_state(structure)
-    stepper = Stepper(model, guide, objective, structure, optimizer, state, None)
+    stepper = Stepper(structure, objective, optimizer, state)
     batches = data.Batches(data.as_source(x), BATCH)
 
     def endless() -> Any:

@@ -97,34 +97,26 @@ def load(path: str | Path) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+
+    def refused(expected: str, actual: str, *fixes: str) -> CheckpointError:
+        return CheckpointError(str(path), expected, actual, fixes)
+
     if not path.is_file():
-        raise CheckpointError(str(path), "a checkpoint", "no such file", ["pvae train ... first"])
+        raise refused("a checkpoint", "no such file", "pvae train ... first")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            str(path),
-            "a safetensors file",
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            ["the file was cut short or is of another kind: take an earlier copy"],
-        ) from error
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        fix = "the file was cut short or is of another kind: take an earlier copy"
+        raise refused("a safetensors file", what, fix) from error
     if "pvae" not in header:
-        raise CheckpointError(
-            str(path), "a checkpoint that pvae wrote", "a safetensors file of other origin"
-        )
-    if header.get("pvae_format") != str(FORMAT):
-        raise CheckpointError(
-            str(path),
-            f"format {FORMAT}",
-            f"format {header.get('pvae_format')}",
-            ["the version of pvae that wrote it"],
-        )
+        raise refused("a checkpoint that pvae wrote", "a safetensors file of other origin")
+    if (number := header.get("pvae_format")) != str(FORMAT):
+        raise refused(f"format {FORMAT}", f"format {number}", "the version of pvae that wrote it")
     if header.get("pvae_digest") != _digest(tensors, header["pvae"]):
-        raise CheckpointError(
-            str(path), "content that matches its digest", "changed content", ["an earlier copy"]
-        )
+        raise refused("content that matches its digest", "changed content", "an earlier copy")
     return Checkpoint(tensors, json.loads(header["pvae"]))
 
 

@@ -74,11 +74,13 @@ class Described(nn.Module):
 
     def _shown(self, name: str, given: str) -> str:
         """An argument as it is now, if the module has it; nothing for a part, which has a line."""
-        if name in self._modules:
+        if name in dict(self.named_children()):
             return ""
         if isinstance(inspect.getattr_static(type(self), name, None), property):
             return description(getattr(self, name))
-        for store in (vars(self), self._buffers, self._parameters):
+        buffers = self.named_buffers(recurse=False, remove_duplicate=False)
+        parameters = self.named_parameters(recurse=False, remove_duplicate=False)
+        for store in (vars(self), dict(buffers), dict(parameters)):
             if name in store:
                 return description(store[name])
         return given

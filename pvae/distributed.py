@@ -58,10 +58,7 @@ class World:
         return self.rank == 0
 
     def share(self, num_rows: int) -> slice:
-        """This process's part of so many rows; parts differ by at most one, the first is largest.
-
-        Where there are fewer rows than processes, the last ones have none.
-        """
+        """This process's part of so many rows; they differ by at most one, the last is least."""
         each, more = divmod(num_rows, self.size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
@@ -80,11 +77,8 @@ class World:
     def mean(self, weight: int, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The sum of all processes' weights, and the means of tensors by them, in one all-reduce.
 
-        All processes get the same numbers, bit for bit.
-
-        Arguments:
-            weight: How much this process's tensors count, such as rows; may be 0.
-            tensors: Of the same shapes in all processes.
+        All processes get the same numbers, bit for bit. A weight may be 0; tensors have the same
+        shapes in all processes.
         """
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
         flat = torch.cat([x.reshape(-1).to(dtype) for x in tensors])
@@ -144,7 +138,7 @@ def restarts() -> int:
 def job() -> str | None:
     """A name of this call of ``torchrun``, the same after each restart; None without it.
 
-    It is the ``--rdzv-id``, or else the folder that ``torchrun`` has made for its workers' logs.
+    It is the ``--rdzv-id``, or else the folder of the workers' logs.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name != "none":
@@ -176,8 +170,7 @@ def joined(device: str | torch.device = "auto") -> Iterator[World]:
         return
     import_compiler()
     options: dict[str, Any] = {"backend": "gloo"}
-    wants_cuda = device == "auto" or torch.device(device).type == "cuda"
-    if wants_cuda and torch.cuda.is_available():
+    if torch.cuda.is_available() and (device == "auto" or torch.device(device).type == "cuda"):
         options = {"backend": "nccl", "device_id": _own_gpu(device)}
     dist.init_process_group(timeout=PATIENCE, **options, **_meeting_point())
     try:
@@ -206,11 +199,8 @@ def _own_gpu(device: str | torch.device) -> torch.device:
     if device != "auto" and torch.device(device).index is not None:
         raise ArgumentError("device", "'cuda', of which each process has its own", f"'{device}'")
     if number >= count:
-        raise ArgumentError(
-            "--nproc-per-node",
-            f"at most the {count} GPU(s) of this machine, one a process",
-            f"local process number {number}",
-            ["device='cpu'"],
-        )
+        expected = f"at most the {count} GPU(s) of this machine, one a process"
+        actual = f"local process number {number}"
+        raise ArgumentError("--nproc-per-node", expected, actual, ["device='cpu'"])
     torch.cuda.set_device(number)
     return torch.device("cuda", number)

@@ -6,9 +6,9 @@ instead, and what to try. The layout of messages is written here and nowhere els
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -112,8 +112,8 @@ def oxford(names: Iterable[object]) -> str:
 
 def warn(text: str) -> None:
     """Warns with a `PvaeWarning` that points at the line of a user's code that led to it."""
-    depth, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
+    depth, frame = 1, inspect.currentframe()
+    while frame and frame.f_back and _is_inner(frame.f_globals.get("__name__", "")):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(text, PvaeWarning, stacklevel=depth)
 

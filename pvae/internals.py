@@ -8,7 +8,8 @@ stands in `pvae.engine.compiler`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -99,48 +100,31 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 def fused_adam(
     parameters: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    settings: Mapping[str, Any],
     *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
     is_decoupled: bool,
 ) -> None:
     """A step of Adam by torch's kernel alone; what is around it takes as long in small networks.
 
     Arguments:
         parameters: With gradients, which are in ``.grad``.
-        averages: Of gradients.
-        squares: Averages of squared gradients.
-        steps: Counters, which are advanced.
-        lr: Learning rate.
-        betas: How fast the averages forget.
-        eps: Is added to the root of the squares.
-        weight_decay: How much parameters shrink.
-        is_decoupled: Whether they shrink by themselves, as in AdamW, or by the gradient.
+        states: The optimiser's, of each parameter; they are advanced.
+        settings: The optimiser's: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        is_decoupled: Whether weights decay by themselves, as in AdamW, or by the gradient.
     """
     kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
-    torch._foreach_add_(list(steps), 1)
-    kernel(
-        list(parameters),
-        [p.grad for p in parameters if p.grad is not None],
-        list(averages),
-        list(squares),
-        [],
-        list(steps),
-        amsgrad=False,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-        grad_scale=None,
-        found_inf=None,
+    averages, squares, steps = (
+        [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
     )
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_add_(steps, 1)
+    kernel(
+        list(parameters), gradients, averages, squares, [], steps,
+        amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
+        lr=settings["lr"], beta1=settings["betas"][0], beta2=settings["betas"][1],
+        weight_decay=settings["weight_decay"], eps=settings["eps"],
+    )  # fmt: skip
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import pyro
 import torch
@@ -18,6 +19,8 @@ from pvae.pair import Pair
 from pvae.types import Program
 
 __all__ = ["SVI"]
+
+Optim: TypeAlias = pyro.optim.PyroOptim | torch.optim.Optimizer | OptimizerLike
 
 
 class SVI:
@@ -55,7 +58,7 @@ class SVI:
         self,
         model: Program,
         guide: Program,
-        optim: pyro.optim.PyroOptim | torch.optim.Optimizer | OptimizerLike,
+        optim: Optim,
         loss: PyroELBO,
         *,
         engine: Engine = "eager",
@@ -63,8 +66,7 @@ class SVI:
     ) -> None:
         self.model, self.guide, self.optim, self.engine = model, guide, optim, engine
         self.objective = as_objective(loss)
-        plate = plate or getattr(self.objective, "plate", None)
-        self.pair = Pair(model, guide, plate=plate)
+        self.pair = Pair(model, guide, plate=plate or getattr(self.objective, "plate", None))
         self.optimizer: torch.optim.Optimizer | None = None
         self._stepper: Stepper | None = None
         self._steps = 0
@@ -108,45 +110,29 @@ class SVI:
             state = self.objective.make_state(structure)
         self.optimizer = _torch_optimizer(self.optim, structure.parameters)
         self._stepper = Stepper(
-            self.model,
-            self.guide,
-            self.objective,
-            structure,
-            self.optimizer,
-            state,
-            None,
-            self.engine,
-            per_datum=False,
+            structure, self.objective, self.optimizer, state, engine=self.engine, per_datum=False
         )
         return self._stepper
 
 
-def _torch_optimizer(
-    optim: pyro.optim.PyroOptim | torch.optim.Optimizer | OptimizerLike,
-    parameters: Mapping[str, Tensor],
-) -> torch.optim.Optimizer:
+def _torch_optimizer(optim: Optim, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     """One optimiser over all parameters, whatever kind was given."""
-    if isinstance(optim, torch.optim.Optimizer):
-        theirs = {id(p) for group in optim.param_groups for p in group["params"]}
-        missing = [name for name, p in parameters.items() if id(p) not in theirs]
-        if missing:
-            raise ArgumentError(
-                "optim",
-                "an optimiser of all of the pair's parameters",
-                f"one without {oxford(missing[:3])}",
-                ["its class, with functools.partial for the settings"],
-            )
-        return optim
     if isinstance(optim, pyro.optim.PyroOptim):
         return _from_pyro(optim, parameters)
-    return make_optimizer(optim, list(parameters.values()))
+    if not isinstance(optim, torch.optim.Optimizer):
+        return make_optimizer(optim, list(parameters.values()))
+    theirs = {id(p) for group in optim.param_groups for p in group["params"]}
+    if missing := [name for name, p in parameters.items() if id(p) not in theirs]:
+        expected, actual = "an optimiser of all of the pair's parameters", oxford(missing[:3])
+        fixes = ["its class, with functools.partial for the settings"]
+        raise ArgumentError("optim", expected, f"one without {actual}", fixes)
+    return optim
 
 
 def _from_pyro(
     optim: pyro.optim.PyroOptim, parameters: Mapping[str, Tensor]
 ) -> torch.optim.Optimizer:
     """Pyro keeps an optimiser for each tensor; this is one that does the same for all."""
-    kind = optim.pt_optim_constructor
     if optim.pt_clip_args or isinstance(optim, pyro.optim.PyroLRScheduler):
         what = "clip_args" if optim.pt_clip_args else "a learning rate scheduler"
         raise ArgumentError(
@@ -155,10 +141,10 @@ def _from_pyro(
             f"{type(optim).__name__} with {what}",
             ["pvae.fit(..., clip_norm=, lr_schedule=)", "a torch optimiser and its scheduler"],
         )
-    arguments = optim.pt_optim_args
-    if not callable(arguments):
-        return make_optimizer(functools.partial(kind, **arguments), [*parameters.values()])
-    if len(inspect.signature(arguments).parameters) != 1:
+    kind, settings = optim.pt_optim_constructor, optim.pt_optim_args
+    if not callable(settings):
+        return make_optimizer(functools.partial(kind, **settings), [*parameters.values()])
+    if len(inspect.signature(settings).parameters) != 1:
         raise ArgumentError("optim", "settings by the parameter's name", "by module and name")
-    groups = [{"params": [p], **arguments(name)} for name, p in parameters.items()]
+    groups = [{"params": [p], **settings(name)} for name, p in parameters.items()]
     return make_optimizer(kind, groups)

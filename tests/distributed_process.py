@@ -138,7 +138,7 @@ def together(folder: Path) -> None:
 def equal(folder: Path) -> Record:
     ae, run = fit_autoencoder(folder / "equal")
     save_state(ae, folder / f"equal.{distributed.current().rank}.safetensors")
-    return {"history": run.history.records}
+    return {"history": list(run.history)}
 
 
 class Noting(ArraySource):
@@ -192,7 +192,7 @@ def draws(_: Path) -> Record:
 def stochastic(folder: Path) -> Record:
     vae, run = fit_stochastic(folder / "whole")
     save_state(vae, folder / f"whole.{distributed.current().rank}.safetensors")
-    return {"history": run.history.records}
+    return {"history": list(run.history)}
 
 
 @contextmanager

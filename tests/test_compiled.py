@@ -31,9 +31,7 @@ def stepper(pair: pairs.Pair, objective: Any, engine: Any, **options: Any) -> St
     parameters = list(structure.parameters.values())
     state = objective.make_state(structure, 100) if isinstance(objective, o.Objective) else None
     optimizer = make_optimizer(torch.optim.Adam, parameters, 1e-2)
-    return Stepper(
-        model, guide, objective, structure, optimizer, state, options.get("clip_norm"), engine
-    )
+    return Stepper(structure, objective, optimizer, state, options.get("clip_norm"), engine)
 
 
 def run(made: Stepper, batches: list[tuple[Tensor, ...]]) -> list[dict[str, float]]:
@@ -274,14 +272,14 @@ def test_a_compiled_training_resumes_bit_for_bit(device: torch.device, tmp_path:
     """With a last batch of another size; what "auto" finds in the folder, it obeys."""
     options: dict[str, Any] = {"device": device, "objective": o.ELBO(beta=schedules.Warmup(5))}
     whole, halves = fits.vae(), fits.vae()
-    fits.fit(whole.model, whole.guide, fits.binary(), engine="compiled", epochs=4, **options)
+    fits.fit(whole, fits.binary(), engine="compiled", epochs=4, **options)
     options |= {"folder": tmp_path}
-    fits.fit(halves.model, halves.guide, fits.binary(), engine="compiled", epochs=2, **options)
-    again = fits.fit(halves.model, halves.guide, fits.binary(), epochs=4, resume=True, **options)
+    fits.fit(halves, fits.binary(), engine="compiled", epochs=2, **options)
+    again = fits.fit(halves, fits.binary(), epochs=4, resume=True, **options)
     assert again.training.stepper.engine == "compiled"
     assert fits.same(fits.state(whole), fits.state(halves))
     with pytest.raises(CheckpointError, match="engine='compiled'"):
-        fits.fit(halves.model, halves.guide, fits.binary(), engine="eager", resume=True, **options)
+        fits.fit(halves, fits.binary(), engine="eager", resume=True, **options)
 
 
 def test_draws_differ_by_step_and_by_seed_alone(device: torch.device) -> None:
@@ -289,7 +287,7 @@ def test_draws_differ_by_step_and_by_seed_alone(device: torch.device) -> None:
     for seed in (1, 1, 2):
         pair = fits.vae()
         fits.fit(
-            pair.model, pair.guide, fits.binary(), engine="compiled", seed=seed, epochs=2,
+            pair, fits.binary(), engine="compiled", seed=seed, epochs=2,
             batch_size=40, device=device,
         )  # fmt: skip
         ends.append(fits.state(pair))
@@ -307,7 +305,7 @@ def test_auto_compiles_long_trainings_alone(
     before = [x.clone() for x in (*made.parameters, *made.passes.changing())]
     generator = torch.get_rng_state()
     batch = vae(device)[2]
-    monkeypatch.setattr("pvae.engine.choice._seconds", lambda *_: 0.01)
+    monkeypatch.setattr("pvae.engine.stepper.time_pass", lambda *_: 0.01)
     assert choose(made, lambda: batch, 10_000) == "eager"
     assert choose(made, lambda: batch, 20_000) == "compiled"
     monkeypatch.undo()

@@ -26,10 +26,8 @@ def make(device: torch.device, optimizer: Any = torch.optim.Adam) -> tuple[Stepp
     parameters = list(structure.parameters.values())
     objective = ELBO()
     stepper = Stepper(
-        vae.model,
-        vae.guide,
-        objective,
         structure,
+        objective,
         make_optimizer(optimizer, parameters, 1e-3),
         objective.make_state(structure),
         clip_norm=1.0,

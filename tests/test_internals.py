@@ -147,9 +147,11 @@ def adam() -> None:
         m, v, step = torch.full((1,), 0.3), torch.full((1,), 0.7), torch.ones(())
         with torch.no_grad():
             internals.fused_adam(
-                [parameter], [m], [v], [step], lr=lr, betas=(beta1, beta2), eps=eps,
-                weight_decay=decay, is_decoupled=is_decoupled,
-            )  # fmt: skip
+                [parameter],
+                [{"exp_avg": m, "exp_avg_sq": v, "step": step}],
+                {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": decay},
+                is_decoupled=is_decoupled,
+            )
         gradient = g if is_decoupled else g + decay * 1.0
         first, second = (
             beta1 * 0.3 + (1 - beta1) * gradient,

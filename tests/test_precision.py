@@ -57,7 +57,7 @@ def build() -> VAE:
 def trained(device: torch.device, **options: Any) -> tuple[VAE, pvae.Fit]:
     pair = build()
     x = fits.binary().float()
-    return pair, fits.fit(pair.model, pair.guide, x, epochs=3, lr=1e-2, device=device, **options)
+    return pair, fits.fit(pair, x, epochs=3, lr=1e-2, device=device, **options)
 
 
 def test_layers_are_narrow_and_nothing_else_is(device: torch.device) -> None:
@@ -87,7 +87,7 @@ def test_compiled_steps_are_the_same(device: torch.device) -> None:
 def test_a_narrow_density_is_refused(device: torch.device) -> None:
     model, guide = build().model, _Bare().float()
     with pytest.raises(PairError, match=r"site 'z'.*float32 with precision='bf16'.*bfloat16"):
-        fits.fit(model, guide, fits.binary().float(), precision="bf16", device=device)
+        fits.fit((model, guide), fits.binary().float(), precision="bf16", device=device)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_a_narrow_density_is_refused(device: torch.device) -> None:
 def test_what_is_refused(options: dict[str, Any], words: str, device: torch.device) -> None:
     pair = build()
     with pytest.raises(ArgumentError, match=words):
-        fits.fit(pair.model, pair.guide, fits.binary().float(), device=device, **options)
+        fits.fit(pair, fits.binary().float(), device=device, **options)
 
 
 def test_double_pairs_are_refused(device: torch.device) -> None:
     pair = recipes.vae(fits.D, fits.Q, hidden=(8,))
     with pytest.raises(ArgumentError, match="a pair in float32"):
-        fits.fit(pair.model, pair.guide, fits.binary(), precision="bf16", device=device)
+        fits.fit(pair, fits.binary(), precision="bf16", device=device)

@@ -549,10 +549,8 @@ def test_a_failed_step_leaves_the_state_as_it_was(device: torch.device) -> None:
     structure = vae.inspect((x[:5],))
     state = objective.make_state(structure)
     stepper = Stepper(
-        vae.model,
-        vae.guide,
-        objective,
         structure,
+        objective,
         make_optimizer(torch.optim.Adam, list(structure.parameters.values()), 1e-3),
         state,
         clip_norm=None,

@@ -17,7 +17,7 @@ from tqdm.auto import trange
 
 from pvae import terms
 from pvae.diagnostics.result import Finding, Result
-from pvae.engine.optimizers import Backup
+from pvae.engine import Backup
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.modes import in_mode
 from pvae.objectives import ELBO, Objective, as_objective

@@ -4,14 +4,12 @@
 (``"compiled"``), or as a CUDA graph (``"cudagraph"``); all give the same numbers.
 """
 
-from pvae.engine.choice import ASKED, Asked, choose
 from pvae.engine.compiler import UncompilableError, compile_function
-from pvae.engine.measure import PARTS
-from pvae.engine.monitor import Failure
-from pvae.engine.optimizers import OptimizerLike, make_optimizer
+from pvae.engine.monitor import PARTS, Failure
+from pvae.engine.optimizers import Backup, OptimizerLike, make_optimizer
 from pvae.engine.precision import PRECISIONS, Precision
 from pvae.engine.repeated import Repeated
-from pvae.engine.stepper import ENGINES, Engine, Stepper
+from pvae.engine.stepper import ASKED, ENGINES, Asked, Engine, Stepper, choose
 
 __all__ = [
     "ASKED",
@@ -19,6 +17,7 @@ __all__ = [
     "PARTS",
     "PRECISIONS",
     "Asked",
+    "Backup",
     "Engine",
     "Failure",
     "OptimizerLike",

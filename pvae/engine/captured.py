@@ -1,18 +1,20 @@
-"""A function captured as a CUDA graph and replayed: no launch of a kernel waits for Python."""
+"""A step captured as a CUDA graph and replayed: no launch of a kernel waits for Python."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from typing import Generic, TypeVar
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pvae.engine.compiler import UncompilableError
+from pvae.engine.graphs import MAX_GRAPHS, check_numbers, kind_of, numbers, undoing
+from pvae.engine.passes import Passes, PassResult
 from pvae.modes import capturing_graph, is_capturing_graph
 
-__all__ = ["Captured", "Fixed", "record", "run_aside"]
+__all__ = ["CapturedStep", "record", "run_aside"]
 
 T = TypeVar("T")
 Batch = tuple[Tensor, ...]
@@ -20,49 +22,91 @@ Batch = tuple[Tensor, ...]
 WARM_UP = 3
 """Runs on a stream of their own before a capture, in which libraries set themselves up."""
 
-MAX_GRAPHS = 4
-"""Kinds of batch that are captured; others run as Python."""
 
+class CapturedStep:
+    """A whole step, pass and update: as Python a few times, from then on as a graph.
 
-class Captured(Generic[T]):
-    """Runs a function as Python a few times and from then on as a graph, for each kind of batch.
-
-    Draws go on as they would: torch moves its generators at each replay. Every other number that
-    isn't in a tensor is what it was at the capture; those that may change are to be in ``kind``.
+    There is a graph for each kind of batch. Draws go on as they would: torch moves its generators
+    at each replay. The optimiser's counters and learning rates are on the device; every other
+    number that isn't in a tensor is what it was at the capture, and where one of the optimiser's
+    changes, there is another graph.
 
     Arguments:
-        function: Of tensors, to tensors in any container; all it does is done on the device.
-        check: Called with a replay and what it is to be given, after a capture; raises where the
-            graph doesn't do what the function does, and leaves everything as it was.
-
-    Raises:
-        UncompilableError: When it is called, where there can be no capture.
+        passes: The passes.
+        optimizer: Any of torch's that can be captured; Adam can, and SGD.
+        update: Updates the parameters with the result of a pass.
     """
 
     def __init__(
-        self, function: Callable[..., T], check: Callable[[Callable[..., T], Batch], None]
+        self,
+        passes: Passes,
+        optimizer: torch.optim.Optimizer,
+        update: Callable[[PassResult], object],
     ) -> None:
-        self.function, self.check = function, check
-        self._runs: dict[Hashable, int] = {}
-        self._graphs: dict[Hashable, Callable[..., T]] = {}
+        self.passes, self.update, device = passes, update, passes.structure.device
+        self._groups, self._states = optimizer.param_groups, optimizer.state
+        self._rates = [torch.zeros((), device=device) for _ in self._groups]
+        for group in self._groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        for state in self._states.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(device)
+        self._runs: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, Callable[..., PassResult]] = {}
 
-    def __call__(self, kind: Hashable, batch: Batch) -> T:
-        """The function's results on a batch, in tensors that the next call may write over."""
+    def __call__(self, batch: Batch) -> PassResult:
+        """Runs a step, or replays it; the next call may write over the result's tensors.
+
+        Raises:
+            UncompilableError: If there can be no graph, or it gives other numbers.
+        """
+        kind = (kind_of(self.passes, batch), self._settings())
+        for rate, group in zip(self._rates, self._groups, strict=True):
+            rate.fill_(group["lr"])
         if kind not in self._graphs:
-            done = self._runs[kind] = self._runs.get(kind, 0) + 1
-            if done <= WARM_UP:
-                return run_aside(self.function, batch)
+            self._runs[kind] += 1
+            if self._runs[kind] <= WARM_UP:
+                return run_aside(self._step, batch)
             if len(self._graphs) >= MAX_GRAPHS:
-                return self.function(*batch)
-            try:
-                with capturing_graph():
-                    replay = record(self.function, batch)
-            except Exception as error:
-                first, *_ = (str(error).strip() or type(error).__name__).splitlines()
-                raise UncompilableError(f"the capture fails with {first}") from error
-            self.check(replay, batch)
-            self._graphs[kind] = replay
+                return self._step(*batch)
+            self._graphs[kind] = self._capture(batch)
         return self._graphs[kind](*batch)
+
+    def _settings(self) -> Hashable:
+        """The optimiser's numbers that a capture fixes: all but the learning rates."""
+        groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self._groups]
+        return tuple(tuple((k, v) for k, v in g.items() if isinstance(v, Hashable)) for g in groups)
+
+    def _step(self, *batch: Tensor) -> PassResult:
+        result, before = self.passes.run(*batch), [group["lr"] for group in self._groups]
+        try:
+            if is_capturing_graph():  # of the learning rates as tensors
+                self._set_rates(self._rates)
+            self.update(result)
+        finally:
+            self._set_rates(before)
+        return result
+
+    def _set_rates(self, rates: Sequence[float | Tensor]) -> None:
+        for group, rate in zip(self._groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _capture(self, batch: Batch) -> Callable[..., PassResult]:
+        """The step as a graph, whose replay has given an eager pass's numbers and was undone."""
+        try:
+            with capturing_graph():
+                replay = record(self._step, batch)
+        except Exception as error:
+            first, *_ = (str(error).strip() or type(error).__name__).splitlines()
+            raise UncompilableError(f"the capture fails with {first}") from error
+        passes = self.passes
+        states = [v for s in self._states.values() for v in s.values() if isinstance(v, Tensor)]
+        with undoing(passes, [*passes.parameters.values(), *states]) as undo:
+            expected = numbers(passes, passes.run(*batch))
+            undo()
+            check_numbers(passes, expected, numbers(passes, replay(*batch)))
+        return replay
 
 
 def record(function: Callable[..., T], example: Batch) -> Callable[..., T]:
@@ -79,54 +123,6 @@ def record(function: Callable[..., T], example: Batch) -> Callable[..., T]:
         return outputs
 
     return replay
-
-
-class Fixed:
-    """An optimiser whose step can be captured: its counters and learning rates are on the device.
-
-    Arguments:
-        optimizer: Any of torch's that can be captured; Adam can, and SGD.
-        device: Where its parameters are.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.groups, self.states = optimizer.param_groups, optimizer.state
-        self.rates = [torch.zeros((), device=device) for _ in self.groups]
-        for group in self.groups:
-            if "capturable" in group:
-                group["capturable"] = True
-        for state in self.states.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].to(device)
-
-    @property
-    def kind(self) -> Hashable:
-        """The numbers that a capture fixes: all but the learning rates."""
-        others = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.groups]
-        return tuple(tuple((k, v) for k, v in g.items() if isinstance(v, Hashable)) for g in others)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What a step changes beside the parameters."""
-        return [v for s in self.states.values() for v in s.values() if isinstance(v, Tensor)]
-
-    def set_rates(self) -> None:
-        """Gives a graph the learning rates of now."""
-        for rate, group in zip(self.rates, self.groups, strict=True):
-            rate.fill_(group["lr"])
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Learning rates are tensors, where a step is captured."""
-        before = [group["lr"] for group in self.groups]
-        if is_capturing_graph():
-            for rate, group in zip(self.rates, self.groups, strict=True):
-                group["lr"] = rate
-        try:
-            yield
-        finally:
-            for value, group in zip(before, self.groups, strict=True):
-                group["lr"] = value
 
 
 def run_aside(function: Callable[..., T], batch: Batch) -> T:

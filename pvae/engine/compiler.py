@@ -12,6 +12,7 @@ of the compiler's settings. `tests/test_internals.py` fails where one of them mo
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from pvae.modes import capturing_graph
 
-__all__ = ["UncompilableError", "compile_function", "compile_graph"]
+__all__ = ["UncompilableError", "compile_function", "compile_graph", "has_compiler"]
 
 T = TypeVar("T")
 
@@ -37,6 +38,11 @@ OPTIONS = {
 
 class UncompilableError(Exception):
     """Why a function has no graph."""
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether graphs can be compiled: on a CPU that takes a C++ compiler."""
+    return device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
 
 
 def compile_function(function: Callable[..., T], example: tuple[Tensor, ...]) -> Callable[..., T]:
@@ -76,11 +82,9 @@ def compile_function(function: Callable[..., T], example: tuple[Tensor, ...]) ->
 
 
 def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """What torch's compiler makes of a recorded graph whose results are a list of tensors.
+    """What torch's compiler makes of a graph by ``make_fx``, for inputs like these.
 
-    Arguments:
-        graph: As ``make_fx`` records it.
-        inputs: Tensors like those that it will be called with.
+    The graph's results are a list of tensors.
     """
     for node in graph.graph.nodes:  # one draw is rewritten by the compiler, and this twin isn't
         if node.target is torch.ops.aten.bernoulli.default and not node.kwargs:
@@ -91,11 +95,9 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Seq
         from torch._inductor import standalone_compile  # slow to import
 
         # Shapes are those of the inputs; where none are given, caches are passed by.
+        options = {"config_patches": OPTIONS}
         return standalone_compile(
-            graph,
-            [*inputs],
-            dynamic_shapes="from_example_inputs",
-            options={"config_patches": OPTIONS},
+            graph, [*inputs], dynamic_shapes="from_example_inputs", options=options
         )
 
 
@@ -129,11 +131,8 @@ def _record_twice(
             reason = "a tensor's value is read on the way, by a branch or a conversion to a number"
         raise UncompilableError(reason) from error
     if first.code != second.code:
-        ours, theirs = first.code.splitlines(), second.code.splitlines()
-        odd = next(
-            (a.strip() for a, b in zip(ours, theirs, strict=False) if a != b),
-            "one is longer",
-        )
+        lines = zip(first.code.splitlines(), second.code.splitlines(), strict=False)
+        odd = next((a.strip() for a, b in lines if a != b), "one is longer")
         raise UncompilableError(f"two steps aren't the same program, from '{odd}' on")
     return first, second
 
@@ -168,7 +167,7 @@ def _number_masks(graph: GraphModule, again: GraphModule) -> None:
     How many a mask picks is unknown to a compiler; couplings of flows have such masks.
     """
 
-    def fixed(node: Node) -> Any:
+    def fixed(node: Node) -> Tensor | None:
         """The value of what is made of tensors outside the graph alone."""
         if node.op == "get_attr":
             return getattr(graph, str(node.target))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pvae.engine.measure import PARTS
+__all__ = ["PARTS", "Failure", "Measured", "Monitor"]
 
-__all__ = ["Failure", "Monitor"]
+PARTS = ("loss", "elbo", "log_likelihood", "rate", "penalty", "grad_norm")
+"""What is summed over an epoch: per datum and in nats, but for the norm of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,20 @@ class Failure:
     step: int
     sites: tuple[str, ...]
     parameters: tuple[str, ...]
+
+
+class Measured(NamedTuple):
+    """What is measured on a batch, or by one of several processes on its rows of it.
+
+    Attributes:
+        parts: All of `PARTS` but the last, per datum.
+        gradients: Of the loss, by the name of the parameter; those that have one.
+        densities: Log densities by site and program, not all finite where the loss isn't.
+    """
+
+    parts: Tensor
+    gradients: dict[str, Tensor]
+    densities: dict[tuple[str, str], Tensor]
 
 
 class Monitor:
@@ -40,6 +56,7 @@ class Monitor:
         number: Of the step that runs.
         failed: Whether a step has failed.
         failed_at: The number of the first one.
+        may_look: Whether values may be read where that costs nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,53 +67,38 @@ class Monitor:
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
         self._good = torch.ones((), dtype=torch.bool, device=device)
         self._bad_sites = self._bad_parameters = self.failed.new_zeros(0)
-        self._sites: tuple[str, ...] = ()
+        self._sites: list[str] = []
+        self.may_look = True
 
     def judge(
-        self,
-        parts: Sequence[Tensor],
-        num_rows: int | Tensor,
-        norms: Tensor,
-        densities: Sequence[tuple[str, Tensor]],
-        *,
-        may_look: bool,
+        self, measured: Measured, num_rows: int | Tensor, norms: Tensor, norm: Tensor
     ) -> Tensor:
         """Adds a step to the sums, and says whether it is good, as a tensor on the device.
 
         Arguments:
-            parts: All of `PARTS`.
-            num_rows: How many data these are means of.
+            measured: Of the step.
+            num_rows: How many data its parts are means of.
             norms: Of each parameter's gradient.
-            densities: `Measured.densities`.
-            may_look: Whether values may be read where that costs nothing.
+            norm: Of the whole gradient.
         """
-        values = torch.stack([*parts]).to(torch.float64)
-        row = torch.cat([values, values.new_ones(1)]) * num_rows
-        self.loss.copy_(values[0])
-        if may_look and self._is_good(values):
+        parts, densities = measured.parts, measured.densities
+        row = torch.cat([parts, norm[None], norm.new_ones(1)]).to(torch.float64) * num_rows
+        self.loss.copy_(parts[0])
+        is_readable = self.may_look and parts.device.type == "cpu"
+        if is_readable and not self.failed and (parts[0] + norm).isfinite():
             self.sums.add_(row)
             return self._good
-        finite = values[0].isfinite() & values[-1].isfinite()  # the loss, and the gradient's norm
+        finite = parts[0].isfinite() & norm.isfinite()
         ok = finite & ~self.failed
-        self.note_sites(densities)
+        if densities:
+            self._sites = [site for site, _ in densities]
+            bad = ~torch.stack([density.sum() for density in densities.values()]).isfinite()
+            self._bad_sites = self._first_bad(self._bad_sites, bad)
         self._bad_parameters = self._first_bad(self._bad_parameters, ~norms.isfinite())
         self.failed_at.copy_(torch.where(finite | self.failed, self.failed_at, self.number))
         self.failed.copy_(~ok)
         self.sums.add_(torch.where(ok, row, torch.zeros_like(row)))
         return ok
-
-    def note_sites(self, densities: Sequence[tuple[str, Tensor]]) -> None:
-        """Notes which sites have densities that aren't finite, unless a step has failed before."""
-        if densities:
-            self._sites = tuple(name for name, _ in densities)
-            sums = torch.stack([density.sum() for _, density in densities])
-            self._bad_sites = self._first_bad(self._bad_sites, ~sums.isfinite())
-
-    def _is_good(self, values: Tensor) -> bool:
-        """Whether a step is good; False also where that can't be read at once."""
-        if values.device.type != "cpu" or bool(self.failed):
-            return False
-        return bool((values[0] + values[-1]).isfinite())
 
     def _first_bad(self, known: Tensor, bad: Tensor) -> Tensor:
         """What was bad at the first failure, once there was one; written where it is known."""
@@ -112,10 +114,6 @@ class Monitor:
         """Averages over data since the last `reset`; waits for the device."""
         *sums, rows = self.sums.tolist()
         return {name: total / max(rows, 1.0) for name, total in zip(PARTS, sums, strict=True)}
-
-    def reset(self) -> None:
-        """Starts new averages."""
-        self.sums.zero_()
 
     def look(self, parameters: Sequence[str]) -> Failure | None:
         """Waits for the device and says whether a step has failed.

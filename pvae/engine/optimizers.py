@@ -39,12 +39,9 @@ def make_optimizer(
             raise TypeError("its step needs a closure that evaluates the loss again")
         return made
     except (TypeError, AttributeError) as error:
-        raise ArgumentError(
-            "optimizer",
-            "a torch optimiser class, called with (parameters, lr=...)",
-            f"{factory!r}: {error}",
-            ["torch.optim.Adam", "functools.partial(torch.optim.SGD, momentum=0.9)"],
-        ) from error
+        fixes = ["torch.optim.Adam", "functools.partial(torch.optim.SGD, momentum=0.9)"]
+        expected = "a torch optimiser class, called with (parameters, lr=...)"
+        raise ArgumentError("optimizer", expected, f"{factory!r}: {error}", fixes) from error
 
 
 def update(optimizer: torch.optim.Optimizer, ok: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -69,32 +66,28 @@ def _adam(optimizer: torch.optim.Optimizer) -> bool:
 
     It isn't for subclasses, hooks and anything special, nor for the first step.
     """
+    if not _is_plain(optimizer):
+        return False
+    moved = [[p for p in g["params"] if p.grad is not None] for g in optimizer.param_groups]
+    states = [[optimizer.state[p] for p in parameters] for parameters in moved]
+    if not all(map(all, states)):
+        return False
+    for group, parameters, own in zip(optimizer.param_groups, moved, states, strict=True):
+        is_decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
+        if parameters:
+            fused_adam(parameters, own, group, is_decoupled=is_decoupled)
+    return True
+
+
+def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
     is_watched = has_step_hooks(optimizer) or "step" in vars(optimizer)  # as by schedulers of rates
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or is_watched:
         return False
     for group in optimizer.param_groups:
-        special = (group["amsgrad"], group["maximize"], not group["fused"])
         kinds = {(p.dtype, p.device) for p in group["params"]}
-        if any(special) or len(kinds) > 1 or isinstance(group["lr"], Tensor):
+        special = group["amsgrad"], group["maximize"], not group["fused"], len(kinds) > 1
+        if any(special) or isinstance(group["lr"], Tensor):
             return False
-        if any(p.grad is not None and not optimizer.state[p] for p in group["params"]):
-            return False
-    for group in optimizer.param_groups:
-        moved = [p for p in group["params"] if p.grad is not None]
-        states = [optimizer.state[p] for p in moved]
-        if not moved:
-            continue
-        fused_adam(
-            moved,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["step"] for s in states],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            is_decoupled=group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW),
-        )
     return True
 
 
@@ -117,12 +110,7 @@ class Backup:
             tensor.data.copy_(copy)
 
     def restore_unless(self, ok: Tensor, *, may_wait: bool = True) -> None:
-        """Puts the copies back where not ``ok``.
-
-        Arguments:
-            ok: A boolean scalar.
-            may_wait: Whether its value may be read, where that costs nothing.
-        """
+        """Puts the copies back where not ``ok``, which is read, on a CPU, if it may be."""
         if may_wait and ok.device.type == "cpu" and bool(ok):
             return
         with torch.no_grad():

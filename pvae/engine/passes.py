@@ -6,20 +6,26 @@ did is undone on the device.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from pvae.distributed import World
-from pvae.engine.measure import PARTS, Measure, Measured, gradient_norms, refuse_sparse
-from pvae.engine.monitor import Monitor
+from pvae.engine.monitor import PARTS, Measured, Monitor
 from pvae.engine.optimizers import Backup
-from pvae.errors import PairError, oxford
-from pvae.internals import multiply
+from pvae.engine.precision import PRECISIONS, Precision, check_densities, mixed
+from pvae.errors import ArgumentError, PairError, oxford
+from pvae.internals import multiply, norms
+from pvae.objectives import Objective, ObjectiveState
+from pvae.pair import Structure
+from pvae.sites import without_announcements
 
-__all__ = ["LocalResult", "PassResult", "Passes"]
+__all__ = ["PassResult", "Passes"]
 
 
 class PassResult(NamedTuple):
@@ -36,78 +42,127 @@ class PassResult(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-class LocalResult(NamedTuple):
-    """What one of several processes gives for its rows.
-
-    Attributes:
-        parts: All of `PARTS` but the last, per datum.
-        gradients: Of the loss by the name of the parameter.
-    """
-
-    parts: Tensor
-    gradients: dict[str, Tensor]
-
-
+@dataclass(eq=False)
 class Passes:
     """Runs passes of a pair, and keeps track of what they change.
 
-    Arguments:
-        measure: Gives the loss and its gradients.
-        monitor: Judges them.
-        clip_norm: Largest norm of the whole gradient; None for no clipping.
-        world: The processes that share each batch.
-
     Attributes:
-        may_look: Whether values may be read where that costs nothing.
+        structure, objective, state, clip_norm, precision, per_datum, world: As of `Stepper`.
+        monitor: Judges each pass.
         moving: The buffers that a pass changes, where it is known, as while one is recorded.
         names: Of the parameters that the last pass had gradients of.
+        has_penalties: Whether the last pass had any.
     """
 
-    def __init__(
-        self, measure: Measure, monitor: Monitor, clip_norm: float | None, world: World
-    ) -> None:
-        self.measure, self.monitor, self.clip_norm, self.world = measure, monitor, clip_norm, world
-        self.state, self.parameters = measure.state, measure.structure.parameters
-        self.buffers = [b for m in measure.structure.modules for b in m.buffers(recurse=False)]
-        self.may_look = True
+    structure: Structure
+    objective: PyroELBO
+    state: ObjectiveState | None
+    monitor: Monitor
+    clip_norm: float | None
+    precision: Precision
+    per_datum: bool
+    world: World
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            expected = f"one of {', '.join(PRECISIONS)}"
+            raise ArgumentError("precision", expected, repr(self.precision))
+        if self.precision == "bf16" and not isinstance(self.objective, Objective):
+            kind = type(self.objective).__name__
+            raise ArgumentError("precision", "an objective of pvae's with 'bf16'", kind)
+        self.parameters, modules = self.structure.parameters, self.structure.modules
+        self.buffers = [b for m in modules for b in m.buffers(recurse=False)]
         self.moving: list[Tensor] | None = None
         self.names: list[str] = []
-        self._agreed: list[str] | None = None
-        """Names of parameters with a gradient in any process, after a pass of several."""
+        self.has_penalties, self._num_rows = False, 0
+        self._agreed: list[str] | None = None  # parameters with a gradient in any process
 
     def run(self, *batch: Tensor) -> PassResult:
         """A whole pass, by one process alone."""
         buffers = Backup(self.buffers if self.moving is None else self.moving)
-        return self._judge(buffers, self.measure(batch))
-
-    def run_local(self, *batch: Tensor) -> LocalResult:
-        """What one of several processes has to do by itself, on its own rows."""
-        measured = self.measure(batch)
-        refuse_sparse(measured.gradients)
-        with torch.no_grad():
-            self.monitor.note_sites(measured.densities)
-            return LocalResult(torch.stack(measured.parts), measured.gradients)
+        return self._judge(buffers, self.measure(*batch), self._num_rows)
 
     def run_shared(
-        self, batch: tuple[Tensor, ...], local: Callable[[tuple[Tensor, ...]], LocalResult]
+        self, batch: tuple[Tensor, ...], measure: Callable[[tuple[Tensor, ...]], Measured]
     ) -> PassResult:
-        """What `run` does, by all processes together, each on its own rows.
-
-        Arguments:
-            batch: This process's rows; empty where there are none for it.
-            local: `run_local`, or its graph.
-        """
+        """What `run` does, by all processes, each on its own rows, of which there may be none."""
         buffers, first = Backup(self.buffers), next(iter(self.parameters.values()))
-        own = LocalResult(first.new_zeros(len(PARTS) - 1), {})
-        if batch:
-            own = local(batch)
+        own = measure(batch) if batch else Measured(first.new_zeros(len(PARTS) - 1), {}, {})
         with torch.no_grad():
             gradients = self._complete(own.gradients)
             rows = len(batch[0]) if batch else 0
             total, [parts, *means] = self.world.mean(rows, [own.parts, *gradients.values()])
-        return self._judge(
-            buffers, Measured(list(parts), total, dict(zip(gradients, means, strict=True)))
-        )
+        shared = Measured(parts, dict(zip(gradients, means, strict=True)), own.densities)
+        return self._judge(buffers, shared, total)
+
+    def measure(self, *batch: Tensor) -> Measured:
+        """The loss, its parts and its gradients, without judging them."""
+        if isinstance(self.objective, Objective):
+            measured = self._measure(self.objective, batch)
+        else:
+            measured = self._measure_pyro(self.objective, batch)
+        if sparse := [name for name, g in measured.gradients.items() if g.is_sparse]:
+            actual = f"sparse ones, of {', '.join(sparse)}"
+            fixes = ["nn.Embedding(..., sparse=False)"]
+            raise ArgumentError("pair", "dense gradients", actual, fixes)
+        return measured
+
+    def _measure(self, objective: Objective, batch: tuple[Tensor, ...]) -> Measured:
+        assert self.state is not None  # noqa: S101
+        is_narrow = self.precision == "bf16"
+        narrow = mixed(self.structure) if is_narrow else contextlib.nullcontext()
+        with without_announcements(), narrow:
+            terms = objective.compute_terms(self.structure, batch)
+        if is_narrow:
+            check_densities(terms)
+        self._num_rows, self.has_penalties = terms.num_rows, terms.has_penalties
+        divisor = self.structure.divisor(terms.num_rows)
+        loss = objective.surrogate(terms, self.state)
+        loss = loss / divisor if self.per_datum else loss
+        gradients = self._differentiate(loss)
+        with torch.no_grad():
+            elbo, likelihood = terms.elbo_per_datum()
+            penalty = -terms.scaled("penalty").mean() / divisor
+            parts = torch.stack([loss.detach(), elbo, likelihood, likelihood - elbo, penalty])
+            densities = {
+                (name, program): density.detach()
+                for name, site in terms.sites.items()
+                for program, density in (("model", site.scaled_log_p), ("guide", site.scaled_log_q))
+                if density is not None
+            }
+        return Measured(parts, gradients, densities)
+
+    def _measure_pyro(self, objective: PyroELBO, batch: tuple[Tensor, ...]) -> Measured:
+        """The same of one of Pyro's objectives, of which the loss alone is known.
+
+        Some add their gradients to those that parameters have, which are none before a step.
+        """
+        model, guide = self.structure.model, self.structure.guide
+        self._num_rows = self.structure.subsample_size or len(batch[0])
+        divisor = self.structure.divisor(self._num_rows) if self.per_datum else 1
+        if hasattr(objective, "differentiable_loss"):
+            loss = objective.differentiable_loss(model, guide, *batch) / divisor
+            gradients = self._differentiate(loss)
+        else:
+            value = objective.loss_and_grads(model, guide, *batch)
+            if not isinstance(value, (float, int, Tensor)):
+                actual = f"{type(objective).__name__}, which returns a {type(value).__name__}"
+                fixes = ["pyro.infer.SVI with it, and a loop of your own"]
+                raise ArgumentError("objective", "one that returns one loss", actual, fixes)
+            loss = torch.as_tensor(value, dtype=torch.float64) / divisor
+            given = {n: p.grad for n, p in self.parameters.items()}
+            gradients = {n: g.div_(divisor) for n, g in given.items() if g is not None}
+        parts = loss.new_full((len(PARTS) - 1,), float("nan"), device=self.structure.device)
+        parts[0] = loss.detach()
+        return Measured(parts, gradients, {})
+
+    def _differentiate(self, loss: Tensor) -> dict[str, Tensor]:
+        """Gradients of the parameters that have one, by name."""
+        if not loss.requires_grad or not self.parameters:
+            return {}
+        gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
+        named = zip(self.parameters, gradients, strict=True)
+        return {name: g for name, g in named if g is not None}
 
     def _complete(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the same parameters in every process, zero where it has none."""
@@ -115,34 +170,35 @@ class Passes:
             anywhere = {name for names in self.world.gather([*gradients]) for name in names}
             self._agreed = [name for name in self.parameters if name in anywhere]
         if late := gradients.keys() - self._agreed:
-            raise PairError(
-                f"gradient of {oxford(sorted(late)[:3])}",
-                "the same parameters in each step of several processes",
-                "one more than in the first step",
-            )
-        return {
-            n: gradients[n] if n in gradients else torch.zeros_like(self.parameters[n])
-            for n in self._agreed
-        }
+            where = f"gradient of {oxford(sorted(late)[:3])}"
+            expected = "the same parameters in each step of several processes"
+            raise PairError(where, expected, "one more than in the first step")
+        own = {n: torch.zeros_like(self.parameters[n]) for n in self._agreed if n not in gradients}
+        own |= gradients
+        return {name: own[name] for name in self._agreed}
 
-    def _judge(self, buffers: Backup, measured: Measured) -> PassResult:
+    @torch.no_grad()
+    def _judge(self, buffers: Backup, measured: Measured, num_rows: int | Tensor) -> PassResult:
         """Says whether a pass is good, undoes it if not, clips its gradients, adds to the sums."""
         gradients, is_recorded = measured.gradients, self.moving is not None
-        with torch.no_grad():
-            norms = gradient_norms(gradients, is_fused=is_recorded)
-            norm = torch.linalg.vector_norm(norms)
-            ok = self.monitor.judge(
-                [*measured.parts, norm],
-                measured.num_rows,
-                norms,
-                measured.densities,
-                may_look=self.may_look,
-            )
-            buffers.restore_unless(ok, may_wait=not is_recorded)
-            if self.clip_norm is not None:
-                factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-                clipped = multiply([*gradients.values()], factor)
-                gradients = dict(zip(gradients, clipped, strict=True))
+        if not gradients:
+            fixes = [
+                "does the guide sample from a distribution made of its parameters?",
+                "pyro.clear_param_store(), if pyro.module had other modules by these names",
+            ]
+            expected = "a loss that depends on its parameters"
+            raise ArgumentError("pair", expected, "no parameter with a gradient", fixes)
+        if is_recorded:  # one by one, for a compiler to fuse
+            each = torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])
+        else:
+            each = norms([*gradients.values()])
+        norm = torch.linalg.vector_norm(each)
+        ok = self.monitor.judge(measured, num_rows, each, norm)
+        buffers.restore_unless(ok, may_wait=not is_recorded)
+        if self.clip_norm is not None:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            clipped = multiply([*gradients.values()], factor)
+            gradients = dict(zip(gradients, clipped, strict=True))
         self.names = [*gradients]
         return PassResult(ok, None if self.state is None else self.state.measured, gradients)
 
@@ -150,8 +206,3 @@ class Passes:
         """What a pass may change."""
         of_state = [] if self.state is None else list(self.state.tensors().values())
         return [*self.buffers, *of_state, *self.monitor.tensors()]
-
-    def numbers(self, result: PassResult | LocalResult) -> list[Tensor]:
-        """Copies of the loss and the gradients that the last pass gave."""
-        loss = result.parts[0] if isinstance(result, LocalResult) else self.monitor.loss
-        return [loss.clone(), *(g.detach().clone() for g in result.gradients.values())]

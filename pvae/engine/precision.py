@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,22 +27,17 @@ def mixed(structure: t.Structure) -> Iterator[None]:
     if structure.dtype != torch.float32:
         raise ArgumentError("precision", "a pair in float32", str(structure.dtype))
 
-    def widen(_: Any, __: Any, output: Any) -> Any:
-        is_narrow = isinstance(output, Tensor) and output.dtype == torch.bfloat16
-        return output.float() if is_narrow else output
+    def widen(_: object, __: object, output: object) -> object:
+        if isinstance(output, Tensor) and output.dtype == torch.bfloat16:
+            return output.float()
+        return output
 
-    layers = [
-        m
-        for m in structure.modules
-        if next(m.parameters(recurse=False), None) is not None and not any(m.children())
-    ]
-    hooks = [layer.register_forward_hook(widen) for layer in layers]
-    try:
-        with torch.autocast(structure.device.type, torch.bfloat16):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for module in structure.modules:
+            if any(True for _ in module.parameters(recurse=False)) and not any(module.children()):
+                hooks.callback(module.register_forward_hook(widen).remove)
+        hooks.enter_context(torch.autocast(structure.device.type, torch.bfloat16))
+        yield
 
 
 def check_densities(terms: t.Terms) -> None:
@@ -50,9 +45,6 @@ def check_densities(terms: t.Terms) -> None:
     for site in terms.sites.values():
         for log_density in (site.log_p, site.log_q):
             if log_density is not None and log_density.dtype != torch.float32:
-                raise PairError(
-                    f"site '{site.name}'",
-                    "a log density in float32 with precision='bf16'",
-                    str(log_density.dtype),
-                    ["matrix products in modules such as nn.Linear", ".float() on what they give"],
-                )
+                fixes = ["matrix products in modules like nn.Linear", ".float() on what they give"]
+                expected = "a log density in float32 with precision='bf16'"
+                raise PairError(f"site '{site.name}'", expected, str(log_density.dtype), fixes)

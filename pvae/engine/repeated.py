@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 from pvae import randomness
-from pvae.engine.choice import Asked, has_compiler
-from pvae.engine.compiler import UncompilableError, compile_function
-from pvae.errors import ArgumentError, PvaeWarning
+from pvae.engine.compiler import UncompilableError, compile_function, has_compiler
+from pvae.engine.stepper import Asked
+from pvae.errors import ArgumentError, warn
 
 __all__ = ["Repeated"]
+
+Tensors = tuple[Tensor, ...]
 
 WORTH = 60.0
 """Seconds of eager calls that are to come, from which compiling them pays."""
@@ -71,14 +72,10 @@ class Repeated:
                 self._graphs[key] = self._compile(static, tensors, result, before)
             except UncompilableError as error:
                 self.engine = "eager"
-                warnings.warn(
-                    f"Runs as Python, not compiled: {error}. The numbers are the same.",
-                    PvaeWarning,
-                    stacklevel=4,
-                )
+                warn(f"Runs as Python, not compiled: {error}. The numbers are the same.")
         return result
 
-    def _pays(self, key: Hashable, tensors: tuple[Tensor, ...]) -> bool:
+    def _pays(self, key: Hashable, tensors: Tensors) -> bool:
         if self.engine != "auto":
             return self.engine == "compiled"
         seconds = self._seconds[key]
@@ -86,22 +83,17 @@ class Repeated:
         return is_long and has_compiler(tensors[0].device)
 
     def _compile(
-        self,
-        static: Hashable,
-        tensors: tuple[Tensor, ...],
-        expected: Tensor,
-        before: dict[str, Tensor],
+        self, static: Hashable, tensors: Tensors, expected: Tensor, before: dict[str, Tensor]
     ) -> Callable[..., Tensor]:
         """The graph, which has given the same numbers for the last call."""
         with randomness.forked():
             graph = compile_function(functools.partial(self.function, static), tensors)
             randomness.set_state(before)
             try:
-                found = graph(*tensors)
+                ours = graph(*tensors)
             except Exception as error:
                 raise UncompilableError(f"the graph fails with {error}") from error
-        size = expected.abs().max().clamp(min=1.0)
-        worst = float((found - expected).abs().max() / size)
+        worst = float((ours - expected).abs().max() / expected.abs().max().clamp(min=1.0))
         if not worst <= self.tolerance:
             raise UncompilableError(f"the numbers differ from the eager ones, by {worst:.2g}")
         return graph

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import warnings
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
+import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
-from pvae import terms as t
 from pvae.distributed import World
-from pvae.engine.compiler import UncompilableError
-from pvae.engine.graphs import CapturedStep, CompiledPass
-from pvae.engine.measure import Measure
-from pvae.engine.monitor import Failure, Monitor
+from pvae.engine.captured import CapturedStep
+from pvae.engine.compiler import UncompilableError, has_compiler
+from pvae.engine.graphs import CompiledPass, undoing
+from pvae.engine.monitor import Failure, Measured, Monitor
 from pvae.engine.optimizers import Backup, update
-from pvae.engine.passes import LocalResult, Passes, PassResult
+from pvae.engine.passes import Passes, PassResult
 from pvae.engine.precision import Precision
-from pvae.errors import ArgumentError, PvaeWarning
+from pvae.errors import ArgumentError, warn
 from pvae.internals import can_skip_on_device
+from pvae.modes import in_mode
 from pvae.objectives import Objective, ObjectiveState
+from pvae.pair import Structure
 
-__all__ = ["ENGINES", "Engine", "Stepper", "check_engine"]
+__all__ = ["ASKED", "ENGINES", "Asked", "Engine", "Stepper", "check_engine", "choose", "time_pass"]
 
 Engine = Literal["eager", "compiled", "cudagraph"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+Asked = Literal["auto", "eager", "compiled", "cudagraph"]
+ASKED: tuple[Asked, ...] = get_args(Asked)
+
+WORTH_COMPILING = 180.0
+"""Seconds of eager training from which compiling pays: it takes up to half a minute for each shape
+of batch, and saves from a tenth of the time (large convolutions) to half of it (small networks)."""
+
+Result = TypeVar("Result", PassResult, Measured)
 
 
 class Stepper:
@@ -37,10 +48,8 @@ class Stepper:
     until the host looks and recovers.
 
     Arguments:
-        model: A Pyro program.
-        guide: Its guide.
+        structure: What the pair is made of.
         objective: What to maximise; any of Pyro's ELBOs.
-        structure: What `inspect_pair` found.
         optimizer: Over ``structure.parameters``.
         state: The objective's state; None for Pyro's own objectives.
         clip_norm: Largest norm of the whole gradient; None for no clipping.
@@ -64,10 +73,8 @@ class Stepper:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        structure: Structure,
         objective: PyroELBO,
-        structure: t.Structure,
         optimizer: torch.optim.Optimizer,
         state: ObjectiveState | None,
         clip_norm: float | None = None,
@@ -77,15 +84,15 @@ class Stepper:
         per_datum: bool = True,
         world: World | None = None,
     ) -> None:
-        self.objective, self.structure, self.state = objective, structure, state
+        self.structure, self.objective, self.state = structure, objective, state
         self.optimizer, self.world = optimizer, world or World()
         self.parameters = list(structure.parameters.values())
-        measure = Measure(model, guide, objective, structure, state, precision, per_datum=per_datum)
         self._monitor = Monitor(structure.device)
         self.loss, self.sums = self._monitor.loss, self._monitor.sums
-        self.passes = Passes(measure, self._monitor, clip_norm, self.world)
-        self._compiled = CompiledPass(self.passes, self.passes.run)
-        self._local = CompiledPass(self.passes, self.passes.run_local)
+        given = structure, objective, state, self._monitor, clip_norm
+        self.passes = Passes(*given, precision, per_datum, self.world)
+        self._whole = CompiledPass(self.passes, self.passes.run)
+        self._own_rows = CompiledPass(self.passes, self.passes.measure)
         self._captured: CapturedStep | None = None
         self.engine = engine
 
@@ -98,7 +105,7 @@ class Stepper:
     def engine(self, engine: Engine) -> None:
         check_engine(engine, self.structure.device, self.world)
         self._engine: Engine = engine
-        self.passes.may_look = engine == "eager"
+        self._monitor.may_look = engine == "eager"
 
     def __call__(self, batch: tuple[Tensor, ...], step: int) -> None:
         """Runs one step on a batch; ``step`` is its number, for a `Failure` to name.
@@ -112,33 +119,33 @@ class Stepper:
         result = self._step(batch)
         if self.state is not None:
             self.state.measured = result.measured
-            kept = Backup(list(self.state.tensors().values()))
+            backup = Backup(list(self.state.tensors().values()))
             self.state.advance()
-            kept.restore_unless(result.ok)
+            backup.restore_unless(result.ok)
 
     def _step(self, batch: tuple[Tensor, ...]) -> PassResult:
         """The pass and the update, by the engine."""
-        try:
-            if self.engine == "cudagraph":
+        if self.engine == "cudagraph":
+            try:
                 if self._captured is None:
                     self._captured = CapturedStep(self.passes, self.optimizer, self._update)
                 return self._captured(batch)
-            if self.engine == "compiled" and self.world.size == 1:
-                return self._update(self._compiled(batch))
-        except UncompilableError as error:
-            self._give_up(error)
+            except UncompilableError as error:
+                self._give_up("captured", error)
         if self.world.size > 1:
-            return self._update(self.passes.run_shared(batch, self._run_local))
-        return self._update(self.passes.run(*batch))
+            return self._update(
+                self.passes.run_shared(batch, lambda own: self._run(self._own_rows, own))
+            )
+        return self._update(self._run(self._whole, batch))
 
-    def _run_local(self, batch: tuple[Tensor, ...]) -> LocalResult:
-        """What this one of several processes does by itself, by the engine."""
+    def _run(self, compiled: CompiledPass[Result], batch: tuple[Tensor, ...]) -> Result:
+        """A pass, or this process's part of one, compiled or as Python."""
         try:
             if self.engine == "compiled":
-                return self._local(batch)
+                return compiled(batch)
         except UncompilableError as error:
-            self._give_up(error)
-        return self.passes.run_local(*batch)
+            self._give_up("compiled", error)
+        return compiled.eager(*batch)
 
     def _update(self, result: PassResult) -> PassResult:
         """The optimiser's step, where the pass is good."""
@@ -147,13 +154,8 @@ class Stepper:
         update(self.optimizer, result.ok, self.parameters)
         return result
 
-    def _give_up(self, error: UncompilableError) -> None:
-        what = "captured" if self.engine == "cudagraph" else "compiled"
-        warnings.warn(
-            f"Steps run as Python, not {what}: {error}. The numbers are the same.",
-            PvaeWarning,
-            stacklevel=5,
-        )
+    def _give_up(self, what: str, error: UncompilableError) -> None:
+        warn(f"Steps run as Python, not {what}: {error}. The numbers are the same.")
         self.engine = "eager"
 
     def averages(self) -> dict[str, float]:
@@ -162,7 +164,7 @@ class Stepper:
 
     def reset(self) -> None:
         """Starts new averages."""
-        self._monitor.reset()
+        self.sums.zero_()
 
     def look(self, step: int) -> Failure | None:
         """Waits for the device and says whether a step has failed; ``step`` is the last one."""
@@ -182,20 +184,41 @@ class Stepper:
         if self.state is not None:
             self.state.set_step(step)
 
-    @property
-    def has_penalties(self) -> bool:
-        """Whether the last batch had any."""
-        return self.passes.measure.has_penalties
-
 
 def check_engine(engine: Engine, device: torch.device, world: World) -> None:
     """Refuses an engine that isn't known, or can't run there."""
     if engine not in ENGINES:
         raise ArgumentError("engine", f"one of {', '.join(ENGINES)}", repr(engine))
     if engine == "cudagraph" and (device.type != "cuda" or world.size > 1):
-        raise ArgumentError(
-            "engine",
-            "a pair on one CUDA device, for 'cudagraph'",
-            device.type if world.size == 1 else "several processes",
-            ["engine='compiled'", "device='cuda', where there is one"],
-        )
+        where = device.type if world.size == 1 else "several processes"
+        fixes = ["engine='compiled'", "device='cuda', where there is one"]
+        raise ArgumentError("engine", "a pair on one CUDA device, for 'cudagraph'", where, fixes)
+
+
+def choose(stepper: Stepper, batch: Callable[[], tuple[Tensor, ...]], steps: int) -> Engine:
+    """The engine for so many steps on such a batch, by the time that an eager one takes.
+
+    Leaves everything as it was. Only long trainings are measured at all.
+    """
+    if not isinstance(stepper.objective, Objective) or steps < WORTH_COMPILING / 0.2:
+        return "eager"
+    if not has_compiler(stepper.structure.device):
+        return "eager"
+    return "compiled" if steps * time_pass(stepper, batch()) > WORTH_COMPILING else "eager"
+
+
+def time_pass(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
+    """What a pass takes as in training, without its update."""
+    seconds = []
+    with (
+        undoing(stepper.passes),
+        in_mode(stepper.structure.modules, training=True),
+        pyro.validation_enabled(is_validate=False),
+    ):
+        for _ in range(4):
+            started = time.perf_counter()
+            stepper.passes.run(*batch)
+            if stepper.structure.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])

@@ -1,8 +1,7 @@
 """Fitting a pair: data -> steps -> history, with checkpoints and exact resume."""
 
-from pvae.fitting.api import fit
+from pvae.fitting.api import Fit, fit
 from pvae.fitting.history import History
-from pvae.fitting.result import Fit
 from pvae.fitting.saving import load_parameters
 
 __all__ = ["Fit", "History", "fit", "load_parameters"]

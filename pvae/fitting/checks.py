@@ -11,24 +11,18 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine import Trace
 
 from pvae import randomness
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.distributed import World
+from pvae.engine import Backup
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
 from pvae.pair import Structure, is_penalty, run_pair
-from pvae.types import Site
 
-__all__ = [
-    "check_batches",
-    "check_objective",
-    "check_overcomplete",
-    "check_parameters",
-    "check_plate",
-    "trying",
-]
+__all__ = ["check_batches", "check_objective", "check_overcomplete", "check_pair", "trying"]
 
 
 def check_batches(structure: Structure, source: Source, batch_size: int, world: World) -> None:
@@ -50,22 +44,20 @@ def _check_minibatches(structure: Structure, num_rows: int, batch_size: int) -> 
     if structure.tied_to is not None:
         per_row = isinstance(poutine.unwrap(structure.guide), AutoGuide) and structure.latents
         if per_row or num_rows % batch_size:
-            raise PairError(
-                "batch_size",
+            expected = (
                 f"all {num_rows} rows in one batch: the pair runs on {structure.tied_to} rows and "
-                "on no other number",
-                f"batches of {batch_size}",
-                [
-                    "batch_size=None",
-                    "pyro.plate(name, N, subsample_size=...) in the pair, which picks its rows",
-                ],
+                "on no other number"
             )
+            own = "pyro.plate(name, N, subsample_size=...) in the pair, which picks its rows"
+            fixes = ["batch_size=None", own]
+            raise PairError("batch_size", expected, f"batches of {batch_size}", fixes)
         warn(
             f"The pair runs on batches of {structure.tied_to} rows and on no others. If it has "
             "parameters of its own for each row, other rows will share them: batch_size=None."
         )
     if structure.global_sites and not structure.is_scaled:
-        shared = oxford(structure.global_sites[:4])
+        shared, plate = oxford(structure.global_sites[:4]), structure.plate
+        scaled = f"pyro.plate('{plate}', {num_rows}, subsample_size=len(x))"
         advice = (
             f"In batches of {batch_size} of {num_rows} rows they would count once a batch, as if "
             "each batch were the whole data set"
@@ -74,17 +66,10 @@ def _check_minibatches(structure: Structure, num_rows: int, batch_size: int) -> 
             raise PairError(
                 f"global site(s) {shared}",
                 "a data plate that knows the full size",
-                f"pyro.plate('{structure.plate}', len(x)). {advice}",
-                [
-                    f"pyro.plate('{structure.plate}', {num_rows}, subsample_size=len(x)) in model "
-                    "and guide",
-                    "batch_size=None",
-                ],
+                f"pyro.plate('{plate}', len(x)). {advice}",
+                [f"{scaled} in model and guide", "batch_size=None"],
             )
-        warn(
-            f"Site(s) {shared} are outside the data plate. {advice}. "
-            f"pyro.plate('{structure.plate}', {num_rows}, subsample_size=len(x)) counts them once."
-        )
+        warn(f"Site(s) {shared} are outside the data plate. {advice}. {scaled} counts them once.")
 
 
 def _check_one_row(structure: Structure, source: Source, batch_size: int) -> None:
@@ -113,77 +98,73 @@ def check_objective(
     state = objective.make_state(structure, source.num_rows, 1, 1)
     for size in sizes:
         with trying(structure):
-            batch = first_batch(source, size)
-            terms = objective.compute_terms(structure, batch)
+            terms = objective.compute_terms(structure, first_batch(source, size))
             objective.surrogate(terms, state)
 
 
 @contextmanager
 def trying(structure: Structure) -> Iterator[None]:
     """Training mode, which leaves no trace: modes, buffers and generators are put back."""
-    copies = [(b, b.clone()) for m in structure.modules for b in m.buffers(recurse=False)]
+    backup = Backup([b for m in structure.modules for b in m.buffers(recurse=False)])
     try:
         with in_mode(structure.modules, training=True), randomness.forked(), torch.no_grad():
             yield
     finally:
-        for buffer, copy in copies:
-            buffer.copy_(copy)
+        backup.restore()
 
 
 def check_overcomplete(structure: Structure, source: Source) -> None:
     """Warns of an autoencoder that nothing keeps from learning the identity."""
-    if isinstance(source, LoaderSource) or not (structure.points & set(structure.improper)):
-        return
-    batch = first_batch(source, min(8, source.num_rows))
     points = sorted(structure.points & set(structure.improper))
+    if isinstance(source, LoaderSource) or not points:
+        return
+    batch = first_batch(source, 8)
     try:
         with evaluating(structure.modules), randomness.forked():
             clean, of_model = run_pair(structure.model, structure.guide, batch)
-        code, data = (
-            sum(_size(of_model.nodes[n]) for n in names) for names in (points, structure.observed)
-        )
-        if code < data:
-            return
-        if any(hasattr(clean.nodes[n]["fn"], "quantised") for n in points):
-            return  # few codes
         with trying(structure):
-            of_guide, of_model = run_pair(structure.model, structure.guide, batch)
+            trained = run_pair(structure.model, structure.guide, batch)
     except PvaeError:  # training will say so
         return
-    sites = [*of_guide.nodes.values(), *of_model.nodes.values()]
-    if any(is_penalty(s) for s in sites if s["type"] == "sample"):
-        return
-    if any(not torch.equal(of_guide.nodes[n]["value"], clean.nodes[n]["value"]) for n in points):
-        return  # corrupted data, dropout, or a norm over the batch
-    warn(
-        f"The code has {code} entries, the data have {data}: an autoencoder can learn the "
-        "identity, and nothing here keeps it from that. A smaller latent_dim, a sparse or normal "
-        "prior, a corruption, or a penalty would.",
+    code, data = (
+        sum(math.prod(of_model.nodes[name]["fn"].event_shape) for name in names)
+        for names in (points, structure.observed)
     )
+    if code >= data and not _is_regularised(points, clean, *trained):
+        warn(
+            f"The code has {code} entries, the data have {data}: an autoencoder can learn the "
+            "identity, and nothing here keeps it from that. A smaller latent_dim, a sparse or "
+            "normal prior, a corruption, or a penalty would."
+        )
 
 
-def _size(site: Site) -> int:
-    return math.prod(site["fn"].event_shape)
+def _is_regularised(points: list[str], clean: Trace, guide: Trace, model: Trace) -> bool:
+    """Whether codes are few, sites penalised, or codes other ones in training.
+
+    These come of corrupted data, dropout, or a norm over the batch.
+
+    Arguments:
+        points: Names of the codes.
+        clean: The guide's trace in evaluation mode.
+        guide: Its trace in training mode.
+        model: The model's.
+    """
+    if any(hasattr(clean.nodes[name]["fn"], "quantised") for name in points):
+        return True
+    sites = [s for trace in (guide, model) for s in trace.nodes.values() if s["type"] == "sample"]
+    values = [(guide.nodes[name]["value"], clean.nodes[name]["value"]) for name in points]
+    return any(map(is_penalty, sites)) or not all(torch.equal(*pair) for pair in values)
 
 
-def check_plate(objective: PyroELBO, structure: Structure) -> None:
-    """Refuses an objective that was told of another data plate than the pair's."""
+def check_pair(structure: Structure, objective: PyroELBO) -> None:
+    """Refuses a pair with nothing to train, or that the objective isn't for."""
+    if not structure.parameters:
+        fixes = ["pyro.param or pyro.module in a function", "nn.Parameter in a module"]
+        raise PairError("pair", "at least one trainable parameter", "none", fixes)
     plate = getattr(objective, "plate", None)
     if plate is not None and plate not in structure.plates:
-        raise ArgumentError(
-            "objective",
-            f"the pair's data plate, '{structure.plate}'",
-            f"plate='{plate}'",
-            [f"pvae.fit(pvae.Pair(model, guide, plate='{plate}'), ...)"],
-        )
-
-
-def check_parameters(structure: Structure) -> None:
-    """Refuses a pair with nothing to train."""
-    if not structure.parameters:
-        raise PairError(
-            "pair",
-            "at least one trainable parameter",
-            "none",
-            ["pyro.param or pyro.module in a function", "nn.Parameter in a module"],
-        )
+        fixes = [f"pvae.fit(pvae.Pair(model, guide, plate='{plate}'), ...)"]
+        expected = f"the pair's data plate, '{structure.plate}'"
+        raise ArgumentError("objective", expected, f"plate='{plate}'", fixes)
+    if isinstance(objective, Objective):
+        objective.check(structure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -12,9 +13,8 @@ from torch import nn
 from pvae.data import Batches, LoaderSource, Source
 from pvae.fitting.settings import Settings
 from pvae.pair import Pair
-from pvae.types import Program
 
-__all__ = ["first_difference", "identity_of"]
+__all__ = ["differences", "identity_of"]
 
 
 def identity_of(
@@ -25,7 +25,10 @@ def identity_of(
     batches: Batches,
 ) -> dict[str, object]:
     """What a resumed training, or another process's part of one, must have in common, by name."""
-    return {
+    hidden = ("lr", "fused", "foreach", "capturable", "differentiable")  # lr has its own entry
+    defaults = sorted((k, v) for k, v in optimizer.defaults.items() if k not in hidden)
+    plain = ", ".join(f"{name}={value}" for name, value in defaults)
+    identity: dict[str, object] = {
         "seed": settings.seed,
         "lr": settings.lr,
         "lr_schedule": repr(settings.schedule),
@@ -34,16 +37,28 @@ def identity_of(
         "patience": settings.patience,
         "batch_size": batches.batch_size,
         "num_rows": batches.source.num_rows,
-        "objective": _without_addresses(repr(objective)),
-        "optimizer": f"{type(optimizer).__name__}({_plain(optimizer.defaults)})",
+        "objective": repr(objective),
+        "optimizer": f"{type(optimizer).__name__}({plain})",
         "data": _digest(batches.source),
-        "model": _made_of(pair.model),
-        "guide": _made_of(pair.guide),
         "engine": settings.engine,
     }
+    for name, program in (("model", pair.model), ("guide", pair.guide)):
+        is_module = isinstance(program, nn.Module)
+        identity[name] = repr(program) if is_module else type(program).__name__
+    addresses = " at 0x[0-9a-f]+"  # a repr that is the same in every process has none
+    return {k: re.sub(addresses, "", v) if isinstance(v, str) else v for k, v in identity.items()}
 
 
-def first_difference(setting: object, other: object) -> object:
+def differences(
+    expected: Mapping[str, object], actual: Mapping[str, object]
+) -> list[tuple[str, str]]:
+    """What differs, as ``name=value`` in either; of texts of several lines the line that does."""
+    names = [k for k in {**actual, **expected} if expected.get(k) != actual.get(k)]
+    values = [(name, expected.get(name), actual.get(name)) for name in names]
+    return [(f"{k}={_differing(a, b)!r}", f"{k}={_differing(b, a)!r}") for k, a, b in values]
+
+
+def _differing(setting: object, other: object) -> object:
     """Of texts of several lines, the first line that isn't in the other one."""
     if not (isinstance(setting, str) and isinstance(other, str) and "\n" in setting + other):
         return setting
@@ -62,21 +77,3 @@ def _digest(source: Source) -> str | None:
         for part in source.rows(rows):
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _made_of(program: Program) -> str:
-    """What a module says it is made of: layers, dropout, corruptions, penalties."""
-    if not isinstance(program, nn.Module):
-        return type(program).__name__
-    return _without_addresses(repr(program))
-
-
-def _without_addresses(text: str) -> str:
-    """A ``repr`` that is the same in every process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
-
-
-def _plain(defaults: dict[str, object]) -> str:
-    """An optimiser's settings but for the learning rate, which is checked apart."""
-    hidden = ("lr", "fused", "foreach", "capturable", "differentiable")
-    return ", ".join(f"{k}={v}" for k, v in sorted(defaults.items()) if k not in hidden)

@@ -1,23 +1,25 @@
-"""The training loop."""
+"""The training loop, and the end of an epoch: record, validation, the best epoch, a checkpoint."""
 
 from __future__ import annotations
 
 import math
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import pyro
 from tqdm import tqdm
 
-from pvae import randomness
-from pvae.errors import TrainingError, oxford
-from pvae.fitting.epochs import end_epoch
-from pvae.fitting.interrupts import on_interrupt
+from pvae import bounds, randomness
+from pvae.errors import TrainingError, oxford, warn
+from pvae.fitting.history import Record
 from pvae.fitting.saving import copy_into, save_checkpoint
 from pvae.fitting.training import Training
 from pvae.modes import in_mode
+from pvae.schedules import Constant
 
 __all__ = ["train"]
 
@@ -27,36 +29,42 @@ LOOK_EVERY = 50
 
 def train(training: Training) -> None:
     """Trains up to ``training.progress.epochs`` epochs in all."""
-    progress, save_steps = training.progress, training.settings.save_steps
-    training.interrupted, is_first = False, True
+    progress, training.interrupted, is_first = training.progress, False, True
     with _at_work(training) as (bar, interrupt):
-        while progress.epoch < progress.epochs and not progress.stopped_early:
+        while progress.epoch < progress.epochs and not (
+            progress.stopped_early or training.interrupted
+        ):
             started = time.perf_counter()
             for batch in training.batches_left():
                 training.set_lr()
                 with pyro.validation_enabled(is_validate=is_first):
                     training.stepper(batch, progress.global_step)
                 is_first = False
-                training.count_step()
+                progress.step += 1
+                progress.global_step += 1
                 bar.update()
-                is_due = save_steps is not None and progress.global_step % save_steps == 0
-                if is_due or progress.global_step % LOOK_EVERY == 0:
-                    _look(training, bar)
-                if is_due:
-                    save_checkpoint(training)
+                _look_and_save(training, bar)
                 if interrupt.is_set():
                     break
             _look(training, bar)
             progress.seconds += time.perf_counter() - started
             if not interrupt.is_set() or progress.step >= training.steps_per_epoch:
-                end_epoch(training, bar)
-            if interrupt.is_set():
-                training.interrupted = True
-                break
+                _end_epoch(training, bar)
+            training.interrupted = interrupt.is_set()
         save_checkpoint(training)
         training.generators = randomness.get_state()
     if progress.best_tensors and not training.interrupted:
         copy_into(progress.best_tensors, training.tensors, "best epoch", "tensors")
+
+
+def _look_and_save(training: Training, bar: tqdm) -> None:
+    """What is to be done within an epoch, every so many steps."""
+    step, save_steps = training.progress.global_step, training.settings.save_steps
+    is_due = save_steps is not None and step % save_steps == 0
+    if is_due or step % LOOK_EVERY == 0:
+        _look(training, bar)
+    if is_due:
+        save_checkpoint(training)
 
 
 def _look(training: Training, bar: tqdm) -> None:
@@ -64,13 +72,11 @@ def _look(training: Training, bar: tqdm) -> None:
     failure = training.stepper.look(training.progress.global_step - 1)
     if failure is not None:
         training.go_back_to(failure.step)
-        what = (
-            f"a value that isn't finite at site {oxford(failure.sites)}"
-            if failure.sites
-            else f"a gradient that isn't finite, of {oxford(failure.parameters[:3])}"
-            if failure.parameters
-            else f"a loss of {type(training.objective).__name__} that isn't finite"
-        )
+        what = f"a loss of {type(training.objective).__name__} that isn't finite"
+        if failure.sites:
+            what = f"a value that isn't finite at site {oxford(failure.sites)}"
+        elif failure.parameters:
+            what = f"a gradient that isn't finite, of {oxford(failure.parameters[:3])}"
         raise TrainingError(
             f"epoch {training.progress.epoch}, batch {training.progress.step}",
             "a finite loss and gradient",
@@ -84,6 +90,97 @@ def _look(training: Training, bar: tqdm) -> None:
     average = training.stepper.averages()
     value = average["elbo"] if math.isfinite(average["elbo"]) else -average["loss"]
     bar.set_postfix_str(f"{training.structure.quantity} {value:.2f}", refresh=False)
+
+
+def _end_epoch(training: Training, bar: tqdm) -> None:
+    """Records the epoch, validates, writes what is to be written, and goes on to the next one."""
+    progress, settings = training.progress, training.settings
+    record = _record(training)
+    progress.history.append(record)
+    progress.epoch, progress.step = progress.epoch + 1, 0
+    training.stepper.reset()
+    _warn_of_late_parameters(training)
+    if training.valid is not None:
+        name = training.structure.quantity
+        value = record[f"valid_{name}"]
+        _note_best(training, value)
+        if value is not None:
+            bar.set_postfix_str(f"valid {name} {value:.2f}")
+    if settings.folder is not None and training.world.is_first:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        progress.history.write_last(settings.history_file)
+    if progress.epoch % settings.save_every == 0 and progress.epoch < progress.epochs:
+        save_checkpoint(training)
+
+
+def _record(training: Training) -> Record:
+    """The epoch's averages, validation, and what the objective and its schedules have come to."""
+    stepper, structure, progress = training.stepper, training.structure, training.progress
+    average = stepper.averages()
+    no_rate = structure.has_points or structure.improper
+    record: Record = {
+        "epoch": progress.epoch,
+        "step": progress.global_step,
+        "loss": average["loss"],
+        structure.quantity: average["elbo"],
+        "log_likelihood": average["log_likelihood"],
+        "rate": None if no_rate else average["rate"],
+    }
+    if stepper.passes.has_penalties:
+        record["penalty"] = average["penalty"]
+    record["grad_norm"] = average["grad_norm"]
+    record["lr"] = stepper.optimizer.param_groups[0]["lr"]
+    if (state := stepper.state) is not None:
+        changing = [name for name, s in state.schedules.items() if s != Constant(1.0)]
+        record |= state.report() | {name: float(state.get_buffer(name)) for name in changing}
+    if training.valid is not None:
+        record |= training.world.from_first(lambda: _validate(training))
+    record["seconds"] = round(progress.seconds, 3)
+    return {name: _finite(value) for name, value in record.items()}
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _validate(training: Training) -> Record:
+    """The validation ELBO and its parts, by one draw that is the same after each epoch.
+
+    The draws are one sequence over the rows, so one process makes them all, and the number
+    doesn't depend on how many there are.
+    """
+    bound = bounds.elbo(training.pair, training.valid, seed=training.settings.seed)
+    parts: Record = {f"valid_{training.structure.quantity}": bound.mean}
+    if bound.distortion is not None:
+        parts["valid_log_likelihood"] = -bound.distortion.mean
+    if bound.rate is not None:
+        parts["valid_rate"] = bound.rate.mean
+    return parts
+
+
+def _note_best(training: Training, value: float | None) -> None:
+    """Keeps the best epoch's tensors, and stops the training when none has been better for long."""
+    progress, patience = training.progress, training.settings.patience
+    if value is not None and (progress.best is None or value > progress.best):
+        progress.best, progress.best_epoch = value, progress.epoch - 1
+        if patience is not None:
+            tensors = training.tensors.items()
+            progress.best_tensors = {name: x.detach().clone() for name, x in tensors}
+    elif patience is not None:
+        progress.stopped_early = progress.epoch - 1 - (progress.best_epoch or 0) >= patience
+
+
+def _warn_of_late_parameters(training: Training) -> None:
+    late = set(pyro.get_param_store().keys()) - training.store
+    if late:
+        training.store |= late
+        warn(
+            f"{oxford(sorted(late))} came up during training, after the optimiser had taken the "
+            "parameters of the first batch: not trained. Announce every parameter on every batch."
+        )
+
+
+# Around the loop
 
 
 @contextmanager
@@ -106,8 +203,32 @@ def _at_work(training: Training) -> Iterator[tuple[tqdm, threading.Event]]:
         randomness.forked(world.seed(settings.seed)),
         in_mode(training.structure.modules, training=True),
         pyro.validation_enabled(is_validate=False),
-        on_interrupt(alone=world.size == 1) as interrupt,
+        _on_interrupt(alone=world.size == 1) as interrupt,
     ):
         if training.generators is not None:
             randomness.set_state(training.generators)
         yield bar, interrupt
+
+
+@contextmanager
+def _on_interrupt(*, alone: bool) -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event; the second one interrupts as usual.
+
+    Several processes, which couldn't all stop at the same step, are interrupted as usual.
+    """
+    stop = threading.Event()
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if stop.is_set() and callable(before):
+            before(signum, frame)
+        stop.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

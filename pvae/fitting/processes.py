@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import NoReturn
 
@@ -16,15 +15,16 @@ from pvae.data import LoaderSource, Source, first_batch
 from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.fitting.checks import trying
-from pvae.fitting.identity import first_difference
+from pvae.fitting.identity import differences
 from pvae.internals import BatchNorm
 from pvae.objectives import Objective
 from pvae.pair import Structure
-from pvae.terms import compute
+from pvae.terms import Terms, compute
 
 __all__ = ["agree", "check_parts", "warn_if_apart"]
 
 _ALONE = "one process"
+_APART = "data that don't meet in a batch"
 
 
 def warn_if_apart(world: World) -> None:
@@ -44,24 +44,15 @@ def agree(world: World, settings: dict[str, object], tensors: dict[str, Tensor])
     """
     mine = settings | {n: f"{tuple(x.shape)} {x.dtype}" for n, x in tensors.items()}
     for rank, theirs in enumerate(world.gather(mine)):
-        odd = [k for k in (*mine, *theirs) if mine.get(k) != theirs.get(k)]
-        if odd:
-            ours, other = mine.get(odd[0]), theirs.get(odd[0])
-            raise ArgumentError(
-                f"process {world.rank}",
-                f"the same as in process {rank}: {odd[0]}={first_difference(other, ours)!r}",
-                f"{odd[0]}={first_difference(ours, other)!r}",
-                ["the same call, with the same data, in every process"],
-            )
+        for expected, actual in differences(theirs, mine):
+            where, expected = f"process {world.rank}", f"the same as in process {rank}: {expected}"
+            fixes = ["the same call, with the same data, in every process"]
+            raise ArgumentError(where, expected, actual, fixes)
     world.copy_from_first(tensors.values())
 
 
 def check_parts(
-    world: World,
-    objective: PyroELBO,
-    structure: Structure,
-    source: Source,
-    batch_size: int,
+    world: World, objective: PyroELBO, structure: Structure, source: Source, batch_size: int
 ) -> None:
     """Refuses what isn't the same computed in parts: what couples data, what learns by itself.
 
@@ -77,19 +68,15 @@ def check_parts(
     if structure.tied_to is not None:
         _refuse("pair", "a pair that runs on any rows", f"one that needs all {structure.tied_to}")
     if batch_size < world.size:
-        raise ArgumentError(
-            "batch_size",
-            f"at least a row for each of {world.size} processes",
-            f"{batch_size}",
-            ["it counts the rows of all processes together"],
-        )
+        expected = f"at least a row for each of {world.size} processes"
+        fixes = ["it counts the rows of all processes together"]
+        raise ArgumentError("batch_size", expected, str(batch_size), fixes)
     _check_objective(objective, structure)
     for module in structure.modules:
-        if isinstance(module, BatchNorm):
-            instead = ["nn.LayerNorm or nn.GroupNorm", _ALONE]
-            _refuse("pair", "data that don't meet in a batch", f"{type(module).__name__}", instead)
-        if getattr(module, "couples_data", False):
-            _refuse("pair", "data that don't meet in a batch", f"{type(module).__name__}")
+        is_norm = isinstance(module, BatchNorm)
+        if is_norm or getattr(module, "couples_data", False):
+            instead = ["nn.LayerNorm or nn.GroupNorm", _ALONE] if is_norm else [_ALONE]
+            _refuse("pair", _APART, type(module).__name__, instead)
     rows = max(world.shares(batch_size))
     _check_pair(structure, first_batch(source, max(rows, 2)))
 
@@ -99,7 +86,6 @@ def _refuse(where: str, expected: str, actual: str, fixes: list[str] | None = No
 
 
 def _check_objective(objective: PyroELBO, structure: Structure) -> None:
-    name = type(objective).__name__
     if isinstance(objective, Objective):
         if objective.couples_data:
             _refuse("objective", "a loss that is a mean over data", f"{objective}, which isn't")
@@ -107,7 +93,7 @@ def _check_objective(objective: PyroELBO, structure: Structure) -> None:
             _refuse("objective", "one that learns nothing by itself", f"{objective}, which does")
     elif type(objective) not in (TraceMeanField_ELBO, TraceEnum_ELBO):
         known = ["TraceMeanField_ELBO or TraceEnum_ELBO", _ALONE]
-        _refuse("objective", "an objective of pvae's", name, known)
+        _refuse("objective", "an objective of pvae's", type(objective).__name__, known)
 
 
 def _check_pair(structure: Structure, batch: tuple[Tensor, ...]) -> None:
@@ -120,6 +106,15 @@ def _check_pair(structure: Structure, batch: tuple[Tensor, ...]) -> None:
     with trying(structure), torch.enable_grad():
         terms = compute(structure, batch)
         moved = [name for name, buffer, copy in buffers if not torch.equal(buffer, copy)]
+    _check_sites(structure, terms)
+    if moved:
+        expected = "no buffers that training moves: each process would have its own"
+        raise PairError("pair", expected, oxford(moved[:3]), [_ALONE])
+    if _meets(structure, batch):
+        _refuse("pair", _APART, "terms of the first row that change with other rows")
+
+
+def _check_sites(structure: Structure, terms: Terms) -> None:
     for name, site in terms.sites.items():
         if not site.is_local and not structure.is_scaled:
             _refuse(
@@ -132,24 +127,16 @@ def _check_pair(structure: Structure, batch: tuple[Tensor, ...]) -> None:
         if any(getattr(fn, "couples_data", False) for fn in (site.model, site.guide)):
             what = "a density that all rows of the batch share"
             _refuse(f"site '{name}'", "a density of each datum alone", what)
-    if moved:
-        expected = "no buffers that training moves: each process would have its own"
-        raise PairError("pair", expected, oxford(moved[:3]), [_ALONE])
-    if any(_meeting(structure, batch)):
-        what = "terms of the first row that change with other rows"
-        _refuse("pair", "data that don't meet in a batch", what)
 
 
-def _meeting(structure: Structure, batch: tuple[Tensor, ...]) -> Iterator[bool]:
-    """Whether the terms of the first datum have a gradient of other data, part by part."""
+def _meets(structure: Structure, batch: tuple[Tensor, ...]) -> bool:
+    """Whether the terms of the first datum have a gradient of other data."""
     leaves = [x.detach().clone() for x in batch]
     floating = [x.requires_grad_() for x in leaves if x.is_floating_point()]
     gradients: tuple[Tensor | None, ...] = ()
     with trying(structure), torch.enable_grad(), suppress(PvaeError, RuntimeError):
-        inputs = tuple(x.clone() for x in leaves)  # a pair may write into its data
-        terms = compute(structure, inputs)
+        terms = compute(structure, tuple(x.clone() for x in leaves))  # a pair may write into them
         parts = [terms.log_weight, *(p for p in terms.penalties.values() if p.dim() == 2)]
         first = torch.stack([part[:, 0].sum() for part in parts]).sum()
         gradients = torch.autograd.grad(first, floating, allow_unused=True)
-    for gradient in gradients:
-        yield gradient is not None and bool((gradient[1:].abs() > 0).any())
+    return any(g is not None and bool((g[1:].abs() > 0).any()) for g in gradients)

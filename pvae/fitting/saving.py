@@ -12,43 +12,32 @@ from pvae import checkpoint, randomness
 from pvae.distributed import job
 from pvae.errors import CheckpointError, warn
 from pvae.fitting.history import History
-from pvae.fitting.identity import first_difference
+from pvae.fitting.identity import differences
 from pvae.fitting.settings import CHECKPOINT
-from pvae.fitting.training import Progress, Training, buffers_of
+from pvae.fitting.training import Progress, Training, named_tensors
 from pvae.options import tool
-from pvae.pair import Pair, PairLike, as_pair
+from pvae.pair import PairLike, as_pair
 
-__all__ = [
-    "copy_into",
-    "load_parameters",
-    "restore",
-    "save_checkpoint",
-    "write_checkpoint",
-]
+__all__ = ["copy_into", "load_parameters", "restore", "save_checkpoint"]
 
 
-def save_checkpoint(training: Training) -> None:
-    """Writes the checkpoint of the training's folder, if it has one."""
-    if training.settings.folder is not None:
-        write_checkpoint(training, training.settings.checkpoint_file)
+def save_checkpoint(training: Training, path: Path | None = None) -> None:
+    """Writes everything that exact resume needs; all processes call this, the first one writes.
 
-
-def write_checkpoint(training: Training, path: Path) -> None:
-    """Writes everything that exact resume needs; all processes call this, the first one writes."""
-    generators = training.world.gather(randomness.get_state())
-    if training.world.is_first:
-        checkpoint.save(path, _snapshot(training, generators))
-
-
-def _snapshot(training: Training, generators: list[dict[str, Tensor]]) -> checkpoint.Checkpoint:
-    """A training as a checkpoint; ``generators`` are the states of each process's."""
+    Without a path it is the checkpoint of the training's folder, if there is one.
+    """
+    if path is None and training.settings.folder is None:
+        return
+    states = training.world.gather(randomness.get_state())
+    if not training.world.is_first:
+        return
     stepper, progress = training.stepper, training.progress
     saved = checkpoint.Checkpoint()
     saved.add("param", training.structure.parameters)
     saved.add("buffer", training.buffers)
     saved.add("best", progress.best_tensors)
-    for rank, state in enumerate(generators):
-        saved.add(_generators_of(rank), state)
+    for rank, state in enumerate(states):
+        saved.add(f"rng{rank or ''}", state)
     tensors, rest = checkpoint.optimizer_state(stepper.optimizer)
     saved.add("optimizer", tensors)
     saved.tensors["sums"] = stepper.sums
@@ -56,14 +45,14 @@ def _snapshot(training: Training, generators: list[dict[str, Tensor]]) -> checkp
         saved.add("objective", stepper.state.tensors())
     numbers = {k: v for k, v in vars(progress).items() if k not in ("history", "best_tensors")}
     saved.meta = {
-        "progress": {**numbers, "history": progress.history.records},
+        "progress": {**numbers, "history": list(progress.history)},
         "optimizer": rest,
         "objective_step": None if stepper.state is None else stepper.state.step,
         "settings": training.identity,
         "environment": checkpoint.environment(training.structure.device),
         "job": job(),
     }
-    return saved
+    checkpoint.save(path or training.settings.checkpoint_file, saved)
 
 
 def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
@@ -73,12 +62,14 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
         CheckpointError: If the checkpoint is of another pair or another training.
     """
     where, stepper = str(training.settings.checkpoint_file), training.stepper
-    _check_identity(saved.meta["settings"], training.identity, where)
+    if pairs := differences(saved.meta["settings"], training.identity):
+        then, now = (", ".join(texts) for texts in zip(*pairs, strict=True))
+        fixes = ["the same call as before", "another folder, to train anew"]
+        raise CheckpointError(where, f"the settings that it was made with: {then}", now, fixes)
     copy_into(saved.part("param"), training.structure.parameters, where, "parameters")
     copy_into(saved.part("buffer"), training.buffers, where, "buffers")
-    checkpoint.restore_optimizer(
-        stepper.optimizer, saved.part("optimizer"), saved.meta["optimizer"]
-    )
+    optimizer = saved.part("optimizer"), saved.meta["optimizer"]
+    checkpoint.restore_optimizer(stepper.optimizer, *optimizer)
     stepper.sums.copy_(saved.tensors["sums"])
     if stepper.state is not None:
         stepper.state.restore(saved.part("objective"), saved.meta["objective_step"])
@@ -90,34 +81,17 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
     return Progress(**numbers, history=history, best_tensors=best)
 
 
-def _check_identity(theirs: dict[str, object], ours: dict[str, object], where: str) -> None:
-    differ = [k for k in ours if ours[k] != theirs.get(k)]
-    if differ:
-        raise CheckpointError(
-            where,
-            "the settings that it was made with: "
-            + ", ".join(f"{k}={first_difference(theirs.get(k), ours[k])!r}" for k in differ),
-            ", ".join(f"{k}={first_difference(ours[k], theirs.get(k))!r}" for k in differ),
-            ["the same call as before", "another folder, to train anew"],
-        )
-
-
 def _restore_generators(saved: checkpoint.Checkpoint, training: Training, step: int) -> None:
     """Puts the generators back, or seeds others where there are more or fewer processes."""
     now = checkpoint.environment(training.structure.device)
     then = saved.meta["environment"]
     if now["processes"] == then["processes"]:
-        randomness.set_state(saved.part(_generators_of(training.world.rank)))
+        randomness.set_state(saved.part(f"rng{training.world.rank or ''}"))
     else:
         randomness.set_seed(training.world.seed(training.settings.seed, step))
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if now[k] != then.get(k)]
     if changed:
         warn(f"The training goes on, but not bit for bit as before: {'; '.join(changed)}.")
-
-
-def _generators_of(rank: int) -> str:
-    """What a process's generators are called in a checkpoint."""
-    return f"rng{rank}" if rank else "rng"
 
 
 # Parameters alone
@@ -156,35 +130,22 @@ def load_parameters(pair: PairLike, path: str | Path, batch: object = None) -> d
     pair, path = as_pair(pair, "load_parameters"), Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
     saved = checkpoint.load(path)
-    if batch is None:
-        parameters, buffers = _own_parameters(pair), buffers_of(pair)
-    else:
+    if batch is not None:
         structure = pair.inspect(batch)
-        parameters, buffers = structure.parameters, buffers_of(pair, structure.modules)
-    best = saved.part("best")
-    if best:
+        parameters = structure.parameters
+        buffers = named_tensors(pair, structure.modules, trainable=False)
+    else:
+        for name, program in (("model", pair.model), ("guide", pair.guide)):
+            if not isinstance(program, nn.Module):
+                expected = "a module, or a batch to trace the function with"
+                raise CheckpointError(name, expected, "a function", ["batch=(x[:10],)"])
+        parameters, buffers = (named_tensors(pair, trainable=is_so) for is_so in (True, False))
+    if best := saved.part("best"):
         copy_into(best, {**parameters, **buffers}, str(path), "tensors")
     else:
         copy_into(saved.part("param"), parameters, str(path), "parameters")
         copy_into(saved.part("buffer"), buffers, str(path), "buffers")
     return saved.meta
-
-
-def _own_parameters(pair: Pair) -> dict[str, Tensor]:
-    """The trainable parameters of a pair of modules, named as a trace names them."""
-    named: dict[int, tuple[str, Tensor]] = {}
-    for prefix, root in (("model", pair.model), ("guide", pair.guide)):
-        if not isinstance(root, nn.Module):
-            raise CheckpointError(
-                prefix,
-                "a module, or a batch to trace the function with",
-                "a function",
-                ["batch=(x[:10],)"],
-            )
-        for name, parameter in root.named_parameters():
-            if parameter.requires_grad:
-                named.setdefault(id(parameter), (f"{prefix}.{name}", parameter))
-    return dict(named.values())
 
 
 def copy_into(saved: dict[str, Tensor], present: dict[str, Tensor], where: str, what: str) -> None:
@@ -193,14 +154,11 @@ def copy_into(saved: dict[str, Tensor], present: dict[str, Tensor], where: str, 
     here = {k: (tuple(v.shape), str(v.dtype)) for k, v in present.items()}
     if shapes != here:
         odd = sorted(k for k in {*shapes, *here} if shapes.get(k) != here.get(k))
-        raise CheckpointError(
-            where,
-            f"{what} like the pair's: "
-            + ", ".join(f"{k} {here.get(k, 'absent')}" for k in odd[:3]),
-            ", ".join(f"{k} {shapes.get(k, 'absent')}" for k in odd[:3])
-            + (f" and {len(odd) - 3} more" if len(odd) > 3 else ""),
-            ["the pair that the checkpoint was made with"],
-        )
+        expected = ", ".join(f"{k} {here.get(k, 'absent')}" for k in odd[:3])
+        actual = ", ".join(f"{k} {shapes.get(k, 'absent')}" for k in odd[:3])
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        fixes = ["the pair that the checkpoint was made with"]
+        raise CheckpointError(where, f"{what} like the pair's: {expected}", actual + more, fixes)
     with torch.no_grad():
         for name, tensor in present.items():
             tensor.copy_(saved[name])

@@ -51,23 +51,19 @@ class Settings:
             check_number("clip_norm", self.clip_norm, above=0)
         if self.engine not in ASKED:
             raise ArgumentError("engine", f"one of {oxford(ASKED)}", repr(self.engine))
-        self._check_folder()
+        if self.folder is not None:
+            self._check_folder(self.folder)
+        elif self.resume:
+            raise ArgumentError("resume", "a folder to resume from", "folder=None")
 
-    def _check_folder(self) -> None:
-        if self.folder is None:
-            if self.resume:
-                raise ArgumentError("resume", "a folder to resume from", "folder=None")
-        elif self.resume and self.overwrite:
+    def _check_folder(self, folder: Path) -> None:
+        is_new = not self.resume and not self.overwrite
+        if self.resume and self.overwrite:
             raise ArgumentError("overwrite", "either resume or overwrite", "both")
-        elif not current().is_first:  # which leaves files to the first process
-            return
-        elif not self.resume and not self.overwrite and self.checkpoint_file.exists():
-            raise CheckpointError(
-                str(self.folder),
-                "a folder without a training in it",
-                "a checkpoint",
-                ["resume=True, to go on with it", "overwrite=True", "another folder"],
-            )
+        if is_new and current().is_first and self.checkpoint_file.exists():
+            fixes = ["resume=True, to go on with it", "overwrite=True", "another folder"]
+            expected = "a folder without a training in it"
+            raise CheckpointError(str(folder), expected, "a checkpoint", fixes)
 
     @property
     def schedule(self) -> Schedule:

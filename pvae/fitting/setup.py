@@ -8,14 +8,8 @@ from pvae import checkpoint, distributed, randomness
 from pvae.data import Batches, LoaderSource, Source, as_source, check_rows, first_batch
 from pvae.distributed import World
 from pvae.engine import Engine, Stepper, choose, make_optimizer
-from pvae.errors import ArgumentError, PairError, oxford, warn
-from pvae.fitting.checks import (
-    check_batches,
-    check_objective,
-    check_overcomplete,
-    check_parameters,
-    check_plate,
-)
+from pvae.errors import ArgumentError, PairError, warn
+from pvae.fitting.checks import check_batches, check_objective, check_overcomplete, check_pair
 from pvae.fitting.processes import agree, check_parts, warn_if_apart
 from pvae.fitting.saving import restore
 from pvae.fitting.settings import Settings
@@ -24,7 +18,7 @@ from pvae.objectives import Objective, as_objective
 from pvae.pair import Pair, Structure
 from pvae.terms import check_data
 
-__all__ = ["set_up", "warn_of_stretching"]
+__all__ = ["set_up"]
 
 
 def set_up(
@@ -37,29 +31,18 @@ def set_up(
     world, objective = distributed.current(), as_objective(objective)
     warn_if_apart(world)
     if settings.patience is not None and valid is None:
-        raise ArgumentError(
-            "patience", "validation data to look at", "valid=None", ["valid=x_valid"]
-        )
+        fixes = ["valid=x_valid"]
+        raise ArgumentError("patience", "validation data to look at", "valid=None", fixes)
     with randomness.forked():  # data sets and samplers may draw, too
         structure, source, validation = _look_at(pair, data, objective, valid, settings)
         batches = _make_batches(objective, structure, source, settings, world)
-        optimizer = make_optimizer(
-            settings.optimizer, list(structure.parameters.values()), settings.lr
-        )
+        parameters = list(structure.parameters.values())
+        optimizer = make_optimizer(settings.optimizer, parameters, settings.lr)
         state = None
         if isinstance(objective, Objective):  # Pyro's own have none
             state = objective.make_state(structure, source.num_rows, 1, 1)  # until it has a length
-        stepper = Stepper(
-            pair.model,
-            pair.guide,
-            objective,
-            structure,
-            optimizer,
-            state,
-            settings.clip_norm,
-            precision=settings.precision,
-            world=world,
-        )
+        given = (structure, objective, optimizer, state, settings.clip_norm)
+        stepper = Stepper(*given, precision=settings.precision, world=world)
         training = Training(pair, settings, batches, validation, stepper)
         _warn_of_long_schedules(training)
         agree(world, training.identity, training.tensors)
@@ -79,10 +62,7 @@ def _look_at(
     except PairError:
         check_rows(source)  # was it the data?
         raise
-    check_parameters(structure)
-    check_plate(objective, structure)
-    if isinstance(objective, Objective):
-        objective.check(structure)
+    check_pair(structure, objective)
     source = as_source(data, structure.device, structure.dtype)
     check_data(structure, source)
     check_overcomplete(structure, source)
@@ -115,61 +95,34 @@ def _make_batches(
 
 def _open_folder(training: Training) -> None:
     """Goes on from the folder's checkpoint, or empties the folder; chooses the engine."""
-    settings, is_first = training.settings, training.world.is_first
-    saved = training.world.from_first(lambda: _saved(settings))
+    settings, world = training.settings, training.world
+    file = settings.checkpoint_file if settings.resume else None
+    saved = world.from_first(lambda: checkpoint.load(file) if file and file.exists() else None)
+    before = None if saved is None else saved.meta["settings"].get("engine")
+    training.stepper.engine = training.identity["engine"] = _choose_engine(training, before)
     if saved is not None:
-        with randomness.forked():
-            _set_engine(training, saved.meta["settings"].get("engine"))
-            training.progress = restore(saved, training)
-            training.generators = randomness.get_state()
-        if is_first:
+        training.progress = restore(saved, training)
+        training.generators = randomness.get_state()
+        if world.is_first:
             training.progress.history.write(settings.history_file)
-        warn_of_stretching(training, settings.epochs)
-        training.progress.epochs = settings.epochs
-        return
-    _set_engine(training, None)
-    if settings.overwrite and settings.folder is not None and is_first:
+        training.set_epochs(settings.epochs)
+    elif settings.overwrite and settings.folder is not None and world.is_first:
         settings.checkpoint_file.unlink(missing_ok=True)
         settings.history_file.unlink(missing_ok=True)
 
 
-def _saved(settings: Settings) -> checkpoint.Checkpoint | None:
-    """What there is to go on from."""
-    if not settings.resume or not settings.checkpoint_file.exists():
-        return None
-    return checkpoint.load(settings.checkpoint_file)
-
-
-def _set_engine(training: Training, before: Engine | None) -> None:
-    engine = _engine_for(training, before)
-    training.stepper.engine = training.identity["engine"] = engine
-
-
-def _engine_for(training: Training, before: Engine | None) -> Engine:
+def _choose_engine(training: Training, before: Engine | None) -> Engine:
     """The engine asked for; ``"auto"`` is the one before, or the one that pays."""
-    asked = training.settings.engine
+    asked, world = training.settings.engine, training.world
     if asked != "auto":
         return asked
     if before is not None:
         return before
-    return training.world.from_first(lambda: _choose_engine(training))
-
-
-def _choose_engine(training: Training) -> Engine:
-    rows = max(training.world.shares(training.batches.batch_size))
+    rows = max(world.shares(training.batches.batch_size))
     steps = training.settings.epochs * training.steps_per_epoch
-    return choose(training.stepper, lambda: first_batch(training.source, rows), steps)
-
-
-def warn_of_stretching(training: Training, epochs: int) -> None:
-    """Warns, of a training that is to have another number of epochs, of what spans it."""
-    before = training.progress.epochs
-    if epochs != before and training.spanning:
-        warn(
-            f"{oxford(training.spanning)} spans the whole training, which was {before} epoch(s) "
-            f"and now is {epochs}: it goes on as the longer one would at this step, so the result "
-            "isn't that of one training of that length."
-        )
+    return world.from_first(
+        lambda: choose(training.stepper, lambda: first_batch(training.source, rows), steps)
+    )
 
 
 def _warn_of_long_schedules(training: Training) -> None:

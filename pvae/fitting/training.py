@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae.data import Batches, Source
 from pvae.engine import Stepper
-from pvae.errors import DataError
+from pvae.errors import DataError, oxford, warn
 from pvae.fitting.history import History
 from pvae.fitting.identity import identity_of
 from pvae.fitting.settings import Settings
@@ -19,7 +19,7 @@ from pvae.objectives import Objective
 from pvae.pair import Pair
 from pvae.schedules import Constant, Schedule, Timed
 
-__all__ = ["Progress", "Training", "buffers_of"]
+__all__ = ["Progress", "Training", "named_tensors"]
 
 
 @dataclass
@@ -51,23 +51,22 @@ class Progress:
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
 class Training:
     """A pair, its data and its stepper, ready for the loop, and how far they have come.
 
-    Arguments:
+    Attributes:
         pair: What is trained.
         settings: What `pvae.fit` was told.
         batches: The data, cut into batches.
         valid: The validation data, if there are any.
         stepper: Runs a step.
-
-    Attributes:
-        objective: What is maximised.
-        structure: What the pair is made of.
+        objective, structure, world: Those of the stepper.
         source: The data.
-        world: The processes that train together.
         steps_per_epoch: Number of steps in an epoch.
+        num_steps: Steps of the whole training, at least one, which schedules may span.
         buffers: Buffers and frozen parameters of the pair's networks, by name.
+        tensors: These and the parameters.
         identity: What a resumed training must have in common with the first one, by name.
         progress: How far it has come.
         generators: States of the random generators where the training was left; None before.
@@ -75,56 +74,52 @@ class Training:
         store: Names in Pyro's parameter store that were there before the last epoch.
     """
 
-    def __init__(
-        self,
-        pair: Pair,
-        settings: Settings,
-        batches: Batches,
-        valid: Source | None,
-        stepper: Stepper,
-    ) -> None:
-        self.pair, self.settings, self.valid = pair, settings, valid
-        self.batches, self.source = batches, batches.source
-        self.stepper, self.world = stepper, stepper.world
+    pair: Pair
+    settings: Settings
+    batches: Batches
+    valid: Source | None
+    stepper: Stepper
+    generators: dict[str, Tensor] | None = None
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        batches, stepper = self.batches, self.stepper
+        self.source, self.world = batches.source, stepper.world
         self.objective, self.structure = stepper.objective, stepper.structure
         self.steps_per_epoch = batches.steps_per_epoch
         if (size := self.structure.subsample_size) is not None:  # as many as its subsamples take
             self.steps_per_epoch = -(-self.source.num_rows // size)
-        self.buffers = buffers_of(pair, self.structure.modules)
-        self.identity = identity_of(pair, settings, self.objective, stepper.optimizer, batches)
-        self.progress = Progress(epochs=settings.epochs)
-        self.generators: dict[str, Tensor] | None = None
-        self.interrupted = False
+        self.buffers = named_tensors(self.pair, self.structure.modules, trainable=False)
+        self.tensors = {**self.structure.parameters, **self.buffers}
+        self.identity = identity_of(
+            self.pair, self.settings, self.objective, stepper.optimizer, batches
+        )
+        self.progress = Progress(epochs=self.settings.epochs)
         self.store = set(pyro.get_param_store().keys())
         self._lrs = [float(group["lr"]) for group in stepper.optimizer.param_groups]
-        self.set_length()
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the pair by name: parameters and buffers."""
-        return {**self.structure.parameters, **self.buffers}
+        self.set_epochs(self.settings.epochs)
 
     # Schedules
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole training, at least one, which schedules may span."""
-        return max(1, self.progress.epochs * self.steps_per_epoch)
-
-    @property
-    def spanning(self) -> list[str]:
-        """Names of the schedules that span the whole training, whatever its length."""
+    def set_epochs(self, epochs: int) -> None:
+        """Gives the training its length; warns if schedules span it, and it had another one."""
         named = {"lr_schedule": self.settings.schedule}
         if isinstance(self.objective, Objective):
             named |= self.objective.schedules
-        return [name for name, s in named.items() if isinstance(s, Timed) and s.length is None]
-
-    def set_length(self) -> None:
-        """Gives schedules over the whole training its length."""
+        spanning = [name for name, s in named.items() if isinstance(s, Timed) and s.length is None]
+        before = self.progress.epochs
+        if epochs != before and spanning:
+            warn(
+                f"{oxford(spanning)} spans the whole training, which was {before} epoch(s) "
+                f"and now is {epochs}: it goes on as the longer one would at this step, so the "
+                "result isn't that of one training of that length."
+            )
+        self.progress.epochs = epochs
+        self.num_steps = max(1, epochs * self.steps_per_epoch)
         length = self.steps_per_epoch, self.num_steps
-        self._lr_factor: Schedule = self.settings.schedule.resolve(*length)
-        if isinstance(self.objective, Objective) and self.stepper.state is not None:
-            self.stepper.state.resolve(self.objective.schedules, *length)
+        self._lr_factor: Schedule = named.pop("lr_schedule").resolve(*length)
+        if self.stepper.state is not None:
+            self.stepper.state.resolve(named, *length)
 
     def set_lr(self) -> None:
         """Sets the learning rates of the step to come."""
@@ -151,11 +146,6 @@ class Training:
         if self.progress.step == 0:
             raise DataError("data", "at least one batch in an epoch", "none")
 
-    def count_step(self) -> None:
-        """Notes that a step was taken."""
-        self.progress.step += 1
-        self.progress.global_step += 1
-
     def go_back_to(self, step: int) -> None:
         """Takes back the steps from ``step`` on, which failed; all are of the epoch going on."""
         self.progress.step -= self.progress.global_step - step
@@ -163,14 +153,21 @@ class Training:
         self.stepper.recover(step)
 
 
-def buffers_of(pair: Pair, modules: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
-    """Buffers and frozen parameters by attribute name; those in closures by their order."""
+def named_tensors(
+    pair: Pair, modules: Iterable[nn.Module] = (), *, trainable: bool
+) -> dict[str, Tensor]:
+    """Trainable parameters, or else buffers and frozen parameters, as a trace names them.
+
+    Each is there once; those of functions are in the modules that these use.
+    """
     named: dict[int, tuple[str, Tensor]] = {}
-    roots = [("model", pair.model), ("guide", pair.guide)]
-    roots += [(f"module{i}", m) for i, m in enumerate(modules)]
-    for prefix, root in roots:
+    numbered = ((f"module{i}", module) for i, module in enumerate(modules))
+    for prefix, root in (("model", pair.model), ("guide", pair.guide), *numbered):
         if isinstance(root, nn.Module):
-            frozen = [(n, p) for n, p in root.named_parameters() if not p.requires_grad]
-            for name, tensor in (*root.named_buffers(), *frozen):
+            buffers = [] if trainable else [*root.named_buffers()]
+            parameters = [
+                (n, p) for n, p in root.named_parameters() if p.requires_grad == trainable
+            ]
+            for name, tensor in (*buffers, *parameters):
                 named.setdefault(id(tensor), (f"{prefix}.{name}", tensor))
     return dict(named.values())
