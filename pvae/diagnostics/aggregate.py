@@ -97,7 +97,7 @@ class AggregatedPosterior(Result):
 @tool
 def aggregated_posterior(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_rows: int = 1000,
     num_permutations: int = 999,

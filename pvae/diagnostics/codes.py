@@ -23,7 +23,7 @@ __all__ = ["active_units", "hoyer", "near_zero", "sensitivity"]
 @tool
 def active_units(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     site: str | None = None,
     threshold: float = ACTIVITY,
@@ -101,7 +101,7 @@ def near_zero(codes: Tensor, threshold: float = 0.01) -> Tensor:
 @tool
 def sensitivity(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     site: str | None = None,
     num_probes: int | None = None,

@@ -117,7 +117,7 @@ _FIRST = ("information", "active units")  # without any of these nothing else co
 @tool
 def diagnose(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     checks: Iterable[str] = DEFAULT,
     num_data: int | None = 500,

@@ -185,7 +185,7 @@ _WORDS = {
 @tool
 def gap(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_particles: int = 1000,
     evidence: Estimate | None = None,

@@ -225,7 +225,7 @@ class Importance(Result):
 @tool
 def importance(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_particles: int = 1000,
     **options: Unpack[Options],

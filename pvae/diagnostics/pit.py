@@ -103,7 +103,7 @@ class PIT(Result):
 @tool
 def pit(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     kind: CheckKind = "mixed",
     statistic: Function | None = None,

@@ -163,7 +163,7 @@ _OPTIMISTIC = (
 @tool
 def predictive(
     pair: PairLike,
-    data: Any,
+    data: object,
     statistics: Mapping[str, Function] | None = None,
     *,
     kind: CheckKind = "mixed",

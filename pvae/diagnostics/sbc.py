@@ -100,7 +100,7 @@ class SBC(Result):
 @tool
 def sbc(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_simulations: int = 1000,
     num_particles: int = 99,

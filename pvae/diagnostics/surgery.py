@@ -164,7 +164,7 @@ COLLAPSE_ADVICE: dict[Verdict, str] = {
 @tool
 def surgery(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_particles: int = 2,
     threshold: float = ACTIVITY,

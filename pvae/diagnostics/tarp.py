@@ -86,7 +86,7 @@ class TARP(Result):
 @tool
 def tarp(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_simulations: int = 1000,
     num_particles: int = 99,
