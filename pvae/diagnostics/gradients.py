@@ -137,8 +137,8 @@ class ObjectiveComparison(Result, Mapping[str, GradientNoise]):
         """How many gradients each objective has."""
         moments = next(iter(next(iter(self.values())).sides.values()))
         return (
-            f"Gradient variance of {len(self)} objectives, {moments.num_repeats} gradients of each; "
-            f"SNR without any signal {moments.floor:.2g}"
+            f"Gradient variance of {len(self)} objectives, {moments.num_repeats} gradients of "
+            f"each; SNR without any signal {moments.floor:.2g}"
         )
 
     def findings(self) -> list[Finding]:

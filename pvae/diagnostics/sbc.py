@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from pvae.diagnostics.uniformity import Uniformity, uniformity
 from pvae.errors import ArgumentError, check_int, check_number
 from pvae.options import Options, tool
 from pvae.pair import PairLike
-from pvae.simulate import draw_jointly, random_rank
+from pvae.simulate import JointDraws, draw_jointly, random_rank
 
-__all__ = ["SBC", "sbc"]
+__all__ = ["SBC", "ranks_among_draws", "sbc"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,28 +72,19 @@ class SBC(Result):
         """Uniformity over all dimensions, and the coverage that is furthest off."""
         tests, count = self.tests, len(self.names)
         verdict = P_VALUE.verdict(tests.p_value)
-        bad = int((tests.p_values < 0.05).sum())
-        meaning = f"the ranks of {count} dimension(s) are as an exact q's"
+        meaning, advice = f"the ranks of {count} dimension(s) are as an exact q's", ""
         if verdict != "good":
+            bad = int((tests.p_values < 0.05).sum())
             worst = f"{self.names[tests.worst]}: {self.shape_of(tests.worst)}"
             meaning = f"{worst}; {bad} of {count} dimensions are off"
+            advice = "a richer guide or encoder; train it longer"
         off = (self.coverage - self.levels[:, None]).abs() / self.coverage_se.clamp(min=1e-12)
         level, column = divmod(int(off.argmax()), count)
+        covered = float(self.coverage[level, column]), float(self.coverage_se[level, column])
+        interval = f"{float(self.levels[level]):.0%} of q({self.names[column]} | x)"
         return [
-            Finding(
-                "SBC p-value",
-                tests.p_value,
-                verdict=verdict,
-                meaning=meaning,
-                advice="" if verdict == "good" else "a richer guide or encoder; train it longer",
-            ),
-            Finding(
-                "coverage",
-                float(self.coverage[level, column]),
-                float(self.coverage_se[level, column]),
-                meaning=f"of z in the central {float(self.levels[level]):.0%} of "
-                f"q({self.names[column]} | x), furthest off",
-            ),
+            Finding("SBC p-value", tests.p_value, None, "", verdict, meaning, advice),
+            Finding("coverage", *covered, meaning=f"of z in the central {interval}, furthest off"),
         ]
 
 
@@ -128,8 +119,6 @@ def sbc(
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration
         (Talts et al., 2018), https://arxiv.org/abs/1804.06788
-        Graphical test for discrete uniformity (Sailynoja et al., 2022),
-        https://doi.org/10.1007/s11222-022-10090-6
 
     Arguments:
         pair: A model and its guide.
@@ -149,34 +138,35 @@ def sbc(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 1, hidden=(8,))
-        >>> found = sbc(vae, torch.zeros(1, 4), num_simulations=100, num_particles=9)
-        >>> found.ranks.shape, found.levels
+        >>> result = sbc(vae, torch.zeros(1, 4), num_simulations=100, num_particles=9)
+        >>> result.ranks.shape, result.levels
         (torch.Size([100, 1]), tensor([0.6000, 0.8000], dtype=torch.float64))
     """
     check_int("num_particles", num_particles, minimum=2)
     cuts = _cuts(levels, num_particles)
     with terms.prepared(pair, data, options, "sbc") as evaluation:
         joint = draw_jointly("sbc", evaluation, num_simulations, site=site, arguments=arguments)
-        less = torch.zeros(joint.latents.shape, dtype=torch.long, device=joint.latents.device)
-        equal = less.clone()
-        for rows, draws in joint.of_guide(num_particles):
-            truth = joint.latents[rows]
-            less[rows] += (draws < truth).sum(0)
-            equal[rows] += (draws == truth).sum(0)
-        ranks = random_rank(less, equal)
+        ranks = ranks_among_draws(joint, num_particles, lambda latents, _: latents)
     inside = torch.stack([(ranks >= a) & (ranks <= num_particles - a) for a in cuts]).double()
     coverage = inside.mean(1).cpu()
     nominal = 1 - 2 * torch.tensor(cuts, dtype=torch.float64) / (num_particles + 1)
     error = (nominal * (1 - nominal) / len(ranks)).sqrt()[:, None].expand_as(coverage)
-    return SBC(
-        ranks,
-        num_particles,
-        joint.names,
-        uniformity(ranks, num_particles),
-        nominal,
-        coverage,
-        error,
-    )
+    tests = uniformity(ranks, num_particles)
+    return SBC(ranks, num_particles, joint.names, tests, nominal, coverage, error)
+
+
+def ranks_among_draws(
+    joint: JointDraws, num_particles: int, measure: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """How many of the guide's draws measure less than the simulated latents; ties by chance."""
+    own = measure(joint.latents, slice(None))
+    less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
+    equal = less.clone()
+    for rows, draws in joint.of_guide(num_particles):
+        each = measure(draws, rows)
+        less[rows] += (each < own[rows]).sum(0)
+        equal[rows] += (each == own[rows]).sum(0)
+    return random_rank(less, equal)
 
 
 def _cuts(levels: Sequence[float], num_particles: int) -> list[int]:
@@ -184,7 +174,6 @@ def _cuts(levels: Sequence[float], num_particles: int) -> list[int]:
     if not len(levels):
         raise ArgumentError("levels", "at least one", "none")
     for level in levels:
-        if not 0 < check_number("levels", level, above=0) < 1:
-            raise ArgumentError("levels", "numbers between 0 and 1", f"{level:g}")
+        check_number("levels", level, above=0, below=1)
     cuts = [round((1 - level) / 2 * (num_particles + 1)) for level in levels]
     return sorted({max(1, min(a, num_particles // 2)) for a in cuts}, reverse=True)

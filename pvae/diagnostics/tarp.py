@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from pvae import terms
 from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.sbc import ranks_among_draws
 from pvae.diagnostics.thresholds import P_VALUE
 from pvae.diagnostics.uniformity import Uniformity, uniformity
-from pvae.errors import ArgumentError, check_int
+from pvae.errors import check_choice, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
-from pvae.simulate import JointDraws, draw_jointly, random_rank
+from pvae.simulate import JointDraws, draw_jointly
 
 __all__ = ["TARP", "tarp"]
 
@@ -52,35 +53,26 @@ class TARP(Result):
 
     def findings(self) -> list[Finding]:
         """The test, and the coverage that is furthest from its level."""
-        verdict = P_VALUE.verdict(self.tests.p_value)
-        shift, spread = float(self.tests.shift[0]), float(self.tests.spread[0])
+        tests, worst = self.tests, int((self.coverage - self.levels).abs().argmax())
+        verdict, level = P_VALUE.verdict(tests.p_value), float(self.levels[worst])
         meaning, advice = "balls around reference points cover what they should", ""
         if verdict != "good":
-            meaning = "q and the posterior differ, perhaps in how dimensions depend on each other"
+            meaning = self._shape(float(tests.shift[0]), float(tests.spread[0]))
             advice = "diagnostics.sbc; where it finds nothing, a guide with dependence (a flow)"
-            if abs(shift) > max(3, abs(spread)):
-                meaning = "q is too narrow, or off" if shift > 0 else "q is too wide"
-            elif spread > 3:
-                meaning = "q is too narrow, in some directions at least"
-            elif spread < -3:
-                meaning = "q is too wide, in some directions at least"
-        worst = int((self.coverage - self.levels).abs().argmax())
-        level = float(self.levels[worst])
+        covered, error = float(self.coverage[worst]), (level * (1 - level) / len(self.ranks)) ** 0.5
+        balls = f"of z in balls that hold {level:.0%} of q, furthest off"
         return [
-            Finding(
-                "TARP p-value",
-                self.tests.p_value,
-                verdict=verdict,
-                meaning=meaning,
-                advice=advice,
-            ),
-            Finding(
-                "joint coverage",
-                float(self.coverage[worst]),
-                (level * (1 - level) / len(self.ranks)) ** 0.5,
-                meaning=f"of z in balls that hold {level:.0%} of q, furthest off",
-            ),
+            Finding("TARP p-value", tests.p_value, None, "", verdict, meaning, advice),
+            Finding("joint coverage", covered, error, meaning=balls),
         ]
+
+    @staticmethod
+    def _shape(shift: float, spread: float) -> str:
+        if abs(shift) > max(3, abs(spread)):
+            return "q is too narrow, or off" if shift > 0 else "q is too wide"
+        if abs(spread) > 3:
+            return f"q is too {'narrow' if spread > 0 else 'wide'}, in some directions at least"
+        return "q and the posterior differ, perhaps in how dimensions depend on each other"
 
 
 @tool
@@ -129,13 +121,11 @@ def tarp(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = tarp(vae, torch.zeros(1, 4), num_simulations=50, num_particles=9)
-        >>> found.ranks.shape
+        >>> tarp(vae, torch.zeros(1, 4), num_simulations=50, num_particles=9).ranks.shape
         torch.Size([50])
     """
     check_int("num_particles", num_particles, minimum=2)
-    if reference not in ("data", "prior"):
-        raise ArgumentError("reference", "'data' or 'prior'", repr(reference))
+    check_choice("reference", reference, ("data", "prior"))
     with terms.prepared(pair, data, options, "tarp") as evaluation:
         joint, others = (
             draw_jointly("tarp", evaluation, num_simulations, site=site, arguments=arguments)
@@ -146,20 +136,11 @@ def tarp(
         points = others.latents
         if reference == "data":
             points = points[_nearest(joint, others, evaluation.max_rows)]
-        own = _distance(joint.latents, points, scale)
-        less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
-        equal = less.clone()
-        for rows, draws in joint.of_guide(num_particles):
-            each = _distance(draws, points[rows], scale)
-            less[rows] += (each < own[rows]).sum(0)
-            equal[rows] += (each == own[rows]).sum(0)
-        ranks = random_rank(less, equal)
+        ranks = ranks_among_draws(
+            joint, num_particles, lambda z, rows: ((z - points[rows]) / scale).square().sum(-1)
+        )
     tests = uniformity(ranks[:, None], num_particles)
     return TARP(ranks, num_particles, tests.points, tests.ecdf[:, 0], tests)
-
-
-def _distance(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    return ((a - b) / scale).square().sum(-1)
 
 
 def _nearest(joint: JointDraws, others: JointDraws, max_rows: int) -> Tensor:
