@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -25,22 +26,16 @@ def kernel_named(name: str, dim: int) -> Kernel:
     ``"imq"`` is the mean over scales s of :math:`C / (C + d^2)` with :math:`C = 2 s \cdot dim`, as
     Tolstikhin et al. have it; ``"rbf"`` is :math:`\exp(-d^2 / (2 \cdot dim))`.
     """
-    if name == "imq":
-        return lambda d2: (
-            sum((2 * dim * s / (2 * dim * s + d2) for s in SCALES), torch.zeros_like(d2))
-            / len(SCALES)
-        )
+    if name not in KERNELS:
+        raise ArgumentError("kernel", f"one of {', '.join(KERNELS)}, or a function", repr(name))
     if name == "rbf":
         return lambda d2: (-d2 / (2 * dim)).exp()
-    raise ArgumentError("kernel", f"one of {', '.join(KERNELS)}, or a function", repr(name))
+    widths = [2 * dim * s for s in SCALES]
+    return lambda d2: functools.reduce(torch.add, (c / (c + d2) for c in widths)) / len(widths)
 
 
 def mmd(
-    x: Tensor,
-    y: Tensor,
-    kernel: Literal["imq", "rbf"] | Kernel = "imq",
-    *,
-    unbiased: bool = True,
+    x: Tensor, y: Tensor, kernel: Literal["imq", "rbf"] | Kernel = "imq", *, unbiased: bool = True
 ) -> Tensor:
     r"""The squared maximum mean discrepancy of two samples.
 
@@ -135,8 +130,8 @@ def two_sample_test(
         x: One sample, shape ``(N, D)``.
         y: The other, shape ``(M, D)``.
         kernel: As in `mmd`; None for `median_kernel` of all points.
-        num_permutations: Number of permutations; the p-value is at least 1 / (this + 1).
-        seed: Seed of the permutations; the caller's generators are left as they are.
+        num_permutations: The p-value is at least 1 / (this + 1).
+        seed: Of the permutations; the caller's generators are left as they are.
 
     Example:
         >>> x = torch.arange(20.0)[:, None]
@@ -170,13 +165,13 @@ def two_sample_test(
 
 
 def _checked(x: Tensor, y: Tensor, kernel: str | Kernel, least: int) -> Kernel:
-    if x.shape[-1] != y.shape[-1]:
-        raise ArgumentError("mmd", f"points of {x.shape[-1]} entries", f"{y.shape[-1]} in y")
-    if min(x.shape[-2], y.shape[-2]) < least:
-        raise ArgumentError(
-            "mmd", f"at least {least} points in each sample", f"{x.shape[-2]} and {y.shape[-2]}"
-        )
-    return kernel_named(kernel, x.shape[-1]) if isinstance(kernel, str) else kernel
+    dim, sizes = x.shape[-1], (x.shape[-2], y.shape[-2])
+    if y.shape[-1] != dim:
+        raise ArgumentError("mmd", f"points of {dim} entries", f"{y.shape[-1]} in y")
+    if min(sizes) < least:
+        expected = f"at least {least} points in each sample"
+        raise ArgumentError("mmd", expected, f"{sizes[0]} and {sizes[1]}")
+    return kernel_named(kernel, dim) if isinstance(kernel, str) else kernel
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -88,16 +88,11 @@ def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
     fourth = variance * (3 * (num_draws + 1) ** 2 - 7) / (20 * num_draws**2)
     squares = (unit - 0.5).square().mean(0)
     p_values = np.minimum(1, 2 * columns * np.minimum(chi2_p, ecdf_p))
+    known = (np.asarray(points), below / size, low / size, high / size, chi2_p, ecdf_p, p_values)
     return Uniformity(
-        torch.tensor(points, dtype=torch.float64),
-        torch.from_numpy(below / size),
-        torch.from_numpy(low / size),
-        torch.from_numpy(high / size),
-        torch.from_numpy(chi2_p),
-        torch.from_numpy(ecdf_p),
-        torch.from_numpy(p_values),
-        ((unit.mean(0) - 0.5) / (variance / size) ** 0.5).cpu(),
-        ((squares - variance) / ((fourth - variance**2) / size) ** 0.5).cpu(),
+        *map(torch.from_numpy, known),
+        shift=((unit.mean(0) - 0.5) / (variance / size) ** 0.5).cpu(),
+        spread=((squares - variance) / ((fourth - variance**2) / size) ** 0.5).cpu(),
     )
 
 
