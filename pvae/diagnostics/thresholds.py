@@ -169,21 +169,6 @@ CHANCE = Threshold(
     is_least=True,
 )
 
-_TABLE = (
-    P_VALUE,
-    DISTANCE,
-    REPLICATES,
-    UNRELIABLE,
-    GAP,
-    LOOSE,
-    INFORMATION,
-    MARGINAL_KL,
-    COLLAPSED,
-    CURVE,
-    FALL,
-    CHANCE,
-)
-
 
 def table() -> str:
     """All thresholds, as the Markdown table of docs/diagnostics.md.
@@ -193,14 +178,9 @@ def table() -> str:
         | number | worth a look | bad | reason | used by |
     """
     lines = ["| number | worth a look | bad | reason | used by |", "|---|---|---|---|---|"]
-    for row in _TABLE:
-        look, bad = (_words(row, value) for value in (row.look, row.bad))
+    for row in [row for row in globals().values() if isinstance(row, Threshold)]:
+        side = "less" if row.is_least else "more"
+        look, bad = (f"{v:g} or {side}" if math.isfinite(v) else "" for v in (row.look, row.bad))
         look = "" if look == bad else look
         lines.append(f"| {row.quantity} | {look} | {bad} | {row.reason} | {row.used_by} |")
     return "\n".join(lines)
-
-
-def _words(row: Threshold, value: float) -> str:
-    if not math.isfinite(value):
-        return ""
-    return f"{value:g} or {'less' if row.is_least else 'more'}"

@@ -89,11 +89,9 @@ def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
     squares = (unit - 0.5).square().mean(0)
     p_values = np.minimum(1, 2 * columns * np.minimum(chi2_p, ecdf_p))
     known = (np.asarray(points), below / size, low / size, high / size, chi2_p, ecdf_p, p_values)
-    return Uniformity(
-        *map(torch.from_numpy, known),
-        shift=((unit.mean(0) - 0.5) / (variance / size) ** 0.5).cpu(),
-        spread=((squares - variance) / ((fourth - variance**2) / size) ** 0.5).cpu(),
-    )
+    shift = (unit.mean(0) - 0.5) / (variance / size) ** 0.5
+    spread = (squares - variance) / ((fourth - variance**2) / size) ** 0.5
+    return Uniformity(*map(torch.from_numpy, known), *(x.cpu() for x in (shift, spread)))
 
 
 def _chi_squared(counts: np.ndarray, num_draws: int) -> np.ndarray:
