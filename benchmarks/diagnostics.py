@@ -155,7 +155,7 @@ def main() -> None:
     splits = data.load("mnist", arguments.data_dir, valid=0)
     part = data.Data(splits.train.arrays[:1], 1 / 255, binarize="dynamic").reshape((784,))
     test = data.Data(splits.test.arrays[:1], 1 / 255, binarize="static", seed=1).reshape((784,))
-    x = torch.as_tensor(test.take(range(1000)).fixed().arrays[0]).float()
+    x = torch.as_tensor(test.take(slice(1000)).fixed().arrays[0]).float()
     pairs = {name: train(name, part, arguments.epochs, arguments.work) for name in PAIRS}
     epoch = {engine: epoch_seconds(part, engine) for engine in ("eager", "compiled")}
     seconds = {name: check_seconds(pairs["VAE"], x, name) for name in diagnostics.CHECKS}

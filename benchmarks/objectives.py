@@ -321,7 +321,7 @@ def main() -> None:
     started = time.perf_counter()
     splits = data.load("mnist", arguments.data_dir, valid=0)
     test = data.Data(splits.test.arrays[:1], 1 / 255, binarize="static", seed=1).reshape((784,))
-    x = torch.as_tensor(test.take(range(1000)).fixed().arrays[0]).float()
+    x = torch.as_tensor(test.take(slice(1000)).fixed().arrays[0]).float()
     rows: dict[str, dict[str, float]] = {}
     evidence: dict[str, Tensor] = {}
     pairs: dict[str, VAE] = {}

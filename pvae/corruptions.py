@@ -11,6 +11,8 @@ References:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +38,7 @@ def _rate(where: str, rate: float) -> float:
     return float(rate)
 
 
-class Corruption(Described):
+class Corruption(Described, ABC):
     """The abstract corruption that has a name: it is made from its strength alone.
 
     To write one, define ``forward(x)``, and `for_range` where the strength is in units of x.
@@ -53,6 +55,10 @@ class Corruption(Described):
             unit: What 1 is in units of x: 16 for counts from 0 to 16.
         """
         return cls(strength)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The corrupted batch."""
 
 
 named: Shelf[type[Corruption]] = Shelf("corruption")

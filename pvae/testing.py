@@ -167,10 +167,10 @@ def _require_gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> None:
     gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
     if loss.requires_grad and parameters:
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    found = dict(zip(parameters, gradients, strict=True))
-    idle = [name for name, g in found.items() if g is None]
+    by_name = dict(zip(parameters, gradients, strict=True))
+    idle = [name for name, g in by_name.items() if g is None]
     _require("parameters: a gradient for each", not idle, f"none for {', '.join(idle)}")
-    bad = [name for name, g in found.items() if g is not None and not g.isfinite().all()]
+    bad = [name for name, g in by_name.items() if g is not None and not g.isfinite().all()]
     _require("gradient: finite", not bad, f"not finite for {', '.join(bad)}")
 
 

@@ -46,12 +46,12 @@ def run(made: Stepper, batches: list[tuple[Tensor, ...]]) -> list[dict[str, floa
     return found
 
 
-def vae(device: torch.device, **options: Any) -> Pair:
+def vae(device: torch.device, **options: Any) -> pairs.Pair:
     pair = recipes.vae(D, Q, hidden=(8,), **options).to(device)
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
-def noisy(device: torch.device) -> Pair:
+def noisy(device: torch.device) -> pairs.Pair:
     """Dropout and batch norm on both sides."""
 
     def layers(start: int, end: int) -> nn.Module:
@@ -67,7 +67,7 @@ def noisy(device: torch.device) -> Pair:
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
-def flow(device: torch.device) -> Pair:
+def flow(device: torch.device) -> pairs.Pair:
     pair = VAE(
         zuko.flows.NSF(Q, transforms=1, hidden_features=[8], bins=3),
         likelihoods.Bernoulli(lambda p: nn.Linear(Q, p * D), D),
@@ -76,7 +76,7 @@ def flow(device: torch.device) -> Pair:
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
-def coupling(device: torch.device) -> Pair:
+def coupling(device: torch.device) -> pairs.Pair:
     """A flow that picks entries by a mask."""
     pair = VAE(
         priors.StandardNormal(Q),
@@ -86,17 +86,17 @@ def coupling(device: torch.device) -> Pair:
     return pair.model, pair.guide, (torch.rand(N, D, device=device).round(),)
 
 
-def contractive(device: torch.device) -> Pair:
+def contractive(device: torch.device) -> pairs.Pair:
     pair = recipes.contractive_ae(D, Q, hidden=(8,)).to(device)
     return pair.model, pair.guide, (torch.rand(N, D, device=device),)
 
 
-def codebook(device: torch.device) -> Pair:
+def codebook(device: torch.device) -> pairs.Pair:
     pair = recipes.vq_vae(D, Q, hidden=(8,)).to(device)
     return pair.model, pair.guide, (torch.rand(N, D, device=device),)
 
 
-CASES: dict[str, tuple[Callable[[torch.device], Pair], o.Objective]] = {
+CASES: dict[str, tuple[Callable[[torch.device], pairs.Pair], o.Objective]] = {
     "warm-up": (vae, o.ELBO(beta=schedules.Warmup(4))),
     "dropout and batch norm": (noisy, o.ELBO()),
     "flows, K particles": (flow, o.IWAE(3)),
@@ -178,7 +178,7 @@ class _Rebinding(nn.Module):
 def test_what_has_no_graph_runs_as_python(
     layer: type[nn.Module], words: str, device: torch.device
 ) -> None:
-    def build() -> Pair:
+    def build() -> pairs.Pair:
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Linear(D, 2 * Q), layer())
         decoder = likelihoods.Bernoulli(lambda p: nn.Linear(Q, p * D), D)

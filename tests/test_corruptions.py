@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -76,13 +77,16 @@ def test_downsampling_keeps_the_means_of_blocks(size: tuple[int, int], factor: i
             torch.testing.assert_close(there, mean[..., None, None].expand_as(block))
 
 
+NUMBER: Any = 0.3
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: corruptions.Noise(-1.0), r"Noise\.sigma"),
         (lambda: corruptions.Masking(1.5), r"Masking\.rate: expected a probability"),
         (lambda: corruptions.Downsampling(1), r"Downsampling\.factor"),
-        (lambda: recipes.ae(6, 2, corruption=0.3), "corruption: expected a function or module"),
+        (lambda: recipes.ae(6, 2, corruption=NUMBER), "corruption: expected a function or module"),
     ],
 )
 def test_bad_arguments(make: object, words: str) -> None:

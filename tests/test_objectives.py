@@ -350,13 +350,11 @@ def test_a_constant_schedule_is_its_number() -> None:
 
 
 def test_objectives_by_name() -> None:
-    assert o.named("elbo") == ELBO()
-    assert o.named("DReG", num_particles=3) == o.DReG(3)
-    assert o.named("tcvae", beta=2.0) == o.TCVAE(beta=2.0)
-    with pytest.raises(ArgumentError, match=r"(?s)one of dreg, .*, vimco.* got 'dregg'.*'dreg'"):
+    assert o.named("elbo")() == ELBO()
+    assert o.named("DReG")(3) == o.DReG(3)
+    assert o.named("tcvae")(beta=2.0) == o.TCVAE(beta=2.0)
+    with pytest.raises(ArgumentError, match=r"(?s)one of .*dreg, .*vimco.* got 'dregg'.*'dreg'"):
         o.named("dregg")
-    with pytest.raises(ArgumentError, match=r"beta.*an argument of the objective iwae"):
-        o.named("iwae", beta=2.0)
     with pytest.raises(ArgumentError, match="one of"):  # it has no default of its argument
         o.named("geco")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
@@ -22,6 +22,7 @@ from pvae.data import Data, Splits, load
 from pvae.data.sources import BINARIZE, Binarize
 from pvae.engine import ASKED
 from pvae.errors import ArgumentError, CheckpointError
+from pvae.fitting import fit
 from pvae.networks import activation_named
 from pvae.objectives import Objective
 from pvae.schedules import Warmup
@@ -319,6 +320,12 @@ class Config(BaseModel):
                     fitting[:2],
                 )
         return kind(**asked)
+
+    @property
+    def fit_options(self) -> dict[str, Any]:
+        """The fields that are arguments of `pvae.fit`, by name: a new one needs no more."""
+        known = inspect.signature(fit).parameters.keys() - {"data", "objective"}
+        return {name: getattr(self, name) for name in type(self).model_fields if name in known}
 
     # Files
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Unpack
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from pvae import terms
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import P_VALUE
-from pvae.diagnostics.uniformity import Uniformity, uniformity
+from pvae.diagnostics.uniformity import Uniformity, ranked, uniformity
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
 from pvae.options import Options, tool
 from pvae.pair import PairLike
-from pvae.simulate import JointDraws, draw_jointly, random_rank
+from pvae.simulate import JointDraws, draw_jointly
 
 __all__ = ["SBC", "TARP", "sbc", "tarp"]
 
@@ -79,7 +79,7 @@ class SBC(_Ranks):
         verdict = P_VALUE.verdict(tests.p_value)
         meaning, advice = f"the ranks of {count} dimension(s) are as an exact q's", ""
         if verdict != "good":
-            bad = int((tests.p_values < 0.05).sum())
+            bad = int((tests.p_values <= P_VALUE.look).sum())
             worst = f"{self.names[tests.worst]}: {self.shape_of(tests.worst)}"
             meaning = f"{worst}; {bad} of {count} dimensions are off"
             advice = "a richer guide or encoder; train it longer"
@@ -189,7 +189,7 @@ def sbc(
     cuts = _cuts(levels, num_particles)
     with terms.prepared(pair, data, options, "sbc") as evaluation:
         joint = draw_jointly("sbc", evaluation, num_simulations, site=site, arguments=arguments)
-        ranks = _ranks_among_draws(joint, num_particles, lambda latents, _: latents)
+        ranks = ranked(joint.latents, joint.of_guide(num_particles))
     inside = torch.stack([(ranks >= a) & (ranks <= num_particles - a) for a in cuts]).double()
     coverage = inside.mean(1).cpu()
     nominal = 1 - 2 * torch.tensor(cuts, dtype=torch.float64) / (num_particles + 1)
@@ -269,12 +269,16 @@ def tarp(
         points = others.latents
         if reference == "data":
             points = points[_nearest(joint, others, evaluation.max_rows)]
-        ranks = _ranks_among_draws(
-            joint, num_particles, lambda z, rows: ((z - points[rows]) / scale).square().sum(-1)
-        )
+        own = _distance(joint.latents, points, scale)
+        drawn = joint.of_guide(num_particles)
+        ranks = ranked(own, ((rows, _distance(z, points[rows], scale)) for rows, z in drawn))
     tests = uniformity(ranks[:, None], num_particles)
     names = ("all latents together",)
     return TARP(ranks, num_particles, names, tests, tests.points, tests.ecdf[:, 0])
+
+
+def _distance(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return ((a - b) / scale).square().sum(-1)
 
 
 def _nearest(joint: JointDraws, others: JointDraws, max_rows: int) -> Tensor:
@@ -282,17 +286,3 @@ def _nearest(joint: JointDraws, others: JointDraws, max_rows: int) -> Tensor:
     rows = max(1, max_rows // len(others.observed))
     parts = [torch.cdist(x, others.observed).argmin(1) for x in joint.observed.split(rows)]
     return torch.cat(parts)
-
-
-def _ranks_among_draws(
-    joint: JointDraws, num_particles: int, measure: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
-    """How many of the guide's draws measure less than the simulated latents; ties by chance."""
-    own = measure(joint.latents, slice(None))
-    less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
-    equal = less.clone()
-    for rows, draws in joint.of_guide(num_particles):
-        each = measure(draws, rows)
-        less[rows] += (each < own[rows]).sum(0)
-        equal[rows] += (each == own[rows]).sum(0)
-    return random_rank(less, equal)

@@ -104,7 +104,7 @@ GAP = Threshold(
     "amortisation gap or approximation gap, nats a datum",
     0.1,
     1.0,
-    "a nat is a factor e in the posterior's odds, and more than most papers' gains",
+    "a nat is a factor e in the likelihood of a datum, a tenth of one a tenth of it",
     "gap",
 )
 LOOSE = Threshold(
@@ -129,7 +129,7 @@ MARGINAL_KL = Threshold(
     f"KL(q(z) \\|\\| p(z)), nats, where it is at least {MARGINAL_SHARE:.0%} of the rate",
     1.0,
     math.inf,
-    "so much more likely are codes under q(z) than under the prior that samples come from",
+    "codes are e times as likely under q(z), on average, as under the prior that samples are from",
     "surgery",
 )
 ACTIVITY = 0.01

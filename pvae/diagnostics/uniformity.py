@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +12,9 @@ from scipy.special import gammaln
 from scipy.stats import binom, chisquare
 from torch import Tensor
 
-__all__ = ["Uniformity", "uniformity"]
+from pvae.simulate import random_rank
+
+__all__ = ["Uniformity", "ranked", "uniformity"]
 
 MAX_POINTS, MAX_BINS = 99, 20
 
@@ -57,6 +60,16 @@ class Uniformity:
         return int(torch.where(least, oddness, -1.0).argmax())
 
 
+def ranked(own: Tensor, drawn: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """Ranks of numbers ``(S, ...)`` among others drawn for some rows at a time; ties by chance."""
+    less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
+    equal = less.clone()
+    for rows, draws in drawn:
+        less[rows] += (draws < own[rows]).sum(0)
+        equal[rows] += (draws == own[rows]).sum(0)
+    return random_rank(less, equal)
+
+
 def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
     r"""Tests ranks of S independent simulations, shape ``(S, D)``, each in 0, ..., L.
 
@@ -99,8 +112,8 @@ def _chi_squared(counts: np.ndarray, num_draws: int) -> np.ndarray:
     num_bins = max(2, min(MAX_BINS, num_draws + 1, len(counts) // 5))
     bins = np.arange(num_draws + 1) * num_bins // (num_draws + 1)
     expected = np.bincount(bins) * len(counts) / (num_draws + 1)
-    found = [np.bincount(bins[c], minlength=num_bins) for c in counts.T]
-    return np.array([chisquare(f, expected).pvalue for f in found])
+    observed = [np.bincount(bins[c], minlength=num_bins) for c in counts.T]
+    return np.array([chisquare(f, expected).pvalue for f in observed])
 
 
 def _two_sided(count: np.ndarray, size: int, share: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ __all__ = ["loo"]
 @tool
 def loo(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_particles: int = 1000,
     max_bytes: float = 2**31,

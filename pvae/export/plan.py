@@ -97,8 +97,8 @@ class Plan:
         for v in self.variables:
             split["prior" if v.group.startswith("prior") else "posterior"].append(v)
         return [
-            (kind, variables, self.layout.num_draws if any(v.has_draws for v in variables) else 1)
-            for kind, variables in split.items()
+            (origin, variables, self.layout.num_draws if any(v.num_draws for v in variables) else 1)
+            for origin, variables in split.items()
             if variables
         ]
 
@@ -160,15 +160,9 @@ class Plan:
             if site.kind not in ("observed", "enumerated"):
                 continue
             parts = [n for n in name.split("+") if n not in self.structure.enumerated]
-            self.variables.append(
-                self.layout.density(
-                    "log_likelihood",
-                    "+".join(parts),
-                    _log_density(name),
-                    num_draws=self.num_of_guide,
-                    has_rows=site.is_local,
-                )
-            )
+            rows = self.layout.num_rows if site.is_local else None
+            pick, label = _log_density(name), "+".join(parts)
+            self.variables.append(Variable("log_likelihood", label, pick, self.num_of_guide, rows))
 
     def _sample_stats(self) -> None:
         structure = self.structure
@@ -187,17 +181,11 @@ class Plan:
             )
         else:
             self.left_out["log_weight"] = f"log p - log q is no weight but {structure.quantity}"
+        is_sum = bool(structure.global_sites)
+        rows = None if is_sum else self.layout.num_rows
         for name, (pick, outside) in stats.items():
-            self.variables.append(
-                self.layout.density(
-                    "sample_stats",
-                    name,
-                    pick,
-                    num_draws=self.num_of_guide,
-                    has_rows=not structure.global_sites,
-                    outside=outside if structure.global_sites else None,
-                )
-            )
+            variable = Variable("sample_stats", name, pick, self.num_of_guide, rows)
+            self.variables.append(replace(variable, outside=outside) if is_sum else variable)
 
     def _observed_data(self) -> None:
         run = self._example("posterior")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
 from arviz_base import dict_to_dataset
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 from xarray import Dataset, DataTree
 
@@ -28,12 +29,12 @@ __all__ = ["to_arviz"]
 @tool
 def to_arviz(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_particles: int = 200,
     groups: Sequence[str] | None = None,
     mean: bool = False,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, ArrayLike] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     max_bytes: float = 2**31,
     **options: Unpack[Options],
@@ -161,8 +162,8 @@ def _tree(
     plan: Plan,
     arrays: dict[tuple[str, str], np.ndarray],
     khat: np.ndarray | None,
-    attributes: dict[str, Any],
-    coords: Mapping[str, Any],
+    attributes: dict[str, object],
+    coords: Mapping[str, ArrayLike],
 ) -> DataTree:
     """The arrays, labelled, group by group."""
     rows = (_plain(plan.structure.plate),)
@@ -170,12 +171,12 @@ def _tree(
     for group in GROUPS:
         variables = [v for v in plan.variables if v.group == group]
         data = {v.name: arrays[group, v.name] for v in variables}
-        dims = {v.name: [*(rows if v.has_rows else ()), *v.dims] for v in variables}
+        dims = {v.name: [*(() if v.num_rows is None else rows), *v.dims] for v in variables}
         if group == "constant_data":
             data = dict(plan.constants)
             dims = {k: [*rows, *_generic(k, a.ndim - 1)] for k, a in data.items()}
         if data:
-            with_draws = any(v.has_draws for v in variables)
+            with_draws = any(v.num_draws for v in variables)
             groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
     if khat is not None:
         groups["sample_stats"]["khat"] = (rows[: khat.ndim], khat)
@@ -195,8 +196,8 @@ def _generic(name: str, count: int) -> list[str]:
 def _dataset(
     data: dict[str, np.ndarray],
     dims: dict[str, list[str]],
-    coords: Mapping[str, Any],
-    attributes: dict[str, Any],
+    coords: Mapping[str, ArrayLike],
+    attributes: dict[str, object],
     *,
     with_draws: bool,
 ) -> Dataset:

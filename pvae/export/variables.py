@@ -27,25 +27,30 @@ class Variable:
     Attributes:
         group: Its group.
         name: Its name there.
-        dims: Names of its dimensions after draws and rows.
-        shape: Its whole shape, ``([S], [N], ...)``.
-        dtype: Of its array.
-        has_draws: Whether there is a value for each draw.
-        has_rows: Whether there is a value for each datum.
         pick: From the draws for a chunk of rows to values, shape ``(K, N, ...)`` or ``(K, ...)``.
+        num_draws: S; None where it is the same for all draws.
+        num_rows: N; None where it isn't of single data.
+        dims: Names of its other dimensions.
+        sizes: Their sizes.
+        dtype: Of its array.
         outside: For a sum over the data set of what is picked, shape ``(K, N)``: what is added to
             that once, shape ``(K,)``.
     """
 
     group: str
     name: str
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    has_draws: bool
-    has_rows: bool
     pick: Pick
+    num_draws: int | None
+    num_rows: int | None
+    dims: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float64
     outside: Pick | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its array, ``([S], [N], ...)``."""
+        return (*(n for n in (self.num_draws, self.num_rows) if n is not None), *self.sizes)
 
     @property
     def num_bytes(self) -> int:
@@ -76,44 +81,9 @@ class Layout:
         example, node = pick(run), run.site(name)
         is_local = is_inside(self.structure, node)
         sizes = tuple(example.shape[2 if is_local else 1 :])
-        return Variable(
-            group,
-            name,
-            self._dims_of(node, len(sizes), is_local=is_local),
-            (*self._outer(num_draws, is_local), *sizes),
-            example.dtype,
-            num_draws is not None,
-            is_local,
-            pick,
-        )
-
-    def density(
-        self,
-        group: str,
-        name: str,
-        pick: Pick,
-        *,
-        num_draws: int,
-        has_rows: bool,
-        outside: Pick | None = None,
-    ) -> Variable:
-        """A log density for each draw, and for each datum or with a sum over data."""
-        shape = self._outer(num_draws, has_rows)
-        return Variable(
-            group,
-            name,
-            (),
-            shape,
-            torch.float64,
-            has_draws=True,
-            has_rows=has_rows,
-            pick=pick,
-            outside=outside,
-        )
-
-    def _outer(self, num_draws: int | None, has_rows: bool) -> tuple[int, ...]:  # noqa: FBT001
-        draws = () if num_draws is None else (num_draws,)
-        return (*draws, self.num_rows) if has_rows else draws
+        rows = self.num_rows if is_local else None
+        dims = self._dims_of(node, len(sizes), is_local=is_local)
+        return Variable(group, name, pick, num_draws, rows, dims, sizes, example.dtype)
 
     def _dims_of(self, node: Site, rank: int, *, is_local: bool) -> tuple[str, ...]:
         """Names of what follows draws and rows: of other plates, then of the event."""
@@ -141,15 +111,15 @@ def fill(
     arrays = {(v.group, v.name): torch.zeros(v.shape, dtype=v.dtype) for v in variables}
     for draws, rows, run in passes:
         for v in variables:
-            if not v.has_draws and draws.start > 0:
+            if v.num_draws is None and draws.start > 0:
                 continue
             value, array = v.pick(run), arrays[v.group, v.name]
             if v.outside is not None:
                 value = value.double().sum(1)
                 value = value + v.outside(run) if rows.start == 0 else value
             value = value.to("cpu", v.dtype)
-            place = (rows,) if v.has_rows else ()
-            if v.has_draws:
+            place = () if v.num_rows is None else (rows,)
+            if v.num_draws is not None:
                 here = array[(draws, *place)]
                 value = value[: len(here)]  # a point mass has one draw
             else:

@@ -121,12 +121,12 @@ def check_objective(
 @contextmanager
 def trying(structure: Structure) -> Iterator[None]:
     """Training mode, which leaves no trace: modes, buffers and generators are put back."""
-    kept = [(b, b.clone()) for m in structure.modules for b in m.buffers(recurse=False)]
+    copies = [(b, b.clone()) for m in structure.modules for b in m.buffers(recurse=False)]
     try:
         with in_mode(structure.modules, training=True), randomness.forked(), torch.no_grad():
             yield
     finally:
-        for buffer, copy in kept:
+        for buffer, copy in copies:
             buffer.copy_(copy)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def interpolate(
     return torch.where(straight, torch.lerp(a, b, where), first * a + second * b)
 
 
-def attribute_vector(codes: Tensor, has_attribute: Any) -> Tensor:
+def attribute_vector(codes: Tensor, has_attribute: object) -> Tensor:
     """The direction of an attribute: the mean code of those that have it, minus the others'.
 
     Added to a code it gives, or subtracted takes away, the attribute. It also has whatever else
@@ -122,7 +122,7 @@ def analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return c + b - a
 
 
-def traverse(z: Tensor, dims: Sequence[int], values: Any) -> Tensor:
+def traverse(z: Tensor, dims: Sequence[int], values: object) -> Tensor:
     """Copies of a code, each with one dimension set to a value.
 
     Arguments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ NUM_PARTICLES_OF_MEAN = 32
 @tool
 def codes(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     site: str | None = None,
     num_particles: int | None = None,

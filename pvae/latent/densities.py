@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -18,13 +17,14 @@ from pvae import randomness
 from pvae.conditional import Conditional, as_conditional
 from pvae.errors import ArgumentError, DataError, TrainingError, check_int, check_number
 from pvae.latent.coding import as_matrix
+from pvae.types import Dist
 
 __all__ = ["fit_density"]
 
 
 def fit_density(
     codes: Tensor,
-    kind: Any = "gaussian",
+    kind: object = "gaussian",
     *,
     num_components: int = 10,
     ridge: float = 1e-6,
@@ -99,7 +99,7 @@ class _Mixture(dist.MixtureSameFamily):
     support = constraints.real_vector
 
 
-def _mixture(z: Tensor, num_components: int, noise: float, seed: int) -> Any:
+def _mixture(z: Tensor, num_components: int, noise: float, seed: int) -> Dist:
     from sklearn.mixture import GaussianMixture
 
     distinct = len(z.unique(dim=0))
@@ -131,7 +131,7 @@ class _Standardised(Conditional):
         self.register_buffer("loc", loc)
         self.register_buffer("scale", scale)
 
-    def forward(self, *context: Tensor) -> Any:
+    def forward(self, *context: Tensor) -> Dist:
         fn = self.density(*context)
         if tuple(fn.event_shape) != self.event_shape:
             raise ArgumentError(

@@ -21,13 +21,13 @@ from pvae.pair.messages import is_factor, sample_sites
 from pvae.simulate import run_model
 from pvae.sites import LATENT, announce_parameters
 from pvae.terms import only_site
-from pvae.types import Program
+from pvae.types import Dist, Program
 
 __all__ = ["sample", "with_prior"]
 
 
 @tool
-def with_prior(pair: PairLike, density: Any, site: str = LATENT) -> Pair:
+def with_prior(pair: PairLike, density: object, site: str = LATENT) -> Pair:
     r"""The pair with another prior: :math:`p(x | z)\, r(z)` in place of p(x | z) p(z).
 
     Its model is a Pyro program like the pair's, for any tool and for Pyro itself. Plates, masks and
@@ -61,13 +61,13 @@ def with_prior(pair: PairLike, density: Any, site: str = LATENT) -> Pair:
 
 
 class _WithPrior(nn.Module):
-    def __init__(self, model: Program, density: Any, site: str) -> None:
+    def __init__(self, model: Program, density: object, site: str) -> None:
         super().__init__()
         self.model = model
         self.density = as_conditional(density, "density")
         self.site = site
 
-    def forward(self, *batch: Any, **options: Any) -> Any:
+    def forward(self, *batch: object, **options: object) -> object:
         announce_parameters(self.density, f"model.density.{self.site}")
         with _Swap(self.site, self.density()) as swap:
             result = self.model(*batch, **options)
@@ -88,7 +88,7 @@ class _Swap(Messenger):
     outside.
     """
 
-    def __init__(self, site: str, fn: Any) -> None:
+    def __init__(self, site: str, fn: Dist) -> None:
         super().__init__()
         self.site, self.fn = site, fn
         self.latents: list[str] = []
@@ -114,7 +114,7 @@ class _Swap(Messenger):
 @tool
 def sample(
     pair: PairLike,
-    data: Any,
+    data: object,
     num_samples: int | None = None,
     *,
     site: str | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
 from pvae.latent.coding import as_matrix
+from pvae.types import Dist
 
 __all__ = ["jeffreys", "nearest", "precision_at_k"]
 
@@ -51,7 +52,7 @@ def nearest(
         codes, gallery = F.normalize(codes, dim=1), F.normalize(gallery, dim=1)
     elif metric != "euclidean":
         raise ArgumentError("metric", "'euclidean' or 'cosine'", repr(metric))
-    found = []
+    parts = []
     for some in codes.split(max_rows):
         distances = some.new_empty(len(some), 0)
         indices = distances.long()
@@ -66,11 +67,11 @@ def nearest(
             indices = torch.cat([indices, here.expand_as(new)], 1)
             distances, order = distances.topk(min(k, distances.shape[1]), largest=False)
             indices = indices.gather(1, order)
-        found.append((indices, distances))
-    return torch.cat([i for i, _ in found]), torch.cat([d for _, d in found])
+        parts.append((indices, distances))
+    return torch.cat([i for i, _ in parts]), torch.cat([d for _, d in parts])
 
 
-def precision_at_k(labels: Any, gallery_labels: Any, indices: Tensor) -> Tensor:
+def precision_at_k(labels: object, gallery_labels: object, indices: Tensor) -> Tensor:
     """How many of a code's k nearest have its label, as a share of k; the mean is the usual number.
 
     Arguments:
@@ -99,7 +100,7 @@ def precision_at_k(labels: Any, gallery_labels: Any, indices: Tensor) -> Tensor:
     return hits.to(torch.get_default_dtype()).mean(1)
 
 
-def jeffreys(q_a: Any, q_b: Any) -> Tensor:
+def jeffreys(q_a: Dist, q_b: Dist) -> Tensor:
     r"""A distance between posteriors, the symmetric Kullback-Leibler divergence in nats.
 
     .. math:: J(a, b) = KL(q_a \| q_b) + KL(q_b \| q_a)

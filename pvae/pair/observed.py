@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.errors import ArgumentError, UndefinedError, oxford
@@ -54,7 +54,7 @@ class Observed:
         return value.reshape(like.shape).to(like.dtype)
 
 
-def observed_sites(structure: Structure, trace: Any, batch: Batch) -> dict[str, Observed]:
+def observed_sites(structure: Structure, trace: Trace, batch: Batch) -> dict[str, Observed]:
     """What the observed sites of a model's trace observe, by name; factors aren't among them.
 
     Arguments:
@@ -65,7 +65,7 @@ def observed_sites(structure: Structure, trace: Any, batch: Batch) -> dict[str, 
     rows = None
     if structure.subsample_size is not None and structure.plate in trace.nodes:
         rows = trace.nodes[structure.plate]["value"]
-    found = {}
+    sites = {}
     for site in sample_sites(trace):
         if not site["is_observed"] or is_factor(site):
             continue
@@ -75,10 +75,10 @@ def observed_sites(structure: Structure, trace: Any, batch: Batch) -> dict[str, 
             data = data.movedim(axis, 0) if data.dim() else data
         itself = tuple(i for i, part in enumerate(batch) if _is_view(part, data))
         equal = tuple(i for i, part in enumerate(batch) if _is_equal(part, data, rows))
-        found[site["name"]] = Observed(
+        sites[site["name"]] = Observed(
             site["name"], data, axis, mask_of(site), itself or equal, bool(itself), rows
         )
-    return found
+    return sites
 
 
 def is_inside(structure: Structure, site: Site) -> bool:
@@ -112,14 +112,14 @@ def put_back(
         ArgumentError: If there is no such site or place.
         UndefinedError: If some data are no entry of the batch, or share one.
     """
-    filled, asked = list(batch), places or {}
-    for name, place in asked.items():
-        if name not in observed or not 0 <= place < len(batch):
+    filled, asked = list(batch), dict[str, int | None](places or {})
+    for name, index in (places or {}).items():
+        if name not in observed or not 0 <= index < len(batch):
             known = f"places from 0 to {len(batch) - 1}, of {oxford(observed)}"
-            raise ArgumentError("arguments", known, f"{place} for '{name}'")
+            raise ArgumentError("arguments", known, f"{index} for '{name}'")
     for name, site in observed.items():
-        found = asked.get(name, site.place)
-        if found is None or site.rows is not None or batch[found].numel() != values[name].numel():
+        place = asked.get(name, site.place)
+        if place is None or site.rows is not None or batch[place].numel() != values[name].numel():
             equal = f"arguments {', '.join(map(str, site.places))}, which are equal"
             by_hand = f"arguments={{'{name}': 0}}, the place of the argument"
             raise UndefinedError(
@@ -128,10 +128,10 @@ def put_back(
                 equal if len(site.places) > 1 else "none",
                 ["obs=x, with x as the model was given it", *([] if places is None else [by_hand])],
             )
-        if filled[found] is not batch[found]:
-            what = f"'{name}' and another, which share argument {found}"
+        if filled[place] is not batch[place]:
+            what = f"'{name}' and another, which share argument {place}"
             raise UndefinedError(where, "observed sites with an argument each", what)
-        filled[found] = site.as_entry(values[name], batch[found])
+        filled[place] = site.as_entry(values[name], batch[place])
     return tuple(filled)
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pvae.errors import UndefinedError, check_int, oxford
 from pvae.modes import evaluating
-from pvae.pair import Structure, mask_of
+from pvae.pair import Batch, Structure, mask_of
 from pvae.simulate.ancestral import Simulation, simulate_batch
 from pvae.terms import Evaluation, draw_guide, only_site, stream
 
@@ -95,7 +95,7 @@ def draw_jointly(
     chosen = torch.randint(source.num_rows, (num_simulations,), device=source.device)
     latents: list[Tensor] = []
     observed: list[Tensor] = []
-    batches: list[tuple[Any, ...]] = []
+    batches: list[Batch] = []
     with evaluating(structure.modules):
         for rows in chosen.split(evaluation.max_rows):
             run = simulate_batch(structure, source.rows(rows), where=where)
