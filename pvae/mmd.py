@@ -44,7 +44,6 @@ def mmd(
     References:
         A Kernel Two-Sample Test (Gretton et al., 2012),
         https://jmlr.org/papers/v13/gretton12a.html
-
         Wasserstein Auto-Encoders (Tolstikhin et al., 2018), https://arxiv.org/abs/1711.01558
 
     Arguments:
@@ -98,12 +97,7 @@ def median_kernel(x: Tensor) -> Kernel:
 
 
 class TwoSampleTest(NamedTuple):
-    """The result of a two-sample test.
-
-    Attributes:
-        mmd: The unbiased estimate of the squared discrepancy.
-        p_value: The share of permutations whose estimate is at least as large.
-    """
+    """The unbiased `mmd` of two samples, and the share of permutations whose is as large."""
 
     mmd: float
     p_value: float
@@ -120,11 +114,7 @@ def two_sample_test(
     """Whether two samples come from one distribution: a permutation test on `mmd`.
 
     If they do, the p-value is at most a with probability a or less, whatever the distribution, the
-    kernel and the sizes. The Gram matrix of all points is held in memory.
-
-    References:
-        A Kernel Two-Sample Test (Gretton et al., 2012),
-        https://jmlr.org/papers/v13/gretton12a.html
+    kernel and the sizes (Gretton et al., 2012). The Gram matrix of all points is held in memory.
 
     Arguments:
         x: One sample, shape ``(N, D)``.
@@ -149,10 +139,9 @@ def two_sample_test(
     gram = k(_squared_distances(both, both)).fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
     n, m = len(x), len(y)
-    orders = [torch.arange(n + m)]
-    orders += [torch.randperm(n + m, generator=generator) for _ in range(num_permutations)]
-    first = torch.zeros(len(orders), n + m, dtype=both.dtype)
-    first.scatter_(1, torch.stack(orders)[:, :n], 1.0)
+    shuffled = [torch.randperm(n + m, generator=generator) for _ in range(num_permutations)]
+    orders = torch.stack([torch.arange(n + m), *shuffled])
+    first = torch.zeros(len(orders), n + m, dtype=both.dtype).scatter_(1, orders[:, :n], 1.0)
     first = first.to(gram.device)
     second = 1 - first
     from_first = first @ gram

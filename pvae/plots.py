@@ -161,16 +161,15 @@ def training_curve(history: History | Fit | Sequence[Record]) -> Picture:
         history: A `pvae.fitting.History`, a `pvae.Fit`, or records with the same names.
     """
     records = list(history if isinstance(history, Sequence) else history.history)
-    panels = []
-    for names, title in ((_VALUES, "nats per datum"), (("rate",), "rate, nats per datum")):
-        curves = [(key, _column(records, key)) for n in names for key in (n, f"valid_{n}")]
-        if known := [(key, points) for key, points in curves if points]:
-            panels.append((title, known))
-    panels = panels or [("no epoch yet", [])]
+    panels = {
+        "nats per datum": _curves(records, _VALUES),
+        "rate, nats per datum": _curves(records, ("rate",)),
+    }
+    panels = {title: curves for title, curves in panels.items() if curves} or {"no epoch yet": {}}
     figure = _figure(3.5 * len(panels), 3)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, curves) in zip(axes, panels, strict=True):
-        for name, points in curves:
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        for name, points in curves.items():
             axis.plot(*zip(*points, strict=True), "--" if "valid" in name else "-", label=name)
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=9)
@@ -206,9 +205,17 @@ def learning_curve(result: LearningCurve) -> Picture:
 _VALUES = ("elbo", "log_joint", "unnormalised_elbo")
 
 
-def _column(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
-    rows = [(record["epoch"], record.get(key)) for record in records]
-    return [(epoch, value) for epoch, value in rows if epoch is not None and value is not None]
+def _curves(
+    records: Sequence[Record], names: Sequence[str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Epochs and values by column, in training and validation, of columns that have any."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for key in [key for name in names for key in (name, f"valid_{name}")]:
+        for record in records:
+            epoch, value = record["epoch"], record.get(key)
+            if epoch is not None and value is not None:
+                curves.setdefault(key, []).append((epoch, value))
+    return curves
 
 
 def _leave_out_the_start(axis: Axes, epochs: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Unpack
@@ -16,7 +16,7 @@ from pvae import terms
 from pvae.diagnostics.checks import CHECKS, DEFAULT, Lines, Subject
 from pvae.diagnostics.gap import Gap
 from pvae.diagnostics.importance import FEWEST, Importance
-from pvae.diagnostics.learning import LearningCurve, learning_curve
+from pvae.diagnostics.learning import LearningCurve, Record, learning_curve
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, check_number, oxford
 from pvae.options import Options, tool
@@ -86,13 +86,9 @@ class Diagnosis(Result):
         lines, curve = self.findings(), self.results.get("learning")
         if isinstance(curve, LearningCurve) and (curve.is_unfinished or curve.state == "falling"):
             lines = curve.findings()
-        lines = [line for line in lines if line.advice]
-        if "gap" in self.results:
-            lines = [line for line in lines if not line.advice.startswith("diagnostics.gap")]
-        lines.sort(key=lambda line: (line.verdict != "bad", line.name not in _FIRST))
-        for line in lines:
-            if line.verdict in ("bad", "look"):
-                return f"{line.advice} ({line.name})"
+        first = _most_pressing(lines, without="diagnostics.gap" if "gap" in self.results else None)
+        if first is not None:
+            return f"{first.advice} ({first.name})"
         if "evidence" in self.missing:
             return "for draws of x and an evidence, a stochastic guide and a proper prior"
         return NOTHING
@@ -111,6 +107,15 @@ class Diagnosis(Result):
         return frame
 
 
+def _most_pressing(lines: list[Finding], without: str | None) -> Finding | None:
+    """The first of the bad lines, or else of those worth a look, that say what to do."""
+    pressing = [line for line in lines if line.advice and line.verdict in ("bad", "look")]
+    if without is not None:
+        pressing = [line for line in pressing if not line.advice.startswith(without)]
+    pressing.sort(key=lambda line: (line.verdict != "bad", line.name not in _FIRST))
+    return pressing[0] if pressing else None
+
+
 _LAST = "the training"
 _FIRST = ("information", "active units")  # without any of these nothing else counts
 
@@ -124,7 +129,7 @@ def diagnose(
     num_data: int | None = 500,
     num_particles: int = 200,
     bin_width: float | None = None,
-    history: Sequence[Mapping[str, float | None]] | None = None,
+    history: Sequence[Record] | None = None,
     **options: Unpack[Options],
 ) -> Diagnosis:
     """What a fit is worth, on one screen: number, standard error, verdict, and what to do next.
@@ -149,8 +154,6 @@ def diagnose(
         history: Of the training, one row an epoch, as `Fit.history` is.
         options: As in `pvae.options.Options`.
 
-
-
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> diagnose(vae, torch.rand(50, 4).round(), checks=["elbo"]).findings()[0].name
@@ -159,10 +162,8 @@ def diagnose(
     asked = list(dict.fromkeys(checks))
     if unknown := [name for name in asked if name not in CHECKS]:
         raise ArgumentError("checks", f"some of {oxford(CHECKS)}", oxford(unknown))
-    if num_data is not None:
-        check_int("num_data", num_data, minimum=2)
-    if bin_width is not None:
-        check_number("bin_width", bin_width, above=0)
+    check_int("num_data", 2 if num_data is None else num_data, minimum=2)
+    check_number("bin_width", 1 if bin_width is None else bin_width, above=0)
     check_int("num_particles", num_particles, minimum=FEWEST if "importance" in asked else 1)
     with terms.prepared(pair, data, options, "diagnose") as evaluation:
         evaluation, chosen = _some(evaluation.in_memory(), num_data)
@@ -179,14 +180,18 @@ def diagnose(
             diagnosis.undefined[name] = error.one_line()
         diagnosis.seconds[name] = time.perf_counter() - started
     if history:
-        try:
-            diagnosis.results["learning"] = learning_curve(history)
-        except UndefinedError as error:
-            diagnosis.undefined["learning"] = f"expected {error.expected}; got {error.actual}"
-        if (spent := history[-1].get("seconds")) is not None:
-            line = Finding("training time", spent, None, "s", meaning=f"{len(history)} epoch(s)")
-            diagnosis.results["training"] = Lines([line])
+        _add_training(diagnosis, history)
     return diagnosis
+
+
+def _add_training(diagnosis: Diagnosis, history: Sequence[Record]) -> None:
+    try:
+        diagnosis.results["learning"] = learning_curve(history)
+    except UndefinedError as error:
+        diagnosis.undefined["learning"] = f"expected {error.expected}; got {error.actual}"
+    if (spent := history[-1].get("seconds")) is not None:
+        line = Finding("training time", spent, None, "s", meaning=f"{len(history)} epoch(s)")
+        diagnosis.results["training"] = Lines([line])
 
 
 def _some(

@@ -96,8 +96,8 @@ class Gap(Result):
 
     def worst(self, count: int = 5) -> Tensor:
         """Rows of the data with the largest gap in all, the largest first."""
-        found = self.total.per_datum.argsort(descending=True, stable=True)[:count]
-        return found if self.rows is None else self.rows.to(found.device)[found]
+        worst = self.total.per_datum.argsort(descending=True, stable=True)[:count]
+        return worst if self.rows is None else self.rows.to(worst.device)[worst]
 
     def findings(self) -> list[Finding]:
         """What it means, line by line."""

@@ -17,7 +17,7 @@ from pvae.diagnostics.result import Finding, Result, Verdict
 from pvae.diagnostics.thresholds import CURVE, FALL, HIDDEN
 from pvae.errors import UndefinedError, check_number
 
-__all__ = ["LearningCurve", "learning_curve"]
+__all__ = ["LearningCurve", "Record", "learning_curve"]
 
 FEWEST = 12
 """Epochs below which a curve isn't judged."""
@@ -128,9 +128,8 @@ def learning_curve(history: Sequence[Record], *, alpha: float = 1e-3) -> Learnin
     Arguments:
         history: One row an epoch, as `Fit.history` is; its validation value is judged, or else
             its training value, where no penalty and no weight on the rate counts.
-        alpha: How often a flat curve is called rising, and how often falling. Few epochs can't tell
-            what they have in common: with a correlation of 0.9, at alpha 0.01, a curve of 12 or 40
-            epochs may be called falling up to 10 times in 100, one of 100 up to 3 times.
+        alpha: How often a flat curve is called rising, and how often falling; of few epochs up to
+            ten times as often, where their noise has a correlation of 0.9.
 
     Raises:
         UndefinedError: With fewer than 12 epochs, no such column, or late values not finite.
@@ -176,14 +175,14 @@ def _judged(history: Sequence[Record]) -> tuple[str, Tensor, int]:
     """The column that is judged, its values, and W."""
     columns = [f"valid_{name}" for name in _NAMES] + list(_NAMES)
     name = next((c for c in columns if any(row.get(c) is not None for row in history)), "")
-    column = [row.get(name) for row in history]
-    values = torch.tensor([v for v in column if v is not None], dtype=torch.float64)
-    values = values[values.isfinite()]
+    column = [math.nan if (v := row.get(name)) is None else v for row in history]
+    given = torch.tensor(column, dtype=torch.float64)
+    values = given[given.isfinite()]
     if len(values) < FEWEST:
         expected = f"at least {FEWEST} epochs with a bound"
         raise UndefinedError("learning curve", expected, f"{len(values)}")
     window = max(8, len(values) // 4)
-    if any(v is None or not math.isfinite(v) for v in column[-window:]):
+    if not bool(given[-window:].isfinite().all()):
         expected = "a bound that is finite in the last epochs"
         raise UndefinedError("learning curve", expected, "one that isn't")
     return name, values, window

@@ -71,14 +71,14 @@ def _terms_of(chunk: terms.Terms) -> dict[str, dict[str, Tensor]]:
     kinds = ("value", "rate", "distortion", "log_q_dims", "log_p_dims")
     parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     parts["log_q"] = {"q": chunk.log_q.double()}
+    zero = torch.zeros_like(chunk.log_q)
     for name, site in chunk.sites.items():
         if site.kind == "penalty":
             continue
         is_drawn = site.kind in ("latent", "auxiliary")
-        zero = torch.zeros_like(chunk.log_q)
         if is_drawn or site.log_q is not None:
-            log_q = zero if site.log_q is None else site.log_q
-            log_p = zero if site.log_p is None or not is_drawn else site.log_p
+            log_p = site.log_p if is_drawn else None
+            log_q, log_p = (zero if value is None else value for value in (site.log_q, log_p))
             parts["rate"][name] = (log_q - log_p).double()
         elif site.log_p is not None:
             parts["distortion"][name] = -site.log_p.double()
@@ -121,11 +121,15 @@ def require_mixture(evaluation: terms.Evaluation) -> None:
         rolled = {name: value.roll(1, 0) for name, value in drawn.items()}
         second = terms.compute(structure, batch, given=rolled)
     for name in drawn:
-        ours, other = second.sites[name].log_p, first.sites[name].log_p
-        if ours is None or other is None or not torch.allclose(ours, other.roll(1, 1), rtol=1e-4):
-            got = f"a prior at site '{name}' that differs between data"
-            fixes = ["the rows of one label at a time"]
-            raise UndefinedError("p(z)", "one prior for all data", got, fixes)
+        _require_one_prior(name, first.sites[name].log_p, second.sites[name].log_p)
+
+
+def _require_one_prior(name: str, log_p: Tensor | None, rolled: Tensor | None) -> None:
+    """Refuses a site where a value has another prior density at another datum."""
+    if log_p is None or rolled is None or not torch.allclose(rolled, log_p.roll(1, 1), rtol=1e-4):
+        got = f"a prior at site '{name}' that differs between data"
+        fixes = ["the rows of one label at a time"]
+        raise UndefinedError("p(z)", "one prior for all data", got, fixes)
 
 
 def score_mixture(evaluation: terms.Evaluation, own: Draws, max_rows: int | None = None) -> Mixture:

@@ -21,8 +21,6 @@ from pvae.simulate import CheckKind, Replicates
 __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 
 Function = Callable[[Tensor], Tensor | float]
-_ENOUGH = 10  # replicates: five spreads off by chance is then one in 700, by Student's t
-_ENOUGH_EQUAL = 50  # replicates that are all the same: one that isn't is then one in 130 at most
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,8 @@ class Statistic:
         """
         above, equal, num_draws = self._counts
         distance = self.distance
-        enough = _ENOUGH if math.isfinite(distance) else _ENOUGH_EQUAL
+        # five spreads off is then one in 700 by chance; one that isn't as all others, one in 130
+        enough = 10 if math.isfinite(distance) else 50
         is_outside = num_draws >= enough and not equal and above in (0, num_draws)
         return is_outside and REPLICATES.verdict(distance) == "bad"
 
@@ -187,14 +186,13 @@ def predictive(
     latents of data, as in regression, it is the usual posterior predictive check, and ``mixed``
     is the same.
 
-    A statistic says one number of a whole data set. For numbers of each datum see `pit`. The
+    A statistic says one number of a whole data set; for numbers of each datum see `pit`. The
     verdict is on the two-sided p-value times the number of statistics: worth a "look" up to 0.05,
-    "bad" up to 0.001, so that under the model a verdict is a false alarm no more often (for
-    ``mixed`` and ``aggregated`` as far as what the guide and the training took from the data can be
-    neglected). With 10 replicates or more (50, if they are all the same), T(x) beyond all of them
-    and at least five of their spreads away is bad, too. With many data every model
-    fails; T(x) beside the replicates' mean and spread says by how much. Masked entries of
-    replicates are the observed ones.
+    "bad" up to 0.001, which is how often it is a false alarm under the model (for ``mixed`` and
+    ``aggregated`` as far as what guide and training took from the data can be neglected). With 10
+    replicates or more (50, if all are the same), T(x) beyond all of them and five of their spreads
+    away is bad, too. With many data every model fails; T(x) beside the replicates' mean and spread
+    says by how much. Masked entries of replicates are the observed ones.
 
     References:
         Posterior Predictive Assessment of Model Fitness via Realized Discrepancies
@@ -207,16 +205,13 @@ def predictive(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         statistics: T by name, each a function of the observed site's data, shape
-            ``(N, *event_shape)``, to one number; it gets replicates as it gets the data. None for
-            mean, standard deviation, minimum and maximum of all entries, the standard deviation
-            of the data's means, and the share of zeros if there are any; for classes, the shares
-            of the commonest.
+            ``(N, *event_shape)``, to one number. None for mean, standard deviation, minimum and
+            maximum of all entries, the standard deviation of the data's means, and the share of
+            zeros if there are any; for classes, the shares of the commonest.
         kind: What a replicate is.
         site: The observed site; None if there is one.
         num_particles: S, replicated data sets. No two-sided p-value is below 2 / (S + 1).
         options: As in `pvae.options.Options`.
-
-
 
     Raises:
         ArgumentError: If a statistic isn't one finite number.
