@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -78,35 +79,24 @@ def squared_norm_of(
         return x.new_zeros(len(x))  # they don't depend on the data
     with torch.enable_grad():
         flat = z.reshape(len(x), -1)
-        size = flat.shape[1]
         if num_probes is None:
+            size = flat.shape[1]
             probes = torch.eye(size, dtype=flat.dtype, device=flat.device)
             probes = probes[:, None].expand(size, *flat.shape)
         else:
             probes = torch.randn(num_probes, *flat.shape, dtype=flat.dtype, device=flat.device)
-        step = max(1, max_entries // max(1, x.numel()))
+        keep = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
 
         def part(vectors: Tensor) -> Tensor:
-            (rows,) = torch.autograd.grad(
-                flat,
-                x,
-                vectors,
-                is_grads_batched=True,
-                create_graph=create_graph,
-                retain_graph=True,
-                allow_unused=True,
+            (rows,) = torch.autograd.grad(flat, x, vectors, is_grads_batched=True, **keep)
+            return (
+                flat.new_zeros(len(flat)) if rows is None else rows.flatten(2).square().sum((0, 2))
             )
-            if rows is None:
-                return flat.new_zeros(len(flat))
-            return rows.flatten(2).square().sum((0, 2))
 
-        chunks = probes.split(step)
-        total = sum(
-            checkpoint(part, chunk, use_reentrant=False)
-            if create_graph and len(chunks) > 1
-            else part(chunk)
-            for chunk in chunks
-        )
-    assert isinstance(total, Tensor)  # noqa: S101
+        chunks = probes.split(max(1, max_entries // max(1, x.numel())))
+        run: Callable[[Tensor], Tensor] = part
+        if create_graph and len(chunks) > 1:
+            run = functools.partial(checkpoint, part, use_reentrant=False)
+        total = functools.reduce(torch.add, map(run, chunks))
     total = total if num_probes is None else total / num_probes
     return total if create_graph else total.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -25,22 +26,16 @@ def kernel_named(name: str, dim: int) -> Kernel:
     ``"imq"`` is the mean over scales s of :math:`C / (C + d^2)` with :math:`C = 2 s \cdot dim`, as
     Tolstikhin et al. have it; ``"rbf"`` is :math:`\exp(-d^2 / (2 \cdot dim))`.
     """
-    if name == "imq":
-        return lambda d2: (
-            sum((2 * dim * s / (2 * dim * s + d2) for s in SCALES), torch.zeros_like(d2))
-            / len(SCALES)
-        )
+    if name not in KERNELS:
+        raise ArgumentError("kernel", f"one of {', '.join(KERNELS)}, or a function", repr(name))
     if name == "rbf":
         return lambda d2: (-d2 / (2 * dim)).exp()
-    raise ArgumentError("kernel", f"one of {', '.join(KERNELS)}, or a function", repr(name))
+    widths = [2 * dim * s for s in SCALES]
+    return lambda d2: functools.reduce(torch.add, (c / (c + d2) for c in widths)) / len(widths)
 
 
 def mmd(
-    x: Tensor,
-    y: Tensor,
-    kernel: Literal["imq", "rbf"] | Kernel = "imq",
-    *,
-    unbiased: bool = True,
+    x: Tensor, y: Tensor, kernel: Literal["imq", "rbf"] | Kernel = "imq", *, unbiased: bool = True
 ) -> Tensor:
     r"""The squared maximum mean discrepancy of two samples.
 
@@ -49,7 +44,6 @@ def mmd(
     References:
         A Kernel Two-Sample Test (Gretton et al., 2012),
         https://jmlr.org/papers/v13/gretton12a.html
-
         Wasserstein Auto-Encoders (Tolstikhin et al., 2018), https://arxiv.org/abs/1711.01558
 
     Arguments:
@@ -103,12 +97,7 @@ def median_kernel(x: Tensor) -> Kernel:
 
 
 class TwoSampleTest(NamedTuple):
-    """The result of a two-sample test.
-
-    Attributes:
-        mmd: The unbiased estimate of the squared discrepancy.
-        p_value: The share of permutations whose estimate is at least as large.
-    """
+    """The unbiased `mmd` of two samples, and the share of permutations whose is as large."""
 
     mmd: float
     p_value: float
@@ -125,18 +114,14 @@ def two_sample_test(
     """Whether two samples come from one distribution: a permutation test on `mmd`.
 
     If they do, the p-value is at most a with probability a or less, whatever the distribution, the
-    kernel and the sizes. The Gram matrix of all points is held in memory.
-
-    References:
-        A Kernel Two-Sample Test (Gretton et al., 2012),
-        https://jmlr.org/papers/v13/gretton12a.html
+    kernel and the sizes (Gretton et al., 2012). The Gram matrix of all points is held in memory.
 
     Arguments:
         x: One sample, shape ``(N, D)``.
         y: The other, shape ``(M, D)``.
         kernel: As in `mmd`; None for `median_kernel` of all points.
-        num_permutations: Number of permutations; the p-value is at least 1 / (this + 1).
-        seed: Seed of the permutations; the caller's generators are left as they are.
+        num_permutations: The p-value is at least 1 / (this + 1).
+        seed: Of the permutations; the caller's generators are left as they are.
 
     Example:
         >>> x = torch.arange(20.0)[:, None]
@@ -154,10 +139,9 @@ def two_sample_test(
     gram = k(_squared_distances(both, both)).fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
     n, m = len(x), len(y)
-    orders = [torch.arange(n + m)]
-    orders += [torch.randperm(n + m, generator=generator) for _ in range(num_permutations)]
-    first = torch.zeros(len(orders), n + m, dtype=both.dtype)
-    first.scatter_(1, torch.stack(orders)[:, :n], 1.0)
+    shuffled = [torch.randperm(n + m, generator=generator) for _ in range(num_permutations)]
+    orders = torch.stack([torch.arange(n + m), *shuffled])
+    first = torch.zeros(len(orders), n + m, dtype=both.dtype).scatter_(1, orders[:, :n], 1.0)
     first = first.to(gram.device)
     second = 1 - first
     from_first = first @ gram
@@ -170,13 +154,13 @@ def two_sample_test(
 
 
 def _checked(x: Tensor, y: Tensor, kernel: str | Kernel, least: int) -> Kernel:
-    if x.shape[-1] != y.shape[-1]:
-        raise ArgumentError("mmd", f"points of {x.shape[-1]} entries", f"{y.shape[-1]} in y")
-    if min(x.shape[-2], y.shape[-2]) < least:
-        raise ArgumentError(
-            "mmd", f"at least {least} points in each sample", f"{x.shape[-2]} and {y.shape[-2]}"
-        )
-    return kernel_named(kernel, x.shape[-1]) if isinstance(kernel, str) else kernel
+    dim, sizes = x.shape[-1], (x.shape[-2], y.shape[-2])
+    if y.shape[-1] != dim:
+        raise ArgumentError("mmd", f"points of {dim} entries", f"{y.shape[-1]} in y")
+    if min(sizes) < least:
+        expected = f"at least {least} points in each sample"
+        raise ArgumentError("mmd", expected, f"{sizes[0]} and {sizes[1]}")
+    return kernel_named(kernel, dim) if isinstance(kernel, str) else kernel
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

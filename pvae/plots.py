@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = Tensor | np.ndarray
 Record: TypeAlias = Mapping[str, float | None]
+Shape: TypeAlias = Sequence[int] | None
 
 __all__ = [
     "Picture",
@@ -45,7 +46,11 @@ class Picture(Figure):
         return content.getvalue()
 
 
-def as_images(x: Array, event_shape: Sequence[int] | None = None) -> np.ndarray:
+def _figure(width: float, height: float) -> Picture:
+    return Picture(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def as_images(x: Array, event_shape: Shape = None) -> np.ndarray:
     """Data as images, shape ``(N, H, W)`` or ``(N, H, W, 3)``.
 
     Vectors whose length is a square number are taken as square images.
@@ -71,12 +76,9 @@ def as_images(x: Array, event_shape: Sequence[int] | None = None) -> np.ndarray:
         return array[:, 0] if array.shape[1] == 1 else array.transpose(0, 2, 3, 1)
     if array.ndim == 3:
         return array
-    raise UndefinedError(
-        "picture of data",
-        "images: shape (N, H, W), (N, 1 or 3, H, W), or (N, a square number)",
-        f"shape {array.shape}",
-        ["event_shape=(H, W)"],
-    )
+    expected = "images: shape (N, H, W), (N, 1 or 3, H, W), or (N, a square number)"
+    fixes = ["event_shape=(H, W)"]
+    raise UndefinedError("picture of data", expected, f"shape {array.shape}", fixes)
 
 
 def _numpy(x: Array | Sequence[object]) -> np.ndarray:
@@ -84,9 +86,7 @@ def _numpy(x: Array | Sequence[object]) -> np.ndarray:
 
 
 def grid(
-    rows: Mapping[str, Array] | Sequence[Array],
-    title: str = "",
-    event_shape: Sequence[int] | None = None,
+    rows: Mapping[str, Array] | Sequence[Array], title: str = "", event_shape: Shape = None
 ) -> Picture:
     """Rows of images on one grey scale.
 
@@ -98,33 +98,29 @@ def grid(
     labels = list(rows) if isinstance(rows, Mapping) else []
     several = list(rows.values()) if isinstance(rows, Mapping) else rows
     images = [as_images(row, event_shape) for row in several]
-    if not images or not max(len(row) for row in images):
+    columns = max(map(len, images), default=0)
+    if not columns:
         raise UndefinedError("grid", "at least one image", "none")
-    columns = max(len(row) for row in images)
-    height = 0.75 * len(images) + 0.4
-    width = 0.75 * columns + (0.1 + 0.08 * max(map(len, labels)) if labels else 0.1)
-    figure = Picture(figsize=(width, height), dpi=100, layout="constrained")
     low = min(float(row.min()) for row in images)
     high = max(float(row.max()) for row in images)
+    margin = 0.1 + 0.08 * max(map(len, labels)) if labels else 0.1
+    figure = _figure(0.75 * columns + margin, 0.75 * len(images) + 0.4)
     axes = figure.subplots(len(images), columns, squeeze=False)
-    for i, row in enumerate(images):
-        for j in range(columns):
-            axis = axes[i][j]
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if j >= len(row):
-                axis.set_visible(False)
-                continue
-            image = (row[j] - low) / max(high - low, 1e-12) if row[j].ndim == 3 else row[j]
+    for line, row in zip(axes, images, strict=True):
+        for axis in line[len(row) :]:
+            axis.set_visible(False)
+        for axis, image in zip(line, row, strict=False):
+            axis.set(xticks=[], yticks=[])
+            image = (image - low) / max(high - low, 1e-12) if image.ndim == 3 else image
             axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-        if labels:
-            axes[i][0].set_ylabel(labels[i], rotation=0, ha="right", va="center", fontsize=8)
+    for line, label in zip(axes, labels, strict=False):
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
 
 
 def reconstructions(
-    x: Array, reconstructed: Array, num: int = 10, event_shape: Sequence[int] | None = None
+    x: Array, reconstructed: Array, num: int = 10, event_shape: Shape = None
 ) -> Picture:
     """Originals above their reconstructions.
 
@@ -142,7 +138,7 @@ def reconstructions(
 def samples(
     x: Array,
     columns: int = 10,
-    event_shape: Sequence[int] | None = None,
+    event_shape: Shape = None,
     title: str = "samples from the model (draws of x)",
 ) -> Picture:
     """A grid of samples; the title says whether they are draws or means.
@@ -165,25 +161,19 @@ def training_curve(history: History | Fit | Sequence[Record]) -> Picture:
         history: A `pvae.fitting.History`, a `pvae.Fit`, or records with the same names.
     """
     records = list(history if isinstance(history, Sequence) else history.history)
-    panels = [
-        (("elbo", "log_joint", "unnormalised_elbo"), "nats per datum"),
-        (("rate",), "rate, nats per datum"),
-    ]
-    found = [
-        (title, [(k, _column(records, k)) for n in names for k in (n, f"valid_{n}")])
-        for names, title in panels
-    ]
-    shown = [(t, [c for c in columns if c[1]]) for t, columns in found]
-    shown = [(t, columns) for t, columns in shown if columns] or [("no epoch yet", [])]
-    figure = Picture(figsize=(3.5 * len(shown), 3), dpi=100, layout="constrained")
-    for axis, (title, columns) in zip(
-        figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
-    ):
-        for name, points in columns:
+    panels = {
+        "nats per datum": _curves(records, _VALUES),
+        "rate, nats per datum": _curves(records, ("rate",)),
+    }
+    panels = {title: curves for title, curves in panels.items() if curves} or {"no epoch yet": {}}
+    figure = _figure(3.5 * len(panels), 3)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        for name, points in curves.items():
             axis.plot(*zip(*points, strict=True), "--" if "valid" in name else "-", label=name)
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=9)
-        if columns:
+        if curves:
             axis.legend(fontsize=8)
         _leave_out_the_start(axis, len(records))
     return figure
@@ -199,7 +189,7 @@ def learning_curve(result: LearningCurve) -> Picture:
     epochs = np.arange(len(values))
     late = epochs[-window:]
     line = values[-window:].mean() + result.slope * (late - late.mean())
-    figure = Picture(figsize=(4, 3), dpi=100, layout="constrained")
+    figure = _figure(4, 3)
     axis = figure.subplots()
     axis.plot(epochs, values, ".-", lw=0.8, label=result.name)
     axis.plot(late, line, label=f"{result.state}, last {window} epochs")
@@ -212,9 +202,20 @@ def learning_curve(result: LearningCurve) -> Picture:
     return figure
 
 
-def _column(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
-    found = [(record["epoch"], record.get(key)) for record in records]
-    return [(epoch, value) for epoch, value in found if epoch is not None and value is not None]
+_VALUES = ("elbo", "log_joint", "unnormalised_elbo")
+
+
+def _curves(
+    records: Sequence[Record], names: Sequence[str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Epochs and values by column, in training and validation, of columns that have any."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for key in [key for name in names for key in (name, f"valid_{name}")]:
+        for record in records:
+            epoch, value = record["epoch"], record.get(key)
+            if epoch is not None and value is not None:
+                curves.setdefault(key, []).append((epoch, value))
+    return curves
 
 
 def _leave_out_the_start(axis: Axes, epochs: int) -> None:
@@ -247,8 +248,7 @@ def latent_map(
     z = _numpy(codes)
     if z.ndim != 2 or z.shape[1] < 2:
         raise UndefinedError("latent map", "codes of shape (N, 2 or more)", f"{z.shape}")
-    if axis is None:
-        axis = Picture(figsize=(5, 4.5), dpi=100, layout="constrained").subplots()
+    axis = _figure(5, 4.5).subplots() if axis is None else axis
     figure = axis.get_figure(root=True)
     assert figure is not None  # noqa: S101
     names = ("z[0]", "z[1]")
@@ -259,20 +259,23 @@ def latent_map(
     if labels is None:
         axis.scatter(z[:, 0], z[:, 1], s=4)
     else:
-        y = _numpy(labels)
-        names_of, codes_of = np.unique(y, return_inverse=True)
-        is_classes = len(names_of) <= 20 and (y.dtype.kind not in "f" or (y == y.round()).all())
-        if y.dtype.kind not in "biuf":
-            y = codes_of
-        points = axis.scatter(z[:, 0], z[:, 1], c=y, s=4, cmap="tab10" if is_classes else "viridis")
-        bar = figure.colorbar(points, ax=axis, ticks=np.unique(y) if is_classes else None)
-        if is_classes:
-            bar.ax.set_yticklabels([str(name) for name in names_of])
-    axis.set_xlabel(names[0])
-    axis.set_ylabel(names[1])
+        _scatter(axis, figure, z, _numpy(labels))
+    axis.set(xlabel=names[0], ylabel=names[1], aspect="equal")
     axis.set_title(title, fontsize=9)
-    axis.set_aspect("equal")
     return figure
+
+
+def _scatter(axis: Axes, figure: Figure, z: np.ndarray, labels: np.ndarray) -> None:
+    """Points coloured by label: by class where there are at most 20, else on a scale."""
+    classes, numbers = np.unique(labels, return_inverse=True)
+    are_whole = labels.dtype.kind not in "f" or bool((labels == labels.round()).all())
+    is_classes = len(classes) <= 20 and are_whole
+    colours = labels if labels.dtype.kind in "biuf" else numbers
+    palette = "tab10" if is_classes else "viridis"
+    points = axis.scatter(z[:, 0], z[:, 1], c=colours, s=4, cmap=palette)
+    bar = figure.colorbar(points, ax=axis, ticks=np.unique(colours) if is_classes else None)
+    if is_classes:
+        bar.ax.set_yticklabels([str(name) for name in classes])
 
 
 def calibration(result: SBC | TARP) -> Picture:
@@ -285,18 +288,16 @@ def calibration(result: SBC | TARP) -> Picture:
     """
     tests = result.tests
     points = tests.points.numpy()
-    figure = Picture(figsize=(4.5, 3.2), dpi=100, layout="constrained")
+    figure = _figure(4.5, 3.2)
     axis = figure.subplots()
     low, high = tests.lower.numpy() - points, tests.upper.numpy() - points
     axis.fill_between(points, low, high, color="0.85", label="95% of exact guides", step="mid")
     order = np.argsort(tests.p_values.numpy(), kind="stable")
     for rank, column in enumerate(order):
         label = f"{result.names[column]}, p = {float(tests.p_values[column]):.2g}"
-        difference = tests.ecdf[:, column].numpy() - points
         style = {"label": label} if rank < 5 else {"color": "0.6", "linewidth": 0.5, "zorder": 1}
-        axis.plot(points, difference, **style)
-    axis.set_xlabel("rank of the latent among the guide's draws")
-    axis.set_ylabel("ECDF - uniform")
+        axis.plot(points, tests.ecdf[:, column].numpy() - points, **style)
+    axis.set(xlabel="rank of the latent among the guide's draws", ylabel="ECDF - uniform")
     axis.legend(fontsize=7)
     axis.set_title(f"{type(result).__name__}, {len(result.ranks)} simulations", fontsize=9)
     return figure
@@ -310,10 +311,9 @@ def aggregated_posterior(result: AggregatedPosterior, num: int = 6) -> Picture:
         num: How many dimensions.
     """
     shown = np.argsort(-result.ks.numpy(), kind="stable")[: check_int("num", num)]
-    columns = len(shown) + 1
-    figure = Picture(figsize=(2.2 * columns, 2.4), dpi=100, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis, d in zip(axes[:-1], shown, strict=True):
+    figure = _figure(2.2 * (len(shown) + 1), 2.4)
+    *axes, last = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
+    for axis, d in zip(axes, shown, strict=True):
         q, p = (x[:, d].cpu().numpy() for x in (result.draws, result.prior))
         bins = np.histogram_bin_edges(np.concatenate([q, p]), 30)
         axis.hist(p, bins, density=True, color="0.8", label="p(z)")
@@ -321,18 +321,15 @@ def aggregated_posterior(result: AggregatedPosterior, num: int = 6) -> Picture:
         axis.set_title(f"{result.names[d]}, KS {float(result.ks[d]):.2f}", fontsize=9)
         axis.set_yticks([])
     axes[0].legend(fontsize=7)
-    image = axes[-1].imshow(result.correlation.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-    axes[-1].set_title("correlation under q(z)", fontsize=9)
-    axes[-1].set_xticks([])
-    axes[-1].set_yticks([])
-    figure.colorbar(image, ax=axes[-1])
+    image = last.imshow(result.correlation.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+    last.set_title("correlation under q(z)", fontsize=9)
+    last.set(xticks=[], yticks=[])
+    figure.colorbar(image, ax=last)
     return figure
 
 
 def manifold(
-    decode: Callable[[np.ndarray], Array],
-    num: int = 15,
-    event_shape: Sequence[int] | None = None,
+    decode: Callable[[np.ndarray], Array], num: int = 15, event_shape: Shape = None
 ) -> Picture:
     """What a two-dimensional latent decodes to, at the quantiles of a standard normal.
 
@@ -355,7 +352,6 @@ def manifold(
     figure = Picture(figsize=(5, 5), dpi=120, layout="constrained")
     axis = figure.subplots()
     axis.imshow(whole, cmap="gray", interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.set_title("decoded manifold: E[x | z] at quantiles of N(0, I)", fontsize=9)
     return figure

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from scipy.stats import ks_2samp
@@ -57,34 +58,34 @@ class AggregatedPosterior(Result):
         worst = int(self.ks.argmax())
         distance, p_value = float(self.ks[worst]), float(self.ks_p.min())
         joint: Verdict = "good" if P_VALUE.verdict(self.joint.p_value) == "good" else "look"
-        single: Verdict = "good"
-        if P_VALUE.verdict(p_value) != "good":
-            single = DISTANCE.verdict(distance)
-        differs = {joint, single} != {"good"}
-        what = "that codes, jointly, are distributed as the prior is"
-        advice = "a richer prior, or latent.fit_density, for samples" if differs else ""
-        where = f"Kolmogorov-Smirnov distance in {self.names[worst]}, the greatest"
+        is_alike = P_VALUE.verdict(p_value) == "good"
+        single: Verdict = "good" if is_alike else DISTANCE.verdict(distance)
+        advice = "a richer prior, or latent.fit_density, for samples"
+        advice = "" if joint == single == "good" else advice
+        meaning = "that codes, jointly, are distributed as the prior is"
+        of_one = f"Kolmogorov-Smirnov distance in {self.names[worst]}, the greatest"
         size = "" if single == "good" else "diagnostics.surgery, for its size in nats"
-        return [
-            Finding("q(z) = p(z), p-value", self.joint.p_value, None, "", joint, what, advice),
-            Finding("q(z_d) from p(z_d)", distance, None, "", single, where, size),
-            *([self._correlation()] if len(self.names) > 1 else []),
+        lines = [
+            Finding("q(z) = p(z), p-value", self.joint.p_value, None, "", joint, meaning, advice),
+            Finding("q(z_d) from p(z_d)", distance, None, "", single, of_one, size),
         ]
+        if len(self.names) > 1:
+            lines.append(self._correlation())
+        return lines
 
     def _correlation(self) -> Finding:
-        count = len(self.names)
         apart = self.correlation.nan_to_num().triu(1)
-        first, second = divmod(int(apart.abs().argmax()), count)
+        first, second = divmod(int(apart.abs().argmax()), len(self.names))
         value = float(apart[first, second])
         error = (1 - value**2) / (len(self.draws) - 1) ** 0.5
-        pair = f"of {self.names[first]} and {self.names[second]} under q(z), the strongest"
-        return Finding("correlation", value, error, meaning=pair)
+        both = f"{self.names[first]} and {self.names[second]}"
+        return Finding("correlation", value, error, meaning=f"of {both} under q(z), the strongest")
 
 
 @tool
 def aggregated_posterior(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_rows: int = 1000,
     num_permutations: int = 999,
@@ -97,24 +98,20 @@ def aggregated_posterior(
 
     One draw for each of n random rows is a sample of q(z), and one run of the model on the same
     rows one of p(z). All dimensions together, divided by their standard deviations, are compared
-    by the kernel two-sample test, each by that of Kolmogorov and Smirnov. Both tests hold their
+    by `pvae.mmd.two_sample_test`, each by the test of Kolmogorov and Smirnov. Both hold their
     false-alarm rate whatever the distributions are, and say nothing of size: with enough data any
     difference is found. So a difference (p at most 0.05) is worth a "look" at most, unless a
     dimension's distribution function is off by a quarter, which is "bad"; by less than a tenth it
-    is "good". A point-mass guide, which has
-    codes, can be compared.
+    is "good". A point-mass guide, which has codes, can be compared.
 
     References:
         ELBO surgery (Hoffman & Johnson, 2016),
         http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
-        A Kernel Two-Sample Test (Gretton et al., 2012),
-        https://jmlr.org/papers/v13/gretton12a.html
 
     Arguments:
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
-        num_rows: n at most, of which one draw each is taken; all rows where there are fewer. The
-            test holds (2 n, 2 n) numbers.
+        num_rows: n at most; the test holds (2 n, 2 n) numbers.
         num_permutations: Of the kernel test; 1 more is its p-value's denominator.
         site: The latent; None for all of them.
         options: As in `pvae.options.Options`.
@@ -125,67 +122,43 @@ def aggregated_posterior(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = aggregated_posterior(vae, torch.rand(50, 4).round())
-        >>> found.draws.shape, found.correlation.shape
-        (torch.Size([50, 2]), torch.Size([2, 2]))
+        >>> aggregated_posterior(vae, torch.rand(50, 4).round()).draws.shape
+        torch.Size([50, 2])
     """
     check_int("num_rows", num_rows, minimum=2)
     with terms.prepared(pair, data, options, "aggregated_posterior") as evaluation:
         structure, source = evaluation.structure, evaluation.in_memory().source
         check_int("aggregated_posterior, rows of data", source.num_rows, minimum=2)
         require_rows("aggregated_posterior", structure)
-        sites = (
-            structure.latents
-            if site is None
-            else (terms.only_site("aggregated_posterior", "latent", structure.latents, site),)
-        )
+        sites = structure.latents
+        if site is not None:
+            sites = (terms.only_site("aggregated_posterior", "latent", sites, site),)
         chosen = torch.randperm(source.num_rows, device=source.device)[:num_rows]
         subset = evaluation.on(source.rows(chosen))
-        draws = torch.cat(
-            [
-                torch.cat([_flat(one.sites[name].value[0]) for name in sites], 1)
-                for _, one in terms.stream(subset)
-            ]
-        )
-        prior = []
-        for _, _, run in simulated_draws(subset, 1, "prior"):
-            prior.append(flat_values(run, sites))
-        names = names_of_dimensions(run, sites)
-        means = []
-        for name in sites:
-            try:
-                means.append(_flat(means_and_noise(subset, name)[0]))
-            except UndefinedError:  # a distribution that has no mean, as of classes
-                break
-    known = torch.cat(means, 1) if len(means) == len(sites) else None
-    of_model = torch.cat(prior)
-    scale = torch.cat([draws, of_model]).std(0)  # of both, so that they stay exchangeable
+        parts = (one for _, one in terms.stream(subset))
+        draws = torch.cat([_side_by_side(p.sites[n].value[0] for n in sites) for p in parts])
+        runs = []
+        for *_, run in simulated_draws(subset, 1, "prior"):
+            runs.append(flat_values(run, sites))
+        names, prior = names_of_dimensions(run, sites), torch.cat(runs)
+        try:
+            means = _side_by_side(means_and_noise(subset, name)[0] for name in sites)
+            mean_correlation = _correlations(means)
+        except UndefinedError:  # a distribution that has no mean, as of classes
+            mean_correlation = None
+    scale = torch.cat([draws, prior]).std(0)  # of both, so that they stay exchangeable
     scale = torch.where(scale > 0, scale, 1.0)
-    tests = [
-        ks_2samp(draws[:, d].cpu().numpy(), of_model[:, d].cpu().numpy())
-        for d in range(draws.shape[1])
-    ]
-    p_values = torch.tensor([float(test.pvalue) for test in tests], dtype=torch.float64)
-    return AggregatedPosterior(
-        draws,
-        of_model,
-        names,
-        two_sample_test(
-            draws / scale,
-            of_model / scale,
-            "imq",
-            num_permutations=num_permutations,
-            seed=evaluation.seed,
-        ),
-        torch.tensor([float(test.statistic) for test in tests], dtype=torch.float64),
-        (p_values * len(tests)).clamp(max=1),
-        _correlations(draws),
-        None if known is None else _correlations(known),
-    )
+    ours, theirs, seed = draws / scale, prior / scale, evaluation.seed
+    joint = two_sample_test(ours, theirs, "imq", num_permutations=num_permutations, seed=seed)
+    columns = zip(draws.T.cpu().numpy(), prior.T.cpu().numpy(), strict=True)
+    tests = torch.tensor([tuple(ks_2samp(q, p)) for q, p in columns], dtype=torch.float64)
+    ks, ks_p = tests[:, 0], (tests[:, 1] * len(tests)).clamp(max=1)
+    correlation = _correlations(draws)
+    return AggregatedPosterior(draws, prior, names, joint, ks, ks_p, correlation, mean_correlation)
 
 
-def _flat(value: Tensor) -> Tensor:
-    return value.flatten(1).double() if value.dim() > 1 else value[:, None].double()
+def _side_by_side(values: Iterable[Tensor]) -> Tensor:
+    return torch.cat([value.double().reshape(len(value), -1) for value in values], 1)
 
 
 def _correlations(values: Tensor) -> Tensor:

@@ -17,16 +17,15 @@ from pvae.diagnostics.gradients import gradient_noise
 from pvae.diagnostics.importance import importance
 from pvae.diagnostics.predictive import predictive
 from pvae.diagnostics.result import Finding, Result
-from pvae.diagnostics.sbc import sbc
-from pvae.diagnostics.surgery import COLLAPSE_ADVICE, surgery
-from pvae.diagnostics.tarp import tarp
+from pvae.diagnostics.sbc import sbc, tarp
+from pvae.diagnostics.surgery import COLLAPSE_ADVICE, DISTORTION, RATE, surgery
 from pvae.diagnostics.thresholds import ACTIVITY, COLLAPSED, LOOSE
 from pvae.errors import UndefinedError
 from pvae.estimate import Estimate
 
 __all__ = ["CHECKS", "DEFAULT", "SUMMARY", "Lines", "Subject", "bits_per_dimension"]
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> float:
@@ -51,20 +50,13 @@ def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> fl
 
 @dataclass(frozen=True)
 class Subject:
-    """What is diagnosed: a pair, some rows of data, and how much may be spent on each check.
-
-    Attributes:
-        evaluation: The pair and its rows.
-        num_particles: K, draws from the guide for each datum.
-        bin_width: Of the bins that data were rounded to; 1 for counts and classes; None if bits
-            per dimension aren't asked for.
-    """
+    """What is diagnosed, K draws from the guide for each datum, and the bins of data, if any."""
 
     evaluation: terms.Evaluation
     num_particles: int
     bin_width: float | None = None
 
-    def run(self, check: Callable[..., Found], **options: object) -> Found:
+    def run(self, check: Callable[..., T], **options: object) -> T:
         """A diagnostic of the pair and its data."""
         on = self.evaluation
         shared = {"max_rows": on.max_rows, "seed": on.seed, "progress": on.progress}
@@ -78,13 +70,7 @@ class Subject:
 
 @dataclass(frozen=True, repr=False)
 class Lines(Result):
-    """Lines of a check that has no result of its own.
-
-    Attributes:
-        lines: The lines.
-        estimate: What they are about, if it is an estimate.
-        reasons: By name, why a line is missing.
-    """
+    """Lines of a check that has no result of its own; the estimate that they are about, if any."""
 
     lines: list[Finding]
     estimate: Estimate | None = None
@@ -101,65 +87,61 @@ class Lines(Result):
 
 
 def _elbo(subject: Subject) -> Lines:
-    found, structure = subject.elbo, subject.evaluation.structure
-    lines = [Finding.of(found, _kind(found))]
+    elbo, structure = subject.elbo, subject.evaluation.structure
+    lines = [Finding.of(elbo, _kind(elbo))]
     reasons = {}
-    if found.distortion is not None:
-        meaning = "-E[log p(x | z)]: what of x the code doesn't tell"
-        lines.append(Finding.of(found.distortion, meaning))
-    if found.rate is not None:
-        meaning = "KL(q(z | x) || p(z)): nats that the code takes"
-        lines.append(Finding.of(found.rate, meaning))
+    if elbo.distortion is not None:
+        lines.append(Finding.of(elbo.distortion, DISTORTION))
+    if elbo.rate is not None:
+        lines.append(Finding.of(elbo.rate, RATE))
     elif structure.has_points:
         reasons["rate"] = "a point mass has no density to compare with the prior's"
     elif structure.improper:
         reasons["rate"] = "an improper prior has no scale to compare with"
-    return Lines(lines, found, reasons)
+    return Lines(lines, elbo, reasons)
 
 
-def _kind(found: Estimate) -> str:
-    bound = "lower" if found.kind == "lower" else "no"
-    draws = "" if math.isnan(found.se_draws) else f"; {found.se_draws:.2g} over draws"
-    return f"{bound} bound of log p(x), K = {found.num_particles}{draws}"
+def _kind(estimate: Estimate) -> str:
+    bound = "lower" if estimate.kind == "lower" else "no"
+    draws = "" if math.isnan(estimate.se_draws) else f"; {estimate.se_draws:.2g} over draws"
+    return f"{bound} bound of log p(x), K = {estimate.num_particles}{draws}"
 
 
 def _evidence(subject: Subject) -> Lines:
     """By importance sampling; and bits per dimension, where data have bins."""
-    structure, bin_width = subject.evaluation.structure, subject.bin_width
-    found: Estimate | None = None
-    lines: list[Finding] = []
-    reasons: dict[str, str] = {}
+    width, reasons = subject.bin_width, {}
+    if width is not None:
+        reasons = {"bits per dimension": "there is no evidence to count"}
     try:
-        found = subject.run(bounds.evidence, num_particles=subject.num_particles)
+        evidence = subject.run(bounds.evidence, num_particles=subject.num_particles)
     except UndefinedError as error:
-        reasons["evidence"] = str(error.actual)
-    else:
-        lines.append(_of_evidence(found, subject.elbo))
-    if bin_width is not None and found is not None and structure.quantity == "elbo":
-        (x, *_) = first_batch(subject.evaluation.source, 1)
-        bits = bits_per_dimension(found.mean, x[0].numel(), bin_width)
-        kind = "" if bin_width == 1 else f"; a density times bins of {bin_width:.4g}"
-        lines.append(Finding("bits per dimension", bits, meaning=f"from '{found.name}'{kind}"))
-    elif bin_width is not None:
-        reasons["bits per dimension"] = "there is no evidence to count"
-    return Lines(lines, found, reasons)
+        return Lines([], reasons={"evidence": str(error.actual)} | reasons)
+    lines = [_of_evidence(evidence, subject.elbo)]
+    if width is None or subject.evaluation.structure.quantity != "elbo":
+        return Lines(lines, evidence, reasons)
+    (x, *_) = first_batch(subject.evaluation.source, 1)
+    kind = "" if width == 1 else f"; a density times bins of {width:.4g}"
+    bits = bits_per_dimension(evidence.mean, x[0].numel(), width)
+    bits_line = Finding("bits per dimension", bits, meaning=f"from '{evidence.name}'{kind}")
+    return Lines([*lines, bits_line], evidence)
 
 
-def _of_evidence(found: Estimate, elbo: Estimate) -> Finding:
-    if found.kind != "lower" or elbo.kind != "lower" or elbo.rate is None:
-        return Finding.of(found, _kind(found))
-    apart = found.mean - elbo.mean
+def _of_evidence(evidence: Estimate, elbo: Estimate) -> Finding:
+    if evidence.kind != "lower" or elbo.kind != "lower" or elbo.rate is None:
+        return Finding.of(evidence, _kind(evidence))
+    apart = evidence.mean - elbo.mean
     verdict = LOOSE.verdict(apart / max(abs(elbo.rate.mean), 1e-300))
     if verdict == "good":
-        return Finding.of(found, _kind(found), verdict)
+        return Finding.of(evidence, _kind(evidence), verdict)
     meaning = f"lower bound of log p(x); the ELBO is {apart:.1f} nats below"
     advice = "a larger encoder, or another guide: diagnostics.gap says which"
-    return Finding.of(found, meaning, verdict, advice)
+    return Finding.of(evidence, meaning, verdict, advice)
 
 
 def _annealing(subject: Subject) -> Lines:
-    found = subject.run(bounds.evidence, method="ais", num_particles=16)
-    return Lines([Finding.of(found, "lower bound of log p(x), by annealing from q")], found)
+    evidence = subject.run(bounds.evidence, method="ais", num_particles=16)
+    meaning = "lower bound of log p(x), by annealing from q"
+    return Lines([Finding.of(evidence, meaning)], evidence)
 
 
 def _units(subject: Subject) -> Lines:

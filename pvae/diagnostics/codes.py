@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+import functools
+from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from pyro import poutine
@@ -23,7 +25,7 @@ __all__ = ["active_units", "hoyer", "near_zero", "sensitivity"]
 @tool
 def active_units(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     site: str | None = None,
     threshold: float = ACTIVITY,
@@ -101,7 +103,7 @@ def near_zero(codes: Tensor, threshold: float = 0.01) -> Tensor:
 @tool
 def sensitivity(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     site: str | None = None,
     num_probes: int | None = None,
@@ -129,7 +131,6 @@ def sensitivity(
     Raises:
         UndefinedError: If the mean of q isn't known.
     """
-    found = []
     with terms.prepared(pair, data, options, "sensitivity") as evaluation:
         structure = evaluation.structure
         name = terms.only_site("sensitivity", "latent of the data", structure.latents, site)
@@ -140,21 +141,19 @@ def sensitivity(
                 "one that subsamples its data, or runs on one number of rows alone",
                 ["pyro.plate(name, len(x)), with no subsample"],
             )
+
+        def code(x: Tensor, context: Sequence[Tensor]) -> Tensor:
+            fn = poutine.trace(structure.guide).get_trace(x, *context).nodes[name]["fn"]
+            mean = terms.mean_of(fn)
+            if mean is None:
+                expected = "a distribution whose mean is known"
+                raise UndefinedError(f"site '{name}'", expected, type(fn).__name__)
+            return mean.movedim(structure.dim - len(fn.event_shape), 0)
+
+        squares = []
         with evaluating(structure.modules):
             for _, (x, *context) in evaluation.source.all(evaluation.max_rows):
-
-                def code(x: Tensor, rest: tuple[Tensor, ...] = tuple(context)) -> Tensor:
-                    fn = poutine.trace(structure.guide).get_trace(x, *rest).nodes[name]["fn"]
-                    mean = terms.mean_of(fn)
-                    if mean is None:
-                        raise UndefinedError(
-                            f"site '{name}'",
-                            "a distribution whose mean is known",
-                            type(fn).__name__,
-                        )
-                    return mean.movedim(structure.dim - len(fn.event_shape), 0)
-
                 x = x if x.is_floating_point() else x.to(structure.dtype)
-                square = squared_jacobian_norm(code, x, num_probes=num_probes)
-                found.append(square.sqrt())
-    return torch.cat(found)
+                encode = functools.partial(code, context=context)
+                squares.append(squared_jacobian_norm(encode, x, num_probes=num_probes))
+    return torch.cat(squares).sqrt()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from pvae import terms
 from pvae.diagnostics.checks import CHECKS, DEFAULT, Lines, Subject
-from pvae.diagnostics.importance import FEWEST
-from pvae.diagnostics.learning import LearningCurve, learning_curve
+from pvae.diagnostics.gap import Gap
+from pvae.diagnostics.importance import FEWEST, Importance
+from pvae.diagnostics.learning import LearningCurve, Record, learning_curve
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, check_number, oxford
 from pvae.options import Options, tool
@@ -42,7 +43,7 @@ class Diagnosis(Result):
         rows: Which rows of the data these are, ``(N,)``; None for all of them.
     """
 
-    results: dict[str, Any]  # each of its own class of Result
+    results: dict[str, Any]
     undefined: dict[str, str]
     seconds: dict[str, float]
     num_data: int = 0
@@ -60,39 +61,34 @@ class Diagnosis(Result):
     def sections(self) -> list[tuple[str, list[Finding]]]:
         """The lines by what they are about."""
         by_topic = groupby(
-            self._lines(), lambda found: CHECKS.get(found[0], ("the training", None))[0]
+            self._lines(), lambda row: CHECKS[row[0]][0] if row[0] in CHECKS else _LAST
         )
-        return [(topic, [line for _, line in found]) for topic, found in by_topic]
+        return [(topic, [line for _, line in rows]) for topic, rows in by_topic]
 
     def _lines(self) -> list[tuple[str, Finding]]:
         """With the check that each is from; what two checks say, as the first has it."""
-        found: dict[str, tuple[str, Finding]] = {}
+        rows: dict[str, tuple[str, Finding]] = {}
         for check, result in self.results.items():
             for line in result.findings():
-                found.setdefault(line.name, (check, line))
-        return list(found.values())
+                rows.setdefault(line.name, (check, line))
+        return list(rows.values())
 
     @property
     def missing(self) -> dict[str, str]:
         """By check or line, why there is none."""
-        found = dict(self.undefined)
-        for result in self.results.values():
-            found |= result.missing
-        return found
+        return self.undefined | {
+            k: why for r in self.results.values() for k, why in r.missing.items()
+        }
 
     @property
     def advice(self) -> str:
         """What to do next: train on while that helps; else by what is bad, or worth a look."""
-        found = self.findings()
-        curve = self.results.get("learning")
+        lines, curve = self.findings(), self.results.get("learning")
         if isinstance(curve, LearningCurve) and (curve.is_unfinished or curve.state == "falling"):
-            found = curve.findings()
-        found.sort(key=lambda line: line.name not in _FIRST)
-        for verdict in ("bad", "look"):
-            for line in found:
-                is_done = line.advice.startswith("diagnostics.gap") and "gap" in self.results
-                if line.verdict == verdict and line.advice and not is_done:
-                    return f"{line.advice} ({line.name})"
+            lines = curve.findings()
+        first = _most_pressing(lines, without="diagnostics.gap" if "gap" in self.results else None)
+        if first is not None:
+            return f"{first.advice} ({first.name})"
         if "evidence" in self.missing:
             return "for draws of x and an evidence, a stochastic guide and a proper prior"
         return NOTHING
@@ -111,19 +107,29 @@ class Diagnosis(Result):
         return frame
 
 
+def _most_pressing(lines: list[Finding], without: str | None) -> Finding | None:
+    """The first of the bad lines, or else of those worth a look, that say what to do."""
+    pressing = [line for line in lines if line.advice and line.verdict in ("bad", "look")]
+    if without is not None:
+        pressing = [line for line in pressing if not line.advice.startswith(without)]
+    pressing.sort(key=lambda line: (line.verdict != "bad", line.name not in _FIRST))
+    return pressing[0] if pressing else None
+
+
+_LAST = "the training"
 _FIRST = ("information", "active units")  # without any of these nothing else counts
 
 
 @tool
 def diagnose(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     checks: Iterable[str] = DEFAULT,
     num_data: int | None = 500,
     num_particles: int = 200,
     bin_width: float | None = None,
-    history: Sequence[Mapping[str, float | None]] | None = None,
+    history: Sequence[Record] | None = None,
     **options: Unpack[Options],
 ) -> Diagnosis:
     """What a fit is worth, on one screen: number, standard error, verdict, and what to do next.
@@ -148,48 +154,44 @@ def diagnose(
         history: Of the training, one row an epoch, as `Fit.history` is.
         options: As in `pvae.options.Options`.
 
-    Returns:
-        A `Diagnosis`; it prints itself.
-
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = diagnose(vae, torch.rand(50, 4).round(), checks=["elbo"])
-        >>> [line.name for line in found.findings()]
-        ['ELBO', 'distortion', 'rate']
+        >>> diagnose(vae, torch.rand(50, 4).round(), checks=["elbo"]).findings()[0].name
+        'ELBO'
     """
     asked = list(dict.fromkeys(checks))
     if unknown := [name for name in asked if name not in CHECKS]:
         raise ArgumentError("checks", f"some of {oxford(CHECKS)}", oxford(unknown))
-    if num_data is not None:
-        check_int("num_data", num_data, minimum=2)
-    if bin_width is not None:
-        check_number("bin_width", bin_width, above=0)
+    check_int("num_data", 2 if num_data is None else num_data, minimum=2)
+    check_number("bin_width", 1 if bin_width is None else bin_width, above=0)
     check_int("num_particles", num_particles, minimum=FEWEST if "importance" in asked else 1)
     with terms.prepared(pair, data, options, "diagnose") as evaluation:
         evaluation, chosen = _some(evaluation.in_memory(), num_data)
     subject = Subject(evaluation, num_particles, bin_width)
-    results: dict[str, Result] = {}
-    undefined: dict[str, str] = {}
-    seconds: dict[str, float] = {}
+    diagnosis = Diagnosis({}, {}, {}, evaluation.num_rows, chosen)
     for name in tqdm(asked, desc="diagnose", disable=not evaluation.progress, leave=False):
         started = time.perf_counter()
         try:
-            found = CHECKS[name][1](subject)
-            has_rows = any(field.name == "rows" for field in fields(found))
-            results[name] = replace(found, rows=chosen) if has_rows else found  # type: ignore[call-arg]
+            result = CHECKS[name][1](subject)
+            if isinstance(result, Importance | Gap):
+                result = replace(result, rows=chosen)
+            diagnosis.results[name] = result
         except PvaeError as error:  # the other checks have their say
-            undefined[name] = error.one_line()
-        seconds[name] = time.perf_counter() - started
+            diagnosis.undefined[name] = error.one_line()
+        diagnosis.seconds[name] = time.perf_counter() - started
     if history:
-        try:
-            results["learning"] = learning_curve(history)
-        except UndefinedError as error:
-            undefined["learning"] = f"expected {error.expected}; got {error.actual}"
-        spent = history[-1].get("seconds")
-        if spent is not None:
-            lines = [Finding("training time", spent, None, "s", meaning=f"{len(history)} epoch(s)")]
-            results["training"] = Lines(lines)
-    return Diagnosis(results, undefined, seconds, evaluation.num_rows, chosen)
+        _add_training(diagnosis, history)
+    return diagnosis
+
+
+def _add_training(diagnosis: Diagnosis, history: Sequence[Record]) -> None:
+    try:
+        diagnosis.results["learning"] = learning_curve(history)
+    except UndefinedError as error:
+        diagnosis.undefined["learning"] = f"expected {error.expected}; got {error.actual}"
+    if (spent := history[-1].get("seconds")) is not None:
+        line = Finding("training time", spent, None, "s", meaning=f"{len(history)} epoch(s)")
+        diagnosis.results["training"] = Lines([line])
 
 
 def _some(

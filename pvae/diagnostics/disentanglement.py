@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
 from pvae.diagnostics.factors import (
     MEANINGS,
@@ -96,8 +96,7 @@ def disentanglement(
 
     Arguments:
         codes: Shape ``(N, d)``, d at least 2.
-        factors: Shape ``(N, f)``, f at least 2: integers for classes, each on at least 40 rows;
-            other numbers for what is continuous.
+        factors: As for `dci`, each class on at least 40 rows.
         bins: As for `mig`, `factor_vae_score` and `irs`.
         num_trees: As for `dci`.
         num_replicates: Halves for the standard errors.
@@ -106,13 +105,12 @@ def disentanglement(
         progress: Whether a bar is shown.
 
     Raises:
-        DataError: If codes or factors aren't finite matrices of N rows, a factor is constant, or a
-            value is too rare.
+        DataError: As for `dci`.
 
     Example:
         >>> v = torch.cartesian_prod(torch.arange(3), torch.arange(4)).repeat(20, 1)
-        >>> found = disentanglement(torch.cat([-v, torch.randn(240, 1)], 1), v, num_replicates=2)
-        >>> found.scores[0].value > 0.9
+        >>> result = disentanglement(torch.cat([-v, torch.randn(240, 1)], 1), v, num_replicates=2)
+        >>> result.scores[0].value > 0.9
         True
     """
     check_int("bins", bins, minimum=2)
@@ -124,7 +122,6 @@ def disentanglement(
     if len(z) > max_rows:
         chosen = random.permutation(len(z))[:max_rows]
         z, v = as_codes_and_factors("disentanglement", z[chosen], v[chosen], rows=40, least=2)
-    size, permutations = len(z), 3
 
     def scores(codes: np.ndarray, factors: np.ndarray) -> tuple[Score, ...]:
         new = int(random.integers(2**32))
@@ -136,22 +133,11 @@ def disentanglement(
             irs(codes, factors, bins=bins),
         )
 
-    found = scores(z, v)
-    halves, shuffled = [], []
-    total = num_replicates + permutations
-    with tqdm(total=total, desc="disentanglement", disable=not progress) as bar:
-        for _ in range(num_replicates):
-            half = random.permutation(size)[: size // 2]
-            halves.append([score.value for score in scores(z[half], v[half])])
-            bar.update()
-        for _ in range(permutations):
-            shuffled.append([score.value for score in scores(z[random.permutation(size)], v)])
-            bar.update()
-    by_chance = torch.tensor(shuffled, dtype=torch.float64)
-    return Disentanglement(
-        found,
-        torch.tensor(halves, dtype=torch.float64).std(0),
-        by_chance.mean(0),
-        by_chance.std(0),
-        size,
-    )
+    own, values = scores(z, v), []
+    for i in trange(num_replicates + 3, desc="disentanglement", disable=not progress):
+        order = random.permutation(len(z))
+        half = order[: len(z) // 2]
+        pairing = (z[half], v[half]) if i < num_replicates else (z[order], v)
+        values.append([score.value for score in scores(*pairing)])
+    halves, shuffled = torch.tensor(values, dtype=torch.float64).split([num_replicates, 3])
+    return Disentanglement(own, halves.std(0), shuffled.mean(0), shuffled.std(0), len(z))

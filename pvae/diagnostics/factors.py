@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,11 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from pvae.diagnostics.result import Finding, Result
-from pvae.errors import ArgumentError, DataError, check_int, check_number
+from pvae.errors import DataError, check_int, check_number
 from pvae.latent.coding import as_matrix
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 __all__ = [
     "DCI",
@@ -35,15 +38,13 @@ ArrayLike = Tensor | np.ndarray | Sequence[float] | Sequence[Sequence[float]]
 
 @dataclass(frozen=True, repr=False)
 class Score(Result):
-    """A score of codes against factors, and what it is made of.
+    """A score of codes against factors, in double precision, on the CPU.
 
     Attributes:
         name: Of the score.
         value: The score.
         parts: What it is the mean of, one for each factor or each dimension; see the function.
         matrix: The relation of each of d dimensions with each of f factors, ``(d, f)``.
-
-    Tensors are in double precision, on the CPU.
     """
 
     name: str
@@ -86,9 +87,9 @@ def mig(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> Score:
     two dimensions, as by a rotation of the codes by 45 degrees, or that two dimensions repeat,
     counts 0. Two factors in one dimension aren't punished as such.
 
-    Counts overstate mutual information by about (bins - 1) (values - 1) / (2 N) nats; most of that
-    falls out of the gap. The number depends on the bins: codes that are a crooked function of a
-    continuous factor, or have outliers, come out lower. Compare only with the same bins and N.
+    Counts overstate mutual information by about (bins - 1) (values - 1) / (2 N) nats, most of which
+    falls out of the gap. Codes that are a crooked function of a continuous factor, or have
+    outliers, come out lower. Compare only with the same bins and N.
 
     References:
         Isolating Sources of Disentanglement in Variational Autoencoders (Chen et al., 2018),
@@ -141,8 +142,7 @@ def sap(codes: ArrayLike, factors: ArrayLike, *, seed: int = 0) -> Score:
 
     Arguments:
         codes: Shape ``(N, d)``, d at least 2.
-        factors: Shape ``(N, f)``: integers for classes, each on at least 4 rows; other numbers for
-            what is continuous.
+        factors: As for `mig`, each class on at least 4 rows.
         seed: Of the split of rows in two halves.
 
     Returns:
@@ -159,18 +159,17 @@ def sap(codes: ArrayLike, factors: ArrayLike, *, seed: int = 0) -> Score:
     from sklearn.tree import DecisionTreeClassifier
 
     z, v = as_codes_and_factors("sap", codes, factors, rows=4)
-    found = np.empty((z.shape[1], v.shape[1]))
+    skill = np.empty((z.shape[1], v.shape[1]))
     for j, factor in enumerate(v.T):
-        if not _is_discrete(factor):
-            found[:, j] = _squared_correlations(z, factor)
-            continue
-        train, test = _halves(factor, seed)
-        for d in range(z.shape[1]):
+        if _is_discrete(factor):
+            leaves = len(np.unique(factor))
             tree = DecisionTreeClassifier(
-                max_leaf_nodes=len(np.unique(factor)), class_weight="balanced", random_state=0
-            ).fit(z[train, d : d + 1], factor[train])
-            found[d, j] = _accuracy(tree.predict(z[test, d : d + 1]), factor[test])
-    return _score("SAP", _gaps(found), found)
+                max_leaf_nodes=leaves, class_weight="balanced", random_state=0
+            )
+            skill[:, j] = [_skill(tree, column[:, None], factor, seed) for column in z.T]
+        else:
+            skill[:, j] = _squared_correlations(z, factor)
+    return _score("SAP", _gaps(skill), skill)
 
 
 def dci(codes: ArrayLike, factors: ArrayLike, *, num_trees: int = 20, seed: int = 0) -> DCI:
@@ -185,15 +184,14 @@ def dci(codes: ArrayLike, factors: ArrayLike, *, num_trees: int = 20, seed: int 
 
     with entropies to base f and d, and :math:`\rho_d` the share of dimension d in all importance.
     D is 1 if no dimension is about two factors, C if no factor is in two dimensions. I is how well
-    factors are predicted on the other half of the rows, on average: the squared error's share of
-    variance explained, R², for continuous factors and the rescaled accuracy of `sap` for classes.
-    The paper's is an error; here 1 is best, and guessing has 0, or less.
+    factors are predicted on the other half of the rows, on average: R² for continuous factors, the
+    rescaled accuracy of `sap` for classes. The paper's is an error; here 1 is best, and guessing
+    has 0, or less. D and C say little where I is low.
 
-    The forest is where numbers differ from others', made with boosted trees or the lasso: compare
-    only those of one predictor. All dimensions are offered to each split, so that a dimension
-    isn't credited only because the better one wasn't on offer; leaves have at least 5 rows, as
-    importances of noise grow with depth. Decreases of impurity favour dimensions
-    with many values over those with few. D and C say little where I is low.
+    Compare only numbers of one predictor: others use boosted trees or the lasso. All dimensions
+    are offered to each split, so that none is credited only because the better one wasn't on
+    offer; leaves have at least 5 rows, as importances of noise grow with depth. Decreases of
+    impurity favour dimensions with many values.
 
     References:
         A Framework for the Quantitative Evaluation of Disentangled Representations (Eastwood &
@@ -201,8 +199,7 @@ def dci(codes: ArrayLike, factors: ArrayLike, *, num_trees: int = 20, seed: int 
 
     Arguments:
         codes: Shape ``(N, d)``, d at least 2.
-        factors: Shape ``(N, f)``, f at least 2: integers for classes, each on at least 4 rows;
-            other numbers for what is continuous.
+        factors: As for `sap`, f at least 2.
         num_trees: Of each forest.
         seed: Of forests and the split of rows in two halves.
 
@@ -219,16 +216,10 @@ def dci(codes: ArrayLike, factors: ArrayLike, *, num_trees: int = 20, seed: int 
     importance = np.empty((z.shape[1], v.shape[1]))
     skill = np.empty(v.shape[1])
     for j, factor in enumerate(v.T):
-        train, test = _halves(factor, seed)
-        kind, measure = (
-            (RandomForestClassifier, _accuracy)
-            if _is_discrete(factor)
-            else (RandomForestRegressor, _explained)
-        )
+        kind = RandomForestClassifier if _is_discrete(factor) else RandomForestRegressor
         forest = kind(num_trees, max_features=None, min_samples_leaf=5, random_state=seed % 2**32)
-        forest.fit(z[train], factor[train])
+        skill[j] = _skill(forest, z, factor, seed)
         importance[:, j] = forest.feature_importances_
-        skill[j] = measure(forest.predict(z[test]), factor[test])
     share = importance.sum(1) / max(importance.sum(), 1e-300)
     by_dimension, by_factor = _concentration(importance), _concentration(importance.T)
     return DCI(
@@ -263,8 +254,7 @@ def factor_vae_score(
 
     Arguments:
         codes: Shape ``(N, d)``, d at least 2. A dimension that is constant doesn't vote.
-        factors: Shape ``(N, f)``, f at least 2: integers for classes, each on at least 4 rows;
-            other numbers for what is continuous.
+        factors: As for `sap`, f at least 2.
         bins: Of equal width, for continuous factors. Those with one row are never fixed.
         num_votes: For each factor, half of them to give dimensions their factors.
         batch_size: Rows of a batch, drawn with replacement.
@@ -277,9 +267,8 @@ def factor_vae_score(
         DataError: As for `dci`.
     """
     z, v = as_codes_and_factors("factor_vae_score", codes, factors, rows=4, least=2)
-    check_int("bins", bins, minimum=2)
-    check_int("num_votes", num_votes, minimum=2)
-    check_int("batch_size", batch_size, minimum=2)
+    for name, value in (("bins", bins), ("num_votes", num_votes), ("batch_size", batch_size)):
+        check_int(name, value, minimum=2)
     random = np.random.default_rng(seed)
     spread = z.std(0)
     moves = spread > 1e-9 * np.abs(z).max(0)
@@ -289,21 +278,15 @@ def factor_vae_score(
     for j, factor in enumerate(v.T):
         levels = _levels(factor, bins)
         order, sizes = np.argsort(levels, kind="stable"), np.bincount(levels)
-        if sizes.max() < 2:
-            raise DataError(
-                f"factor_vae_score, factor {j}",
-                "a value, or bin, with two rows",
-                "one row in each",
-                ["more rows", "fewer bins"],
-            )
+        where, fixes = f"factor_vae_score, factor {j}", ["more rows", "fewer bins"]
+        _require(sizes.max() > 1, where, "a value, or bin, with two rows", "one row in each", fixes)
         starts = np.cumsum(sizes) - sizes
-        held = levels[random.choice(np.flatnonzero(sizes[levels] > 1), 2 * half)]
-        place = random.random((2 * half, batch_size)) * sizes[held, None]
-        batches = order[starts[held, None] + place.astype(int)]
+        fixed = levels[random.choice(np.flatnonzero(sizes[levels] > 1), 2 * half)]
+        place = random.random((2 * half, batch_size)) * sizes[fixed, None]
+        batches = order[starts[fixed, None] + place.astype(int)]
         winners = np.array([scaled[rows].var(0).argmin() for rows in batches])
-        winners = np.flatnonzero(moves)[winners]
-        for part, some in enumerate((winners[:half], winners[half:])):
-            votes[part, :, j] = np.bincount(some, minlength=z.shape[1])
+        winners = np.flatnonzero(moves)[winners].reshape(2, half)
+        votes[:, :, j] = [np.bincount(some, minlength=z.shape[1]) for some in winners]
     given = votes[0].argmax(1)
     right = np.array([votes[1][given == j, j].sum() for j in range(v.shape[1])])
     return _score("FactorVAE", right / half, votes[1])
@@ -320,10 +303,9 @@ def irs(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20, quantile: float
     each dimension is a function of one factor. A factor in several dimensions isn't punished, nor
     one in none: a code of one factor alone, repeated, has 1. A factor that sets only the spread
     counts, too. Where few rows have each value, their deviations come out too small, and the score
-    too great: random codes then score above 0.
-
-    The paper takes the maximum for Q, and others divide a quantile by the maximum, which gives
-    codes with tails a score for nothing; here it is one quantile in both places.
+    too great: random codes then score above 0. The paper takes the maximum for Q, and others divide
+    a quantile by the maximum, which gives codes with tails a score for nothing; here it is one
+    quantile in both places.
 
     References:
         Robustly Disentangled Causal Mechanisms (Suter et al., 2019),
@@ -331,7 +313,7 @@ def irs(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20, quantile: float
 
     Arguments:
         codes: Shape ``(N, d)``, d at least 2. A dimension that is constant has no weight.
-        factors: Shape ``(N, f)``: integers for classes, other numbers for what is continuous.
+        factors: As for `mig`.
         bins: Of equal width, for continuous factors. Codes vary within them, so that the score of
             a perfect code is about 1 - 1 / bins.
         quantile: Of Q, above 0 and at most 1; 1 is the maximum.
@@ -344,8 +326,7 @@ def irs(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20, quantile: float
     """
     z, v = as_codes_and_factors("irs", codes, factors)
     check_int("bins", bins, minimum=2)
-    if check_number("quantile", quantile, above=0) > 1:
-        raise ArgumentError("quantile", "a number of at most 1", str(quantile))
+    check_number("quantile", quantile, above=0, maximum=1)
     total = np.quantile(np.abs(z - z.mean(0)), quantile, axis=0)
     moves = total > 1e-9 * np.abs(z).max(0)
     within = np.zeros((z.shape[1], v.shape[1]))
@@ -355,9 +336,9 @@ def irs(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20, quantile: float
             some = z[levels == level]
             deviation = np.quantile(np.abs(some - some.mean(0)), quantile, axis=0)
             within[:, j] += deviation * len(some) / len(z)
-    found = np.where(moves[:, None], 1 - within / np.where(moves, total, 1.0)[:, None], 0.0)
-    best = found.max(1)
-    return _score("IRS", best, found, np.average(best, weights=np.where(moves, total, 0.0)))
+    robust = np.where(moves[:, None], 1 - within / np.where(moves, total, 1.0)[:, None], 0.0)
+    best = robust.max(1)
+    return _score("IRS", best, robust, np.average(best, weights=np.where(moves, total, 0.0)))
 
 
 def as_codes_and_factors(
@@ -373,34 +354,26 @@ def as_codes_and_factors(
         least: How many factors there have to be.
     """
     z = as_matrix(f"{where}, codes", torch.as_tensor(codes).double()).cpu().numpy()
-    known = torch.as_tensor(factors).detach()
-    known = known[:, None] if known.dim() == 1 else known
-    as_matrix(f"{where}, factors", known.double())
-    v = known.double().cpu().numpy() if known.is_floating_point() else known.cpu().numpy()
+    given = torch.as_tensor(factors).detach()
+    given = given[:, None] if given.dim() == 1 else given
+    as_matrix(f"{where}, factors", given.double())
+    v = given.double().cpu().numpy() if given.is_floating_point() else given.cpu().numpy()
     v = v.astype(np.int64) if _is_discrete(v) else v
-    if len(v) != len(z):
-        raise DataError(f"{where}, factors", f"{len(z)} rows, as the codes have", str(len(v)))
-    if len(z) < max(4, 2 * rows):
-        raise DataError(where, f"at least {max(4, 2 * rows)} rows", str(len(z)))
-    if z.shape[1] < 2:
-        raise DataError(f"{where}, codes", "at least two dimensions", str(z.shape[1]))
-    if not (np.ptp(z, axis=0) > 0).any():
-        raise DataError(f"{where}, codes", "a dimension that varies", "constants alone")
-    if v.shape[1] < least:
-        raise DataError(f"{where}, factors", f"at least {least} factors", str(v.shape[1]))
+    size, dims = z.shape
+    fewest, of_codes, of_factors = max(4, 2 * rows), f"{where}, codes", f"{where}, factors"
+    _require(len(v) == size, of_factors, f"{size} rows, as the codes have", len(v))
+    _require(size >= fewest, where, f"at least {fewest} rows", size)
+    _require(dims > 1, of_codes, "at least two dimensions", dims)
+    _require(np.ptp(z, axis=0).any(), of_codes, "a dimension that varies", "constants alone")
+    _require(v.shape[1] >= least, of_factors, f"at least {least} factors", v.shape[1])
+    fixes = ["factors.double(), if it is continuous", "leave rare values out, or merge them"]
     for j, factor in enumerate(v.T):
+        of_factor = f"{where}, factor {j}"
         values, counts = np.unique(factor, return_counts=True)
-        if len(values) < 2:
-            raise DataError(
-                f"{where}, factor {j}", "one that varies", f"the value {values[0]} alone"
-            )
-        if _is_discrete(factor) and counts.min() < rows:
-            raise DataError(
-                f"{where}, factor {j}",
-                f"at least {rows} rows of each value",
-                f"{counts.min()} of {values[counts.argmin()]}",
-                ["factors.double(), if it is continuous", "leave rare values out, or merge them"],
-            )
+        _require(len(values) > 1, of_factor, "one that varies", f"the value {values[0]} alone")
+        rarest = f"{counts.min()} of {values[counts.argmin()]}"
+        is_enough = not _is_discrete(factor) or counts.min() >= rows
+        _require(is_enough, of_factor, f"at least {rows} rows of each value", rarest, fixes)
     return z, v
 
 
@@ -428,22 +401,28 @@ def _gaps(matrix: np.ndarray) -> np.ndarray:
     return np.asarray(first - second)
 
 
-def _halves(factor: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in two halves that have all values alike: every second of the sorted rows."""
+def _require(
+    is_met: object, where: str, expected: str, actual: object, fixes: Sequence[str] = ()
+) -> None:
+    if not is_met:
+        raise DataError(where, expected, str(actual), fixes)
+
+
+def _skill(predictor: BaseEstimator, z: np.ndarray, factor: np.ndarray, seed: int) -> float:
+    """How well it predicts rows that it wasn't fitted to: 0 for guessing, 1 if all are right.
+
+    The rows are in two halves that have all values alike: every second of the sorted rows.
+    """
     ties = np.random.default_rng(seed).permutation(len(factor))
     order = np.lexsort((ties, factor))
-    return order[::2], order[1::2]
-
-
-def _accuracy(predicted: np.ndarray, factor: np.ndarray) -> float:
-    """Averaged over classes; 0 for guessing, 1 if all are right."""
-    recalls = [np.mean(predicted[factor == value] == value) for value in np.unique(factor)]
+    train, test = order[::2], order[1::2]
+    predicted = predictor.fit(z[train], factor[train]).predict(z[test])
+    truth = factor[test]
+    if not _is_discrete(factor):
+        return float(1 - np.mean((predicted - truth) ** 2) / truth.var())
+    recalls = [np.mean(predicted[truth == value] == value) for value in np.unique(truth)]
     chance = 1 / len(recalls)
     return float((np.mean(recalls) - chance) / (1 - chance))
-
-
-def _explained(predicted: np.ndarray, factor: np.ndarray) -> float:
-    return float(1 - np.mean((predicted - factor) ** 2) / factor.var())
 
 
 def _squared_correlations(z: np.ndarray, factor: np.ndarray) -> np.ndarray:

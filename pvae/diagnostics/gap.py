@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -96,46 +96,46 @@ class Gap(Result):
 
     def worst(self, count: int = 5) -> Tensor:
         """Rows of the data with the largest gap in all, the largest first."""
-        found = self.total.per_datum.argsort(descending=True, stable=True)[:count]
-        return found if self.rows is None else self.rows.to(found.device)[found]
+        worst = self.total.per_datum.argsort(descending=True, stable=True)[:count]
+        return worst if self.rows is None else self.rows.to(worst.device)[worst]
 
     def findings(self) -> list[Finding]:
         """What it means, line by line."""
+        verdict, family = self.verdict, self._family
         rows = ", ".join(str(int(row)) for row in self.worst())
         encoder = (
             "a larger encoder, more training, or bounds.evidence(..., method='local'), which fits "
-            "q to each datum"
+            f"q to each datum; worst rows {rows}"
         )
-        found = [
-            self._finding(
-                self.amortisation,
-                f"what the encoder loses against the best {self._family} for each datum",
-                f"{encoder}; worst rows {rows}" if self.verdict in ("encoder", "both") else "",
-            ),
-            self._finding(
-                self.approximation,
-                f"what the {'family' if not self.instead else self._family} loses against the "
-                "posterior",
-                f"a richer family; {self._best()}" if self.verdict in ("family", "both") else "",
-            ),
-            self._line("full rank gains", "full_rank", "own", "on the best of the guide's family"),
-        ]
+        best = [f"a full-rank q gains {self.gain('full_rank', 'own').mean:.2g} nats"]
+        more = [("full rank gains", "full_rank", "own", "on the best of the guide's family")]
         if "flow" in self.log_weights:
-            found.append(self._line("flow gains", "flow", "full_rank", "on the full-rank Gaussian"))
-        worse = self.is_worse.double()
-        if bool(worse.any()):
-            found.append(
-                Finding(
-                    "fits below guide",
-                    float(worse.mean()),
-                    verdict="look",
-                    meaning="share of data for which the guide's q is better than the fitted one",
-                    advice="bounds.LocalFit with a larger max_steps or a smaller lr"
-                    if not self.instead
-                    else "",
-                )
+            best.append(f"a flow {self.gain('flow', 'own').mean:.2g}")
+            more.append(("flow gains", "flow", "full_rank", "on the full-rank Gaussian"))
+        loser = family if self.instead else "family"
+        lines = [
+            Finding.of(
+                self.amortisation,
+                f"what the encoder loses against the best {family} for each datum",
+                GAP.verdict(self.amortisation.mean),
+                encoder if verdict in ("encoder", "both") else "",
+            ),
+            Finding.of(
+                self.approximation,
+                f"what the {loser} loses against the posterior",
+                GAP.verdict(self.approximation.mean),
+                f"a richer family; {', '.join(best)}" if verdict in ("family", "both") else "",
+            ),
+            *(Finding.of(self.gain(q, over).named(name), what) for name, q, over, what in more),
+        ]
+        worse = float(self.is_worse.double().mean())
+        if worse > 0:
+            meaning = "share of data for which the guide's q is better than the fitted one"
+            advice = (
+                "" if self.instead else "bounds.LocalFit with a larger max_steps or a smaller lr"
             )
-        return found
+            lines.append(Finding("fits below guide", worse, None, "", "look", meaning, advice))
+        return lines
 
     @property
     def _family(self) -> str:
@@ -156,22 +156,8 @@ class Gap(Result):
         lines = [bound.headline for bound in (*map(self.elbo, self.log_weights), self.evidence)]
         if self.instead:
             lines.append(f"own: a full-rank Gaussian instead, as {self.instead}")
-        fits = [q.replace("_", "-") for q in self.unsettled]
-        lines += [f"{q}: was still getting better at the last step" for q in fits]
-        return tuple(lines)
-
-    def _best(self) -> str:
-        gains = [f"a full-rank q gains {self.gain('full_rank', 'own').mean:.2g} nats"]
-        if "flow" in self.log_weights:
-            gains.append(f"a flow {self.gain('flow', 'own').mean:.2g}")
-        return ", ".join(gains)
-
-    def _line(self, name: str, q: str, over: str, meaning: str) -> Finding:
-        return Finding.of(self.gain(q, over).named(name), meaning)
-
-    @staticmethod
-    def _finding(part: Estimate, meaning: str, advice: str) -> Finding:
-        return Finding.of(part, meaning, GAP.verdict(part.mean), advice)
+        late = "was still getting better at the last step"
+        return (*lines, *(f"{q.replace('_', '-')}: {late}" for q in self.unsettled))
 
 
 _WORDS = {
@@ -185,7 +171,7 @@ _WORDS = {
 @tool
 def gap(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_particles: int = 1000,
     evidence: Estimate | None = None,
@@ -197,11 +183,10 @@ def gap(
 
     For each datum q is fitted anew, from the guide's own family (its distributions' parameters,
     from those that the encoder gave on), from full-rank Gaussians, and from flows, the last two in
-    unconstrained coordinates. All ELBOs are of fresh draws.
-
-    The evidence is importance sampling from the q with the largest ELBO for each datum, a lower
-    bound on average, so that the approximation gap is at least what is said. With the guide's own
-    family mean-field, what the full-rank Gaussian gains says what independence costs.
+    unconstrained coordinates. All ELBOs are of fresh draws. The evidence is importance sampling
+    from the q with the largest ELBO for each datum, a lower bound on average, so that the
+    approximation gap is at least what is said. With the guide's own family mean-field, what the
+    full-rank Gaussian gains says what independence costs.
 
     Where the guide's own family can't be read off (flows, latents that depend on one another in the
     guide, auxiliary sites) a full-rank Gaussian stands in for it, and the result says so; the
@@ -215,10 +200,8 @@ def gap(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; some hundred data are enough.
         num_particles: K, draws of a datum for each ELBO.
-        evidence: log p(x) of the same data by other means, such as
-            ``bounds.evidence(..., method="ais")``.
-        local: Settings of the fit of q to each datum; None for the defaults of
-            `bounds.LocalFit`.
+        evidence: log p(x) of the same data, as by ``bounds.evidence(..., method="ais")``.
+        local: Settings of the fit of q to each datum.
         flow: Whether to fit flows, too.
         options: As in `pvae.options.Options`.
 
@@ -228,9 +211,9 @@ def gap(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = gap(vae, torch.zeros(5, 4), num_particles=50, flow=False,
-        ...     local=pvae.bounds.LocalFit(max_steps=50), progress=False)
-        >>> found.amortisation.per_datum.shape
+        >>> few = pvae.bounds.LocalFit(max_steps=50)
+        >>> result = gap(vae, torch.zeros(5, 4), num_particles=50, flow=False, local=few)
+        >>> result.amortisation.per_datum.shape
         torch.Size([5])
     """
     check_int("num_particles", num_particles, minimum=2)
@@ -240,12 +223,9 @@ def gap(
         _check(guides, evidence)
         parts: dict[str, list[Tensor]] = {}
         unsettled, instead = [], ""
-        for fit in bounds.fit_locally(
-            evaluation,
-            local or bounds.LocalFit(),
-            num_particles,
-            families=bounds.FAMILIES if flow else bounds.FAMILIES[:-1],
-        ):
+        families = bounds.FAMILIES if flow else bounds.FAMILIES[:-1]
+        local = local or bounds.LocalFit()
+        for fit in bounds.fit_locally(evaluation, local, num_particles, families=families):
             parts.setdefault(fit.family, []).append(fit.log_weights)
             unsettled += [] if fit.is_settled else [fit.family]
             instead = instead or fit.instead
@@ -262,10 +242,10 @@ def gap(
 
 def _check(guides: Tensor, evidence: Estimate | None) -> None:
     """Before the fits, which take long."""
-    if evidence is not None and evidence.per_datum.shape[0] != guides.shape[1]:
-        raise ArgumentError(
-            "evidence", f"an estimate for the same {guides.shape[1]} data", f"{evidence.num_data}"
-        )
+    count = guides.shape[1]
+    if evidence is not None and evidence.per_datum.shape[0] != count:
+        expected = f"an estimate for the same {count} data"
+        raise ArgumentError("evidence", expected, f"{evidence.num_data}")
     wrong = (~guides.isfinite()).any(0).nonzero()
     if len(wrong):
         raise UndefinedError(

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -70,6 +70,11 @@ class Moments:
         r"""What `snr` is on average where there is no signal at all, :math:`\sqrt{2 / (\pi R)}`."""
         return math.sqrt(2 / (math.pi * self.num_repeats))
 
+    def finding(self, name: str, meaning: str) -> Finding:
+        """A line of the total variance."""
+        value, error = self.total_variance, self.se_total_variance
+        return Finding(name, value, error, "nats^2", meaning=meaning)
+
 
 @dataclass(frozen=True, repr=False)
 class GradientNoise(Result):
@@ -98,22 +103,14 @@ class GradientNoise(Result):
 
     def findings(self) -> list[Finding]:
         """Signal-to-noise by side, and variance by site."""
-        lines = [
-            Finding(f"gradient SNR, {side}", found.snr, meaning=self._meaning(found))
-            for side, found in self.sides.items()
+        signals = [
+            Finding(f"gradient SNR, {side}", of_side.snr, meaning=_signal(of_side))
+            for side, of_side in self.sides.items()
         ]
-        what = "variance over draws of the gradient of this site's parameters"
-        for site, found in self.sites.items():
-            value, error = found.total_variance, found.se_total_variance
-            lines.append(Finding(f"var {site}", value, error, "nats^2", meaning=what))
-        return lines
-
-    def _meaning(self, found: Moments) -> str:
-        if math.isnan(found.snr):
-            return "the gradient is 0"
-        if math.isinf(found.snr):
-            return "draws don't matter: the gradient has no noise"
-        return f"|mean| / sd of an entry, on average; {found.floor:.2g} without any signal"
+        meaning = "variance over draws of the gradient of this site's parameters"
+        return signals + [
+            of_site.finding(f"var {name}", meaning) for name, of_site in self.sites.items()
+        ]
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,23 +144,19 @@ class ObjectiveComparison(Result, Mapping[str, GradientNoise]):
     def findings(self) -> list[Finding]:
         """Variance by side and objective, with signal-to-noise ratio and time."""
         return [
-            Finding(
-                f"{name}, {side}",
-                moments.total_variance,
-                moments.se_total_variance,
-                "nats^2",
-                meaning=f"SNR {moments.snr:.3g}; {found.step_ratio:.2f}x the time",
+            moments.finding(
+                f"{name}, {side}", f"SNR {moments.snr:.3g}; {noise.step_ratio:.2f}x the time"
             )
-            for side in dict.fromkeys(side for found in self.values() for side in found.sides)
-            for name, found in self.items()
-            if (moments := found.sides.get(side)) is not None
+            for side in dict.fromkeys(side for noise in self.values() for side in noise.sides)
+            for name, noise in self.items()
+            if (moments := noise.sides.get(side)) is not None
         ]
 
 
 @tool
 def gradient_noise(
     pair: PairLike,
-    data: Any,
+    data: object,
     objective: PyroELBO | None = None,
     *,
     num_repeats: int = 100,
@@ -192,19 +185,18 @@ def gradient_noise(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = gradient_noise(vae, torch.zeros(5, 4), num_repeats=10)
-        >>> sorted(found.sides), sorted(found.sites)
+        >>> noise = gradient_noise(vae, torch.zeros(5, 4), num_repeats=10)
+        >>> sorted(noise.sides), sorted(noise.sites)
         (['guide', 'model'], ['x (model)', 'z (guide)'])
     """
-    named = {"": objective or ELBO()}
-    compared = _compared(pair, data, named, num_repeats, options)
+    compared = _compared(pair, data, {"": objective or ELBO()}, num_repeats, options)
     return next(iter(compared.values()))
 
 
 @tool
 def compare_objectives(
     pair: PairLike,
-    data: Any,
+    data: object,
     objectives: Mapping[str, PyroELBO],
     *,
     num_repeats: int = 100,
@@ -218,13 +210,9 @@ def compare_objectives(
     Arguments:
         pair: A model and its guide.
         data: One batch.
-        objectives: By name.
+        objectives: By name; ``step_ratio`` is each one's median time over the first one's.
         num_repeats: R, gradients of each.
         options: As in `pvae.options.Options`.
-
-    Returns:
-        By name, as a mapping that prints itself; ``step_ratio`` is each one's time over the
-        first one's, both medians of R.
 
     Raises:
         ArgumentError: Without an objective, or if one isn't of `pvae.objectives`.
@@ -233,9 +221,8 @@ def compare_objectives(
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> several = {"ELBO": pvae.objectives.ELBO(), "IWAE-5": pvae.objectives.IWAE(5)}
-        >>> found = compare_objectives(vae, torch.ones(5, 4), several)
-        >>> found["IWAE-5"].sides["model"].num_repeats
-        100
+        >>> list(compare_objectives(vae, torch.ones(5, 4), several, num_repeats=10))
+        ['ELBO', 'IWAE-5']
     """
     if not isinstance(objectives, Mapping) or not objectives:
         got = "none" if not objectives else type(objectives).__name__
@@ -245,7 +232,7 @@ def compare_objectives(
 
 def _compared(
     pair: PairLike,
-    data: Any,
+    data: object,
     objectives: Mapping[str, PyroELBO],
     num_repeats: int,
     options: Options,
@@ -253,89 +240,96 @@ def _compared(
     check_int("num_repeats", num_repeats, minimum=2)
     ours: dict[str, Objective] = {}
     for name, given in objectives.items():
-        made = as_objective(given)
+        made, got = as_objective(given), type(given).__name__
         if not isinstance(made, Objective):
-            raise ArgumentError(
-                "objective", "one of pvae.objectives", type(given).__name__, ["objectives.ELBO()"]
-            )
+            raise ArgumentError("objective", "one of pvae.objectives", got, ["objectives.ELBO()"])
         ours[name or repr(made)] = made
     with terms.prepared(pair, data, options, "gradient_noise") as evaluation:
         structure, source = evaluation.structure, evaluation.source
         batch = source.rows(torch.arange(source.num_rows, device=source.device))
-        states = {}
-        for name, objective in ours.items():
-            objective.check(structure)
-            states[name] = objective.make_state(structure, source.num_rows)
-        buffers = [b for m in structure.modules for b in m.buffers(recurse=False)]
-        backup = Backup(buffers)
-        sums: dict[str, dict[str, Sums]] = {name: {} for name in ours}
-        times: dict[str, list[float]] = {name: [] for name in ours}
+        takers = {name: _Gradients(made, structure, batch) for name, made in ours.items()}
+        backup = Backup([b for m in structure.modules for b in m.buffers(recurse=False)])
         with contextlib.ExitStack() as undo:
             undo.callback(backup.restore)
             undo.enter_context(in_mode(structure.modules, training=True))
             owners = _owners(batch, structure)
-            for _ in trange(
-                num_repeats, desc="gradients", disable=not evaluation.progress, leave=False
-            ):
-                for name, objective in ours.items():
-                    started = _clock(structure.device)
-                    found = _gradient(batch, objective, states[name], structure)
-                    times[name].append(_clock(structure.device) - started)
-                    for key, g in found.items():
-                        sums[name].setdefault(key, Sums(g, num_repeats)).add(g)
-    first = statistics.median(next(iter(times.values())))
-    results = {}
-    for name, of in sums.items():
-        if not of:
+            hidden = not evaluation.progress
+            for _ in trange(num_repeats, desc="gradients", disable=hidden, leave=False):
+                for taker in takers.values():
+                    taker.take(num_repeats)
+    first = statistics.median(next(iter(takers.values())).times)
+    return ObjectiveComparison(
+        {name: taker.noise(name, owners, first) for name, taker in takers.items()}
+    )
+
+
+class _Gradients:
+    """The gradients of one objective on one batch: their sums by parameter, and their times."""
+
+    def __init__(
+        self, objective: Objective, structure: Structure, batch: tuple[Tensor, ...]
+    ) -> None:
+        objective.check(structure)
+        self.objective, self.structure, self.batch = objective, structure, batch
+        self.state = objective.make_state(structure, len(batch[0]))
+        self.sums: dict[str, Sums] = {}
+        self.times: list[float] = []
+
+    def take(self, num_repeats: int) -> None:
+        """One more, of the loss per datum; each parameter's is flat and in double precision."""
+        structure = self.structure
+        started = _clock(structure.device)
+        evaluated = self.objective.compute_terms(structure, self.batch)
+        loss = self.objective.surrogate(evaluated, self.state)
+        gradients = _gradients(loss / structure.divisor(evaluated.num_rows), structure)
+        self.state.measured = None
+        flat = {name: g.detach().flatten().double() for name, g in gradients.items()}
+        self.times.append(_clock(structure.device) - started)
+        for name, g in flat.items():
+            self.sums.setdefault(name, Sums(g, num_repeats)).add(g)
+
+    def noise(self, name: str, owners: dict[str, list[str]], first: float) -> GradientNoise:
+        """What they say, with time over that of the first objective."""
+        if not self.sums:
             raise UndefinedError("gradient noise", "a loss that depends on parameters", "none")
-        moments = {key: value.moments() for key, value in of.items()}
-        seconds = statistics.median(times[name])
-        groups = {
-            side: [key for key in moments if side in structure.sides[key]]
-            for side in ("guide", "model")
-        }
-        sides, sites = (
-            {
-                name: _joined([moments[key] for key in keys if key in moments])
-                for name, keys in by.items()
-                if any(key in moments for key in keys)
-            }
-            for by in (groups, owners)
-        )
-        results[name] = GradientNoise(name, moments, sides, sites, seconds, seconds / first)
-    return ObjectiveComparison(results)
+        moments = {key: sums.moments() for key, sums in self.sums.items()}
+
+        def joined(groups: dict[str, list[str]]) -> dict[str, Moments]:
+            parts = {name: [k for k in keys if k in moments] for name, keys in groups.items()}
+            return {name: _joined([moments[k] for k in ks]) for name, ks in parts.items() if ks}
+
+        of = self.structure.sides
+        sides = {side: [key for key in moments if side in of[key]] for side in ("guide", "model")}
+        seconds = statistics.median(self.times)
+        return GradientNoise(name, moments, joined(sides), joined(owners), seconds, seconds / first)
 
 
-def _gradient(
-    batch: tuple[Tensor, ...], objective: Objective, state: Any, structure: Structure
-) -> dict[str, Tensor]:
-    """Of the loss per datum, by parameter, flat and in double precision."""
-    evaluated = objective.compute_terms(structure, batch)
-    loss = objective.surrogate(evaluated, state) / structure.divisor(evaluated.num_rows)
-    state.measured = None
-    parameters = list(structure.parameters.values())
-    if not loss.requires_grad:
+def _gradients(value: Tensor, structure: Structure) -> dict[str, Tensor]:
+    """Of a number, by each parameter that it depends on."""
+    if not value.requires_grad:
         return {}
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    rows = zip(structure.parameters, found, strict=True)
-    return {name: g.detach().flatten().double() for name, g in rows if g is not None}
+    parameters = list(structure.parameters.values())
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
+    rows = zip(structure.parameters, gradients, strict=True)
+    return {name: g for name, g in rows if g is not None}
 
 
 def _owners(batch: tuple[Tensor, ...], structure: Structure) -> dict[str, list[str]]:
     """The parameters that each site's own distribution has, given the values before it."""
-    evaluated = terms.compute(structure, batch, detach=True)
-    names, parameters = list(structure.parameters), list(structure.parameters.values())
     owners: dict[str, list[str]] = {}
-    for name, site in evaluated.sites.items():
+    for name, site in terms.compute(structure, batch, detach=True).sites.items():
         for side, part in (("guide", site.log_q), ("model", site.log_p)):
-            if part is None or not part.requires_grad:
-                continue
-            found = torch.autograd.grad(
-                part.sum(), parameters, allow_unused=True, retain_graph=True
-            )
-            keys = [key for key, g in zip(names, found, strict=True) if g is not None]
-            owners[f"{name} ({side})"] = keys
+            if part is not None and part.requires_grad:
+                owners[f"{name} ({side})"] = list(_gradients(part.sum(), structure))
     return owners
+
+
+def _signal(moments: Moments) -> str:
+    if math.isnan(moments.snr):
+        return "the gradient is 0"
+    if math.isinf(moments.snr):
+        return "draws don't matter: the gradient has no noise"
+    return f"|mean| / sd of an entry, on average; {moments.floor:.2g} without any signal"
 
 
 GROUPS = 10
@@ -346,9 +340,7 @@ class Sums:
 
     def __init__(self, like: Tensor, num_repeats: int) -> None:
         self.size = max(2, math.ceil(num_repeats / GROUPS))
-        self.whole, self.group = torch.zeros(
-            2, 2, *like.shape, dtype=like.dtype, device=like.device
-        )
+        self.whole, self.group = like.new_zeros(2, 2, *like.shape)
         self.num_repeats, self.count = num_repeats, 0
         self.traces: list[Tensor] = []
 

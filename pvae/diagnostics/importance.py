@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -36,8 +36,6 @@ def khat(log_weights: Tensor, tolerance: float = 1e-3) -> Tensor:
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2024),
         https://jmlr.org/papers/v25/19-556.html
-        Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018),
-        https://proceedings.mlr.press/v80/yao18a.html
 
     Arguments:
         log_weights: Shape ``(K, N)``, at least 25 draws; of `bounds.log_weights`.
@@ -68,13 +66,13 @@ def khat(log_weights: Tensor, tolerance: float = 1e-3) -> Tensor:
     at = tail - int(tail / 4 + 0.5)  # the quartile that ArviZ's fit starts from
     is_lone = ~(excess[at] > _LEAST) & ((top[at] > top[-1]) | ~top[at].isfinite())
     is_tied = (top[1:] != top[:-1]).sum(0) < tail / 2
-    has_tail = ~is_lone & ~is_tied & ~_are_constant(weights, tolerance)
-    found = torch.where(is_lone, math.inf, torch.full_like(weights[0], math.nan))
+    has_tail = ~is_lone & ~is_tied & ~(weights.std(0) <= tolerance)
+    shapes = torch.where(is_lone, math.inf, torch.full_like(weights[0], math.nan))
     if bool(has_tail.any()):
         chosen = weights[:, has_tail].cpu().numpy()
-        _, shape = array_stats.psislw(-chosen, axis=0)  # it takes the negative of log weights
-        found[has_tail] = torch.as_tensor(shape).to(found)
-    return found
+        _, fitted = array_stats.psislw(-chosen, axis=0)  # it takes the negative of log weights
+        shapes[has_tail] = torch.as_tensor(fitted).to(shapes)
+    return shapes
 
 
 _LEAST = 1e-200  # excess over the tail's start, relative to the largest weight
@@ -84,27 +82,17 @@ def _tail_size(num_draws: int) -> int:
     return int(3 * math.sqrt(num_draws)) if num_draws > 225 else num_draws // 5
 
 
-def _are_constant(weights: Tensor, tolerance: float) -> Tensor:
-    return weights.std(0) <= tolerance
-
-
 def _check(log_weights: Tensor) -> None:
     if log_weights.dim() != 2 or len(log_weights) < FEWEST:
-        raise DataError(
-            "log_weights",
-            f"shape (K, N), K at least {FEWEST}",
-            f"shape {tuple(log_weights.shape)}",
-            ["bounds.log_weights(pair, data, num_particles=1000)"],
-        )
+        expected, got = f"shape (K, N), K at least {FEWEST}", f"shape {tuple(log_weights.shape)}"
+        fixes = ["bounds.log_weights(pair, data, num_particles=1000)"]
+        raise DataError("log_weights", expected, got, fixes)
     broken = log_weights.isnan() | log_weights.isposinf()
     if bool(broken.any()):
         row = int(broken.any(0).nonzero()[0])
-        raise DataError(
-            "log_weights",
-            "log densities that are numbers",
-            f"{float(log_weights[:, row][broken[:, row]][0])} for datum {row}",
-            ["bounds.elbo on this datum, site by site"],
-        )
+        got = f"{float(log_weights[:, row][broken[:, row]][0])} for datum {row}"
+        fixes = ["bounds.elbo on this datum, site by site"]
+        raise DataError("log_weights", "log densities that are numbers", got, fixes)
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,14 +114,13 @@ class Importance(Result):
     @property
     def is_exact(self) -> Tensor:
         """Data whose weights are constant: q is the posterior there. Shape ``(N,)``."""
-        return _are_constant(self.log_weights, self.tolerance)
+        return self.log_weights.std(0) <= self.tolerance
 
     @property
     def ess(self) -> Tensor:
         r"""Effective sample size of each datum, :math:`1 / \sum_k \bar w_k^2`, shape ``(N,)``."""
-        found = self.evidence.ess
-        assert found is not None  # noqa: S101
-        return found
+        assert self.evidence.ess is not None  # noqa: S101
+        return self.evidence.ess
 
     @property
     def elbo(self) -> Estimate:
@@ -168,8 +155,8 @@ class Importance(Result):
 
     def worst(self, count: int = 5) -> Tensor:
         """Rows of the data with the largest k-hat, the largest first."""
-        found = self._worst(count)
-        return found if self.rows is None else self.rows.to(found.device)[found]
+        worst = self._worst(count)
+        return worst if self.rows is None else self.rows.to(worst.device)[worst]
 
     def _worst(self, count: int = 5) -> Tensor:
         ranked = self.khat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
@@ -195,33 +182,34 @@ class Importance(Result):
         """What it means, line by line."""
         rows = ", ".join(str(int(row)) for row in self.worst())
         verdict = UNRELIABLE.verdict(self.unreliable)
+        meaning = "share of data for which q is too narrow somewhere"
         advice = f"diagnostics.gap, on rows {rows} first: is it the encoder or the family?"
         advice = "" if verdict == "good" else advice
         share, error = self.unreliable, self.se_unreliable
-        meaning = "share of data for which q is too narrow somewhere"
-        found = [Finding(f"k-hat above {KHAT}", share, error, "", verdict, meaning, advice)]
-        exact, tied = self.is_exact, self.khat.isnan() & ~self.is_exact
-        for name, rows_of, why in (
-            ("exact", exact, "constant weights: q is the posterior there, and has no k-hat"),
-            ("no tail", tied, "weights that repeat, as those of a discrete latent: no k-hat"),
+        lines = [Finding(f"k-hat above {KHAT}", share, error, "", verdict, meaning, advice)]
+        is_tied = self.khat.isnan() & ~self.is_exact
+        for name, is_one, why in (
+            (
+                "exact",
+                self.is_exact,
+                "constant weights: q is the posterior there, and has no k-hat",
+            ),
+            ("no tail", is_tied, "weights that repeat, as those of a discrete latent: no k-hat"),
         ):
-            share_of = float(rows_of.double().mean())
-            found += [Finding(name, share_of, meaning=f"share of data with {why}")][: share_of > 0]
-        sampled = Estimate("effective draws", self.ess / len(self.log_weights), unit="")
+            if bool(is_one.any()):
+                share = float(is_one.double().mean())
+                lines.append(Finding(name, share, meaning=f"share of data with {why}"))
+        effective = Estimate("effective draws", self.ess / len(self.log_weights), unit="")
         return [
-            *found,
+            *lines,
             Finding.of(self.gap.named("gap, at least"), "evidence - ELBO; too low, if anything"),
-            Finding.of(sampled, "ESS / K, the share of draws that count"),
+            Finding.of(effective, "ESS / K, the share of draws that count"),
         ]
 
 
 @tool
 def importance(
-    pair: PairLike,
-    data: Any,
-    *,
-    num_particles: int = 1000,
-    **options: Unpack[Options],
+    pair: PairLike, data: object, *, num_particles: int = 1000, **options: Unpack[Options]
 ) -> Importance:
     r"""How well the guide does as a proposal for each datum's posterior.
 
@@ -245,16 +233,14 @@ def importance(
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> found = importance(vae, torch.zeros(5, 4), num_particles=50)
-        >>> found.khat.shape, found.worst(2).shape
-        (torch.Size([5]), torch.Size([2]))
+        >>> importance(vae, torch.zeros(5, 4), num_particles=50).khat.shape
+        torch.Size([5])
     """
     check_int("num_particles", num_particles, minimum=FEWEST)
     pair = as_pair(pair, "importance")
     log_weights = bounds.log_weights(pair, data, num_particles, **options)
     with prepared(pair, data, options, "importance") as evaluation:
-        structure = evaluation.structure
+        rounding = torch.finfo(evaluation.structure.dtype).eps
     size = float(log_weights[log_weights.isfinite()].abs().median())
-    rounding = torch.finfo(structure.dtype).eps * size
-    tolerance = max(1e-3, 10 * rounding)
+    tolerance = max(1e-3, 10 * rounding * size)
     return Importance(log_weights, khat(log_weights, tolerance), tolerance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from pvae.diagnostics.result import Finding, Result, Verdict
 from pvae.diagnostics.thresholds import CURVE, FALL, HIDDEN
-from pvae.errors import ArgumentError, UndefinedError, check_number
+from pvae.errors import UndefinedError, check_number
 
-__all__ = ["LearningCurve", "learning_curve"]
+__all__ = ["LearningCurve", "Record", "learning_curve"]
 
 FEWEST = 12
 """Epochs below which a curve isn't judged."""
 
 _NAMES = ("elbo", "unnormalised_elbo", "log_joint")
+
+Record: TypeAlias = Mapping[str, float | None]
+"""The numbers of one epoch, by name."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,8 +82,8 @@ class LearningCurve(Result):
 
     def findings(self) -> list[Finding]:
         """What is to be gained by going on, and what validation data say."""
-        gain, error = self.slope * self.window, self.se_slope * self.window
-        verdict: Verdict = "look"
+        gain, error, advice = self.slope * self.window, self.se_slope * self.window, ""
+        verdict: Verdict = "good"
         if self.state == "falling":
             gain, error = -self.drop, self.se_drop
             verdict = FALL.verdict(self.drop / self.se_drop if self.se_drop > 0 else math.inf)
@@ -88,14 +91,14 @@ class LearningCurve(Result):
             advice = "patience=..., which keeps the best epoch; or a smaller network"
         elif self.is_unfinished:
             meaning = f"{self.name} still rises; so much in the last {self.window} epochs"
-            advice = MORE_EPOCHS
+            verdict, advice = "look", MORE_EPOCHS
         elif self.state == "rising":
-            verdict, meaning, advice = "good", f"{self.name} still rises, but hardly", ""
+            meaning = f"{self.name} still rises, but hardly"
         elif gain + 2 * error < HIDDEN:
-            verdict, meaning, advice = "good", f"{self.name} has levelled off", ""
+            meaning = f"{self.name} has levelled off"
         else:
             meaning = "no trend above the noise, which could hide one"
-            advice = f"{MORE_EPOCHS}; or more validation data"
+            verdict, advice = "look", f"{MORE_EPOCHS}; or more validation data"
         lines = [Finding("learning curve", gain, error, "nats", verdict, meaning, advice)]
         if self.generalisation is not None:
             meaning = "what training data have above validation data"
@@ -106,7 +109,7 @@ class LearningCurve(Result):
 MORE_EPOCHS = "more epochs: fit.refine(epochs), or pvae train --resume --epochs N"
 
 
-def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3) -> LearningCurve:
+def learning_curve(history: Sequence[Record], *, alpha: float = 1e-3) -> LearningCurve:
     r"""Whether more epochs would help, or fewer would have.
 
     The slope is that of a line through the last quarter of the curve, W epochs, at least 8. The
@@ -125,9 +128,8 @@ def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3)
     Arguments:
         history: One row an epoch, as `Fit.history` is; its validation value is judged, or else
             its training value, where no penalty and no weight on the rate counts.
-        alpha: How often a flat curve is called rising, and how often falling. Few epochs can't tell
-            what they have in common: with a correlation of 0.9, at alpha 0.01, a curve of 12 or 40
-            epochs may be called falling up to 10 times in 100, one of 100 up to 3 times.
+        alpha: How often a flat curve is called rising, and how often falling; of few epochs up to
+            ten times as often, where their noise has a correlation of 0.9.
 
     Raises:
         UndefinedError: With fewer than 12 epochs, no such column, or late values not finite.
@@ -137,35 +139,21 @@ def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3)
         >>> learning_curve(history).state
         'rising'
     """
-    if check_number("alpha", alpha, above=0) >= 0.5:
-        raise ArgumentError("alpha", "a level below 0.5", f"{alpha:g}")
-    columns = [f"valid_{name}" for name in _NAMES] + list(_NAMES)
-    name = next((c for c in columns if any(row.get(c) is not None for row in history)), None)
-    found = [] if name is None else [row.get(name) for row in history]
-    values = torch.tensor([v for v in found if v is not None], dtype=torch.float64)
-    values = values[values.isfinite()]
-    if name is None or len(values) < FEWEST:
-        raise UndefinedError(
-            "learning curve", f"at least {FEWEST} epochs with a bound", f"{len(values)}"
-        )
-    window = max(8, len(values) // 4)
-    if any(v is None or not math.isfinite(v) for v in found[-window:]):
-        raise UndefinedError(
-            "learning curve", "a bound that is finite in the last epochs", "one that isn't"
-        )
+    check_number("alpha", alpha, above=0, below=0.5)
+    name, values, window = _judged(history)
     parabola = _Parabola(window)
     common = parabola.correlation(values.flip(0).unfold(0, window, window).numpy())
-    late = values[-window:].numpy()
-    slope, se_slope = parabola.slope(late, common)
+    slope, se_slope = parabola.slope(values[-window:].numpy(), common)
     freedom = max(window * (1 - common) / (1 + common) - 3, 0.5)
     second = values[:-2] - 2 * values[1:-1] + values[2:]
     steps = values[-max(window, 13) :].diff()
-    ups, downs = (_heads(int(found.sum()), len(steps)) for found in (steps > 0, steps < 0))
-    falls = _falls(values, parabola, common)
-    p_drop, drop, se_drop = min(
-        ((3 * count * _p_value(fall, error, freedom), fall, error) for fall, error, count in falls),
-        key=lambda found: (found[0], -found[1]),
+    # how often fair coins have as many heads
+    ups, downs = (
+        float(binom.sf(int(s.sum()) - 1, len(steps), 0.5)) for s in (steps > 0, steps < 0)
     )
+    several = _falls(values, parabola, common)
+    falls = [(3 * n * _p_value(fall, error, freedom), -fall, error) for fall, error, n in several]
+    p_drop, fall, se_drop = min(falls, key=lambda row: row[:2])
     return LearningCurve(
         name=name,
         values=values,
@@ -175,12 +163,29 @@ def learning_curve(history: Sequence[Mapping[str, Any]], *, alpha: float = 1e-3)
         correlation=common,
         p_rise=min(1.0, 2 * min(_p_value(slope, se_slope, freedom), ups)),
         noise=float((second[-2 * window :].square().mean() / 6).sqrt()),
-        drop=drop,
+        drop=-fall,
         se_drop=se_drop,
-        p_drop=min(1.0, p_drop, 3 * downs if drop > 0 else 1.0),
+        p_drop=min(1.0, p_drop, 3 * downs if fall < 0 else 1.0),
         alpha=alpha,
         generalisation=_generalisation(history, name, window),
     )
+
+
+def _judged(history: Sequence[Record]) -> tuple[str, Tensor, int]:
+    """The column that is judged, its values, and W."""
+    columns = [f"valid_{name}" for name in _NAMES] + list(_NAMES)
+    name = next((c for c in columns if any(row.get(c) is not None for row in history)), "")
+    column = [math.nan if (v := row.get(name)) is None else v for row in history]
+    given = torch.tensor(column, dtype=torch.float64)
+    values = given[given.isfinite()]
+    if len(values) < FEWEST:
+        expected = f"at least {FEWEST} epochs with a bound"
+        raise UndefinedError("learning curve", expected, f"{len(values)}")
+    window = max(8, len(values) // 4)
+    if not bool(given[-window:].isfinite().all()):
+        expected = "a bound that is finite in the last epochs"
+        raise UndefinedError("learning curve", expected, "one that isn't")
+    return name, values, window
 
 
 class _Parabola:
@@ -231,25 +236,18 @@ def _falls(
         yield float(before.mean() - after.mean()), sd * math.sqrt(1 / last + 1 / window), len(lasts)
 
 
-def _heads(count: int, tosses: int) -> float:
-    """How often fair coins have as many."""
-    return float(binom.sf(count - 1, tosses, 0.5))
-
-
 def _p_value(value: float, error: float, freedom: float) -> float:
     """One-sided."""
     return float(student.sf(value / max(error, 1e-300), freedom))
 
 
 def _generalisation(
-    history: Sequence[Mapping[str, Any]], name: str, window: int
+    history: Sequence[Record], name: str, window: int
 ) -> tuple[float, float] | None:
-    if not name.startswith("valid_"):
-        return None
     own = name.removeprefix("valid_")
     pairs = [(row.get(own), row.get(name)) for row in list(history)[-window:]]
     apart = [a - b for a, b in pairs if a is not None and b is not None]
-    if len(apart) < 2:
+    if own == name or len(apart) < 2:
         return None
     each = torch.tensor(apart, dtype=torch.float64)
     return float(each.mean()), float(each.std()) / math.sqrt(len(each))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,16 +22,10 @@ __all__ = ["Draws", "Mixture", "draw", "require_mixture", "score_mixture", "sum_
 
 @dataclass(frozen=True)
 class Draws:
-    """K draws for each of N data, and their terms, each of shape ``(K, N, ...)``.
+    """K draws for each of N data, and their terms, each ``(K, N, ...)`` by site.
 
-    Attributes:
-        values: By latent.
-        log_q: log q(z | x) of all latents together.
-        rates: log q - log p by site that the guide draws.
-        distortions: -log p by site that has data.
-        log_q_dims: By latent and dimension; empty where dimensions aren't independent.
-        log_p_dims: Likewise.
-        because: Why there are none by dimension.
+    ``log_q`` is that of all latents together. Terms by dimension are empty where dimensions aren't
+    independent given what comes before, and ``because`` says why.
     """
 
     values: dict[str, Tensor]
@@ -44,13 +39,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Mixture:
-    """log q(z) of draws, ``(K, N)``, with all rows, and without a draw's own.
-
-    Attributes:
-        log_prob: With all rows.
-        without_own: Without the row that a draw is from.
-        log_prob_dims: log q(z_d), ``(K, N, D)``; None where it isn't known.
-    """
+    """log q(z) of draws, ``(K, N)``, with all rows, without a draw's own, and by dimension."""
 
     log_prob: Tensor
     without_own: Tensor
@@ -60,50 +49,45 @@ class Mixture:
 def draw(evaluation: terms.Evaluation, num_particles: int) -> Draws:
     """Draws from the guide for all data."""
     because = _why_no_dimensions(evaluation)
-    chunks: dict[int, list[dict[tuple[str, str], Tensor]]] = {}
-    for rows, found in terms.stream(evaluation, num_particles, per_dimension=not because):
-        chunks.setdefault(rows.start, []).append(_kept(found))
-    whole = {
-        key: torch.cat([torch.cat([p[key] for p in parts]) for parts in chunks.values()], 1)
-        for key in next(iter(chunks.values()))[0]
-    }
+    chunks: dict[int, list[dict[str, dict[str, Tensor]]]] = {}
+    for rows, part in terms.stream(evaluation, num_particles, per_dimension=not because):
+        chunks.setdefault(rows.start, []).append(_terms_of(part))
 
-    def group(kind: str) -> dict[str, Tensor]:
-        return {name: value for (k, name), value in whole.items() if k == kind}
+    def joined(kind: str) -> dict[str, Tensor]:
+        parts = [[part[kind] for part in of_rows] for of_rows in chunks.values()]
+        return {
+            name: torch.cat([torch.cat([p[name] for p in of_rows]) for of_rows in parts], 1)
+            for name in parts[0][0]
+        }
 
-    return Draws(
-        group("value"),
-        whole["log_q", ""],
-        group("rate"),
-        group("distortion"),
-        group("log_q_dims"),
-        group("log_p_dims"),
-        because,
-    )
+    rates, distortions = joined("rate"), joined("distortion")
+    dims = joined("log_q_dims"), joined("log_p_dims")
+    return Draws(joined("value"), joined("log_q")["q"], rates, distortions, *dims, because)
 
 
-def _kept(found: terms.Terms) -> dict[tuple[str, str], Tensor]:
-    """What is kept of a chunk."""
-    found.require_split()
-    kept = {("log_q", ""): found.log_q.double()}
-    for name, site in found.sites.items():
+def _terms_of(chunk: terms.Terms) -> dict[str, dict[str, Tensor]]:
+    """What is needed of a chunk, by kind and site."""
+    chunk.require_split()
+    kinds = ("value", "rate", "distortion", "log_q_dims", "log_p_dims")
+    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    parts["log_q"] = {"q": chunk.log_q.double()}
+    zero = torch.zeros_like(chunk.log_q)
+    for name, site in chunk.sites.items():
         if site.kind == "penalty":
             continue
         is_drawn = site.kind in ("latent", "auxiliary")
         if is_drawn or site.log_q is not None:
-            zero = torch.zeros_like(found.log_q)
-            log_q = zero if site.log_q is None else site.log_q
-            log_p = zero if site.log_p is None or not is_drawn else site.log_p
-            kept["rate", name] = (log_q - log_p).double()
+            log_p = site.log_p if is_drawn else None
+            log_q, log_p = (zero if value is None else value for value in (site.log_q, log_p))
+            parts["rate"][name] = (log_q - log_p).double()
         elif site.log_p is not None:
-            kept["distortion", name] = -site.log_p.double()
-        if name in found.structure.latents and site.value is not None:
-            kept["value", name] = site.value
-        for key in ("log_q_dims", "log_p_dims"):
-            value = getattr(site, key)
-            if value is not None:
-                kept[key, name] = value.double()
-    return kept
+            parts["distortion"][name] = -site.log_p.double()
+        if name in chunk.structure.latents and site.value is not None:
+            parts["value"][name] = site.value
+        for kind, dims in (("log_q_dims", site.log_q_dims), ("log_p_dims", site.log_p_dims)):
+            if dims is not None:
+                parts[kind][name] = dims.double()
+    return parts
 
 
 def _why_no_dimensions(evaluation: terms.Evaluation) -> str:
@@ -120,82 +104,82 @@ def _why_no_dimensions(evaluation: terms.Evaluation) -> str:
 
 def require_mixture(evaluation: terms.Evaluation) -> None:
     """Refuses pairs whose q(z) isn't the mean of scores, or that have no one p(z)."""
-    structure, source = evaluation.structure, evaluation.source
+    structure = evaluation.structure
     if structure.subsample_size is not None or structure.tied_to is not None:
-        raise UndefinedError(
-            "q(z)", "a pair that runs on any rows", "one that picks its rows, or has one length"
-        )
-    batch = first_batch(source, 128)
+        got = "one that picks its rows, or has one length"
+        raise UndefinedError("q(z)", "a pair that runs on any rows", got)
+    batch = first_batch(evaluation.source, 128)
     with probing((structure.model, structure.guide)):
         first = terms.compute(structure, batch)
         values = {name: first.sites[name].value for name in structure.latents}
         drawn = {name: value[0] for name, value in values.items() if value is not None}
         for trace in (first.guide_trace, first.model_trace):
-            masked = [n for n in drawn if mask_of(trace.nodes[n]) is not None]
-            if masked:
-                raise UndefinedError(
-                    "q(z)", "latents of all rows", f"a mask at site {oxford(masked)}"
-                )
-        one = {name: value[:1] for name, value in drawn.items()}
-        terms.score_guide(structure, batch, one)
+            if masked := [name for name in drawn if mask_of(trace.nodes[name]) is not None]:
+                got = f"a mask at site {oxford(masked)}"
+                raise UndefinedError("q(z)", "latents of all rows", got)
+        terms.score_guide(structure, batch, {name: value[:1] for name, value in drawn.items()})
         rolled = {name: value.roll(1, 0) for name, value in drawn.items()}
         second = terms.compute(structure, batch, given=rolled)
     for name in drawn:
-        ours, other = second.sites[name].log_p, first.sites[name].log_p
-        if ours is None or other is None or not torch.allclose(ours, other.roll(1, 1), rtol=1e-4):
-            raise UndefinedError(
-                "p(z)",
-                "one prior for all data",
-                f"a prior at site '{name}' that differs between data",
-                ["the rows of one label at a time"],
-            )
+        _require_one_prior(name, first.sites[name].log_p, second.sites[name].log_p)
+
+
+def _require_one_prior(name: str, log_p: Tensor | None, rolled: Tensor | None) -> None:
+    """Refuses a site where a value has another prior density at another datum."""
+    if log_p is None or rolled is None or not torch.allclose(rolled, log_p.roll(1, 1), rtol=1e-4):
+        got = f"a prior at site '{name}' that differs between data"
+        fixes = ["the rows of one label at a time"]
+        raise UndefinedError("p(z)", "one prior for all data", got, fixes)
 
 
 def score_mixture(evaluation: terms.Evaluation, own: Draws, max_rows: int | None = None) -> Mixture:
     """log q(z) of every draw: the log of the mean of its density under every row's guide.
 
-    Arguments:
-        evaluation: The pair and its rows.
-        own: The draws.
-        max_rows: Bound on the rows in the guide at once; None for what is cheap for it alone.
+    At most ``max_rows`` rows are in the guide at once; None for what is cheap for it alone.
     """
-    structure, source = evaluation.structure, evaluation.source
     max_rows = max_rows or max(evaluation.max_rows, _LEAST_ROWS)
     k, n = own.log_q.shape
     values = {name: value.flatten(0, 1) for name, value in own.values.items()}
     by_dimension = len(values) == 1 and not own.because
     rows = max(1, min(n, 1024, max_rows))
     size = max(1, max_rows // rows)
-    joint, without, dims = [], [], []
-    with evaluating(structure.modules):
+    sums = []
+    with evaluating(evaluation.structure.modules):
         starts = range(0, k * n, size)
         for start in tqdm(starts, disable=not evaluation.progress, desc="q(z)", unit="chunk"):
             chosen = {name: value[start : start + size] for name, value in values.items()}
-            of_row = torch.arange(start, min(start + size, k * n), device=own.log_q.device) % n
-            sums: list[Tensor] = []
-            for others in torch.arange(n, device=own.log_q.device).split(rows):
-                batch = source.rows(others)
-                sites = terms.score_guide(
-                    structure,
-                    batch,
-                    chosen,
-                    per_dimension=by_dimension,
-                ).values()
-                log_q = sum_of(s.log_q for s in sites if s.kind != "penalty")
-                is_own = of_row[:, None] == others
-                new = [log_q.logsumexp(1), log_q.masked_fill(is_own, -torch.inf).logsumexp(1)]
-                if by_dimension:
-                    each = next(s.log_q_dims for s in sites if s.log_q_dims is not None)
-                    new.append(each.double().flatten(2).logsumexp(1))
-                sums = new if not sums else list(map(torch.logaddexp, sums, new))
-            joint.append(sums[0])
-            without.append(sums[1])
-            dims += sums[2:]
+            own_rows = torch.arange(start, min(start + size, k * n), device=own.log_q.device) % n
+            parts = [
+                _log_sums(evaluation, chosen, own_rows, others, by_dimension=by_dimension)
+                for others in torch.arange(n, device=own.log_q.device).split(rows)
+            ]
+            sums.append([functools.reduce(torch.logaddexp, p) for p in zip(*parts, strict=True)])
+    joint, without, *dims = (torch.cat(part) for part in zip(*sums, strict=True))
     return Mixture(
-        torch.cat(joint).reshape(k, n) - math.log(n),
-        torch.cat(without).reshape(k, n) - math.log(n - 1),
-        torch.cat(dims).reshape(k, n, -1) - math.log(n) if dims else None,
+        joint.reshape(k, n) - math.log(n),
+        without.reshape(k, n) - math.log(n - 1),
+        dims[0].reshape(k, n, -1) - math.log(n) if dims else None,
     )
+
+
+def _log_sums(
+    evaluation: terms.Evaluation,
+    values: dict[str, Tensor],
+    own_rows: Tensor,
+    others: Tensor,
+    *,
+    by_dimension: bool,
+) -> list[Tensor]:
+    """Logs of sums over rows of the draws' densities: of all, without their own, by dimension."""
+    batch, structure = evaluation.source.rows(others), evaluation.structure
+    scores = terms.score_guide(structure, batch, values, per_dimension=by_dimension).values()
+    log_q = sum_of(s.log_q for s in scores if s.kind != "penalty")
+    left_out = log_q.masked_fill(own_rows[:, None] == others, -torch.inf)
+    sums = [log_q.logsumexp(1), left_out.logsumexp(1)]
+    if by_dimension:
+        each = next(s.log_q_dims for s in scores if s.log_q_dims is not None)
+        sums.append(each.double().flatten(2).logsumexp(1))
+    return sums
 
 
 _LEAST_ROWS = 65536

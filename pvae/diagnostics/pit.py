@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from scipy import stats
@@ -77,19 +77,16 @@ class PIT(Result):
     def findings(self) -> list[Finding]:
         """Uniformity, the mean and the spread."""
         mean, spread = self.mean, self.spread
-        found, middle = [], self.reason
+        lines, middle = [], self.reason
         if (p := self.p_value) is not None:
             middle = "of the ranks of data among draws, from 0 to 1; 1/2 if the model is right"
             verdict = P_VALUE.verdict(p)
             meaning = f"the least of {self.values[0].numel()} dimension(s), times their number"
             advice = "" if verdict == "good" else self._advice(*mean, spread[0])
-            found.append(Finding("PIT p-value", p, None, "", verdict, meaning, advice))
+            lines = [Finding("PIT p-value", p, None, "", verdict, meaning, advice)]
         shape = "1 if the model is right; more: draws too narrow; less: too wide"
-        return [
-            *found,
-            Finding("PIT mean", *mean, meaning=middle),
-            Finding("PIT spread", *spread, meaning=shape),
-        ]
+        lines.append(Finding("PIT mean", *mean, meaning=middle))
+        return [*lines, Finding("PIT spread", *spread, meaning=shape)]
 
     def _advice(self, mean: float, mean_error: float, spread: float) -> str:
         if abs(mean - 0.5) > 3 * mean_error:
@@ -103,7 +100,7 @@ class PIT(Result):
 @tool
 def pit(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     kind: CheckKind = "mixed",
     statistic: Function | None = None,
@@ -142,7 +139,7 @@ def pit(
         options: As in `pvae.options.Options`.
 
     Returns:
-        A `PIT`; it prints itself. ``arviz.plot_ecdf_pit`` draws `values`.
+        A `PIT`; ``arviz.plot_ecdf_pit`` draws its values.
 
     Raises:
         UndefinedError: If the values have no order (classes, angles), or nothing can be drawn.
@@ -155,30 +152,25 @@ def pit(
     """
     check_int("num_particles", num_particles)
     with terms.prepared(pair, data, options, "pit") as evaluation, torch.no_grad():
-        found = Replicates.of("pit", evaluation, site, kind)
+        replicates = Replicates.of("pit", evaluation, site, kind)
         if statistic is None:
-            found.require_order("pit")
-        own = _per_datum(statistic, found.observed, len(found.observed))
+            replicates.require_order("pit")
+        own = _per_datum(statistic, replicates.observed, len(replicates.observed))
         below, equal = torch.zeros_like(own), torch.zeros_like(own)
-        for block in found.blocks(num_particles):
+        for block in replicates.blocks(num_particles):
             for one in block:
                 values = _per_datum(statistic, one, len(own))
                 below += values < own
                 equal += values == own
         u = (below + torch.rand_like(below) * (equal + 1)) / (num_particles + 1)
-    if statistic is None and found.mask is not None:
-        u[~found.mask.expand(u.shape)] = math.nan
-    u = u.cpu()
-    reason = _reason(found)
-    return PIT(kind, found.site, u, None if reason else _uniform(u), reason, num_particles)
-
-
-def _reason(found: Replicates) -> str:
-    if not found.has_honest_p_values:
-        return "not uniform even if right: each datum was decoded from its own code"
-    if found.kind == "prior" and found.evaluation.structure.global_latents:
-        return "not independent even if right: all data share a global latent"
-    return ""
+    if statistic is None and replicates.mask is not None:
+        u[~replicates.mask.expand(u.shape)] = math.nan
+    u, reason = u.cpu(), ""
+    if not replicates.has_honest_p_values:
+        reason = "not uniform even if right: each datum was decoded from its own code"
+    elif kind == "prior" and evaluation.structure.global_latents:
+        reason = "not independent even if right: all data share a global latent"
+    return PIT(kind, replicates.site, u, None if reason else _uniform(u), reason, num_particles)
 
 
 def _per_datum(statistic: Function | None, x: Tensor, num_rows: int) -> Tensor:
@@ -195,15 +187,10 @@ def _per_datum(statistic: Function | None, x: Tensor, num_rows: int) -> Tensor:
 
 def _uniform(u: Tensor) -> Tensor:
     """p-values of the Kolmogorov-Smirnov test, dimension by dimension; NaN without data."""
-    flat = u.reshape(len(u), -1).T
-    p_values = [
-        stats.kstest(own[~own.isnan()].numpy(), "uniform").pvalue
-        if bool((~own.isnan()).any())
-        else math.nan
-        for own in flat
-    ]
-    if all(map(math.isnan, p_values)):
+    known = [own[~own.isnan()].numpy() for own in u.reshape(len(u), -1).T]
+    if not any(map(len, known)):
         raise UndefinedError("pit", "data that aren't masked out", "none")
+    p_values = [stats.kstest(x, "uniform").pvalue if len(x) else math.nan for x in known]
     return torch.tensor(p_values, dtype=torch.float64).reshape(u.shape[1:])
 
 

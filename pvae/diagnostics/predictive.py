@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from pvae.simulate import CheckKind, Replicates
 
 __all__ = ["PredictiveCheck", "Statistic", "predictive"]
 
-Function = Callable[[Tensor], Any]
-_ENOUGH = 10  # replicates: five spreads off by chance is then one in 700, by Student's t
-_ENOUGH_EQUAL = 50  # replicates that are all the same: one that isn't is then one in 130 at most
+Function = Callable[[Tensor], Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,8 @@ class Statistic:
         """
         above, equal, num_draws = self._counts
         distance = self.distance
-        enough = _ENOUGH if math.isfinite(distance) else _ENOUGH_EQUAL
+        # five spreads off is then one in 700 by chance; one that isn't as all others, one in 130
+        enough = 10 if math.isfinite(distance) else 50
         is_outside = num_draws >= enough and not equal and above in (0, num_draws)
         return is_outside and REPLICATES.verdict(distance) == "bad"
 
@@ -93,15 +92,10 @@ class Statistic:
 
 @dataclass(frozen=True, repr=False)
 class PredictiveCheck(Result):
-    """Statistics of the data against those of replicated data sets.
+    """Statistics of N data at a site against those of S replicated data sets.
 
-    Attributes:
-        kind: What a replicate is.
-        site: The observed site.
-        num_data: N.
-        num_particles: S, replicated data sets.
-        statistics: By name.
-        is_optimistic: Whether a replicate was made from the very data that it is compared with.
+    A replicate is of a kind; ``is_optimistic`` says whether it was made from the very data that
+    it is compared with.
     """
 
     kind: CheckKind
@@ -129,17 +123,18 @@ class PredictiveCheck(Result):
         return [self._finding(s) for s in self.statistics.values()]
 
     def _finding(self, statistic: Statistic) -> Finding:
+        replicated, kind = statistic.replicated, self.kind
         verdict: Verdict = P_VALUE.verdict(min(1, statistic.two_sided * len(self.statistics)))
         if statistic.is_beyond:
             verdict = "bad"
         elif verdict == "good" and self.is_optimistic:
             verdict = "none"
-        mean = float(statistic.replicated.mean())
-        spread = float(statistic.replicated.std()) if len(statistic.replicated) > 1 else math.nan
-        name, p_value, error = f"p of {statistic.name}", statistic.p_value, statistic.error
+        mean = float(replicated.mean())
+        spread = float(replicated.std()) if len(replicated) > 1 else math.nan
         meaning = f"{statistic.observed:.4g} in the data; replicates {mean:.4g}, sd {spread:.2g}"
-        advice = "" if verdict in ("good", "none") else _ADVICE[self.kind]
-        return Finding(name, p_value, error, "", verdict, meaning, advice)
+        advice = _ADVICE[kind] if verdict in ("look", "bad") else ""
+        p, error = statistic.p_value, statistic.error
+        return Finding(f"p of {statistic.name}", p, error, "", verdict, meaning, advice)
 
 
 _FIT = "another likelihood or decoder; bounds.evidence of both says which is better"
@@ -158,7 +153,7 @@ _OPTIMISTIC = (
 @tool
 def predictive(
     pair: PairLike,
-    data: Any,
+    data: object,
     statistics: Mapping[str, Function] | None = None,
     *,
     kind: CheckKind = "mixed",
@@ -191,14 +186,13 @@ def predictive(
     latents of data, as in regression, it is the usual posterior predictive check, and ``mixed``
     is the same.
 
-    A statistic says one number of a whole data set. For numbers of each datum see `pit`. The
+    A statistic says one number of a whole data set; for numbers of each datum see `pit`. The
     verdict is on the two-sided p-value times the number of statistics: worth a "look" up to 0.05,
-    "bad" up to 0.001, so that under the model a verdict is a false alarm no more often (for
-    ``mixed`` and ``aggregated`` as far as what the guide and the training took from the data can be
-    neglected). With 10 replicates or more (50, if they are all the same), T(x) beyond all of them
-    and at least five of their spreads away is bad, too. With many data every model
-    fails; T(x) beside the replicates' mean and spread says by how much. Masked entries of
-    replicates are the observed ones.
+    "bad" up to 0.001, which is how often it is a false alarm under the model (for ``mixed`` and
+    ``aggregated`` as far as what guide and training took from the data can be neglected). With 10
+    replicates or more (50, if all are the same), T(x) beyond all of them and five of their spreads
+    away is bad, too. With many data every model fails; T(x) beside the replicates' mean and spread
+    says by how much. Masked entries of replicates are the observed ones.
 
     References:
         Posterior Predictive Assessment of Model Fitness via Realized Discrepancies
@@ -211,17 +205,13 @@ def predictive(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         statistics: T by name, each a function of the observed site's data, shape
-            ``(N, *event_shape)``, to one number; it gets replicates as it gets the data. None for
-            mean, standard deviation, minimum and maximum of all entries, the standard deviation
-            of the data's means, and the share of zeros if there are any; for classes, the shares
-            of the commonest.
+            ``(N, *event_shape)``, to one number. None for mean, standard deviation, minimum and
+            maximum of all entries, the standard deviation of the data's means, and the share of
+            zeros if there are any; for classes, the shares of the commonest.
         kind: What a replicate is.
         site: The observed site; None if there is one.
         num_particles: S, replicated data sets. No two-sided p-value is below 2 / (S + 1).
         options: As in `pvae.options.Options`.
-
-    Returns:
-        A `PredictiveCheck`; it prints itself.
 
     Raises:
         ArgumentError: If a statistic isn't one finite number.
@@ -231,72 +221,63 @@ def predictive(
     Example:
         >>> vae = pvae.recipes.vae(6, 2, hidden=(8,))
         >>> x = torch.zeros(20, 6)
-        >>> found = predictive(vae, x, {"ones": lambda x: x.sum()})
-        >>> found.statistics["ones"].observed, found.findings()[0].verdict
+        >>> result = predictive(vae, x, {"ones": lambda x: x.sum()})
+        >>> result.statistics["ones"].observed, result.findings()[0].verdict
         (0.0, 'bad')
     """
     check_int("num_particles", num_particles)
     with terms.prepared(pair, data, options, "predictive") as evaluation, torch.no_grad():
-        found = Replicates.of("predictive", evaluation, site, kind)
-        chosen = _defaults(found) if statistics is None else dict(statistics)
-        observed = {name: _number(name, fn, found.observed) for name, fn in chosen.items()}
-        replicated: dict[str, list[float]] = {name: [] for name in chosen}
-        for block in found.blocks(num_particles):
+        replicates = Replicates.of("predictive", evaluation, site, kind)
+        x = replicates.observed
+        chosen = _defaults(replicates) if statistics is None else dict(statistics)
+        observed = {name: _number(name, fn, x) for name, fn in chosen.items()}
+        values: dict[str, list[float]] = {name: [] for name in chosen}
+        for block in replicates.blocks(num_particles):
             for one in block:
                 for name, fn in chosen.items():
-                    replicated[name].append(_number(name, fn, one))
-    return PredictiveCheck(
-        kind,
-        found.site,
-        len(found.observed),
-        num_particles,
-        {
-            name: Statistic(name, observed[name], torch.tensor(values, dtype=torch.float64))
-            for name, values in replicated.items()
-        },
-        not found.has_honest_p_values,
-    )
+                    values[name].append(_number(name, fn, one))
+    results = {
+        name: Statistic(name, observed[name], torch.tensor(of, dtype=torch.float64))
+        for name, of in values.items()
+    }
+    is_optimistic = not replicates.has_honest_p_values
+    return PredictiveCheck(kind, replicates.site, len(x), num_particles, results, is_optimistic)
 
 
 def _number(name: str, fn: Function, x: Tensor) -> float:
     value = torch.as_tensor(fn(x))
     if value.dim() or not bool(value.isfinite()):
-        what = f"shape {tuple(value.shape)}" if value.dim() else f"{float(value)}"
+        got = f"shape {tuple(value.shape)}" if value.dim() else f"{float(value)}"
         raise ArgumentError(
             f"statistics[{name!r}]",
             "one finite number for a whole data set",
-            f"{what} for data of shape {tuple(x.shape)}",
+            f"{got} for data of shape {tuple(x.shape)}",
             ["a mean over the data", "diagnostics.pit(..., statistic=...), for one a datum"],
         )
     return float(value)
 
 
-def _defaults(found: Replicates) -> dict[str, Function]:
+def _defaults(replicates: Replicates) -> dict[str, Function]:
     """Statistics that mean something for the data at hand."""
-    labels = found.labels()
+    labels, observed = replicates.labels(), replicates.observed
     if labels is not None:
-        classes, counts = labels(found.observed).unique(return_counts=True)
+        classes, counts = labels(observed).unique(return_counts=True)
         common = classes[counts.argsort(descending=True)[:5]].tolist()
-        return {f"share of class {c}": _ShareOf(c, labels) for c in sorted(common)}
+        return {f"share of class {c}": _share_of(c, labels) for c in sorted(common)}
     chosen: dict[str, Function] = {
         "mean": lambda x: x.double().mean(),
         "sd": lambda x: x.double().std(),
         "min": lambda x: x.double().min(),
         "max": lambda x: x.double().max(),
     }
-    if found.observed[0].numel() > 1:
+    if observed[0].numel() > 1:
         chosen["sd of means"] = lambda x: x.double().flatten(1).mean(1).std()
-    if bool((found.observed == 0).any()):
+    if bool((observed == 0).any()):
         chosen["share of zeros"] = lambda x: (x == 0).double().mean()
-    if len(found.observed) < 2:
+    if len(observed) < 2:
         chosen = {name: fn for name, fn in chosen.items() if not name.startswith("sd")}
     return chosen
 
 
-@dataclass(frozen=True)
-class _ShareOf:
-    label: int
-    labels: Function
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (self.labels(x) == self.label).double().mean()
+def _share_of(label: int, labels: Callable[[Tensor], Tensor]) -> Function:
+    return lambda x: (labels(x) == label).double().mean()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from pvae import terms
-from pvae.data import Source
 from pvae.diagnostics.mixture import Draws, Mixture, draw, require_mixture, score_mixture, sum_of
 from pvae.diagnostics.result import Finding, Result, Verdict
 from pvae.diagnostics.thresholds import (
@@ -88,22 +89,22 @@ class Surgery(Result):
     @property
     def collapsed(self) -> dict[str, Tensor]:
         """By site, which dimensions have neither activity nor rate, ``event_shape``."""
-        found = {}
+        below = {}
         for name, activity in self.activity.items():
-            found[name] = activity < self.threshold
+            below[name] = activity < self.threshold
             if name in self.rates_by_dimension:
-                found[name] &= self.rates_by_dimension[name].mean(0) < self.threshold
-        return found
+                below[name] &= self.rates_by_dimension[name].mean(0) < self.threshold
+        return below
 
     def findings(self) -> list[Finding]:
         """The parts, and whether the posterior has collapsed."""
         lines = [
-            Finding.of(self.distortion, "-E[log p(x | z)]: what of x the code doesn't tell"),
-            Finding.of(self.rate, "KL(q(z | x) || p(z)): nats that the code takes"),
+            Finding.of(self.distortion, DISTORTION),
+            Finding.of(self.rate, RATE),
+            *(Finding.of(part) for part in self.rates.values() if len(self.rates) > 1),
+            *self._information(),
+            *self._marginal(),
         ]
-        if len(self.rates) > 1:
-            lines += [Finding.of(part) for part in self.rates.values()]
-        lines += [*self._information(), *self._marginal()]
         if self.activity:
             collapsed = torch.cat([c.flatten() for c in self.collapsed.values()])
             count, size = int(collapsed.sum()), collapsed.numel()
@@ -116,8 +117,8 @@ class Surgery(Result):
     def _information(self) -> list[Finding]:
         if self.information is None or self.information_upper is None:
             return []
-        verdict = INFORMATION.verdict(self.information.mean)
-        meaning, advice = "mutual information of code and datum", ""
+        verdict, advice = INFORMATION.verdict(self.information.mean), ""
+        meaning = "mutual information of code and datum"
         if verdict == "bad":
             meaning = "a code says nothing about its datum: the whole latent has collapsed"
             advice = "does q see x (testing.check_pair)? If so a warm-up of beta, free bits"
@@ -155,6 +156,8 @@ class Surgery(Result):
         return self.information is not None and self.information.mean > limit
 
 
+DISTORTION = "-E[log p(x | z)]: what of x the code doesn't tell"
+RATE = "KL(q(z | x) || p(z)): nats that the code takes"
 COLLAPSE_ADVICE: dict[Verdict, str] = {
     "bad": "a warm-up of beta (Warmup, --warmup), free bits, or a weaker decoder",
     "look": "a smaller latent_dim fits; or a warm-up of beta",
@@ -164,7 +167,7 @@ COLLAPSE_ADVICE: dict[Verdict, str] = {
 @tool
 def surgery(
     pair: PairLike,
-    data: Any,
+    data: object,
     *,
     num_particles: int = 2,
     threshold: float = ACTIVITY,
@@ -212,56 +215,50 @@ def surgery(
             are sites outside the data plate.
 
     Example:
-        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> parts = surgery(vae, torch.rand(20, 4).round())
+        >>> parts = surgery(pvae.recipes.vae(4, 2, hidden=(8,)), torch.rand(20, 4).round())
         >>> round(parts.rate.mean - parts.information.mean - parts.marginal_kl.mean, 4) + 0.0
         0.0
     """
     check_int("num_particles", num_particles)
     check_number("threshold", threshold, minimum=0)
+    undefined: dict[str, str] = {}
+    activity: dict[str, Tensor] = {}
+    mixture = None
     with terms.prepared(pair, data, options, "surgery") as evaluation:
         evaluation = evaluation.in_memory()
-        structure = evaluation.structure
-        _check(structure, evaluation.source)
+        _check(evaluation.structure, evaluation.num_rows)
         own = draw(evaluation, num_particles)
-        undefined: dict[str, str] = {}
-        mixture = None
-        try:
+        with _noted(undefined, "parts of q(z)"):
             require_mixture(evaluation)
-        except UndefinedError as error:
-            undefined["parts of q(z)"] = _reason(error)
-        else:
             mixture = score_mixture(evaluation, own)
-        activity = {}
-        for name in structure.latents:
-            try:
+        for name in evaluation.structure.latents:
+            with _noted(undefined, f"activity of {name}"):
                 means, noise = means_and_noise(evaluation, name, 32)
-            except UndefinedError as error:
-                undefined[f"activity of {name}"] = _reason(error)
-            else:
                 activity[name] = (means.double().var(0) - noise.double().mean(0)).clamp(min=0)
     return _assemble(own, mixture, activity, undefined, threshold)
 
 
-def _check(structure: Structure, source: Source) -> None:
+def _check(structure: Structure, num_rows: int) -> None:
     structure.require_density("ELBO surgery")
     structure.require_proper("ELBO surgery")
-    check_int("ELBO surgery, rows of data", source.num_rows, minimum=2)
-    if structure.global_sites or structure.nesting > 1 or not structure.latents:
-        raise UndefinedError(
-            "ELBO surgery",
-            "a pair whose latents are all in the data plate, and in no other",
-            f"global site(s) {oxford(structure.global_sites)}"
-            if structure.global_sites
-            else "plates inside the data plate"
-            if structure.latents
-            else "no latent with a guide",
-            ["bounds.elbo, for rate and distortion of the data set"],
-        )
+    check_int("ELBO surgery, rows of data", num_rows, minimum=2)
+    got = "" if structure.latents else "no latent with a guide"
+    got = "plates inside the data plate" if structure.latents and structure.nesting > 1 else got
+    if structure.global_sites:
+        got = f"global site(s) {oxford(structure.global_sites)}"
+    if got:
+        expected = "a pair whose latents are all in the data plate, and in no other"
+        fixes = ["bounds.elbo, for rate and distortion of the data set"]
+        raise UndefinedError("ELBO surgery", expected, got, fixes)
 
 
-def _reason(error: UndefinedError) -> str:
-    return f"{error.where}: {error.actual}"
+@contextmanager
+def _noted(undefined: dict[str, str], part: str) -> Iterator[None]:
+    """Notes why a part is undefined, and goes on."""
+    try:
+        yield
+    except UndefinedError as error:
+        undefined[part] = f"{error.where}: {error.actual}"
 
 
 def _estimate(name: str, values: Tensor) -> Estimate:
@@ -280,20 +277,18 @@ def _assemble(
     rate = sum_of(own.rates.values())
     if own.because:
         undefined["parts by dimension"] = own.because
-    parts: dict[str, Estimate | None] = dict.fromkeys(_AGGREGATED)
-    dimension_kl = None
+    information = information_upper = marginal = correlation = dimension_kl = None
     if mixture is not None:
-        information = own.log_q - mixture.log_prob
-        parts["information"] = _estimate("information", information)
-        parts["information_upper"] = _estimate("information", own.log_q - mixture.without_own)
-        parts["marginal_kl"] = _estimate("marginal KL", rate - information)
+        own_information = own.log_q - mixture.log_prob
+        information = _estimate("information", own_information)
+        information_upper = _estimate("information", own.log_q - mixture.without_own)
+        marginal = _estimate("marginal KL", rate - own_information)
         dims = mixture.log_prob_dims
         if dims is None and len(own.values) > 1:
             undefined["total correlation"] = "several latents"
         if dims is not None:
             (log_p_dims,) = own.log_p_dims.values()
-            correlation = mixture.log_prob - dims.sum(-1)
-            parts["total_correlation"] = _estimate("total correlation", correlation)
+            correlation = _estimate("total correlation", mixture.log_prob - dims.sum(-1))
             dimension_kl = (dims - log_p_dims.flatten(2)).mean(0)
     return Surgery(
         rate=_estimate("rate", rate),
@@ -306,11 +301,11 @@ def _assemble(
             if name in own.log_p_dims
         },
         activity=activity,
+        information=information,
+        information_upper=information_upper,
+        marginal_kl=marginal,
+        total_correlation=correlation,
         dimension_kl=dimension_kl,
         undefined=undefined,
         threshold=threshold,
-        **parts,
     )
-
-
-_AGGREGATED = ("information", "information_upper", "marginal_kl", "total_correlation")

@@ -178,14 +178,9 @@ def table() -> str:
         | number | worth a look | bad | reason | used by |
     """
     lines = ["| number | worth a look | bad | reason | used by |", "|---|---|---|---|---|"]
-    for row in [value for value in globals().values() if isinstance(value, Threshold)]:
-        look, bad = (_words(row, value) for value in (row.look, row.bad))
+    for row in [row for row in globals().values() if isinstance(row, Threshold)]:
+        side = "less" if row.is_least else "more"
+        look, bad = (f"{v:g} or {side}" if math.isfinite(v) else "" for v in (row.look, row.bad))
         look = "" if look == bad else look
         lines.append(f"| {row.quantity} | {look} | {bad} | {row.reason} | {row.used_by} |")
     return "\n".join(lines)
-
-
-def _words(row: Threshold, value: float) -> str:
-    if not math.isfinite(value):
-        return ""
-    return f"{value:g} or {'less' if row.is_least else 'more'}"

@@ -61,12 +61,7 @@ class Uniformity:
 
 
 def ranked(own: Tensor, drawn: Iterable[tuple[slice, Tensor]]) -> Tensor:
-    """Ranks of numbers ``(S, ...)`` among others that are drawn for them; ties by chance.
-
-    Arguments:
-        own: The numbers.
-        drawn: Rows of them, and some draws for each of these rows, ``(K, rows, ...)``.
-    """
+    """Ranks of numbers ``(S, ...)`` among others drawn for some rows at a time; ties by chance."""
     less = torch.zeros(own.shape, dtype=torch.long, device=own.device)
     equal = less.clone()
     for rows, draws in drawn:
@@ -106,17 +101,10 @@ def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
     fourth = variance * (3 * (num_draws + 1) ** 2 - 7) / (20 * num_draws**2)
     squares = (unit - 0.5).square().mean(0)
     p_values = np.minimum(1, 2 * columns * np.minimum(chi2_p, ecdf_p))
-    return Uniformity(
-        torch.tensor(points, dtype=torch.float64),
-        torch.from_numpy(below / size),
-        torch.from_numpy(low / size),
-        torch.from_numpy(high / size),
-        torch.from_numpy(chi2_p),
-        torch.from_numpy(ecdf_p),
-        torch.from_numpy(p_values),
-        ((unit.mean(0) - 0.5) / (variance / size) ** 0.5).cpu(),
-        ((squares - variance) / ((fourth - variance**2) / size) ** 0.5).cpu(),
-    )
+    known = (np.asarray(points), below / size, low / size, high / size, chi2_p, ecdf_p, p_values)
+    shift = (unit.mean(0) - 0.5) / (variance / size) ** 0.5
+    spread = (squares - variance) / ((fourth - variance**2) / size) ** 0.5
+    return Uniformity(*map(torch.from_numpy, known), *(x.cpu() for x in (shift, spread)))
 
 
 def _chi_squared(counts: np.ndarray, num_draws: int) -> np.ndarray:
@@ -124,8 +112,8 @@ def _chi_squared(counts: np.ndarray, num_draws: int) -> np.ndarray:
     num_bins = max(2, min(MAX_BINS, num_draws + 1, len(counts) // 5))
     bins = np.arange(num_draws + 1) * num_bins // (num_draws + 1)
     expected = np.bincount(bins) * len(counts) / (num_draws + 1)
-    found = [np.bincount(bins[c], minlength=num_bins) for c in counts.T]
-    return np.array([chisquare(f, expected).pvalue for f in found])
+    observed = [np.bincount(bins[c], minlength=num_bins) for c in counts.T]
+    return np.array([chisquare(f, expected).pvalue for f in observed])
 
 
 def _two_sided(count: np.ndarray, size: int, share: np.ndarray) -> np.ndarray:
