@@ -127,10 +127,7 @@ def _with_error(point: Estimate) -> str:
 
 @tool
 def iwae_curve(
-    pair: PairLike,
-    data: Any,
-    num_particles: int = 1024,
-    **options: Unpack[Options],
+    pair: PairLike, data: Any, num_particles: int = 1024, **options: Unpack[Options]
 ) -> Curve:
     r"""The importance-weighted bound at K = 1 (the ELBO), 2, 4, ..., from one set of draws.
 

@@ -20,12 +20,7 @@ _NAMES = {"elbo": "ELBO", "log_joint": "log joint", "unnormalised_elbo": "unnorm
 
 
 @tool
-def elbo(
-    pair: PairLike,
-    data: Any,
-    num_particles: int = 1,
-    **options: Unpack[Options],
-) -> Estimate:
+def elbo(pair: PairLike, data: Any, num_particles: int = 1, **options: Unpack[Options]) -> Estimate:
     r"""The evidence lower bound of each datum, split into distortion and rate.
 
     .. math::

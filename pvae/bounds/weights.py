@@ -30,10 +30,7 @@ __all__ = [
 
 @tool
 def log_weights(
-    pair: PairLike,
-    data: Any,
-    num_particles: int = 1000,
-    **options: Unpack[Options],
+    pair: PairLike, data: Any, num_particles: int = 1000, **options: Unpack[Options]
 ) -> Tensor:
     r"""The log importance weight of each draw from the guide, for each datum.
 

@@ -96,10 +96,7 @@ class _DrawData(Messenger):
 
 
 def run_model(
-    model: Program,
-    batch: Batch,
-    latents: Trace | None = None,
-    **options: Unpack[RunOptions],
+    model: Program, batch: Batch, latents: Trace | None = None, **options: Unpack[RunOptions]
 ) -> Trace:
     """Pyro's trace of one run of a model with its data drawn, each site given those before it.
 

@@ -74,11 +74,7 @@ def _draw_globals(
 
 
 def check_generative(
-    what: str,
-    evaluation: Evaluation,
-    origin: Origin = "posterior",
-    *,
-    latents_alone: bool = False,
+    what: str, evaluation: Evaluation, origin: Origin = "posterior", *, latents_alone: bool = False
 ) -> None:
     """Refuses a pair whose sites can't be drawn by drawing each from its distribution.
 
