@@ -1,26 +1,109 @@
-"""The evidence, by importance sampling and by annealing, and the upper bound that is akin to it."""
+"""The evidence lower bound, and the evidence by importance sampling and by annealing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from pvae.bounds.annealing import AIS, annealed
-from pvae.bounds.elbo import with_globals
 from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
-from pvae.bounds.weights import WeightSums, require_evidence
+from pvae.bounds.weights import Sums, WeightSums, facts, require_evidence
 from pvae.engine import Asked, Repeated
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
 from pvae.estimate import Estimate
 from pvae.options import Options, tool
-from pvae.pair import PairLike, Structure
-from pvae.terms import Evaluation, compute, prepared, stream
+from pvae.pair import Batch, PairLike, Structure
+from pvae.terms import Evaluation, Terms, compute, draw_globals, prepared, stream
 
-__all__ = ["evidence"]
+__all__ = ["elbo", "evidence"]
+
+_NAMES = {"elbo": "ELBO", "log_joint": "log joint", "unnormalised_elbo": "unnormalised ELBO"}
+
+
+@tool
+def elbo(
+    pair: PairLike, data: object, num_particles: int = 1, **options: Unpack[Options]
+) -> Estimate:
+    r"""The evidence lower bound of each datum, split into distortion and rate.
+
+    .. math::
+        L_n = E_q[\log p(x_n | z)] - E_q[\log q(z | x_n) - \log p(z)] = -D_n - R_n
+
+    With a point-mass guide there is no such bound; the result is then named "log joint", is
+    :math:`\log p(x_n, z_n)` at the code, and has no rate. With an improper prior it is named
+    "unnormalised ELBO". With sites outside the data plate it is the bound for the data set, all of
+    them included, and ``num_particles`` counts draws of those.
+
+    References:
+        Fixing a Broken ELBO (Alemi et al., 2018), https://arxiv.org/abs/1711.00464
+
+    Arguments:
+        pair: A model and its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_particles: K, draws for each datum.
+        options: As in `pvae.options.Options`.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> found = elbo(vae, torch.zeros(5, 4), 10)
+        >>> bool(torch.allclose(found.values, -found.distortion.values - found.rate.values))
+        True
+    """
+    k = check_int("num_particles", num_particles)
+    with prepared(pair, data, options, "elbo") as evaluation:
+        structure = evaluation.structure
+        name = _NAMES[structure.quantity]
+        if structure.global_sites:
+            return _with_globals(name, evaluation, k, 1)
+        sums, is_split = Sums(), True
+        for rows, terms in stream(evaluation, k):
+            is_split = not terms.is_joint
+            sums.add(rows, _parts(terms, is_split=is_split))
+    values, square, likelihood, rate = sums.all / k
+    variances = (square - values.square()).clamp(min=0) / (k - 1) if k > 1 else None
+    has_rate = is_split and not structure.has_points and not structure.improper
+    return Estimate(
+        name,
+        values,
+        variances,
+        num_particles=k,
+        distortion=Estimate("distortion", -likelihood, num_particles=k) if is_split else None,
+        rate=Estimate("rate", rate, num_particles=k) if has_rate else None,
+        **facts(structure),
+    )
+
+
+def _parts(terms: Terms, *, is_split: bool) -> Tensor:
+    """Sums over particles of log weight, its square, log likelihood and rate, ``(4, n)``."""
+    log_weight = terms.log_weight.double()
+    split = [terms.log_likelihood, terms.log_q - terms.log_prior] if is_split else [log_weight] * 2
+    return torch.stack([log_weight, log_weight.square(), *split]).double().sum(1)
+
+
+def _with_globals(name: str, evaluation: Evaluation, num_global: int, num_local: int) -> Estimate:
+    """The data set's bound: each draw of what is outside the data plate is shared by all data."""
+    totals, num_data = [], evaluation.num_rows
+    for _ in range(num_global):
+        given, first = draw_globals(evaluation)
+        weights = WeightSums()
+        for rows, terms in stream(evaluation, num_local, given):
+            weights.add(rows, weights.reduce(terms.log_weight))
+        values = weights.estimate(name, num_local, evaluation.structure).values
+        totals.append((first.global_log_p[0] - first.global_log_q[0]).double() + values.sum())
+        num_data = len(values)
+    return Estimate(
+        name,
+        torch.stack(totals),
+        by="draw",
+        num_data=num_data,
+        num_particles=num_local,
+        **facts(evaluation.structure),
+    )
+
 
 Method = Literal["importance", "local", "ais", "cubo"]
 
@@ -30,7 +113,7 @@ _DRAWS: dict[str, int] = {"importance": 1000, "local": 1000, "ais": 16, "cubo": 
 @tool
 def evidence(
     pair: PairLike,
-    data: Any,
+    data: object,
     num_particles: int | None = None,
     *,
     method: Method = "importance",
@@ -129,43 +212,40 @@ def evidence(
             return _by_annealing(evaluation, ais or AIS(), k)
         if method == "local":
             return _by_local_fits(evaluation, local or LocalFit(), family, k)
-        structure = evaluation.structure
-        require_evidence(structure, "evidence", by_datum=method == "cubo")
-        weights = WeightSums(order if method == "cubo" else 1.0)
-        what = "log joint" if structure.points else "evidence"
+        is_upper, structure = method == "cubo", evaluation.structure
+        require_evidence(structure, "evidence", by_datum=is_upper)
+        name = f"{'log joint' if structure.points else 'evidence'}, IWAE-{k}"
         if structure.global_sites:
-            return with_globals(f"{what}, IWAE-{k}", evaluation, num_global, k)
-        _weigh(weights, evaluation, k, engine)
-        if method == "cubo":
-            name = f"chi upper bound of order {order:g}, estimate"
-            return replace(weights.estimate(name, k, structure), kind="estimate")
-        return weights.estimate(f"{what}, IWAE-{k}", k, structure)
+            return _with_globals(name, evaluation, num_global, k)
+        if not is_upper:
+            return _weighed(WeightSums(), evaluation, k, engine).estimate(name, k, structure)
+        weights, name = WeightSums(order), f"chi upper bound of order {order:g}, estimate"
+        found = _weighed(weights, evaluation, k, engine).estimate(name, k, structure)
+        return replace(found, kind="estimate")
 
 
-def _weigh(weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked) -> None:
+def _weighed(
+    weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked
+) -> WeightSums:
     """Sums up the weights of draws from the guide."""
+    structure = evaluation.structure
 
-    def reduced(k: int, *batch: Tensor) -> Tensor:
-        terms = compute(evaluation.structure, batch, num_particles=k)
-        return weights.reduce(terms.log_weight)
+    def reduced(k: int, *batch: Tensor, **given: Tensor) -> Tensor:
+        return weights.reduce(compute(structure, batch, num_particles=k, given=given).log_weight)
 
     calls = -(-evaluation.num_rows * num_particles // evaluation.max_rows)
-    repeated = Repeated(reduced, calls, evaluation.structure.dtype, engine)
+    repeated = Repeated(reduced, calls, structure.dtype, engine)
 
     def run(
-        structure: Structure,
-        batch: tuple[Tensor, ...],
-        *,
-        given: Mapping[str, Tensor],
-        num_particles: int,
+        _: Structure, batch: Batch, *, given: Mapping[str, Tensor], num_particles: int
     ) -> Tensor:
-        if not given:
-            return repeated(num_particles, *batch)
-        terms = compute(structure, batch, given=given, num_particles=num_particles)
-        return weights.reduce(terms.log_weight)  # of rows that the pair picks
+        if given:  # indices of rows that the pair picks
+            return reduced(num_particles, *batch, **given)
+        return repeated(num_particles, *batch)
 
     for rows, sums in stream(evaluation, num_particles, run=run):
         weights.add(rows, sums)
+    return weights
 
 
 def _by_annealing(evaluation: Evaluation, ais: AIS, num_chains: int) -> Estimate:

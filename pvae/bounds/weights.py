@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,21 +16,12 @@ from pvae.options import Options, tool
 from pvae.pair import PairLike, Structure
 from pvae.terms import Evaluation, prepared, stream
 
-__all__ = [
-    "Facts",
-    "Sums",
-    "WeightSums",
-    "facts",
-    "log_weights",
-    "require_evidence",
-    "require_local",
-    "weights_by_chunk",
-]
+__all__ = ["Sums", "WeightSums", "facts", "log_weights", "require_evidence", "require_local"]
 
 
 @tool
 def log_weights(
-    pair: PairLike, data: Any, num_particles: int = 1000, **options: Unpack[Options]
+    pair: PairLike, data: object, num_particles: int = 1000, **options: Unpack[Options]
 ) -> Tensor:
     r"""The log importance weight of each draw from the guide, for each datum.
 
@@ -78,15 +69,8 @@ def require_evidence(
 ) -> None:
     """Refuses a pair that has no evidence, or none that importance weights can estimate.
 
-    Arguments:
-        structure: What the pair is made of.
-        what: The quantity that is refused, for the message.
-        by_datum: Whether it is a quantity of single data, for which all sites that have a density
-            must be inside the data plate.
-        density: Whether it needs the guide's density.
-
-    Raises:
-        UndefinedError: Saying what is missing.
+    That is for the quantity ``what``: ``by_datum`` if it is one of single data, for which all sites
+    that have a density must be inside the data plate; ``density`` if it needs the guide's.
     """
     if density:
         structure.require_density(what)
