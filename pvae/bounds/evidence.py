@@ -230,7 +230,7 @@ def _weighed(
     """Sums up the weights of draws from the guide."""
     structure = evaluation.structure
 
-    def reduced(k: int, *batch: Tensor, **given: Tensor) -> Tensor:
+    def reduced(k: int, *batch: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         return weights.reduce(compute(structure, batch, num_particles=k, given=given).log_weight)
 
     calls = -(-evaluation.num_rows * num_particles // evaluation.max_rows)
@@ -240,7 +240,7 @@ def _weighed(
         _: Structure, batch: Batch, *, given: Mapping[str, Tensor], num_particles: int
     ) -> Tensor:
         if given:  # indices of rows that the pair picks
-            return reduced(num_particles, *batch, **given)
+            return reduced(num_particles, *batch, given=given)
         return repeated(num_particles, *batch)
 
     for rows, sums in stream(evaluation, num_particles, run=run):
