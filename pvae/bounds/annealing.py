@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.bounds.density import LatentDensity, densities, spread
+from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
 from pvae.bounds.weights import WeightSums, require_evidence
 from pvae.errors import check_choice, check_int, check_number
@@ -22,7 +22,7 @@ from pvae.options import Options, tool
 from pvae.pair import Batch, PairLike
 from pvae.terms import Evaluation, prepared
 
-__all__ = ["AIS", "Annealed", "Sandwich", "annealed", "bdmc", "groups_of"]
+__all__ = ["AIS", "Annealed", "Sandwich", "annealed", "bdmc"]
 
 _APART = 20  # transitions that part the chains which start from one draw of the posterior
 
@@ -129,12 +129,6 @@ def annealed(
                 torch.cat(chances).mean(0)[:count],
                 tuple(b[:count] if isinstance(b, Tensor) else b for b in density.batch),
             )
-
-
-def groups_of(count: int, at_most: int) -> list[int]:
-    """Numbers of draws that add up to a count, each at most so many, and at least one."""
-    size = max(1, min(count, at_most))
-    return [min(size, count - done) for done in range(0, count, size)]
 
 
 def _advance(bar: tqdm, share: float) -> None:

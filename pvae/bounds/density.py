@@ -29,7 +29,7 @@ from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
 from pvae.types import Dist
 
-__all__ = ["LatentDensity", "densities", "spread"]
+__all__ = ["LatentDensity", "densities", "groups_of", "spread"]
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,12 @@ def densities(
     bar = tqdm(total=1.0, desc=title, bar_format=shown, disable=hidden)
     with evaluating(structure.modules), bar:
         yield ((rows, LatentDensity(structure, b, given)) for rows, _, b, given in chunks), bar
+
+
+def groups_of(count: int, at_most: int) -> list[int]:
+    """Numbers of draws that add up to a count, each at most so many, and at least one."""
+    size = max(1, min(count, at_most))
+    return [min(size, count - done) for done in range(0, count, size)]
 
 
 def spread(draw: Callable[[int], Tensor], at_once: int = 1) -> tuple[Tensor, Tensor]:
