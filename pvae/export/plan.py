@@ -35,25 +35,15 @@ GROUPS = (
 
 @dataclass
 class Plan:
-    """The variables of an export, found by one draw for the first rows.
-
-    Attributes:
-        evaluation: The pair and its data.
-        layout: How many draws and rows there are, and what dimensions are called.
-        mean: Whether predictive groups have means in place of draws.
-        variables: What is filled from draws.
-        constants: What else the pair is called with, by name.
-        left_out: Why a group or variable isn't there, by its name.
-        examples: One draw for the first rows, by where its latents come from.
-    """
+    """The variables of an export, found by one draw for the first rows."""
 
     evaluation: Evaluation
     layout: Layout
-    mean: bool = field(kw_only=True)
-    variables: list[Variable] = field(default_factory=list)
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    examples: dict[Origin, Simulation] = field(default_factory=dict)
+    mean: bool = field(kw_only=True)  # whether predictive groups have means in place of draws
+    variables: list[Variable] = field(default_factory=list)  # what is filled from draws
+    constants: dict[str, np.ndarray] = field(default_factory=dict)  # what no site observes
+    left_out: dict[str, str] = field(default_factory=dict)  # why a group or variable isn't there
+    examples: dict[Origin, Simulation] = field(default_factory=dict)  # one draw for first rows
 
     @property
     def structure(self) -> Structure:
@@ -91,16 +81,15 @@ class Plan:
                 raise
             self.left_out[group] = error.one_line()
 
-    def runs(self) -> list[tuple[Origin, list[Variable], int]]:
+    def runs(self) -> Iterator[tuple[Origin, list[Variable], int]]:
         """What is to be run: where latents come from, what is filled, and how many draws."""
-        split: dict[Origin, list[Variable]] = {"posterior": [], "prior": []}
-        for v in self.variables:
-            split["prior" if v.group.startswith("prior") else "posterior"].append(v)
-        return [
-            (origin, variables, self.layout.num_draws if any(v.num_draws for v in variables) else 1)
-            for origin, variables in split.items()
-            if variables
-        ]
+        origins: tuple[Origin, ...] = ("posterior", "prior")
+        for origin in origins:
+            is_prior = origin == "prior"
+            variables = [v for v in self.variables if v.group.startswith("prior") == is_prior]
+            if variables:
+                with_draws = any(v.num_draws for v in variables)
+                yield origin, variables, self.layout.num_draws if with_draws else 1
 
     def check_size(self, max_bytes: float) -> None:
         """Refuses what would be larger than that."""
@@ -111,35 +100,19 @@ class Plan:
         if total > max_bytes:
             largest = sorted(sizes, key=lambda group: -sizes[group])[:3]
             shown = ", ".join(f"{group} {_mib(sizes[group])}" for group in largest)
-            raise ArgumentError(
-                "export",
-                f"at most max_bytes = {_mib(max_bytes)}",
-                f"{_mib(total)}: {shown}",
-                [
-                    "fewer data",
-                    "num_particles=50",
-                    "groups=[...] without the largest",
-                    "max_bytes=",
-                ],
-            )
-
-    def draws(
-        self, evaluation: Evaluation, origin: Origin, count: int
-    ) -> Iterator[tuple[slice, slice, Simulation]]:
-        """So many draws for all data, those from the guide with their log densities."""
-        return draws(evaluation, count, origin, mean=self.mean, score=True)
+            limit, actual = f"at most max_bytes = {_mib(max_bytes)}", f"{_mib(total)}: {shown}"
+            fixes = ["fewer data", "num_particles=50", "groups=[...] without the largest"]
+            raise ArgumentError("export", limit, actual, [*fixes, "max_bytes="])
 
     def _example(self, origin: Origin) -> Simulation:
         if origin not in self.examples:
             few = replace(self.evaluation, max_rows=1024)
-            *_, self.examples[origin] = next(self.draws(few, origin, 1))
+            *_, self.examples[origin] = next(draws(few, 1, origin, mean=self.mean, score=True))
         return self.examples[origin]
 
     def _values(self, group: str, names: Sequence[str], origin: Origin, num_draws: int) -> None:
-        run = self._example(origin)
-        self.variables += [
-            self.layout.site(group, name, run, _value(name), num_draws=num_draws) for name in names
-        ]
+        run, site = self._example(origin), self.layout.site
+        self.variables += [site(group, n, run, _value(n), num_draws=num_draws) for n in names]
 
     def _latents(self, group: str, origin: Origin, num_draws: int) -> None:
         s = self.structure
@@ -157,40 +130,32 @@ class Plan:
         terms = _terms(self._example("posterior"))
         terms.require_split()
         for name, site in terms.sites.items():
-            if site.kind not in ("observed", "enumerated"):
-                continue
-            parts = [n for n in name.split("+") if n not in self.structure.enumerated]
-            rows = self.layout.num_rows if site.is_local else None
-            pick, label = _log_density(name), "+".join(parts)
-            self.variables.append(Variable("log_likelihood", label, pick, self.num_of_guide, rows))
+            if site.kind in ("observed", "enumerated"):
+                parts = [n for n in name.split("+") if n not in self.structure.enumerated]
+                rows = self.layout.num_rows if site.is_local else None
+                what = ("log_likelihood", "+".join(parts), _log_density(name))
+                self.variables.append(Variable(*what, self.num_of_guide, rows))
 
     def _sample_stats(self) -> None:
         structure = self.structure
-        if structure.global_sites:
+        is_sum = bool(structure.global_sites)
+        if is_sum:
             require_whole("sample_stats", structure, self.evaluation.source)
-        stats: dict[str, tuple[Pick, Pick]] = {
-            "log_p": _both(lambda t: t.log_joint, lambda t: t.global_log_p)
-        }
         if structure.points:
             self.left_out["log_q"] = f"a point mass has no density: {oxford(structure.points)}"
-        else:
-            stats["log_q"] = _both(lambda t: t.log_q, lambda t: t.global_log_q)
-        if structure.quantity == "elbo":
-            stats["log_weight"] = _both(
-                lambda t: t.log_weight, lambda t: t.global_log_p - t.global_log_q
-            )
-        else:
+        if structure.quantity != "elbo":
             self.left_out["log_weight"] = f"log p - log q is no weight but {structure.quantity}"
-        is_sum = bool(structure.global_sites)
         rows = None if is_sum else self.layout.num_rows
-        for name, (pick, outside) in stats.items():
-            variable = Variable("sample_stats", name, pick, self.num_of_guide, rows)
-            self.variables.append(replace(variable, outside=outside) if is_sum else variable)
+        for name, (local, outside) in _STATS.items():
+            if name not in self.left_out:
+                stat = Variable("sample_stats", name, _of_terms(local), self.num_of_guide, rows)
+                once = _of_terms(outside) if is_sum else None
+                self.variables.append(replace(stat, outside=once))
 
     def _observed_data(self) -> None:
-        run = self._example("posterior")
+        run, site = self._example("posterior"), self.layout.site
         self.variables += [
-            self.layout.site("observed_data", name, run, _data(name), num_draws=None)
+            site("observed_data", name, run, _data(name), num_draws=None)
             for name in self.structure.observed
         ]
 
@@ -207,12 +172,8 @@ class Plan:
 def require_whole(what: str, structure: Structure, source: Source) -> None:
     """Refuses some of the data where all that global latents are conditioned on are needed."""
     if structure.is_scaled and structure.full_size != source.num_rows:
-        raise UndefinedError(
-            what,
-            f"all {structure.full_size} data, on which global latents are conditioned",
-            f"{source.num_rows} of them",
-            ["the whole data set"],
-        )
+        expected = f"all {structure.full_size} data, on which global latents are conditioned"
+        raise UndefinedError(what, expected, f"{source.num_rows} of them", ["the whole data set"])
 
 
 def _terms(run: Simulation) -> Terms:
@@ -220,10 +181,20 @@ def _terms(run: Simulation) -> Terms:
     return run.terms
 
 
-def _both(
-    local: Callable[[Terms], Tensor], outside: Callable[[Terms], Tensor]
-) -> tuple[Pick, Pick]:
-    return lambda run: local(_terms(run)), lambda run: outside(_terms(run))
+_OfTerms = Callable[[Terms], Tensor]
+
+_STATS: dict[str, tuple[_OfTerms, _OfTerms]] = {  # of each datum, and of what all data share
+    "log_p": (lambda terms: terms.log_joint, lambda terms: terms.global_log_p),
+    "log_q": (lambda terms: terms.log_q, lambda terms: terms.global_log_q),
+    "log_weight": (
+        lambda terms: terms.log_weight,
+        lambda terms: terms.global_log_p - terms.global_log_q,
+    ),
+}
+
+
+def _of_terms(pick: _OfTerms) -> Pick:
+    return lambda run: pick(_terms(run))
 
 
 def _value(name: str) -> Pick:

@@ -1,13 +1,14 @@
-"""Draws and log densities as an ArviZ tree of labelled arrays."""
+"""Draws and log densities as an ArviZ tree of labelled arrays, and leave-one-out from it."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
 from arviz_base import dict_to_dataset
+from arviz_stats import loo_approximate_posterior
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 from xarray import Dataset, DataTree
@@ -15,15 +16,18 @@ from xarray import Dataset, DataTree
 import pvae
 from pvae import diagnostics
 from pvae.diagnostics.importance import FEWEST
-from pvae.errors import ArgumentError, check_int, check_number, oxford
-from pvae.export.plan import GROUPS, Plan
+from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, oxford
+from pvae.export.plan import GROUPS, Plan, require_whole
 from pvae.export.variables import Layout, fill
 from pvae.options import Options, tool
-from pvae.pair import PairLike
-from pvae.simulate import Simulation
+from pvae.pair import PairLike, Structure
+from pvae.simulate import Simulation, draws
 from pvae.terms import prepared
 
-__all__ = ["to_arviz"]
+if TYPE_CHECKING:
+    from arviz_stats.utils import ELPDData
+
+__all__ = ["loo", "to_arviz"]
 
 
 @tool
@@ -120,8 +124,10 @@ def to_arviz(
         plan.check_size(max_bytes)
         arrays: dict[tuple[str, str], np.ndarray] = {}
         for origin, variables, count in plan.runs():
-            passes = plan.draws(evaluation, origin, count)
-            arrays |= fill(variables, _shown(passes, origin, count, progress=evaluation.progress))
+            passes = draws(evaluation, count, origin, mean=mean, score=True)
+            hidden = not evaluation.progress
+            with tqdm(total=count, desc=origin, unit="draw", disable=hidden) as bar:
+                arrays |= fill(variables, _counted(passes, bar))
     khat = _khat(plan, arrays.get(("sample_stats", "log_weight")))
     attributes = {
         "pvae_version": pvae.__version__,
@@ -149,13 +155,12 @@ def _khat(plan: Plan, log_weight: np.ndarray | None) -> np.ndarray | None:
 Passes = Iterable[tuple[slice, slice, Simulation]]
 
 
-def _shown(passes: Passes, what: str, count: int, *, progress: bool) -> Passes:
+def _counted(passes: Passes, bar: tqdm) -> Passes:
     """The same passes, their draws counted by a progress bar."""
-    with tqdm(total=count, desc=what, unit="draw", disable=not progress) as bar:
-        for draws, rows, run in passes:
-            yield draws, rows, run
-            if rows.start == 0:
-                bar.update(draws.stop - draws.start)
+    for chosen, rows, run in passes:
+        yield chosen, rows, run
+        if rows.start == 0:
+            bar.update(chosen.stop - chosen.start)
 
 
 def _tree(
@@ -174,7 +179,9 @@ def _tree(
         dims = {v.name: [*(() if v.num_rows is None else rows), *v.dims] for v in variables}
         if group == "constant_data":
             data = dict(plan.constants)
-            dims = {k: [*rows, *_generic(k, a.ndim - 1)] for k, a in data.items()}
+            dims = {
+                k: [*rows, *(f"{k}_dim_{i}" for i in range(a.ndim - 1))] for k, a in data.items()
+            }
         if data:
             with_draws = any(v.num_draws for v in variables)
             groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
@@ -187,10 +194,6 @@ def _tree(
     tree = DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
     tree.attrs.update(attributes)
     return tree
-
-
-def _generic(name: str, count: int) -> list[str]:
-    return [f"{name}_dim_{i}" for i in range(count)]
 
 
 def _dataset(
@@ -219,3 +222,96 @@ def _dataset(
 def _plain(name: str) -> str:
     """A name without slashes, which separate groups."""
     return name.replace("/", ".")
+
+
+@tool
+def loo(
+    pair: PairLike,
+    data: object,
+    *,
+    num_particles: int = 1000,
+    max_bytes: float = 2**31,
+    **options: Unpack[Options],
+) -> ELPDData:
+    r"""The expected log density of data left out, for a pair whose latents are all global.
+
+    .. math::
+        \mathrm{elpd} = \sum_n \log p(x_n | x_{-n}), \quad
+        p(x_n | x_{-n}) \approx \frac{\sum_s w_{ns}\, p(x_n | g_s)}{\sum_s w_{ns}}, \quad
+        w_{ns} = \frac{p(x, g_s)}{q(g_s)\, p(x_n | g_s)}, \quad g_s \sim q(g)
+
+    The weights, which correct for the guide as well as for the datum left out, are smoothed by
+    ArviZ (PSIS); its Pareto k of each datum says where that isn't enough. It is computed by
+    ``arviz.loo_approximate_posterior`` on an export.
+
+    With latents of data there is no such number: log p(x_n | z_n) at z_n from q(z | x_n) has seen
+    x_n, and leaving it out would leave z_n without data. `pvae.bounds.evidence` on held-out data
+    is the predictive density then.
+
+    References:
+        Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
+        (Vehtari, Gelman & Gabry, 2017), https://arxiv.org/abs/1507.04544
+
+        Bayesian Leave-One-Out Cross-Validation for Large Data (Magnusson et al., 2019),
+        https://arxiv.org/abs/1904.10679
+
+    Arguments:
+        pair: A model and its guide.
+        data: All data that the guide was fitted to.
+        num_particles: S, draws of the global latents.
+        max_bytes: Bound on the size of the log likelihoods, in bytes.
+        options: As in `pvae.options.Options`.
+
+    Returns:
+        ArviZ's ``ELPDData``, pointwise, for ``arviz.compare`` and ``arviz.plot_khat``. It prints
+        itself.
+
+    Raises:
+        UndefinedError: If there are latents of data, a point-mass guide, or only some of the data.
+
+    Example:
+        >>> def model(x):
+        ...     mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("mean", dist.Normal(x.mean(), len(x) ** -0.5))
+        >>> int(loo((model, guide), torch.zeros(20)).n_data_points)
+        20
+    """
+    check_int("num_particles", num_particles, minimum=25)
+    with prepared(pair, data, options, "loo") as evaluation:
+        evaluation = evaluation.in_memory()
+        structure = evaluation.structure
+        _require_global(structure)
+        require_whole("loo", structure, evaluation.source)
+    tree = to_arviz(
+        evaluation.pair,
+        evaluation.source,
+        num_particles=num_particles,
+        groups=("log_likelihood", "sample_stats"),
+        max_bytes=max_bytes,
+        **options,
+    )
+    each = [v for v in tree["log_likelihood"].data_vars.values() if structure.plate in v.dims]
+    total = sum(each[1:], start=each[0]).rename("log_likelihood")
+    log_p, log_q = (tree["sample_stats"][name] for name in ("log_p", "log_q"))
+    likelihoods = DataTree.from_dict({"/log_likelihood": total.to_dataset()})
+    return loo_approximate_posterior(likelihoods, log_p=log_p, log_q=log_q, pointwise=True)
+
+
+def _require_global(structure: Structure) -> None:
+    if local := (*structure.latents, *structure.enumerated):
+        raise UndefinedError(
+            "loo",
+            "a pair whose latents are all outside the data plate",
+            f"{oxford(local)} inside it: log p(x | z) at z ~ q(z | x) has seen x",
+            [
+                "bounds.evidence on held-out data",
+                "the difference of two pairs' bounds.evidence(...).values, datum by datum",
+            ],
+        )
+    if structure.points:
+        expected = "a guide with a density, whose draws can be weighted"
+        actual = f"a point mass at {oxford(sorted(structure.points))}"
+        raise UndefinedError("loo", expected, actual, ["AutoNormal, or another"])

@@ -24,26 +24,17 @@ Pick = Callable[[Simulation], Tensor]
 class Variable:
     """One variable of an export.
 
-    Attributes:
-        group: Its group.
-        name: Its name there.
-        pick: From the draws for a chunk of rows to values, shape ``(K, N, ...)`` or ``(K, ...)``.
-        num_draws: S; None where it is the same for all draws.
-        num_rows: N; None where it isn't of single data.
-        dims: Names of its other dimensions.
-        sizes: Their sizes.
-        dtype: Of its array.
-        outside: For a sum over the data set of what is picked, shape ``(K, N)``: what is added to
-            that once, shape ``(K,)``.
+    With ``outside`` it is the sum over the data set of what is picked, shape ``(K, N)``, and of
+    what ``outside`` picks, shape ``(K,)``, once.
     """
 
     group: str
     name: str
-    pick: Pick
-    num_draws: int | None
-    num_rows: int | None
-    dims: tuple[str, ...] = ()
-    sizes: tuple[int, ...] = ()
+    pick: Pick  # from the draws for a chunk of rows to values, (K, N, ...) or (K, ...)
+    num_draws: int | None  # S; None where it is the same for all draws
+    num_rows: int | None  # N; None where it isn't of single data
+    dims: tuple[str, ...] = ()  # names of its other dimensions
+    sizes: tuple[int, ...] = ()  # their sizes
     dtype: torch.dtype = torch.float64
     outside: Pick | None = None
 
@@ -60,19 +51,12 @@ class Variable:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many draws and rows an export has, and how dimensions are called.
-
-    Attributes:
-        structure: What the pair is made of.
-        num_draws: S.
-        num_rows: N.
-        dims: The user's names of event dimensions, by site.
-    """
+    """How many draws and rows an export has, and how dimensions are called."""
 
     structure: Structure
-    num_draws: int
-    num_rows: int
-    dims: Mapping[str, Sequence[str]]
+    num_draws: int  # S
+    num_rows: int  # N
+    dims: Mapping[str, Sequence[str]]  # the user's names of event dimensions, by site
 
     def site(
         self, group: str, name: str, run: Simulation, pick: Pick, *, num_draws: int | None
@@ -95,11 +79,8 @@ class Layout:
         own = [plates.get(d, f"{name}_plate_{-d}") for d in places]
         event = self.dims.get(name, [f"{name}_dim_{i}" for i in range(event_dim)])
         if len(event) != event_dim:
-            raise ArgumentError(
-                f"dims[{name!r}]",
-                f"{event_dim} names, for event_shape {tuple(node['fn'].event_shape)}",
-                f"{list(event)}",
-            )
+            expected = f"{event_dim} names, for event_shape {tuple(node['fn'].event_shape)}"
+            raise ArgumentError(f"dims[{name!r}]", expected, f"{list(event)}")
         return (*own, *event)
 
 
@@ -107,24 +88,22 @@ def fill(
     variables: Iterable[Variable], passes: Iterable[tuple[slice, slice, Simulation]]
 ) -> dict[tuple[str, str], np.ndarray]:
     """Arrays of all variables, by group and name, from one run over the draws."""
-    variables = tuple(variables)
-    arrays = {(v.group, v.name): torch.zeros(v.shape, dtype=v.dtype) for v in variables}
+    arrays = {v: torch.zeros(v.shape, dtype=v.dtype) for v in variables}
     for draws, rows, run in passes:
-        for v in variables:
-            if v.num_draws is None and draws.start > 0:
-                continue
-            value, array = v.pick(run), arrays[v.group, v.name]
-            if v.outside is not None:
-                value = value.double().sum(1)
-                value = value + v.outside(run) if rows.start == 0 else value
-            value = value.to("cpu", v.dtype)
-            place = () if v.num_rows is None else (rows,)
-            if v.num_draws is not None:
-                here = array[(draws, *place)]
-                value = value[: len(here)]  # a point mass has one draw
-            else:
-                here, value = array[place], value[0]
-            if v.outside is not None:
-                value = here + value
-            here.copy_(value)
-    return {key: array.numpy() for key, array in arrays.items()}
+        for v, array in arrays.items():
+            if v.num_draws is not None or draws.start == 0:
+                _fill(v, array, draws, rows, run)
+    return {(v.group, v.name): array.numpy() for v, array in arrays.items()}
+
+
+def _fill(v: Variable, array: Tensor, draws: slice, rows: slice, run: Simulation) -> None:
+    """Fills in what some draws for a chunk of rows have."""
+    place = () if v.num_rows is None else (rows,)
+    here = array[place] if v.num_draws is None else array[(draws, *place)]
+    value = v.pick(run)
+    if v.outside is not None:
+        value = value.double().sum(1)
+        value = value + v.outside(run) if rows.start == 0 else value
+    value = value.to("cpu", v.dtype)
+    value = value[0] if v.num_draws is None else value[: len(here)]  # a point mass has one draw
+    here.copy_(value if v.outside is None else here + value)

@@ -47,13 +47,13 @@ def interpolate(
                 [0.7071, 0.7071],
                 [0.0000, 1.0000]])
     """
+    if kind not in ("linear", "spherical"):
+        raise ArgumentError("kind", "'linear' or 'spherical'", repr(kind))
     a, b = torch.broadcast_tensors(a, b)
     where = torch.linspace(0, 1, check_int("steps", steps, 2), dtype=a.dtype, device=a.device)
     where = where.reshape(-1, *(1,) * a.dim())
     if kind == "linear":
         return torch.lerp(a, b, where)
-    if kind != "spherical":
-        raise ArgumentError("kind", "'linear' or 'spherical'", repr(kind))
     size_a, size_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
     u, v = a / size_a.where(size_a > 0, 1), b / size_b.where(size_b > 0, 1)
     apart, along = (u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True)
@@ -92,12 +92,9 @@ def attribute_vector(codes: Tensor, has_attribute: object) -> Tensor:
     """
     has = torch.as_tensor(has_attribute, device=codes.device)
     if has.dtype != torch.bool or has.shape != codes.shape[:1]:
-        raise ArgumentError(
-            "has_attribute",
-            f"booleans of shape ({len(codes)},)",
-            f"{str(has.dtype).removeprefix('torch.')} of shape {tuple(has.shape)}",
-            ["labels == 3"],
-        )
+        expected = f"booleans of shape ({len(codes)},)"
+        actual = f"{str(has.dtype).removeprefix('torch.')} of shape {tuple(has.shape)}"
+        raise ArgumentError("has_attribute", expected, actual, ["labels == 3"])
     count = int(has.sum())
     if count in (0, len(has)):
         raise DataError("has_attribute", "codes with the attribute and without", f"{count} with it")
@@ -142,11 +139,9 @@ def traverse(z: Tensor, dims: Sequence[int], values: object) -> Tensor:
     """
     values = torch.as_tensor(values, dtype=z.dtype, device=z.device)
     if z.dim() != 1 or values.dim() != 1:
-        raise ArgumentError(
-            "traverse",
-            "one code of shape (d,) and values of shape (V,)",
-            f"shapes {tuple(z.shape)} and {tuple(values.shape)}",
-        )
+        expected = "one code of shape (d,) and values of shape (V,)"
+        actual = f"shapes {tuple(z.shape)} and {tuple(values.shape)}"
+        raise ArgumentError("traverse", expected, actual)
     copies = z.repeat(len(dims), len(values), 1)
     for i, dim in enumerate(dims):
         if check_int("dims", dim, 0) >= len(z):

@@ -104,17 +104,13 @@ def _mixture(z: Tensor, num_components: int, noise: float, seed: int) -> Dist:
 
     distinct = len(z.unique(dim=0))
     if distinct < check_int("num_components", num_components):
-        raise DataError(
-            "codes",
-            f"at least num_components = {num_components} different ones",
-            f"{distinct} among {len(z)}",
-            [f"num_components={distinct}", "kind='gaussian'"],
-        )
+        expected = f"at least num_components = {num_components} different ones"
+        fixes = [f"num_components={distinct}", "kind='gaussian'"]
+        raise DataError("codes", expected, f"{distinct} among {len(z)}", fixes)
     fit = GaussianMixture(num_components, reg_covar=noise, max_iter=1000, random_state=seed)
     fit.fit(z.cpu().numpy())
-    weights, means, covariances = (
-        torch.from_numpy(a).to(z.device) for a in (fit.weights_, fit.means_, fit.covariances_)
-    )
+    arrays = (fit.weights_, fit.means_, fit.covariances_)
+    weights, means, covariances = (torch.from_numpy(a).to(z.device) for a in arrays)
     normals = dist.MultivariateNormal(means, scale_tril=torch.linalg.cholesky(covariances))
     return _Mixture(dist.Categorical(weights), normals)
 
@@ -133,10 +129,8 @@ class _Standardised(Conditional):
 
     def forward(self, *context: Tensor) -> Dist:
         fn = self.density(*context)
-        if tuple(fn.event_shape) != self.event_shape:
-            raise ArgumentError(
-                "kind", f"a density of event_shape {self.event_shape}", f"{tuple(fn.event_shape)}"
-            )
+        if (shape := tuple(fn.event_shape)) != self.event_shape:
+            raise ArgumentError("kind", f"a density of event_shape {self.event_shape}", f"{shape}")
         fn = fn.dist if isinstance(fn, ZukoToPyro) else fn  # which has no rsample
         affine = dist.transforms.AffineTransform(self.loc, self.scale, event_dim=1)
         return dist.TransformedDistribution(fn, [affine])

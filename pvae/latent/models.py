@@ -72,12 +72,9 @@ class _WithPrior(nn.Module):
         with _Swap(self.site, self.density()) as swap:
             result = self.model(*batch, **options)
         if self.site not in swap.latents:
-            raise PairError(
-                "with_prior",
-                f"a latent '{self.site}' in the model",
-                f"latents: {oxford(swap.latents) if swap.latents else 'none'}",
-                [f"site='{name}'" for name in swap.latents[:2]],
-            )
+            actual = f"latents: {oxford(swap.latents) if swap.latents else 'none'}"
+            fixes = [f"site='{name}'" for name in swap.latents[:2]]
+            raise PairError("with_prior", f"a latent '{self.site}' in the model", actual, fixes)
         return result
 
 
@@ -100,12 +97,10 @@ class _Swap(Messenger):
         if msg["name"] != self.site:
             return
         old = msg["fn"]
-        if old.event_shape != self.fn.event_shape:
-            raise PairError(
-                f"density for site '{self.site}'",
-                f"event_shape {tuple(old.event_shape)}, as the model has it",
-                f"event_shape {tuple(self.fn.event_shape)}",
-            )
+        ours, theirs = tuple(self.fn.event_shape), tuple(old.event_shape)
+        if ours != theirs:
+            where, expected = f"density for site '{self.site}'", f"event_shape {theirs}"
+            raise PairError(where, f"{expected}, as the model has it", f"event_shape {ours}")
         depths = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
         new = self.fn.expand(old.batch_shape[-max(depths, default=len(old.batch_shape)) :])
         msg["fn"] = new.mask(mask_of(old)) if isinstance(old, MaskedDistribution) else new

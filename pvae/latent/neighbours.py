@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
-from pvae.distributions import log_density_of_delta
+from pvae.distributions import is_point
 from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
 from pvae.latent.coding import as_matrix
 from pvae.types import Dist
@@ -48,10 +49,10 @@ def nearest(
         raise DataError("gallery", f"codes of {codes.shape[1]} dimensions", f"{gallery.shape[1]}")
     if check_int("k", k) > len(gallery):
         raise ArgumentError("k", f"at most {len(gallery)}, the gallery's size", str(k))
+    if metric not in ("euclidean", "cosine"):
+        raise ArgumentError("metric", "'euclidean' or 'cosine'", repr(metric))
     if metric == "cosine":
         codes, gallery = F.normalize(codes, dim=1), F.normalize(gallery, dim=1)
-    elif metric != "euclidean":
-        raise ArgumentError("metric", "'euclidean' or 'cosine'", repr(metric))
     parts = []
     for some in codes.split(max_rows):
         distances = some.new_empty(len(some), 0)
@@ -86,17 +87,13 @@ def precision_at_k(labels: object, gallery_labels: object, indices: Tensor) -> T
         >>> precision_at_k([7, 8], [7, 7, 8], torch.tensor([[0, 1], [1, 2]]))
         tensor([1.0000, 0.5000])
     """
-    labels, gallery_labels = (
-        torch.as_tensor(y, device=indices.device) for y in (labels, gallery_labels)
-    )
-    fits = labels.dim() == gallery_labels.dim() == 1 and len(labels) == len(indices)
-    if not fits or int(indices.max()) >= len(gallery_labels):
-        raise DataError(
-            "labels",
-            f"one for each of the {len(indices)} codes, and one for each of the gallery",
-            f"shapes {tuple(labels.shape)} and {tuple(gallery_labels.shape)}",
-        )
-    hits = gallery_labels[indices] == labels.unsqueeze(1)
+    own, others = (torch.as_tensor(y, device=indices.device) for y in (labels, gallery_labels))
+    fits = own.dim() == others.dim() == 1 and len(own) == len(indices)
+    if not fits or int(indices.max()) >= len(others):
+        expected = f"one for each of the {len(indices)} codes, and one for each of the gallery"
+        actual = f"shapes {tuple(own.shape)} and {tuple(others.shape)}"
+        raise DataError("labels", expected, actual)
+    hits = others[indices] == own.unsqueeze(1)
     return hits.to(torch.get_default_dtype()).mean(1)
 
 
@@ -126,21 +123,14 @@ def jeffreys(q_a: Dist, q_b: Dist) -> Tensor:
         tensor([[0., 1.],
                 [1., 0.]])
     """
+    fixes = ["nearest, by the euclidean distance of codes"]
     for name, q in (("q_a", q_a), ("q_b", q_b)):
-        if log_density_of_delta(q) is not None:
-            raise UndefinedError(
-                f"jeffreys, {name}",
-                "a distribution with a density",
-                "a point mass (Delta)",
-                ["nearest, by the euclidean distance of codes"],
-            )
+        if is_point(q):
+            where, expected = f"jeffreys, {name}", "a distribution with a density"
+            raise UndefinedError(where, expected, "a point mass (Delta)", fixes)
     try:
-        both = [torch.distributions.kl_divergence(p, q) for p, q in ((q_a, q_b), (q_b, q_a))]
+        return kl_divergence(q_a, q_b) + kl_divergence(q_b, q_a)
     except NotImplementedError:
-        raise UndefinedError(
-            "jeffreys",
-            "two distributions whose divergence is known in closed form",
-            f"{type(q_a).__name__} and {type(q_b).__name__}",
-            ["nearest, by the euclidean distance of codes"],
-        ) from None
-    return both[0] + both[1]
+        expected = "two distributions whose divergence is known in closed form"
+        actual = f"{type(q_a).__name__} and {type(q_b).__name__}"
+        raise UndefinedError("jeffreys", expected, actual, fixes) from None
