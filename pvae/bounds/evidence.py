@@ -86,23 +86,15 @@ def _parts(terms: Terms, *, is_split: bool) -> Tensor:
 
 def _with_globals(name: str, evaluation: Evaluation, num_global: int, num_local: int) -> Estimate:
     """The data set's bound: each draw of what is outside the data plate is shared by all data."""
-    totals, num_data = [], evaluation.num_rows
+    totals = []
     for _ in range(num_global):
         given, first = draw_globals(evaluation)
         weights = WeightSums()
         for rows, terms in stream(evaluation, num_local, given):
             weights.add(rows, weights.reduce(terms.log_weight))
-        values = weights.estimate(name, num_local, evaluation.structure).values
-        totals.append((first.global_log_p[0] - first.global_log_q[0]).double() + values.sum())
-        num_data = len(values)
-    return Estimate(
-        name,
-        torch.stack(totals),
-        by="draw",
-        num_data=num_data,
-        num_particles=num_local,
-        **facts(evaluation.structure),
-    )
+        local = weights.estimate(name, num_local, evaluation.structure)
+        totals.append((first.global_log_p[0] - first.global_log_q[0]).double() + local.total)
+    return replace(local, values=torch.stack(totals), variances=None, ess=None, by="draw")
 
 
 Method = Literal["importance", "local", "ais", "cubo"]
@@ -127,9 +119,8 @@ def evidence(
 ) -> Estimate:
     r"""An estimate of log p(x), the log evidence, of each datum, by one of four methods.
 
-    Each is an average over K weights for every datum, with a standard error over draws by the
-    delta method and an effective sample size. Where one weight is nearly the whole sum, that error
-    is too small.
+    Each is an average over K weights for every datum, with an effective sample size, and with a
+    standard error by the delta method that is too small where one weight is nearly the whole sum.
 
     ``method="importance"``, weights of draws from the guide, a lower bound on average:
 
@@ -140,17 +131,13 @@ def evidence(
     Its expectation is at most log p(x_n) and doesn't fall as K grows. With a guide that misses the
     posterior it can be nats too low.
 
-    ``method="local"``, the same with draws from a q that is fitted to each datum by itself, a
-    closer lower bound where the guide is off:
-
-    .. math:: q^*_n = \arg\max_q E_q[\log p(x_n, z) - \log q(z)]
-
-    The draws are fresh ones, so that the fit makes no bias.
+    ``method="local"``, the same with fresh draws from a q that is fitted to each datum by itself,
+    :math:`q^*_n = \arg\max_q E_q[\log p(x_n, z) - \log q(z)]`: closer where the guide is off.
 
     ``method="ais"``, the same with weights of Markov chains that are annealed from the guide, or
-    the prior, to the posterior (see `AIS`): a lower bound on average, and much tighter; the cost
-    is that of ``num_temperatures * (num_leapfrog + 1)`` gradients. `bdmc` says how tight it is on
-    data that the model has simulated.
+    the prior, to the posterior (see `AIS`): much tighter, for the cost of
+    ``num_temperatures * (num_leapfrog + 1)`` gradients. `bdmc` says how tight it is on data that
+    the model has simulated.
 
     ``method="cubo"``, the chi upper bound :math:`\tfrac1n \log E_q[w^n]` of order n. Its estimate
     of K draws is too low on average, and where weights vary by much it is even below log p(x), so
@@ -177,8 +164,8 @@ def evidence(
         method: How to estimate, as above.
         ais: Settings of the annealing; None for the defaults of `AIS`.
         local: Settings of the fit of q to each datum; None for the defaults of `LocalFit`.
-        family: Family of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in
-            unconstrained coordinates; ``"flow"``, splines that start from that Gaussian.
+        family: Of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in unconstrained
+            coordinates; ``"flow"``, splines that start from that Gaussian.
         order: The order n of the chi upper bound, above 1.
         num_global: Number of draws of latents outside the data plate, where there are any.
         engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with
@@ -186,11 +173,10 @@ def evidence(
         options: As in `pvae.options.Options`.
 
     Raises:
-        UndefinedError: If a latent of a datum has an improper prior, or a point-mass guide
-            (annealing from the prior needs no guide); if there are sites outside the data plate
-            and the method isn't importance sampling; if a latent is discrete or has no
-            unconstrained coordinates, with ``"ais"`` and ``"local"``; if latents are masked out,
-            with ``"local"``.
+        UndefinedError: If a latent has an improper prior, or a point-mass guide (annealing from the
+            prior needs no guide); unless by importance sampling, if there are sites outside the
+            data plate; with ``"ais"`` and ``"local"``, if a latent has no unconstrained
+            coordinates, as discrete ones; with ``"local"``, if latents are masked out.
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
