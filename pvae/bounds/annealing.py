@@ -100,9 +100,9 @@ def annealed(
 ) -> Iterator[Annealed]:
     """Anneals all data, chunk by chunk, in evaluation mode.
 
-    With ``simulate`` the data are drawn from the model, and chains are also sent the other way,
-    from the posterior. Those of a datum start at the latents that it was drawn with, and are
-    separated first by a few transitions that leave the posterior invariant.
+    With ``simulate`` the data are drawn from the model, and chains are also sent the other way.
+    Those of a datum start at the latents that it was drawn with, and are separated first by a few
+    transitions that leave the posterior invariant.
     """
     inner, num_inner = ais.betas[1:-1], ais.num_temperatures - 1
     with densities(evaluation, num_chains, "annealing") as (chunks, bar):
@@ -204,9 +204,8 @@ class Sandwich:
         return (self.upper - self.lower).named("gap")
 
     def __str__(self) -> str:
-        low = self.lower
+        low, method = self.lower, self.lower.name.split(", ")[-1]
         shown = [with_error(bound.mean, bound.se_data) for bound in (low, self.upper, self.gap)]
-        method = low.name.split(", ")[-1]
         return (
             f"BDMC, {method}, on {low.num_data} simulated data, K = {low.num_particles}\n"
             f"  lower: {shown[0]} nats per datum\n"
@@ -230,8 +229,7 @@ def bdmc(
     r"""A lower and an upper bound of the evidence of data that are drawn from the model.
 
     Each datum is drawn together with its latents, which are a draw from its exact posterior. From
-    there the chains get apart by a few transitions that leave the posterior as it is, and are then
-    sent back along the way that `AIS` has come, with the same transitions:
+    there chains are sent back along the way that `AIS` has come, with the same transitions:
 
     .. math::
         E[\log \bar w] \le E[\log p(x)] \le E\left[-\log \tfrac1K \sum_k 1 / w_k'\right]
@@ -247,8 +245,8 @@ def bdmc(
 
     Arguments:
         pair: A model and its guide.
-        data: An array, tensor, tuple of them, data set or source: what the model doesn't observe
-            of it (labels) is kept, and there is one simulated datum for each of its rows.
+        data: An array, tensor, tuple of them, data set or source: one datum is simulated for each
+            row, with what the model doesn't observe of it (labels).
         num_particles: K, chains for each datum, there and back.
         ais: Settings of the annealing; None for the defaults of `AIS`.
         options: As in `pvae.options.Options`.

@@ -64,8 +64,7 @@ def compare(estimates: Mapping[str, Estimate], *, mixed: bool = False) -> Compar
     are those of the data set, N times the means here.
 
     Arguments:
-        estimates: Name -> what `elbo` or `evidence` has returned, all of the same data in the
-            same order.
+        estimates: By name, of `elbo` or `evidence`, of the same data in the same order.
         mixed: Whether bounds of different kinds may be compared, such as an ELBO and AIS.
 
     Raises:

@@ -42,9 +42,9 @@ class Curve:
     def of_weights(cls, chunks: Iterable[Tensor]) -> Curve:
         """The curve of log weights ``(K, n)``, given for one chunk of data after another.
 
-        A point is the mean over disjoint groups of draws, whose spread is its error over draws.
-        The last point has one group: its error is by the delta method, which is low where weights
-        have heavy tails, and at least that of the point before.
+        A point's error over draws is from the spread of its groups of draws. The last has one
+        group: its error is by the delta method, which is low where weights have heavy tails, and
+        at least that of the point before.
         """
         parts = [_points(chunk) for chunk in chunks]
         values, variances, ess = (torch.cat(part, -1) for part in zip(*parts, strict=True))
@@ -58,7 +58,6 @@ class Curve:
         return cls({**points, last: replace(points[last], ess=ess)})
 
     def __getitem__(self, num_particles: int) -> Estimate:
-        """The bound at one K."""
         return self.estimates[num_particles]
 
     @property
@@ -80,9 +79,9 @@ class Curve:
     def doubts(self) -> tuple[str, ...]:
         """Why the extrapolation is a guess; empty if nothing speaks against it.
 
-        The bias falls as 1/K only if weights have a finite variance, and K is large enough for
-        it: then four times the draws add a quarter of what the same has added before, and no
-        datum rests on a few draws. Draws can't show the tail that they have not reached.
+        The bias falls as 1/K only if weights have a finite variance, and K is large enough: then
+        four times the draws add a quarter of what the same has added before, and no datum rests on
+        a few draws. Draws can't show the tail that they have not reached.
         """
         last = self._points[-1]
         assert last.ess is not None  # noqa: S101
@@ -145,8 +144,7 @@ def iwae_curve(
         options: As in `pvae.options.Options`.
 
     Raises:
-        UndefinedError: If a latent has a point-mass guide or an improper prior, or there are
-            sites outside the data plate.
+        UndefinedError: As `log_weights`.
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
@@ -166,13 +164,10 @@ def _points(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A variance is that of a mean over groups; of the one group of all draws by the delta method.
     """
     share = log_weight.softmax(0).square().sum(0)
-    values, variances = [], []
-    groups = log_weight
-    while True:
+    values, variances, groups = [], [], log_weight
+    while len(groups) > 1:
         values.append(groups.mean(0))
-        if len(groups) == 1:
-            break
         variances.append(groups.var(0) / len(groups))
         groups = torch.logaddexp(groups[0::2], groups[1::2]) - math.log(2)
-    variances.append((share - 1 / len(log_weight)).clamp(min=0))
-    return torch.stack(values), torch.stack(variances), 1 / share
+    last = (share - 1 / len(log_weight)).clamp(min=0)
+    return torch.stack([*values, groups[0]]), torch.stack([*variances, last]), 1 / share

@@ -48,8 +48,7 @@ class LatentDensity:
     r"""The densities of one batch of a pair as functions of u, its latents as one flat vector.
 
     The latents of a datum, of all sites that have a guide, are mapped from their supports to the
-    real line by the bijections of torch, and are concatenated into one vector u. All densities are
-    densities of u:
+    real line by torch's bijections, and concatenated to a vector u. All densities are those of u:
 
     .. math:: \log p(x, u) = \log p(x, z(u)) + \log |\det \partial z / \partial u|
 
@@ -120,14 +119,11 @@ class LatentDensity:
     def require_guide(self, what: str) -> None:
         """Refuses a quantity that needs the guide's density as a function of the latents."""
         self.structure.require_density(what)
-        extra = [*self.structure.auxiliary, *self.structure.fed]
-        if extra:
-            raise UndefinedError(
-                what,
-                "a guide that draws each latent from a distribution of its own",
-                f"auxiliary or deterministic site {oxford(extra)}",
-                ["pyro.sample(name, q) in the guide, without auxiliary sites"],
-            )
+        if extra := [*self.structure.auxiliary, *self.structure.fed]:
+            expected = "a guide that draws each latent from a distribution of its own"
+            actual = f"auxiliary or deterministic site {oxford(extra)}"
+            fixes = ["pyro.sample(name, q) in the guide, without auxiliary sites"]
+            raise UndefinedError(what, expected, actual, fixes)
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
         """The latents by site, each of shape ``(K, N, ...)``, at u of shape ``(K, N, D)``."""
@@ -189,13 +185,9 @@ class LatentDensity:
         assert value is not None  # noqa: S101
         support = _support(name, site.model)
         is_fed = name in self.structure.fed
-        if not is_fed and not _same_map(support, _support(name, site.guide), value):
-            raise PairError(
-                f"site '{name}'",
-                "one support in model and guide",
-                f"{support} and {_support(name, site.guide)}",
-                ["a guide whose draws can be wherever the prior's can"],
-            )
+        if not is_fed and not _same_map(support, other := _support(name, site.guide), value):
+            actual, fixes = f"{support} and {other}", ["a guide with the prior's support"]
+            raise PairError(f"site '{name}'", "one support in model and guide", actual, fixes)
         transform = biject_to(support)
         shape = tuple(transform.inv(value).shape[2:])
         columns = slice(self.num_dims, self.num_dims + math.prod(shape))

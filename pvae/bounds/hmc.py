@@ -47,12 +47,10 @@ class Path:
         state = State(u, *self.ends(u))
         wrong = state.log_ratio.isnan().nonzero()
         if len(wrong):
-            raise UndefinedError(
-                "annealing",
-                "log densities that are numbers where chains start",
-                f"NaN at row {int(wrong[0, 1])} of a chunk of data",
-                ["draws of the guide, or of the prior, at which the model can be scored"],
-            )
+            expected = "log densities that are numbers where chains start"
+            actual = f"NaN at row {int(wrong[0, 1])} of a chunk of data"
+            fixes = ["draws of the guide, or of the prior, at which the model can be scored"]
+            raise UndefinedError("annealing", expected, actual, fixes)
         return state
 
     def gradient(self, u: Tensor, beta: float) -> tuple[State, Tensor]:
@@ -73,14 +71,8 @@ def transition(path: Path, state: State, beta: float, step: Tensor) -> tuple[Sta
     References:
         MCMC Using Hamiltonian Dynamics (Neal, 2011), https://arxiv.org/abs/1206.1901
 
-    Arguments:
-        path: The path.
-        state: K chains for each of N data.
-        beta: Where on the path.
-        step: Of each coordinate of each datum, ``(N, D)``.
-
-    Returns:
-        The chains, and each one's probability of acceptance, ``(K, N)``.
+    A step is of each coordinate of each datum, ``(N, D)``. Returns the K chains for each of the N
+    data, and each one's probability of acceptance, ``(K, N)``.
     """
     step = step * (0.8 + 0.4 * torch.rand_like(state.log_end)).unsqueeze(-1)
     momentum = torch.randn_like(state.u)

@@ -1,10 +1,11 @@
-"""What an export has: the variables of each group, or why there are none."""
+"""What an export has: the variables of each group, how draws fill them, or why there are none."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 
 from pvae.data import Source
 from pvae.errors import ArgumentError, UndefinedError, oxford
-from pvae.export.variables import Layout, Pick, Variable
-from pvae.pair import Structure
+from pvae.pair import Structure, is_inside
 from pvae.simulate import Origin, Simulation, check_generative, draws
 from pvae.terms import Evaluation, Terms
-from pvae.types import Program
+from pvae.types import Program, Site
 
-__all__ = ["GROUPS", "Plan", "require_whole"]
+__all__ = ["GROUPS", "Plan", "Variable", "fill", "require_whole"]
 
 GROUPS = (
     "posterior",
@@ -33,12 +33,45 @@ GROUPS = (
 )
 
 
+Pick = Callable[[Simulation], Tensor]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of an export.
+
+    With ``outside`` it is the sum over the data set of what is picked, shape ``(K, N)``, and of
+    what ``outside`` picks, shape ``(K,)``, once.
+    """
+
+    group: str
+    name: str
+    pick: Pick  # from the draws for a chunk of rows to values, (K, N, ...) or (K, ...)
+    num_draws: int | None  # S; None where it is the same for all draws
+    num_rows: int | None  # N; None where it isn't of single data
+    dims: tuple[str, ...] = ()  # names of its other dimensions
+    sizes: tuple[int, ...] = ()  # their sizes
+    dtype: torch.dtype = torch.float64
+    outside: Pick | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its array, ``([S], [N], ...)``."""
+        return (*(n for n in (self.num_draws, self.num_rows) if n is not None), *self.sizes)
+
+    @property
+    def num_bytes(self) -> int:
+        """What its array takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass
 class Plan:
     """The variables of an export, found by one draw for the first rows."""
 
     evaluation: Evaluation
-    layout: Layout
+    num_draws: int  # S
+    dims: Mapping[str, Sequence[str]]  # the user's names of event dimensions, by site
     mean: bool = field(kw_only=True)  # whether predictive groups have means in place of draws
     variables: list[Variable] = field(default_factory=list)  # what is filled from draws
     constants: dict[str, np.ndarray] = field(default_factory=dict)  # what no site observes
@@ -48,13 +81,13 @@ class Plan:
     @property
     def structure(self) -> Structure:
         """What the pair is made of."""
-        return self.layout.structure
+        return self.evaluation.structure
 
     @property
     def num_of_guide(self) -> int:
         """Draws from the guide that differ: of point masses alone, one."""
         every = {*self.structure.latents, *self.structure.global_latents}
-        return 1 if every <= self.structure.points else self.layout.num_draws
+        return 1 if every <= self.structure.points else self.num_draws
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -69,7 +102,7 @@ class Plan:
             "posterior_predictive": lambda: self._predictive(group, "posterior"),
             "log_likelihood": self._log_likelihood,
             "sample_stats": self._sample_stats,
-            "prior": lambda: self._latents(group, "prior", self.layout.num_draws),
+            "prior": lambda: self._latents(group, "prior", self.num_draws),
             "prior_predictive": lambda: self._predictive(group, "prior"),
             "observed_data": self._observed_data,
             "constant_data": self._constant_data,
@@ -89,7 +122,7 @@ class Plan:
             variables = [v for v in self.variables if v.group.startswith("prior") == is_prior]
             if variables:
                 with_draws = any(v.num_draws for v in variables)
-                yield origin, variables, self.layout.num_draws if with_draws else 1
+                yield origin, variables, self.num_draws if with_draws else 1
 
     def check_size(self, max_bytes: float) -> None:
         """Refuses what would be larger than that."""
@@ -110,9 +143,32 @@ class Plan:
             *_, self.examples[origin] = next(draws(few, 1, origin, mean=self.mean, score=True))
         return self.examples[origin]
 
-    def _values(self, group: str, names: Sequence[str], origin: Origin, num_draws: int) -> None:
-        run, site = self._example(origin), self.layout.site
-        self.variables += [site(group, n, run, _value(n), num_draws=num_draws) for n in names]
+    def _add_site(
+        self, group: str, name: str, origin: Origin, pick: Pick, num_draws: int | None
+    ) -> None:
+        """Adds a site's values, of which there are so many draws; None for one without."""
+        run = self._example(origin)
+        example, node = pick(run), run.site(name)
+        is_local = is_inside(self.structure, node)
+        sizes = tuple(example.shape[2 if is_local else 1 :])
+        rows = self.evaluation.num_rows if is_local else None
+        dims = self._dims_of(node, len(sizes), is_local=is_local)
+        variable = Variable(group, name, pick, num_draws, rows, dims, sizes, example.dtype)
+        self.variables.append(variable)
+
+    def _dims_of(self, node: Site, rank: int, *, is_local: bool) -> tuple[str, ...]:
+        """Names of what follows draws and rows: of other plates, then of the event."""
+        name = node["name"]
+        event_dim = len(node["fn"].event_shape)
+        depth = rank - event_dim + is_local
+        places = [d for d in range(-depth, 0) if not (is_local and d == self.structure.dim)]
+        plates = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+        own = [plates.get(d, f"{name}_plate_{-d}") for d in places]
+        event = self.dims.get(name, [f"{name}_dim_{i}" for i in range(event_dim)])
+        if len(event) != event_dim:
+            expected = f"{event_dim} names, for event_shape {tuple(node['fn'].event_shape)}"
+            raise ArgumentError(f"dims[{name!r}]", expected, f"{list(event)}")
+        return (*own, *event)
 
     def _latents(self, group: str, origin: Origin, num_draws: int) -> None:
         s = self.structure
@@ -120,11 +176,13 @@ class Plan:
         if origin == "prior":
             check_generative(group, self.evaluation, origin, latents_alone=True)
             names = (*names, *s.enumerated)
-        self._values(group, names, origin, num_draws)
+        for name in names:
+            self._add_site(group, name, origin, _value(name), num_draws)
 
     def _predictive(self, group: str, origin: Origin) -> None:
         check_generative(group, self.evaluation, origin)
-        self._values(group, self.structure.observed, origin, self.layout.num_draws)
+        for name in self.structure.observed:
+            self._add_site(group, name, origin, _value(name), self.num_draws)
 
     def _log_likelihood(self) -> None:
         terms = _terms(self._example("posterior"))
@@ -132,7 +190,7 @@ class Plan:
         for name, site in terms.sites.items():
             if site.kind in ("observed", "enumerated"):
                 parts = [n for n in name.split("+") if n not in self.structure.enumerated]
-                rows = self.layout.num_rows if site.is_local else None
+                rows = self.evaluation.num_rows if site.is_local else None
                 what = ("log_likelihood", "+".join(parts), _log_density(name))
                 self.variables.append(Variable(*what, self.num_of_guide, rows))
 
@@ -145,7 +203,7 @@ class Plan:
             self.left_out["log_q"] = f"a point mass has no density: {oxford(structure.points)}"
         if structure.quantity != "elbo":
             self.left_out["log_weight"] = f"log p - log q is no weight but {structure.quantity}"
-        rows = None if is_sum else self.layout.num_rows
+        rows = None if is_sum else self.evaluation.num_rows
         for name, (local, outside) in _STATS.items():
             if name not in self.left_out:
                 stat = Variable("sample_stats", name, _of_terms(local), self.num_of_guide, rows)
@@ -153,11 +211,8 @@ class Plan:
                 self.variables.append(replace(stat, outside=once))
 
     def _observed_data(self) -> None:
-        run, site = self._example("posterior"), self.layout.site
-        self.variables += [
-            site("observed_data", name, run, _data(name), num_draws=None)
-            for name in self.structure.observed
-        ]
+        for name in self.structure.observed:
+            self._add_site("observed_data", name, "posterior", _data(name), None)
 
     def _constant_data(self) -> None:
         """Whatever the pair is called with that no site observes."""
@@ -225,3 +280,28 @@ def _names(model: Program) -> Iterator[str]:
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB"
+
+
+def fill(
+    variables: Iterable[Variable], passes: Iterable[tuple[slice, slice, Simulation]]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Arrays of all variables, by group and name, from one run over the draws."""
+    arrays = {v: torch.zeros(v.shape, dtype=v.dtype) for v in variables}
+    for chosen, rows, run in passes:
+        for v, array in arrays.items():
+            if v.num_draws is not None or chosen.start == 0:
+                _fill(v, array, chosen, rows, run)
+    return {(v.group, v.name): array.numpy() for v, array in arrays.items()}
+
+
+def _fill(v: Variable, array: Tensor, chosen: slice, rows: slice, run: Simulation) -> None:
+    """Fills in what some draws for a chunk of rows have."""
+    place = () if v.num_rows is None else (rows,)
+    here = array[place] if v.num_draws is None else array[(chosen, *place)]
+    value = v.pick(run)
+    if v.outside is not None:
+        value = value.double().sum(1)
+        value = value + v.outside(run) if rows.start == 0 else value
+    value = value.to("cpu", v.dtype)
+    value = value[0] if v.num_draws is None else value[: len(here)]  # a point mass has one draw
+    here.copy_(value if v.outside is None else here + value)

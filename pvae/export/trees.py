@@ -17,8 +17,7 @@ import pvae
 from pvae import diagnostics
 from pvae.diagnostics.importance import FEWEST
 from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, oxford
-from pvae.export.plan import GROUPS, Plan, require_whole
-from pvae.export.variables import Layout, fill
+from pvae.export.plan import GROUPS, Plan, fill, require_whole
 from pvae.options import Options, tool
 from pvae.pair import PairLike, Structure
 from pvae.simulate import Simulation, draws
@@ -66,11 +65,11 @@ def to_arviz(
     independent: r-hat and effective sample sizes say nothing here, and ``arviz.summary(tree,
     kind="stats")`` leaves them out.
 
-    With global latents all data share each draw of them, and those of ``sample_stats`` are of
-    the whole data set, one number a draw. Where all latents are point masses, ``posterior``,
-    ``log_likelihood`` and ``sample_stats`` have one draw, and there is no log q. Masked entries
-    of predictive draws are the observed ones. What has no meaning for a pair is left out, and the
-    root's attribute ``left_out`` says why; asked for by name it is refused.
+    With global latents all data share each draw of them, and ``sample_stats`` are of the whole
+    data set. Where all latents are point masses, ``posterior``, ``log_likelihood`` and
+    ``sample_stats`` have one draw, and there is no log q. Masked entries of predictive draws are
+    the observed ones. What has no meaning for a pair is left out, and the root's attribute
+    ``left_out`` says why; asked for by name it is refused.
 
     Log likelihoods of latents of data have seen the data: ``arviz.loo`` on them is no estimate of
     anything. `loo` computes it where it means something.
@@ -107,20 +106,18 @@ def to_arviz(
     """
     check_int("num_particles", num_particles)
     check_number("max_bytes", max_bytes, above=0)
-    unknown = [name for name in groups or () if name not in GROUPS]
-    if unknown or (groups is not None and not groups):
-        shown = oxford(unknown) if unknown else "none"
+    wrong = [name for name in groups or () if name not in GROUPS]
+    if wrong or (groups is not None and not groups):
+        shown = oxford(wrong) if wrong else "none"
         raise ArgumentError("groups", f"some of {', '.join(GROUPS)}", shown)
     with prepared(pair, data, options, "to_arviz") as evaluation:
         evaluation = evaluation.in_memory()
         structure = evaluation.structure
-        layout = Layout(structure, num_particles, evaluation.num_rows, dict(dims or {}))
-        plan = Plan(evaluation, layout, mean=mean)
+        plan = Plan(evaluation, num_particles, dict(dims or {}), mean=mean)
         for name in groups or GROUPS:
             plan.add(name, is_asked=groups is not None)
-        unknown = [name for name in dims or () if name not in plan.sites]
-        if unknown:
-            raise ArgumentError("dims", f"some of {oxford(plan.sites)}", oxford(unknown))
+        if wrong := [name for name in dims or () if name not in plan.sites]:
+            raise ArgumentError("dims", f"some of {oxford(plan.sites)}", oxford(wrong))
         plan.check_size(max_bytes)
         arrays: dict[tuple[str, str], np.ndarray] = {}
         for origin, variables, count in plan.runs():
@@ -173,25 +170,22 @@ def _tree(
     """The arrays, labelled, group by group."""
     rows = (_plain(plan.structure.plate),)
     groups = {}
-    for group in GROUPS:
+    for group in dict.fromkeys(v.group for v in plan.variables):
         variables = [v for v in plan.variables if v.group == group]
         data = {v.name: arrays[group, v.name] for v in variables}
         dims = {v.name: [*(() if v.num_rows is None else rows), *v.dims] for v in variables}
-        if group == "constant_data":
-            data = dict(plan.constants)
-            dims = {
-                k: [*rows, *(f"{k}_dim_{i}" for i in range(a.ndim - 1))] for k, a in data.items()
-            }
-        if data:
-            with_draws = any(v.num_draws for v in variables)
-            groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
+        with_draws = any(v.num_draws for v in variables)
+        groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
+    if constants := plan.constants:
+        axes = {k: [f"{k}_dim_{i}" for i in range(a.ndim - 1)] for k, a in constants.items()}
+        dims = {name: [*rows, *names] for name, names in axes.items()}
+        groups["constant_data"] = _dataset(constants, dims, coords, attributes, with_draws=False)
     if khat is not None:
         groups["sample_stats"]["khat"] = (rows[: khat.ndim], khat)
     known = {*rows, *(str(dim) for dataset in groups.values() for dim in dataset.dims)}
-    unknown = set(coords) - known
-    if unknown:
+    if unknown := set(coords) - known:
         raise ArgumentError("coords", f"some of {oxford(sorted(known))}", oxford(sorted(unknown)))
-    tree = DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+    tree = DataTree.from_dict({f"/{n}": groups[n] for n in GROUPS if n in groups})
     tree.attrs.update(attributes)
     return tree
 
@@ -251,7 +245,6 @@ def loo(
     References:
         Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
         (Vehtari, Gelman & Gabry, 2017), https://arxiv.org/abs/1507.04544
-
         Bayesian Leave-One-Out Cross-Validation for Large Data (Magnusson et al., 2019),
         https://arxiv.org/abs/1904.10679
 
@@ -263,8 +256,7 @@ def loo(
         options: As in `pvae.options.Options`.
 
     Returns:
-        ArviZ's ``ELPDData``, pointwise, for ``arviz.compare`` and ``arviz.plot_khat``. It prints
-        itself.
+        ArviZ's ``ELPDData``, pointwise, for ``arviz.compare`` and ``arviz.plot_khat``.
 
     Raises:
         UndefinedError: If there are latents of data, a point-mass guide, or only some of the data.

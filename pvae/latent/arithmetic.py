@@ -24,9 +24,9 @@ def interpolate(
         \text{linear: } (1 - t)\, a + t\, b, \qquad \text{spherical: }
         \frac{\sin((1 - t)\, \omega)}{\sin \omega}\, a + \frac{\sin(t\, \omega)}{\sin \omega}\, b
 
-    Draws from N(0, I) in many dimensions have nearly equal norms. The straight line between two of
-    them passes through smaller ones; on the great circle all have the norm of the ends. Where that
-    isn't defined (a and b parallel, opposite, or zero) the line is taken.
+    Draws from N(0, I) in many dimensions have nearly equal norms, and the line between two of them
+    passes through smaller ones; on the great circle all have the norm of the ends. Where that isn't
+    defined (a and b parallel, opposite, or zero) the line is taken.
 
     References:
         Sampling Generative Networks (White, 2016), https://arxiv.org/abs/1609.04468
@@ -60,10 +60,8 @@ def interpolate(
     angle = 2 * torch.atan2(apart, along)  # exact also near 0 and pi, as arccos isn't
     sine = angle.sin()
     straight = (sine < torch.finfo(a.dtype).eps ** 0.5) | (size_a == 0) | (size_b == 0)
-    sine = sine.where(~straight, 1)
-    first = ((1 - where) * angle).sin() / sine
-    second = (where * angle).sin() / sine
-    return torch.where(straight, torch.lerp(a, b, where), first * a + second * b)
+    circle = ((1 - where) * angle).sin() * a + (where * angle).sin() * b
+    return torch.where(straight, torch.lerp(a, b, where), circle / sine.where(~straight, 1))
 
 
 def attribute_vector(codes: Tensor, has_attribute: object) -> Tensor:

@@ -88,8 +88,12 @@ def fit_density(
         raise ArgumentError("kind", "'gaussian', 'gmm', or a density with parameters", repr(kind))
     density = copy.deepcopy(as_conditional(kind, "kind"))
     density = _Standardised(density, loc, (spread + noise).sqrt()).to(codes)
+    check_int("num_steps", num_steps)
+    check_int("batch_size", batch_size)
+    check_number("lr", lr, above=0)
+    bar = tqdm(range(num_steps), desc="density", unit="step", disable=not progress)
     with randomness.forked(seed), torch.enable_grad():
-        _train(density, codes, noise, num_steps, batch_size, lr, progress=progress)
+        _train(density, codes, noise, bar, batch_size, lr)
     return density.requires_grad_(requires_grad=False).eval()
 
 
@@ -137,25 +141,16 @@ class _Standardised(Conditional):
 
 
 def _train(
-    density: Conditional,
-    codes: Tensor,
-    noise: float,
-    num_steps: int,
-    batch_size: int,
-    lr: float,
-    *,
-    progress: bool,
+    density: Conditional, codes: Tensor, noise: float, steps: tqdm, batch_size: int, lr: float
 ) -> None:
-    check_int("num_steps", num_steps)
-    check_int("batch_size", batch_size)
     parameters = [p for p in density.parameters() if p.requires_grad]
     if not parameters:
         raise ArgumentError("kind", "a density with parameters to learn", "one without")
-    optimizer = torch.optim.Adam(parameters, check_number("lr", lr, above=0))
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    optimizer = torch.optim.Adam(parameters, lr)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
     rows = codes
     with pyro.validation_enabled(is_validate=False):
-        for _ in tqdm(range(num_steps), desc="density", unit="step", disable=not progress):
+        for _ in steps:
             if len(codes) > batch_size:
                 rows = codes[torch.randint(len(codes), (batch_size,), device=codes.device)]
             loss = -density().log_prob(rows + noise**0.5 * torch.randn_like(rows)).mean()

@@ -81,8 +81,7 @@ class _WithPrior(nn.Module):
 class _Swap(Messenger):
     """Replaces the distribution of one latent, expanded as the plates inside have expanded it.
 
-    Particles and enumerated latents are to the left of these plates, and come from handlers
-    outside.
+    Particles and enumerated latents, to the left of these, come from handlers outside.
     """
 
     def __init__(self, site: str, fn: Dist) -> None:
@@ -118,15 +117,15 @@ def sample(
 ) -> Tensor:
     r"""Draws from p(x) by ancestral sampling: latents from the prior, then data given these.
 
-    It is one run of the model; the guide isn't used. Of the data only the number of rows matters,
-    and whatever the model doesn't observe, such as labels, which are what is sampled for. The same
-    seed gives the same run, so that latents and data that belong together come from two calls.
+    The guide isn't used; of the data only the number of rows matters, and what the model doesn't
+    observe, such as labels. The same seed gives the same run of the model, so that latents and data
+    that belong together come from two calls.
 
     Arguments:
         pair: A model and its guide.
         data: What the model is called with: an array, tensor, tuple of them, data set or source.
-        num_samples: N, how many data are made (not draws for each datum, which are
-            ``num_particles`` elsewhere); rows repeat, or are left out. None for one a row.
+        num_samples: N, how many data are made (not K draws for each datum); rows repeat, or are
+            left out. None for one a row.
         site: What is returned, observed or latent; None if the model observes one site.
         mean: Observed sites have their distribution's mean instead of a draw.
         seed: Of the draws; the caller's generators are left as they are.
