@@ -93,7 +93,7 @@ def _spline_start(like: Tensor) -> list[Tensor]:
     return [*lengths, like.new_full((*like.shape, _BINS - 1), _ONE)]
 
 
-def _spline(parameters: Sequence[Tensor]) -> Dist:
+def _spline(parameters: Sequence[Tensor]) -> Transform:
     widths, heights, middles, slopes = parameters
     shares = (widths.softmax(-1), heights.softmax(-1), softplus(slopes), middles.sigmoid())
     return ConditionedSpline(shares, bound=_BOUND)
@@ -102,12 +102,10 @@ def _spline(parameters: Sequence[Tensor]) -> Dist:
 def flow(start: LocalFamily) -> LocalFamily:
     """Two layers of splines, each followed by an affine map, the last of them the Gaussian's.
 
-    It is richer than a Gaussian in one dimension, too, and as fast to invert as to run. Pyro's
-    spline takes parameters with a dimension of data.
+    It is richer than a Gaussian in one dimension, too, and as fast to invert as to run.
     """
     gaussian = start.distribution([p.detach() for p in start.parameters])
-    zero = torch.zeros_like(gaussian.loc)
-    one = torch.ones_like(zero)
+    zero, one = torch.zeros_like(gaussian.loc), torch.ones_like(gaussian.loc)
     base = dist.Normal(zero, one, validate_args=False).to_event(1)
     flip = torch.arange(zero.shape[-1] - 1, -1, -1, device=zero.device)
 
@@ -215,8 +213,8 @@ def _read(fn: Dist) -> _Reading | None:
 def refuse_masks(density: LatentDensity) -> None:
     """Refuses latents that are masked out, whose best q is as wide as can be."""
     terms = _one_pass(density)
-    for trace in (terms.guide_trace, terms.model_trace):
-        for name in density.sites:
+    for name in density.sites:
+        for trace in (terms.guide_trace, terms.model_trace):
             mask = trace.nodes[name]["mask"]
             if mask is not None and not bool(torch.as_tensor(mask).all()):
                 where, actual = f"a local fit at site '{name}'", "a mask that leaves some out"

@@ -30,13 +30,12 @@ class LocalFit:
     r"""Settings of the fit of q to each datum, by Adam with a falling learning rate.
 
     Every 50 steps the mean ELBO of all data is estimated, with the same draws each time. Where it
-    has not risen, the learning rate falls to 0.3 of what it was; where the ELBO has fallen by two
-    standard errors of the difference, the parameters are set back, so that a fit doesn't end below
-    its start. After four falls of the learning rate the fit ends.
+    has not risen, the learning rate falls to 0.3 of what it was; where it has fallen by two
+    standard errors of the difference, the parameters are set back. After four falls of the
+    learning rate the fit ends.
 
     Gradients leave out the score of q, whose expectation is 0, so that they vanish where q is the
-    posterior. Adam works element by element, so that no datum's steps depend on another's; the
-    learning rate and the end depend on the mean over data.
+    posterior. No datum's steps depend on another's, but for the learning rate and the end.
 
     References:
         Sticking the Landing (Roeder et al., 2017), https://arxiv.org/abs/1703.09194

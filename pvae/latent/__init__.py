@@ -12,11 +12,18 @@ For a pair that isn't a `pvae.VAE`, `with_prior` puts the density in the prior's
 draws data from any pair's model.
 """
 
-from pvae.latent.arithmetic import analogy, attribute_vector, interpolate, traverse
+from pvae.latent.arithmetic import (
+    analogy,
+    attribute_vector,
+    interpolate,
+    jeffreys,
+    nearest,
+    precision_at_k,
+    traverse,
+)
 from pvae.latent.coding import codes
 from pvae.latent.densities import fit_density
 from pvae.latent.models import sample, with_prior
-from pvae.latent.neighbours import jeffreys, nearest, precision_at_k
 
 __all__ = [
     "analogy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pyro import distributions as dist
@@ -102,13 +102,6 @@ def check_generative(
 CheckKind = Literal["mixed", "prior", "posterior", "aggregated"]
 """What a replicate is: see `pvae.diagnostics.predictive`."""
 
-_ORIGINS: dict[str, Origin] = {
-    "mixed": "mixed",
-    "prior": "prior",
-    "posterior": "posterior",
-    "aggregated": "posterior",
-}
-
 
 @dataclass(frozen=True)
 class Replicates:
@@ -126,14 +119,14 @@ class Replicates:
         cls, where: str, evaluation: Evaluation, site: str | None, kind: CheckKind
     ) -> Replicates:
         """Looks at pair and data together, and refuses what has no replicates."""
-        check_choice("kind", kind, _ORIGINS)
+        check_choice("kind", kind, get_args(CheckKind))
         evaluation = evaluation.in_memory()
         if kind == "aggregated" and not evaluation.structure.latents:
             expected = "latents of data, whose guides are averaged under kind='aggregated'"
             raise UndefinedError(where, expected, "none", ["kind='mixed'"])
-        check_generative(where, evaluation, _ORIGINS[kind])
+        check_generative(where, evaluation, _origin(kind))
         data, masks = [], []
-        for _, _, run in draws(evaluation, 1, _ORIGINS[kind]):
+        for _, _, run in draws(evaluation, 1, _origin(kind)):
             name = _observed_site(where, run, site)
             data.append(run.data(name))
             masks.append(run.mask(name))
@@ -149,7 +142,7 @@ class Replicates:
         """Replicated data sets, shape ``(k, N, *event_shape)``, k of them at a time."""
         num_rows = len(self.observed)
         parts: list[Tensor] = []
-        passes = draws(self.evaluation, num_particles, _ORIGINS[self.kind])
+        passes = draws(self.evaluation, num_particles, _origin(self.kind))
         hidden = not self.evaluation.progress
         with tqdm(total=num_particles, desc="replicates", unit="draw", disable=hidden) as bar:
             for chosen, rows, run in passes:
@@ -193,17 +186,16 @@ class Replicates:
             )
 
 
+def _origin(kind: CheckKind) -> Origin:
+    return "posterior" if kind == "aggregated" else kind
+
+
 def _observed_site(where: str, run: Simulation, site: str | None) -> str:
     """The site that was asked for, or the only one of the data."""
     structure = run.structure
     local = [name for name in structure.observed if is_inside(structure, run.site(name))]
-    if site is None and len(local) == 1:
-        return local[0]
-    if site in local:
-        return site
-    raise UndefinedError(
-        where,
-        "site=NAME, an observed site inside the data plate",
-        f"{site!r}; there are: {oxford(local) if local else 'none'}",
-        [f"site='{name}'" for name in local[:2]],
-    )
+    if site in local or (site is None and len(local) == 1):
+        return site or local[0]
+    expected = "site=NAME, an observed site inside the data plate"
+    actual = f"{site!r}; there are: {oxford(local) if local else 'none'}"
+    raise UndefinedError(where, expected, actual, [f"site='{name}'" for name in local[:2]])
