@@ -187,10 +187,8 @@ def evidence(
     """
     check_choice("method", method, _DRAWS)
     check_choice("family", family, FAMILIES)
-    for name, given in (("ais", ais), ("local", local)):
-        if given is not None and method != name:
-            raise ArgumentError(name, f"method='{name}' with it", f"method={method!r}")
-    k = _DRAWS[method] if num_particles is None else check_int("num_particles", num_particles)
+    _check_settings(method, ais=ais, local=local)
+    k = check_int("num_particles", _DRAWS[method] if num_particles is None else num_particles)
     check_int("num_global", num_global)
     check_number("order", order, above=1)
     with prepared(pair, data, options, "evidence") as evaluation:
@@ -198,16 +196,23 @@ def evidence(
             return _by_annealing(evaluation, ais or AIS(), k)
         if method == "local":
             return _by_local_fits(evaluation, local or LocalFit(), family, k)
-        is_upper, structure = method == "cubo", evaluation.structure
-        require_evidence(structure, "evidence", by_datum=is_upper)
+        structure = evaluation.structure
+        require_evidence(structure, "evidence", by_datum=method == "cubo")
+        if method == "cubo":
+            name = f"chi upper bound of order {order:g}, estimate"
+            found = _weighed(WeightSums(order), evaluation, k, engine).estimate(name, k, structure)
+            return replace(found, kind="estimate")
         name = f"{'log joint' if structure.points else 'evidence'}, IWAE-{k}"
         if structure.global_sites:
             return _with_globals(name, evaluation, num_global, k)
-        if not is_upper:
-            return _weighed(WeightSums(), evaluation, k, engine).estimate(name, k, structure)
-        weights, name = WeightSums(order), f"chi upper bound of order {order:g}, estimate"
-        found = _weighed(weights, evaluation, k, engine).estimate(name, k, structure)
-        return replace(found, kind="estimate")
+        return _weighed(WeightSums(), evaluation, k, engine).estimate(name, k, structure)
+
+
+def _check_settings(method: str, **settings: object) -> None:
+    """Refuses settings of one method that are given with another."""
+    for name, given in settings.items():
+        if given is not None and method != name:
+            raise ArgumentError(name, f"method='{name}' with it", f"method={method!r}")
 
 
 def _weighed(

@@ -195,19 +195,24 @@ def _read(fn: Dist) -> _Reading | None:
     while isinstance(base, Independent):
         base = base.base_dist
     try:
-        limits = {k: v for k, v in base.arg_constraints.items() if k not in _DERIVED}
-        start = [transform_to(v).inv(getattr(base, k)).detach() for k, v in limits.items()]
-        units = [torch.ones_like(p) for p in start]
-        if "loc" in limits:  # moves in standard deviations
-            unit = base.scale if "scale" in limits else base.stddev
-            units[list(limits).index("loc")] = unit.expand_as(base.loc)
-        reading = _Reading(type(base), list(limits), start, units, len(fn.event_shape))
+        reading = _parameters_of(base, len(fn.event_shape))
+        start = reading.start
         made, draw = reading.build([torch.zeros_like(p) for p in start]), fn.rsample()
         densities = made.log_prob(draw), fn.log_prob(draw)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
     is_same = made.batch_shape == fn.batch_shape and torch.allclose(*densities, rtol=1e-4)
     return reading if is_same and start else None
+
+
+def _parameters_of(base: Dist, event_dims: int) -> _Reading:
+    limits = {k: v for k, v in base.arg_constraints.items() if k not in _DERIVED}
+    start = [transform_to(v).inv(getattr(base, k)).detach() for k, v in limits.items()]
+    units = [torch.ones_like(p) for p in start]
+    if "loc" in limits:  # moves in standard deviations
+        unit = base.scale if "scale" in limits else base.stddev
+        units[list(limits).index("loc")] = unit.expand_as(base.loc)
+    return _Reading(type(base), list(limits), start, units, event_dims)
 
 
 def refuse_masks(density: LatentDensity) -> None:

@@ -17,7 +17,7 @@ import pvae
 from pvae import diagnostics
 from pvae.diagnostics.importance import FEWEST
 from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, oxford
-from pvae.export.plan import GROUPS, Plan, fill, require_whole
+from pvae.export.plan import GROUPS, Plan, Variable, fill, require_whole
 from pvae.options import Options, tool
 from pvae.pair import PairLike, Structure
 from pvae.simulate import Simulation, draws
@@ -106,25 +106,16 @@ def to_arviz(
     """
     check_int("num_particles", num_particles)
     check_number("max_bytes", max_bytes, above=0)
-    wrong = [name for name in groups or () if name not in GROUPS]
-    if wrong or (groups is not None and not groups):
-        shown = oxford(wrong) if wrong else "none"
-        raise ArgumentError("groups", f"some of {', '.join(GROUPS)}", shown)
+    if groups is not None:
+        _check_names("groups", groups or ["none"], GROUPS)
     with prepared(pair, data, options, "to_arviz") as evaluation:
-        evaluation = evaluation.in_memory()
         structure = evaluation.structure
-        plan = Plan(evaluation, num_particles, dict(dims or {}), mean=mean)
+        plan = Plan(evaluation.in_memory(), num_particles, dict(dims or {}), mean=mean)
         for name in groups or GROUPS:
             plan.add(name, is_asked=groups is not None)
-        if wrong := [name for name in dims or () if name not in plan.sites]:
-            raise ArgumentError("dims", f"some of {oxford(plan.sites)}", oxford(wrong))
+        _check_names("dims", plan.dims, plan.sites)
         plan.check_size(max_bytes)
-        arrays: dict[tuple[str, str], np.ndarray] = {}
-        for origin, variables, count in plan.runs():
-            passes = draws(evaluation, count, origin, mean=mean, score=True)
-            hidden = not evaluation.progress
-            with tqdm(total=count, desc=origin, unit="draw", disable=hidden) as bar:
-                arrays |= fill(variables, _counted(passes, bar))
+        arrays = _arrays(plan)
     khat = _khat(plan, arrays.get(("sample_stats", "log_weight")))
     attributes = {
         "pvae_version": pvae.__version__,
@@ -136,6 +127,22 @@ def to_arviz(
         "removed_scales": oxford(structure.removed_scales) if structure.removed_scales else "",
     }
     return _tree(plan, arrays, khat, attributes, coords or {})
+
+
+def _check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
+    if wrong := [name for name in names if name not in known]:
+        raise ArgumentError(where, f"some of {oxford(known)}", oxford(wrong))
+
+
+def _arrays(plan: Plan) -> dict[tuple[str, str], np.ndarray]:
+    """What is filled from draws, by group and name."""
+    arrays: dict[tuple[str, str], np.ndarray] = {}
+    for origin, variables, count in plan.runs():
+        passes = draws(plan.evaluation, count, origin, mean=plan.mean, score=True)
+        hidden = not plan.evaluation.progress
+        with tqdm(total=count, desc=origin, unit="draw", disable=hidden) as bar:
+            arrays |= fill(variables, _counted(passes, bar))
+    return arrays
 
 
 def _khat(plan: Plan, log_weight: np.ndarray | None) -> np.ndarray | None:
@@ -169,25 +176,29 @@ def _tree(
 ) -> DataTree:
     """The arrays, labelled, group by group."""
     rows = (_plain(plan.structure.plate),)
+    variables: dict[str, list[Variable]] = {}
+    for v in plan.variables:
+        variables.setdefault(v.group, []).append(v)
     groups = {}
-    for group in dict.fromkeys(v.group for v in plan.variables):
-        variables = [v for v in plan.variables if v.group == group]
-        data = {v.name: arrays[group, v.name] for v in variables}
-        dims = {v.name: [*(() if v.num_rows is None else rows), *v.dims] for v in variables}
-        with_draws = any(v.num_draws for v in variables)
+    for group, some in variables.items():
+        data = {v.name: arrays[group, v.name] for v in some}
+        dims = {v.name: [*rows[: v.num_rows is not None], *v.dims] for v in some}
+        with_draws = some[0].num_draws is not None
         groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
-    if constants := plan.constants:
-        axes = {k: [f"{k}_dim_{i}" for i in range(a.ndim - 1)] for k, a in constants.items()}
-        dims = {name: [*rows, *names] for name, names in axes.items()}
-        groups["constant_data"] = _dataset(constants, dims, coords, attributes, with_draws=False)
+    if plan.constants:
+        dims = {k: [*rows, *_dims(k, a.ndim - 1)] for k, a in plan.constants.items()}
+        constants = _dataset(plan.constants, dims, coords, attributes, with_draws=False)
+        groups["constant_data"] = constants
     if khat is not None:
         groups["sample_stats"]["khat"] = (rows[: khat.ndim], khat)
-    known = {*rows, *(str(dim) for dataset in groups.values() for dim in dataset.dims)}
-    if unknown := set(coords) - known:
-        raise ArgumentError("coords", f"some of {oxford(sorted(known))}", oxford(sorted(unknown)))
     tree = DataTree.from_dict({f"/{n}": groups[n] for n in GROUPS if n in groups})
-    tree.attrs.update(attributes)
-    return tree
+    known = {*rows, *(str(dim) for group in tree.children.values() for dim in group.dims)}
+    _check_names("coords", sorted(coords), sorted(known))
+    return tree.assign_attrs(attributes)
+
+
+def _dims(name: str, count: int) -> list[str]:
+    return [f"{name}_dim_{i}" for i in range(count)]
 
 
 def _dataset(
