@@ -194,7 +194,8 @@ def _tree(
     tree = DataTree.from_dict({f"/{n}": groups[n] for n in GROUPS if n in groups})
     known = {*rows, *(str(dim) for group in tree.children.values() for dim in group.dims)}
     _check_names("coords", sorted(coords), sorted(known))
-    return tree.assign_attrs(attributes)
+    tree.attrs.update(attributes)
+    return tree
 
 
 def _dims(name: str, count: int) -> list[str]:
