@@ -37,9 +37,9 @@ class AIS:
         z_t \sim T_t(\cdot | z_{t-1})
 
     with :math:`z_0 \sim p_0` and transitions that leave :math:`p_0^{1 - \beta_t} p^{\beta_t}`
-    invariant. E[w] = p(x) exactly, as step sizes are found on chains of their own and are then
-    kept (Wu et al. adapt them on the same chains). Everything is in unconstrained coordinates;
-    steps are in units of the standard deviations of :math:`p_0`, by datum and coordinate.
+    invariant. E[w] = p(x) exactly, as step sizes are set on chains of their own (Wu et al. adapt
+    them on the same chains). Everything is in unconstrained coordinates; steps are in units of the
+    standard deviations of :math:`p_0`, by datum and coordinate.
 
     References:
         Annealed Importance Sampling (Neal, 2001), https://arxiv.org/abs/physics/9803008

@@ -71,8 +71,8 @@ def to_arviz(
     the observed ones. What has no meaning for a pair is left out, and the root's attribute
     ``left_out`` says why; asked for by name it is refused.
 
-    Log likelihoods of latents of data have seen the data: ``arviz.loo`` on them is no estimate of
-    anything. `loo` computes it where it means something.
+    Log likelihoods of latents of data have seen the data, so that ``arviz.loo`` on them estimates
+    nothing. `loo` computes it where it means something.
 
     References:
         ArviZ a unified library for exploratory analysis of Bayesian models in Python

@@ -33,8 +33,7 @@ def codes(
     r"""The code of each datum, :math:`E_q[z | x_n]`, or draws from q(z | x).
 
     The mean is exact where the guide's distribution knows its mean and nothing random feeds it; a
-    point mass is its own mean. Otherwise it is one over draws of what comes before the site, and
-    of the site itself where its mean isn't known.
+    point mass is its own. Otherwise it is one over draws, also of what comes before the site.
 
     Arguments:
         pair: A model and its guide.

@@ -101,27 +101,16 @@ def no_guide(*batch: object) -> None:
 
 @dataclass
 class Simulation:
-    """K draws of latents and data on one batch of N, in one pass or, where looped, one by one.
-
-    Attributes:
-        structure: The pair.
-        batch: What the model is called with.
-        guides: Traces of the guide, by pass; None where latents are the model's.
-        given: Values of sites that weren't to be drawn.
-        per_pass: Draws that a pass has.
-        options: How the model is run.
-        terms: Log densities of the same latents and the batch's own data, if asked for.
-        num_rows: N; None until `first_rows` leaves some rows out.
-    """
+    """K draws of latents and data on one batch of N, in one pass or, where looped, one by one."""
 
     structure: Structure
-    batch: Batch
-    guides: list[Trace | None]
-    given: Mapping[str, Tensor]
-    per_pass: int
+    batch: Batch  # what the model is called with
+    guides: list[Trace | None]  # by pass; None where latents are the model's
+    given: Mapping[str, Tensor]  # values of sites that weren't to be drawn
+    per_pass: int  # draws that a pass has
     options: RunOptions
-    terms: Terms | None = None
-    num_rows: int | None = None
+    terms: Terms | None = None  # densities of these latents and the batch's own data, if asked for
+    num_rows: int | None = None  # N; None until `first_rows` leaves some rows out
 
     @cached_property
     def traces(self) -> list[Trace]:
