@@ -49,22 +49,14 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estim
     check_int("num_particles", num_particles, minimum=2)
     for name, fn in (("q", q), ("p", p)):
         if is_point(fn):
-            raise UndefinedError(
-                f"kl, {name}", "a distribution with a density", "a point mass (Delta)"
-            )
-    if tuple(q.event_shape) != tuple(p.event_shape):
-        raise UndefinedError(
-            "kl",
-            f"two distributions of event_shape {tuple(q.event_shape)}",
-            f"event_shape {tuple(p.event_shape)}",
-            [".to_event(k)"],
-        )
+            expected = "a distribution with a density"
+            raise UndefinedError(f"kl, {name}", expected, "a point mass (Delta)")
+    if (ours := tuple(q.event_shape)) != (theirs := tuple(p.event_shape)):
+        expected = f"two distributions of event_shape {ours}"
+        raise UndefinedError("kl", expected, f"event_shape {theirs}", [".to_event(k)"])
     if q.support.is_discrete != p.support.is_discrete:
-        raise UndefinedError(
-            "kl",
-            "two discrete distributions, or two continuous ones",
-            f"{type(q).__name__} and {type(p).__name__}",
-        )
+        expected = "two discrete distributions, or two continuous ones"
+        raise UndefinedError("kl", expected, f"{type(q).__name__} and {type(p).__name__}")
     try:
         exact = torch.distributions.kl_divergence(q, p)
     except NotImplementedError:

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BoundKind", "Estimate", "with_error"]
 
 BoundKind = Literal["lower", "upper", "estimate", "none"]
-"""What an estimate is of log p(x), on average: a lower bound, an upper bound, the estimate of an
-upper bound (which is itself too low on average), or none of these."""
+"""What an estimate is of log p(x), on average; an upper bound's estimate is itself too low."""
 
 _KINDS: dict[BoundKind, str] = {
     "lower": "a lower bound of log p(x) on average",
@@ -37,13 +36,11 @@ _FEW = 5  # draws
 class Estimate:
     r"""An estimate of a quantity, one value for each datum or each draw, and of its mean.
 
-    There are two standard errors of the mean. The one over data,
-    :math:`\mathrm{sd}_n(v_n) / \sqrt N`, says how much the mean would differ on other data of the
-    same kind. The one over draws, :math:`\sqrt{\sum_n \mathrm{var}_n} / N`, says how much it would
-    differ on the same data with other draws. Either is NaN where it isn't known.
-
-    With ``by="draw"`` the values are totals over the data set, one for each of S joint draws of
-    what all data share: these have an error over draws alone, and no single datum has a value.
+    Its standard error over data, :math:`\mathrm{sd}_n(v_n) / \sqrt N`, says how much the mean
+    would differ on other data of the same kind; the one over draws,
+    :math:`\sqrt{\sum_n \mathrm{var}_n} / N`, on the same data with other draws. Either is NaN where
+    it isn't known. With ``by="draw"`` the values are totals over the data set, one for each of S
+    joint draws of what all data share: these have an error over draws alone.
 
     Attributes:
         name: What it is.
@@ -60,8 +57,8 @@ class Estimate:
         acceptance: Mean acceptance of each datum's Markov chains, ``(N,)``, or None.
         global_sites: Sites outside the data plate, whose densities are in the totals.
         remarks: What else a reader must know of the number, a line each.
-        influence: K times what each draw moves each datum's value by, ``(K, N)``, if it is kept.
-            Differences of estimates from the same draws then have the right error.
+        influence: K times what each draw moves each datum's value by, ``(K, N)``, or None; with it
+            differences of estimates from the same draws have the right error.
 
     Example:
         >>> values, variances = torch.tensor([-1.0, -3.0]), torch.tensor([0.1, 0.3])
@@ -89,13 +86,12 @@ class Estimate:
     def __post_init__(self) -> None:
         if self.by != "draw":
             object.__setattr__(self, "num_data", self.values.numel())
-        if self.variances is None and self.num_particles is None:
+        if self.variances is not None:
+            return
+        if self.num_particles is None:
             object.__setattr__(self, "variances", torch.zeros_like(self.values))
-        if self.variances is None and self.influence is not None and len(self.influence) > 1:
-            k = len(self.influence)
+        elif self.influence is not None and (k := len(self.influence)) > 1:
             object.__setattr__(self, "variances", self.influence.square().sum(0) / (k * (k - 1)))
-
-    # From the log weights of draws
 
     @classmethod
     def of_mean(
@@ -129,8 +125,6 @@ class Estimate:
             influence=k * shares - 1,
         )
 
-    # The mean
-
     @property
     def total(self) -> float:
         """The sum over the data set."""
@@ -163,57 +157,35 @@ class Estimate:
 
     @property
     def per_datum(self) -> Tensor:
-        """The values, shape ``(N,)``.
-
-        Raises:
-            UndefinedError: With sites outside the data plate, which belong to no single datum.
-        """
-        if self.by == "draw":
-            raise UndefinedError(
-                f"{self.name} per datum",
-                "a pair whose sites are all inside the data plate",
-                f"global site(s) {', '.join(self.global_sites)}" if self.global_sites else "draws",
-                [".total, for the whole data set"],
-            )
-        return self.values
+        """The values, shape ``(N,)``; refused with sites that belong to no single datum."""
+        if self.by != "draw":
+            return self.values
+        actual = f"global site(s) {', '.join(self.global_sites)}" if self.global_sites else "draws"
+        expected = "a pair whose sites are all inside the data plate"
+        fixes = [".total, for the whole data set"]
+        raise UndefinedError(f"{self.name} per datum", expected, actual, fixes)
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The difference, datum by datum, of the same data in the same order.
 
         Draws count as common, so that their noise cancels, where both keep their influence.
-
-        Raises:
-            ArgumentError: If the numbers of data differ.
-            UndefinedError: If one has no value for each datum.
         """
-        ours, theirs = self.per_datum, other.per_datum
+        ours, theirs, name = self.per_datum, other.per_datum, f"{self.name} - {other.name}"
         if ours.shape != theirs.shape:
-            raise ArgumentError(
-                f"{self.name} - {other.name}",
-                "estimates of the same data",
-                f"{len(ours)} and {len(theirs)} data",
-            )
-        influence = variances = None
+            actual = f"{len(ours)} and {len(theirs)} data"
+            raise ArgumentError(name, "estimates of the same data", actual)
+        k = self.num_particles or other.num_particles
+        found = Estimate(name, ours - theirs, by=self.by, num_particles=k, unit=self.unit)
         mine, its = self.influence, other.influence
         if mine is not None and its is not None and mine.shape == its.shape:
-            influence = mine - its
-        elif self.variances is not None and other.variances is not None:
-            variances = self.variances + other.variances
-        return Estimate(
-            f"{self.name} - {other.name}",
-            ours - theirs,
-            variances,
-            by=self.by,
-            num_particles=self.num_particles or other.num_particles,
-            unit=self.unit,
-            influence=influence,
-        )
+            return replace(found, influence=mine - its)
+        if self.variances is not None and other.variances is not None:
+            return replace(found, variances=self.variances + other.variances)
+        return found
 
     def named(self, name: str) -> Estimate:
         """The same under another name."""
         return replace(self, name=name)
-
-    # As text, as data
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -222,45 +194,40 @@ class Estimate:
         if self.acceptance is not None and not bool(self.acceptance.isnan().all()):
             mean, least = float(self.acceptance.mean()), float(self.acceptance.min())
             lines.append(f"acceptance: mean {mean:.2f}, least {least:.2f}")
-        parts = [p for p in (self.distortion, self.rate) if p is not None]
-        return (*lines, *(f"{part.name}: {part.mean:.2f}" for part in parts), *self.remarks)
+        parts = [f"{part.name}: {part.mean:.2f}" for part in self._parts]
+        return (*lines, *parts, *self.remarks)
+
+    @property
+    def _parts(self) -> list[Estimate]:
+        return [part for part in (self.distortion, self.rate) if part is not None]
 
     def _of_weights(self, ess: Tensor) -> list[str]:
         lines, k = [_KINDS[self.kind]], self.num_particles or 1
         if k > 1:
             middle, least = float(ess.median()), float(ess.min())
             lines.append(f"ESS: median {middle:.3g} of {k}, least {least:.3g}")
-            few = int((ess < min(_FEW, k / 2)).sum())
-            if few:
-                lines.append(
-                    f"{few} of {self.num_data} data rest on a few draws: they are too low, by "
-                    "more than the error over draws says"
-                )
+            if few := int((ess < min(_FEW, k / 2)).sum()):
+                shown = f"{few} of {self.num_data} data rest on a few draws"
+                lines.append(f"{shown}: they are too low, by more than the error over draws says")
         return lines
 
     @property
     def headline(self) -> str:
         """Mean and standard errors on one line."""
+        name, n, k = self.name, self.num_data, self.num_particles
         if self.by == "draw":
-            error = "" if math.isnan(self.se_total) else f" +- {self.se_total:.2g} over draws"
-            sites = f", with global site(s) {', '.join(self.global_sites)}"
-            return (
-                f"{self.name}: {self.total:.2f}{error} {self.unit}, a bound for the data set of "
-                f"{self.num_data}{sites if self.global_sites else ''}"
-            )
-        exact = self.num_particles is None
-        how = "exact" if exact else f"K = {self.num_particles}"
+            sites = ", ".join(self.global_sites)
+            total = f"{self.total:.2f}{_known(' +- {:.2g} over draws', self.se_total)} {self.unit}"
+            with_sites = f", with global site(s) {sites}" if sites else ""
+            return f"{name}: {total}, a bound for the data set of {n}{with_sites}"
+        how = "exact" if k is None else f"K = {k}"
         if math.isinf(self.mean):
-            return f"{self.name}: {'-' if self.mean < 0 else ''}infinite, {how}"
-        data, draws = self.se_data, self.se_draws
-        over_data = "" if math.isnan(data) else f" +- {data:.2g}"
-        over_draws = "" if exact or math.isnan(draws) else f" (over draws {draws:.2g})"
-        if self.num_data == 1:
-            return f"{self.name}: {self.mean:.4g}{over_draws} {self.unit}, {how}"
-        return (
-            f"{self.name}: {self.mean:.2f}{over_data}{over_draws} {self.unit} per {self.by}, "
-            f"N = {self.num_data}, {how}"
-        )
+            return f"{name}: {'-' if self.mean < 0 else ''}infinite, {how}"
+        over_draws = "" if k is None else _known(" (over draws {:.2g})", self.se_draws)
+        if n == 1:
+            return f"{name}: {self.mean:.4g}{over_draws} {self.unit}, {how}"
+        errors = f"{_known(' +- {:.2g}', self.se_data)}{over_draws}"
+        return f"{name}: {self.mean:.2f}{errors} {self.unit} per {self.by}, N = {n}, {how}"
 
     def __str__(self) -> str:
         return "\n".join([self.headline, *(f"  {line}" for line in self.notes)])
@@ -276,27 +243,22 @@ class Estimate:
         """Mean, errors and what it is, as JSON has them: numbers that aren't finite are None."""
         numbers = ("mean", "se_data", "se_draws", "total")
         words = ("unit", "kind", "by", "num_data", "num_particles")
-        parts = [part for part in (self.distortion, self.rate) if part is not None]
         return {
             "name": self.name,
             **{key: _finite(getattr(self, key)) for key in numbers},
             **{key: getattr(self, key) for key in words},
             "notes": list(self.notes),
-            **{part.name: part.to_dict() for part in parts},
+            **{part.name: part.to_dict() for part in self._parts},
         }
 
     def to_frame(self) -> DataFrame:
         """A pandas table with a row for each value, its error over draws, and its weights' ESS."""
         from pandas import DataFrame
 
-        columns = {"value": self.values}
-        if self.variances is not None:
-            columns["se_draws"] = self.variances.sqrt()
-        if self.ess is not None:
-            columns["ess"] = self.ess
-        frame = DataFrame({name: _numbers(column) for name, column in columns.items()})
-        frame.index.name = self.by
-        return frame
+        error = None if self.variances is None else self.variances.sqrt()
+        columns = {"value": self.values, "se_draws": error, "ess": self.ess}
+        frame = DataFrame({k: _numbers(v) for k, v in columns.items() if v is not None})
+        return frame.rename_axis(self.by)
 
     def to_elpd(self) -> ELPDData:
         r"""An estimate of log evidence as ArviZ's ``ELPDData``, which ``arviz.compare`` takes.
@@ -306,12 +268,9 @@ class Estimate:
         Its default, stacking, needs exp(value) to be above the least double; where values are
         below -700 nats, ``method="pseudo-bma"`` does without.
 
-        Returns:
-            ArviZ's ``ELPDData``, whose ``kind`` is this estimate's name, so that ArviZ refuses to
-            compare bounds that are loose by different amounts.
-
-        Raises:
-            UndefinedError: If it is no estimate of log evidence, or has no value for each datum.
+        Its ``kind`` is this estimate's name, so that ArviZ refuses to compare bounds that are loose
+        by different amounts. What is no estimate of log evidence, or has no value for each datum,
+        is refused.
 
         Example:
             >>> values = torch.tensor([-1.0, -3.0])
@@ -319,12 +278,9 @@ class Estimate:
             -4.0
         """
         if self.kind == "none":
-            raise UndefinedError(
-                "ArviZ's ELPDData",
-                "an estimate of log evidence",
-                f"{self.name}, which is {_KINDS[self.kind]}",
-                ["bounds.evidence(...).to_elpd()", "bounds.elbo(...).to_elpd()"],
-            )
+            what = f"{self.name}, which is {_KINDS[self.kind]}"
+            fixes = ["bounds.evidence(...).to_elpd()", "bounds.elbo(...).to_elpd()"]
+            raise UndefinedError("ArviZ's ELPDData", "an estimate of log evidence", what, fixes)
         from arviz_stats.utils import ELPDData
         from xarray import DataArray
 
@@ -345,6 +301,11 @@ class Estimate:
 
 def _numbers(column: Tensor) -> NDArray[np.float64]:
     return column.detach().double().cpu().flatten().numpy()
+
+
+def _known(text: str, number: float) -> str:
+    """A number in a text; nothing if it isn't known."""
+    return "" if math.isnan(number) else text.format(number)
 
 
 def _finite(number: float) -> float | None:

@@ -1,12 +1,10 @@
 """Estimates of the evidence, each with its standard errors, for any pair."""
 
-from pvae.bounds.annealing import AIS
+from pvae.bounds.annealing import AIS, Sandwich, bdmc
 from pvae.bounds.comparison import Comparison, compare
 from pvae.bounds.curve import Curve, iwae_curve
-from pvae.bounds.elbo import elbo
-from pvae.bounds.evidence import evidence
+from pvae.bounds.evidence import elbo, evidence
 from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
-from pvae.bounds.sandwich import Sandwich, bdmc
 from pvae.bounds.weights import log_weights
 
 __all__ = [

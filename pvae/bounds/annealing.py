@@ -1,25 +1,28 @@
-"""Annealed importance sampling, and its reverse from draws of the posterior."""
+"""Annealed importance sampling, and bidirectional Monte Carlo, which also sends chains back."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.bounds.density import LatentDensity, densities, spread
+from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
-from pvae.errors import ArgumentError, check_choice, check_int, check_number
-from pvae.pair import Batch
-from pvae.terms import Evaluation
+from pvae.bounds.weights import WeightSums, require_evidence
+from pvae.errors import check_choice, check_int, check_number
+from pvae.estimate import Estimate, with_error
+from pvae.options import Options, tool
+from pvae.pair import Batch, PairLike
+from pvae.terms import Evaluation, prepared
 
-__all__ = ["AIS", "Annealed", "annealed"]
-
+__all__ = ["AIS", "Annealed", "Sandwich", "annealed", "bdmc"]
 
 _APART = 20  # transitions that part the chains which start from one draw of the posterior
 
@@ -34,9 +37,9 @@ class AIS:
         z_t \sim T_t(\cdot | z_{t-1})
 
     with :math:`z_0 \sim p_0` and transitions that leave :math:`p_0^{1 - \beta_t} p^{\beta_t}`
-    invariant. E[w] = p(x) exactly, as step sizes are found on chains of their own and are then
-    kept (Wu et al. adapt them on the same chains). Everything is in unconstrained coordinates;
-    steps are in units of the standard deviations of :math:`p_0`, by datum and coordinate.
+    invariant. E[w] = p(x) exactly, as step sizes are set on chains of their own (Wu et al. adapt
+    them on the same chains). Everything is in unconstrained coordinates; steps are in units of the
+    standard deviations of :math:`p_0`, by datum and coordinate.
 
     References:
         Annealed Importance Sampling (Neal, 2001), https://arxiv.org/abs/physics/9803008
@@ -69,8 +72,7 @@ class AIS:
         check_choice("AIS: schedule", self.schedule, ("sigmoid", "linear"))
         for name in ("num_temperatures", "num_leapfrog", "num_pilot"):
             check_int(f"AIS: {name}", getattr(self, name))
-        if check_number("AIS: acceptance", self.acceptance, above=0) >= 1:
-            raise ArgumentError("AIS: acceptance", "a number below 1", f"{self.acceptance}")
+        check_number("AIS: acceptance", self.acceptance, above=0, below=1)
 
     @property
     def betas(self) -> list[float]:
@@ -84,23 +86,13 @@ class AIS:
 
 @dataclass(frozen=True)
 class Annealed:
-    """The weights of the annealed chains of one chunk of data.
+    """The weights of the annealed chains of one chunk of data."""
 
-    Attributes:
-        rows: Rows of the data set that the chunk has.
-        forward: log weights of the chains that end at the posterior, ``(K, n)``.
-        reverse: log weights of the chains that start at the posterior, or None.
-        acceptance: Mean probability of acceptance of each datum, ``(n,)``; NaN with one
-            temperature, which has no transitions.
-        batch: The batch that the pair was called with, observed data replaced by simulated ones if
-            there are any.
-    """
-
-    rows: slice
-    forward: Tensor
-    reverse: Tensor | None
-    acceptance: Tensor
-    batch: Batch
+    rows: slice  # of the data set
+    forward: Tensor  # log weights of the chains that end at the posterior, (K, n)
+    reverse: Tensor | None  # of the chains that start at it, where data are simulated
+    acceptance: Tensor  # mean of each datum, (n,); NaN without transitions
+    batch: Batch  # what the pair was called with, simulated data in the place of observed ones
 
 
 def annealed(
@@ -108,60 +100,54 @@ def annealed(
 ) -> Iterator[Annealed]:
     """Anneals all data, chunk by chunk, in evaluation mode.
 
-    With ``simulate`` the data are drawn from the model, and chains are also sent the other way,
-    from the posterior. Those of a datum start at the latents that it was drawn with, and are
-    separated first by a few transitions that leave the posterior invariant.
+    With ``simulate`` the data are drawn from the model, and chains are also sent the other way.
+    Those of a datum start at the latents that it was drawn with, and are separated first by a few
+    transitions that leave the posterior invariant.
     """
+    inner, num_inner = ais.betas[1:-1], ais.num_temperatures - 1
     with densities(evaluation, num_chains, "annealing") as (chunks, bar):
         for rows, density in chunks:
             exact = None
             if simulate:
                 density, exact = density.simulated()
-            share = (rows.stop - rows.start) / evaluation.num_rows
-            yield _chunk(rows, density, exact, ais, num_chains, evaluation.max_rows, bar, share)
+            groups = groups_of(num_chains, evaluation.max_rows // density.num_rows)
+            transitions = pilot_length(num_inner) + len(groups) * num_inner
+            if simulate and inner:
+                transitions += len(groups) * (num_inner + _APART)
+            count = rows.stop - rows.start  # a chunk may be filled up
+            tick = partial(_advance, bar, count / evaluation.num_rows / max(1, transitions))
+            path, draw = _path(density, ais, tick)
+            pilots = path.state(draw(ais.num_pilot))
+            _, scale = spread(draw, groups[0])
+            steps = adapt(path, pilots, inner, scale, ais.acceptance)
+            parts = [_one_group(path, draw(k), exact, ais.betas, steps) for k in groups]
+            forward, reverse, chances = zip(*parts, strict=True)
+            yield Annealed(
+                rows,
+                torch.cat(forward)[:, :count],
+                torch.cat(reverse)[:, :count] if simulate else None,
+                torch.cat(chances).mean(0)[:count],
+                tuple(b[:count] if isinstance(b, Tensor) else b for b in density.batch),
+            )
 
 
-def _chunk(
-    rows: slice,
-    density: LatentDensity,
-    exact: Tensor | None,
-    ais: AIS,
-    num_chains: int,
-    max_rows: int,
-    bar: tqdm,
-    share: float,
-) -> Annealed:
-    betas = ais.betas
-    inner = betas[1:-1]
-    gaps = [after - before for before, after in itertools.pairwise(betas)]
-    at_once = max(1, min(num_chains, max_rows // density.num_rows))
-    groups = [min(at_once, num_chains - done) for done in range(0, num_chains, at_once)]
-    transitions = pilot_length(len(inner)) + len(groups) * len(inner)
-    if exact is not None and inner:
-        transitions += len(groups) * (len(inner) + _APART)
-    path, draw = _path(density, ais, lambda: bar.update(min(share / transitions, 1 - bar.n)))
-    pilots = path.state(draw(ais.num_pilot))
-    _, scale = spread(draw, at_once)
-    steps = adapt(path, pilots, inner, scale, ais.acceptance)
-    forward, reverse, chances = [], [], []
-    for k in groups:
-        log_weight, chance = _anneal(path, path.state(draw(k)), gaps, inner, steps)
-        forward.append(log_weight)
-        chances.append(chance * k)
-        if exact is not None:
-            start = path.state(exact.expand(k, *exact.shape[1:]))
-            for step in steps[-1:] * _APART:
-                start, _ = transition(path, start, 1.0, step)
-            log_weight, _ = _anneal(path, start, gaps[::-1], inner[::-1], steps[::-1])
-            reverse.append(log_weight)
-    count = rows.stop - rows.start  # a chunk may be filled up
-    return Annealed(
-        rows,
-        torch.cat(forward)[:, :count],
-        torch.cat(reverse)[:, :count] if reverse else None,
-        (torch.stack(chances).sum(0) / num_chains)[:count],
-        tuple(b[:count] if isinstance(b, Tensor) else b for b in density.batch),
-    )
+def _advance(bar: tqdm, share: float) -> None:
+    bar.update(min(share, 1 - bar.n))
+
+
+def _one_group(
+    path: Path, start: Tensor, exact: Tensor | None, betas: list[float], steps: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log weights of chains there, and back from the exact draws, and their acceptance there."""
+    gaps, inner = [after - before for before, after in itertools.pairwise(betas)], betas[1:-1]
+    forward, chance = _anneal(path, path.state(start), gaps, inner, steps)
+    if exact is None:
+        return forward, forward[:0], chance
+    state = path.state(exact.expand(len(start), *exact.shape[1:]))
+    for step in steps[-1:] * _APART:
+        state, _ = transition(path, state, 1.0, step)
+    reverse, _ = _anneal(path, state, gaps[::-1], inner[::-1], steps[::-1])
+    return forward, reverse, chance
 
 
 def _path(
@@ -184,11 +170,112 @@ def _path(
 def _anneal(
     path: Path, state: State, gaps: list[float], betas: list[float], steps: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """log weights of chains, ``(K, N)``, and their mean acceptance, ``(N,)``."""
+    """log weights of chains, and the acceptance of each (NaN without transitions), ``(K, N)``."""
     log_weight = gaps[0] * state.log_ratio
-    total = torch.zeros_like(log_weight[0])
+    total = torch.zeros_like(log_weight)
     for gap, beta, step in zip(gaps[1:], betas, steps, strict=True):
         state, chance = transition(path, state, beta, step)
         log_weight = log_weight + gap * state.log_ratio
-        total = total + chance.mean(0)
+        total = total + chance
     return log_weight, total / len(betas) if betas else total * math.nan
+
+
+@dataclass(frozen=True, repr=False)
+class Sandwich:
+    """Both bounds of the evidence of simulated data.
+
+    Attributes:
+        lower: The estimate from chains that end at the posterior.
+        upper: The estimate from chains that start at a draw of the posterior. All chains of a
+            datum start at the same draw: the error over draws isn't known, that over data has it.
+        batch: The simulated data, and what the model was given beside them.
+    """
+
+    lower: Estimate
+    upper: Estimate
+    batch: tuple[Tensor, ...]
+
+    @property
+    def gap(self) -> Estimate:
+        """Upper minus lower: on average the sum of what both bounds are off by.
+
+        By chance one datum's may be below 0. The error over data has that of all draws in it.
+        """
+        return (self.upper - self.lower).named("gap")
+
+    def __str__(self) -> str:
+        low, method = self.lower, self.lower.name.split(", ")[-1]
+        shown = [with_error(bound.mean, bound.se_data) for bound in (low, self.upper, self.gap)]
+        return (
+            f"BDMC, {method}, on {low.num_data} simulated data, K = {low.num_particles}\n"
+            f"  lower: {shown[0]} nats per datum\n"
+            f"  upper: {shown[1]}\n"
+            f"  gap:   {shown[2]}, which bounds the bias of both on\n"
+            "  average; on real data only as far as they are like the model's own"
+        )
+
+    __repr__ = __str__
+
+
+@tool
+def bdmc(
+    pair: PairLike,
+    data: object,
+    num_particles: int = 16,
+    *,
+    ais: AIS | None = None,
+    **options: Unpack[Options],
+) -> Sandwich:
+    r"""A lower and an upper bound of the evidence of data that are drawn from the model.
+
+    Each datum is drawn together with its latents, which are a draw from its exact posterior. From
+    there chains are sent back along the way that `AIS` has come, with the same transitions:
+
+    .. math::
+        E[\log \bar w] \le E[\log p(x)] \le E\left[-\log \tfrac1K \sum_k 1 / w_k'\right]
+
+    with :math:`w'` the weights of the chains that are sent back. The gap between the bounds is, on
+    average over data of this kind, at least what AIS with these settings misses of log p(x).
+
+    References:
+        Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (Grosse et al., 2015),
+        https://arxiv.org/abs/1511.02543
+        Measuring the Reliability of MCMC Inference with Bidirectional Monte Carlo
+        (Grosse et al., 2016), https://arxiv.org/abs/1606.02275
+
+    Arguments:
+        pair: A model and its guide.
+        data: An array, tensor, tuple of them, data set or source: one datum is simulated for each
+            row, with what the model doesn't observe of it (labels).
+        num_particles: K, chains for each datum, there and back.
+        ais: Settings of the annealing; None for the defaults of `AIS`.
+        options: As in `pvae.options.Options`.
+
+    Raises:
+        UndefinedError: As `evidence`; and if the model has factors, or observes anything but a
+            tensor of the batch as it is.
+
+    Example:
+        >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
+        >>> found = bdmc(pair, x, 8, ais=AIS(num_temperatures=3), progress=False)
+        >>> found.gap.values.shape
+        torch.Size([3])
+    """
+    k, how = check_int("num_particles", num_particles), ais or AIS()
+    with prepared(pair, data, options, "bdmc") as evaluation:
+        structure = evaluation.structure
+        require_evidence(structure, "simulated data", by_datum=False, density=False)
+        forward, reverse, acceptance, batches = WeightSums(), WeightSums(), [], []
+        for chunk in annealed(evaluation, how, k, simulate=True):
+            assert chunk.reverse is not None  # noqa: S101
+            forward.add(chunk.rows, forward.reduce(chunk.forward))
+            reverse.add(chunk.rows, reverse.reduce(-chunk.reverse))
+            acceptance.append(chunk.acceptance)
+            batches.append(chunk.batch)
+    name = f"evidence of simulated data, AIS-{how.num_temperatures}"
+    lower = replace(
+        forward.estimate(name, k, structure), kind="lower", acceptance=torch.cat(acceptance)
+    )
+    inverse = reverse.estimate(f"{name} reversed", k, structure)
+    upper = replace(inverse, values=-inverse.values, variances=None, kind="upper")
+    return Sandwich(lower, upper, tuple(map(torch.cat, zip(*batches, strict=True))))

@@ -31,19 +31,17 @@ class Comparison:
     def differences(self) -> dict[str, Estimate]:
         """The best minus each, datum by datum."""
         best = next(iter(self.estimates.values()))
-        return {name: best - found for name, found in self.estimates.items()}
+        return {name: best - other for name, other in self.estimates.items()}
 
     def to_frame(self) -> DataFrame:
         """A pandas table: mean and its standard error, difference to the best and its error."""
         from pandas import DataFrame
 
         pairs = zip(self.estimates.values(), self.differences.values(), strict=True)
-        rows = [
-            (rank, found.mean, found.se_data, diff.mean, diff.se_data, found.name)
-            for rank, (found, diff) in enumerate(pairs)
-        ]
-        columns = ["rank", "mean", "se", "diff", "dse", "bound"]
-        return DataFrame(rows, list(self.estimates), columns)
+        rows = [(bound.mean, bound.se_data, d.mean, d.se_data, bound.name) for bound, d in pairs]
+        frame = DataFrame(rows, list(self.estimates), ["mean", "se", "diff", "dse", "bound"])
+        frame.insert(0, "rank", range(len(rows)))
+        return frame
 
     def __str__(self) -> str:
         table = self.to_frame().to_string(float_format="{:.4g}".format)
@@ -66,8 +64,7 @@ def compare(estimates: Mapping[str, Estimate], *, mixed: bool = False) -> Compar
     are those of the data set, N times the means here.
 
     Arguments:
-        estimates: Name -> what `elbo` or `evidence` has returned, all of the same data in the
-            same order.
+        estimates: By name, of `elbo` or `evidence`, of the same data in the same order.
         mixed: Whether bounds of different kinds may be compared, such as an ELBO and AIS.
 
     Raises:
@@ -82,27 +79,28 @@ def compare(estimates: Mapping[str, Estimate], *, mixed: bool = False) -> Compar
         >>> compare(found).to_frame()["rank"].tolist()
         [0, 1]
     """
-    where = "estimates"
     if not isinstance(estimates, Mapping):
-        raise ArgumentError(where, "a dictionary of estimates by name", type(estimates).__name__)
+        expected = "a dictionary of estimates by name"
+        raise ArgumentError("estimates", expected, type(estimates).__name__)
     if len(estimates) < 2:
-        raise ArgumentError(where, "two or more to compare", f"{len(estimates)}")
-    sizes = {name: len(found.per_datum) for name, found in estimates.items()}
+        raise ArgumentError("estimates", "two or more to compare", f"{len(estimates)}")
+    sizes = {name: len(bound.per_datum) for name, bound in estimates.items()}
     if len(set(sizes.values())) > 1:
         actual = ", ".join(f"{size} of '{name}'" for name, size in sizes.items())
-        raise ArgumentError(where, "one number of data, of the same data", actual)
-    kinds = dict.fromkeys(found.name for found in estimates.values())
-    if len(kinds) > 1 and not mixed:
-        raise ArgumentError(
-            where,
-            "one kind of bound, with one number of draws",
-            oxford(kinds),
-            ["the same estimate of each model", "mixed=True, to compare them all the same"],
-        )
+        raise ArgumentError("estimates", "one number of data, of the same data", actual)
+    ranked = dict(sorted(estimates.items(), key=lambda item: -item[1].mean))
+    return Comparison(ranked, _notes(list(ranked.values()), mixed=mixed))
+
+
+def _notes(bounds: list[Estimate], *, mixed: bool) -> tuple[str, ...]:
+    """What a reader must know of what is compared; refuses what isn't alike, unless ``mixed``."""
     notes = []
-    if len(kinds) > 1:
+    if len(names := dict.fromkeys(bound.name for bound in bounds)) > 1:
+        expected = "one kind of bound, with one number of draws"
+        fixes = ["the same estimate of each model", "mixed=True, to compare them all the same"]
+        if not mixed:
+            raise ArgumentError("estimates", expected, oxford(names), fixes)
         notes.append("note: bounds of different kinds, which are loose by different amounts")
-    if any(found.kind == "none" for found in estimates.values()):
+    if any(bound.kind == "none" for bound in bounds):
         notes.append("note: what is no bound of log p(x) says nothing of how good a model is")
-    ranked = sorted(estimates.items(), key=lambda item: -item[1].mean)
-    return Comparison(dict(ranked), tuple(notes))
+    return tuple(notes)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Unpack
+from dataclasses import dataclass, replace
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from pvae.bounds.weights import require_evidence, weights_by_chunk
 from pvae.errors import ArgumentError, check_int
-from pvae.estimate import Estimate
+from pvae.estimate import Estimate, with_error
 from pvae.options import Options, tool
 from pvae.pair import PairLike
 from pvae.terms import prepared
@@ -42,23 +42,22 @@ class Curve:
     def of_weights(cls, chunks: Iterable[Tensor]) -> Curve:
         """The curve of log weights ``(K, n)``, given for one chunk of data after another.
 
-        A point is the mean over disjoint groups of draws, whose spread is its error over draws.
-        The last point has one group: its error is by the delta method, which is low where weights
-        have heavy tails, and at least that of the point before.
+        A point's error over draws is from the spread of its groups of draws. The last has one
+        group: its error is by the delta method, which is low where weights have heavy tails, and
+        at least that of the point before.
         """
         parts = [_points(chunk) for chunk in chunks]
         values, variances, ess = (torch.cat(part, -1) for part in zip(*parts, strict=True))
         if variances[-1].sum() < variances[-2].sum():
             variances[-1] = variances[-2]
-        found = {}
-        for i, (value, variance) in enumerate(zip(values, variances, strict=True)):
-            k, sizes = 2**i, ess if i == len(values) - 1 else None
-            name = f"evidence, IWAE-{k}"
-            found[k] = Estimate(name, value, variance, num_particles=k, kind="lower", ess=sizes)
-        return cls(found)
+        points = {
+            2**i: Estimate(f"evidence, IWAE-{2**i}", v, s, num_particles=2**i, kind="lower")
+            for i, (v, s) in enumerate(zip(values, variances, strict=True))
+        }
+        last = max(points)
+        return cls({**points, last: replace(points[last], ess=ess)})
 
     def __getitem__(self, num_particles: int) -> Estimate:
-        """The bound at one K."""
         return self.estimates[num_particles]
 
     @property
@@ -80,19 +79,18 @@ class Curve:
     def doubts(self) -> tuple[str, ...]:
         """Why the extrapolation is a guess; empty if nothing speaks against it.
 
-        The bias falls as 1/K only if weights have a finite variance, and K is large enough for
-        it: then four times the draws add a quarter of what the same has added before, and no
-        datum rests on a few draws. Draws can't show the tail that they have not reached.
+        The bias falls as 1/K only if weights have a finite variance, and K is large enough: then
+        four times the draws add a quarter of what the same has added before, and no datum rests on
+        a few draws. Draws can't show the tail that they have not reached.
         """
         last = self._points[-1]
         assert last.ess is not None  # noqa: S101
         ends = [i for i in (-1, -3) if len(self.estimates) + i >= 4]
-        found = [doubt for doubt in map(self._slow, ends) if doubt][:1]
+        doubts = [doubt for doubt in map(self._slow, ends) if doubt][:1]
         limit = min(_ENOUGH, max(self.estimates) / 2)
-        few = int((last.ess < limit).sum())
-        if few:
-            found.append(f"{few} of {last.num_data} data rest on fewer than {limit:g} draws")
-        return tuple(found)
+        if few := int((last.ess < limit).sum()):
+            doubts.append(f"{few} of {last.num_data} data rest on fewer than {limit:g} draws")
+        return tuple(doubts)
 
     def _slow(self, end: int) -> str:
         """Says so if a bias falls more slowly than as 1/K, by two standard errors over draws."""
@@ -100,16 +98,15 @@ class Curve:
         before, last = middle.mean - low.mean, high.mean - middle.mean
         if last - _SLOW * before <= 2 * high.se_draws + 1e-6:
             return ""
-        return (
-            f"four times the draws add {last:.2g} nats after {before:.2g}, where a quarter of "
-            "that was to be expected"
-        )
+        shown = f"four times the draws add {last:.2g} nats after {before:.2g}"
+        return f"{shown}, where a quarter of that was to be expected"
 
     def __str__(self) -> str:
         lines = [f"IWAE by K, nats per datum, N = {self._points[0].num_data}"]
         for k, point in self.estimates.items():
-            lines.append(f"  {k:>6}: {_with_error(point)} (over draws {point.se_draws:.2g})")
-        to = _with_error(self.extrapolated)
+            shown = with_error(point.mean, point.se_data)
+            lines.append(f"  {k:>6}: {shown} (over draws {point.se_draws:.2g})")
+        to = with_error(self.extrapolated.mean, self.extrapolated.se_data)
         if self.doubts:
             lines += [f"  1/K -> 0: {to}, a guess:", *(f"    {doubt}" for doubt in self.doubts)]
             lines.append("  next: bounds.evidence(..., method='ais')")
@@ -120,17 +117,9 @@ class Curve:
     __repr__ = __str__
 
 
-def _with_error(point: Estimate) -> str:
-    error = "" if math.isnan(point.se_data) else f" +- {point.se_data:.2g}"
-    return f"{point.mean:.3f}{error}"
-
-
 @tool
 def iwae_curve(
-    pair: PairLike,
-    data: Any,
-    num_particles: int = 1024,
-    **options: Unpack[Options],
+    pair: PairLike, data: object, num_particles: int = 1024, **options: Unpack[Options]
 ) -> Curve:
     r"""The importance-weighted bound at K = 1 (the ELBO), 2, 4, ..., from one set of draws.
 
@@ -155,8 +144,7 @@ def iwae_curve(
         options: As in `pvae.options.Options`.
 
     Raises:
-        UndefinedError: If a latent has a point-mass guide or an improper prior, or there are
-            sites outside the data plate.
+        UndefinedError: As `log_weights`.
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
@@ -176,13 +164,10 @@ def _points(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A variance is that of a mean over groups; of the one group of all draws by the delta method.
     """
     share = log_weight.softmax(0).square().sum(0)
-    values, variances = [], []
-    groups = log_weight
-    while True:
+    values, variances, groups = [], [], log_weight
+    while len(groups) > 1:
         values.append(groups.mean(0))
-        if len(groups) == 1:
-            break
         variances.append(groups.var(0) / len(groups))
         groups = torch.logaddexp(groups[0::2], groups[1::2]) - math.log(2)
-    variances.append((share - 1 / len(log_weight)).clamp(min=0))
-    return torch.stack(values), torch.stack(variances), 1 / share
+    last = (share - 1 / len(log_weight)).clamp(min=0)
+    return torch.stack([*values, groups[0]]), torch.stack([*variances, last]), 1 / share

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
@@ -21,8 +20,8 @@ from tqdm import tqdm
 from pvae.bounds.weights import require_local
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
-from pvae.pair import Structure, as_batch
-from pvae.simulate import simulate_batch
+from pvae.pair import Batch, Structure, as_batch
+from pvae.simulate import Simulation, simulate_batch
 from pvae.terms.chunks import chunks_of
 from pvae.terms.evaluation import Evaluation
 from pvae.terms.passes import can_vectorize, compute
@@ -30,7 +29,7 @@ from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
 from pvae.types import Dist
 
-__all__ = ["LatentDensity", "densities", "spread"]
+__all__ = ["LatentDensity", "densities", "groups_of", "spread"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,7 @@ class LatentDensity:
     r"""The densities of one batch of a pair as functions of u, its latents as one flat vector.
 
     The latents of a datum, of all sites that have a guide, are mapped from their supports to the
-    real line by the bijections of torch, and are concatenated into one vector u. All densities are
-    densities of u:
+    real line by torch's bijections, and concatenated to a vector u. All densities are those of u:
 
     .. math:: \log p(x, u) = \log p(x, z(u)) + \log |\det \partial z / \partial u|
 
@@ -77,7 +75,10 @@ class LatentDensity:
     """
 
     def __init__(
-        self, structure: Structure, batch: Any, given: Mapping[str, Tensor] | None = None
+        self,
+        structure: Structure,
+        batch: Batch | Tensor,
+        given: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.structure, self.batch = structure, as_batch(batch)
         self.given = dict(given or {})
@@ -118,14 +119,11 @@ class LatentDensity:
     def require_guide(self, what: str) -> None:
         """Refuses a quantity that needs the guide's density as a function of the latents."""
         self.structure.require_density(what)
-        extra = [*self.structure.auxiliary, *self.structure.fed]
-        if extra:
-            raise UndefinedError(
-                what,
-                "a guide that draws each latent from a distribution of its own",
-                f"auxiliary or deterministic site {oxford(extra)}",
-                ["pyro.sample(name, q) in the guide, without auxiliary sites"],
-            )
+        if extra := [*self.structure.auxiliary, *self.structure.fed]:
+            expected = "a guide that draws each latent from a distribution of its own"
+            actual = f"auxiliary or deterministic site {oxford(extra)}"
+            fixes = ["pyro.sample(name, q) in the guide, without auxiliary sites"]
+            raise UndefinedError(what, expected, actual, fixes)
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
         """The latents by site, each of shape ``(K, N, ...)``, at u of shape ``(K, N, D)``."""
@@ -139,71 +137,63 @@ class LatentDensity:
     def from_guide(self, num_draws: int) -> Tensor:
         """Draws from q(u | x), shape ``(num_draws, N, D)``."""
         terms = compute(self.structure, self.batch, num_particles=num_draws, given=self.given)
-        return self.flatten(_values_of(terms))
+        sites = terms.sites.items()
+        return self.flatten({n: s.value for n, s in sites if s.is_local and s.value is not None})
 
     def from_prior(self, num_draws: int) -> Tensor:
         """Draws from p(u), given what the model doesn't observe of the batch."""
-        run = simulate_batch(
-            self.structure,
-            self.batch,
-            num_particles=num_draws,
-            given=self.given,
-            draw_data=False,
-            where="draws from the prior",
-        )
-        return self.flatten({name: run.value(name) for name in self.sites})
+        return self._latents_of(self._simulate(num_draws, "draws from the prior", draw_data=False))
 
     def simulated(self) -> tuple[LatentDensity, Tensor]:
-        """Data drawn from the model, one a row, and the latents that they were drawn with.
+        """The densities of data drawn from the model, and u that they were drawn with.
 
-        These are a draw from the exact posterior of the drawn data.
-
-        Returns:
-            The densities of a batch that has the drawn data, and u, shape ``(1, N, D)``.
+        There is one datum a row, and u, of shape ``(1, N, D)``, is a draw from its exact posterior.
 
         Raises:
             UndefinedError: If the model has factors, the prior is improper, or a site observes
                 anything but a tensor of the batch, as it is or reshaped.
         """
         with torch.no_grad():
-            run = simulate_batch(
-                self.structure, self.batch, given=self.given, where="simulated data"
-            )
+            run = self._simulate(1, "simulated data")
             filled = run.put_back()
             run.check_unfed(filled)
-        u = self.flatten({name: run.value(name) for name in self.sites})
-        return LatentDensity(self.structure, filled, self.given), u
+        return LatentDensity(self.structure, filled, self.given), self._latents_of(run)
+
+    def _simulate(self, num_draws: int, where: str, *, draw_data: bool = True) -> Simulation:
+        return simulate_batch(
+            self.structure,
+            self.batch,
+            num_particles=num_draws,
+            given=self.given,
+            draw_data=draw_data,
+            where=where,
+        )
+
+    def _latents_of(self, run: Simulation) -> Tensor:
+        return self.flatten({name: run.value(name) for name in self.sites})
 
     def _compute(self, num_particles: int, given: Mapping[str, Tensor]) -> Terms:
+        given = {**self.given, **given}
         with pyro.validation_enabled(is_validate=False):  # a trajectory may leave finite numbers
             return compute(
-                self.structure,
-                self.batch,
-                num_particles=num_particles,
-                vectorize=True,
-                given={**self.given, **given},
+                self.structure, self.batch, num_particles=num_particles, vectorize=True, given=given
             )
 
     def _add(self, name: str, terms: Terms) -> None:
-        found = terms.sites[name]
-        value = found.value
+        site = terms.sites[name]
+        value = site.value
         assert value is not None  # noqa: S101
-        support = _support(name, found.model)
-        fed = name in self.structure.fed
-        if not fed and not _same_map(support, _support(name, found.guide), value):
-            raise PairError(
-                f"site '{name}'",
-                "one support in model and guide",
-                f"{support} and {_support(name, found.guide)}",
-                ["a guide whose draws can be wherever the prior's can"],
-            )
+        support = _support(name, site.model)
+        is_fed = name in self.structure.fed
+        if not is_fed and not _same_map(support, other := _support(name, site.guide), value):
+            actual, fixes = f"{support} and {other}", ["a guide with the prior's support"]
+            raise PairError(f"site '{name}'", "one support in model and guide", actual, fixes)
         transform = biject_to(support)
         shape = tuple(transform.inv(value).shape[2:])
-        size = math.prod(shape)
-        columns = slice(self.num_dims, self.num_dims + size)
+        columns = slice(self.num_dims, self.num_dims + math.prod(shape))
         num_plates = value.dim() - 1 - len(self.structure.shapes[name])
-        self._sites.append(_Site(name, transform, shape, columns, found.data_axis, num_plates))
-        self.num_dims += size
+        self._sites.append(_Site(name, transform, shape, columns, site.data_axis, num_plates))
+        self.num_dims = columns.stop
 
     def _part(self, site: _Site, u: Tensor) -> Tensor:
         return u[..., site.columns].reshape(*u.shape[:2], *site.shape)
@@ -219,44 +209,36 @@ class LatentDensity:
         return given
 
 
-@contextmanager
+@contextlib.contextmanager
 def densities(
     evaluation: Evaluation, num_particles: int = 1, title: str = ""
 ) -> Iterator[tuple[Iterator[tuple[slice, LatentDensity]], tqdm]]:
-    """The densities of all data in order, chunk by chunk, in evaluation mode without gradients.
+    """Each chunk's rows and densities, in evaluation mode, and a progress bar whose total is 1.
 
     The rows of a chunk, times ``num_particles``, are at most the evaluation's ``max_rows``. A pair
     that runs on one number of rows alone has its last chunk filled up with other rows; those that
-    count are the first, as many as the slice has.
-
-    Arguments:
-        evaluation: The pair and its data.
-        num_particles: Number of draws of each datum that will go through the networks at once.
-        title: Title of the progress bar; empty for no bar.
-
-    Yields:
-        An iterator over the rows and densities of each chunk, and a progress bar whose total is 1.
+    count are the first, as many as the slice has. Without a title there is no bar.
     """
     structure, source, max_rows = evaluation.structure, evaluation.source, evaluation.max_rows
     chunks = chunks_of(source, structure, num_particles, max_rows)
-    bar = tqdm(
-        total=1.0,
-        desc=title,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-        disable=not (title and evaluation.progress),
-    )
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    hidden = not (title and evaluation.progress)
+    bar = tqdm(total=1.0, desc=title, bar_format=shown, disable=hidden)
     with evaluating(structure.modules), bar:
         yield ((rows, LatentDensity(structure, b, given)) for rows, _, b, given in chunks), bar
 
 
+def groups_of(count: int, at_most: int) -> list[int]:
+    """Numbers of draws that add up to a count, each at most so many, and at least one."""
+    size = max(1, min(count, at_most))
+    return [min(size, count - done) for done in range(0, count, size)]
+
+
 def spread(draw: Callable[[int], Tensor], at_once: int = 1) -> tuple[Tensor, Tensor]:
     """Means and standard deviations of 32 draws, ``(N, D)``; a deviation that isn't finite is 1."""
-    draws = torch.cat([draw(min(at_once, _FEW)) for _ in range(-(-_FEW // at_once))])
+    draws = torch.cat([draw(min(at_once, 32)) for _ in range(-(-32 // at_once))])
     scale = draws.std(0)
     return draws.mean(0), torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-
-
-_FEW = 32
 
 
 def _check_pair(structure: Structure) -> None:
@@ -270,28 +252,23 @@ def _check_pair(structure: Structure) -> None:
 
 def _support(name: str, fn: Dist) -> Constraint:
     """A support that is the same for all data, or a refusal."""
-    try:
+    actual, fixes = type(fn).__name__, list[str]()
+    with contextlib.suppress(NotImplementedError):
         support = fn.support
-    except NotImplementedError:
-        raise _no_bijection(name, type(fn).__name__) from None
-    if support.is_discrete:
-        raise _no_bijection(name, f"{type(fn).__name__}, which is discrete", ["enumeration"])
-    general = with_constant_bounds(support)
-    if general is None or constraints.is_dependent(support):
-        raise _no_bijection(name, f"{support}, whose bounds change", ["bounds that are numbers"])
-    try:
-        biject_to(general)
-    except NotImplementedError:
-        raise _no_bijection(name, str(support)) from None
-    return general
-
-
-def _no_bijection(name: str, actual: str, fixes: list[str] | None = None) -> UndefinedError:
-    return UndefinedError(
+        general = with_constant_bounds(support)
+        if support.is_discrete:
+            actual, fixes = f"{actual}, which is discrete", ["enumeration"]
+        elif general is None or constraints.is_dependent(support):
+            actual, fixes = f"{support}, whose bounds change", ["bounds that are numbers"]
+        else:
+            actual = str(support)
+            biject_to(general)
+            return general
+    raise UndefinedError(
         f"unconstrained coordinates of site '{name}'",
         "a continuous distribution with a fixed support that maps onto the real line",
         actual,
-        fixes or [],
+        fixes,
     )
 
 
@@ -302,7 +279,3 @@ def _same_map(one: Constraint, other: Constraint, like: Tensor) -> bool:
         return torch.allclose(biject_to(other)(u), like, rtol=1e-4, equal_nan=True)
     except (RuntimeError, ValueError):
         return False
-
-
-def _values_of(terms: Terms) -> dict[str, Tensor]:
-    return {name: s.value for name, s in terms.sites.items() if s.is_local and s.value is not None}

@@ -1,26 +1,101 @@
-"""The evidence, by importance sampling and by annealing, and the upper bound that is akin to it."""
+"""The evidence lower bound, and the evidence by importance sampling and by annealing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from pvae.bounds.annealing import AIS, annealed
-from pvae.bounds.elbo import with_globals
 from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
-from pvae.bounds.weights import WeightSums, require_evidence
+from pvae.bounds.weights import Sums, WeightSums, facts, require_evidence
 from pvae.engine import Asked, Repeated
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
 from pvae.estimate import Estimate
 from pvae.options import Options, tool
-from pvae.pair import PairLike, Structure
-from pvae.terms import Evaluation, compute, prepared, stream
+from pvae.pair import Batch, PairLike, Structure
+from pvae.terms import Evaluation, Terms, compute, draw_globals, prepared, stream
 
-__all__ = ["evidence"]
+__all__ = ["elbo", "evidence"]
+
+_NAMES = {"elbo": "ELBO", "log_joint": "log joint", "unnormalised_elbo": "unnormalised ELBO"}
+
+
+@tool
+def elbo(
+    pair: PairLike, data: object, num_particles: int = 1, **options: Unpack[Options]
+) -> Estimate:
+    r"""The evidence lower bound of each datum, split into distortion and rate.
+
+    .. math::
+        L_n = E_q[\log p(x_n | z)] - E_q[\log q(z | x_n) - \log p(z)] = -D_n - R_n
+
+    With a point-mass guide there is no such bound; the result is then named "log joint", is
+    :math:`\log p(x_n, z_n)` at the code, and has no rate. With an improper prior it is named
+    "unnormalised ELBO". With sites outside the data plate it is the bound for the data set, all of
+    them included, and ``num_particles`` counts draws of those.
+
+    References:
+        Fixing a Broken ELBO (Alemi et al., 2018), https://arxiv.org/abs/1711.00464
+
+    Arguments:
+        pair: A model and its guide.
+        data: An array, tensor, tuple of them, data set or source.
+        num_particles: K, draws for each datum.
+        options: As in `pvae.options.Options`.
+
+    Example:
+        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
+        >>> found = elbo(vae, torch.zeros(5, 4), 10)
+        >>> bool(torch.allclose(found.values, -found.distortion.values - found.rate.values))
+        True
+    """
+    k = check_int("num_particles", num_particles)
+    with prepared(pair, data, options, "elbo") as evaluation:
+        structure = evaluation.structure
+        name = _NAMES[structure.quantity]
+        if structure.global_sites:
+            return _with_globals(name, evaluation, k, 1)
+        sums, is_split = Sums(), True
+        for rows, terms in stream(evaluation, k):
+            is_split = not terms.is_joint
+            sums.add(rows, _parts(terms, is_split=is_split))
+    values, square, likelihood, rate = sums.all / k
+    variances = (square - values.square()).clamp(min=0) / (k - 1) if k > 1 else None
+    has_rate = is_split and not structure.has_points and not structure.improper
+    return Estimate(
+        name,
+        values,
+        variances,
+        num_particles=k,
+        distortion=Estimate("distortion", -likelihood, num_particles=k) if is_split else None,
+        rate=Estimate("rate", rate, num_particles=k) if has_rate else None,
+        **facts(structure),
+    )
+
+
+def _parts(terms: Terms, *, is_split: bool) -> Tensor:
+    """Sums over particles of log weight, its square, log likelihood and rate, ``(4, n)``."""
+    log_weight = terms.log_weight.double()
+    split = [terms.log_likelihood, terms.log_q - terms.log_prior] if is_split else [log_weight] * 2
+    return torch.stack([log_weight, log_weight.square(), *split]).double().sum(1)
+
+
+def _with_globals(name: str, evaluation: Evaluation, num_global: int, num_local: int) -> Estimate:
+    """The data set's bound: each draw of what is outside the data plate is shared by all data."""
+    totals = []
+    for _ in range(num_global):
+        given, first = draw_globals(evaluation)
+        weights = WeightSums()
+        for rows, terms in stream(evaluation, num_local, given):
+            weights.add(rows, weights.reduce(terms.log_weight))
+        local = weights.estimate(name, num_local, evaluation.structure)
+        totals.append((first.global_log_p[0] - first.global_log_q[0]).double() + local.total)
+    return replace(local, values=torch.stack(totals), variances=None, ess=None, by="draw")
+
 
 Method = Literal["importance", "local", "ais", "cubo"]
 
@@ -30,7 +105,7 @@ _DRAWS: dict[str, int] = {"importance": 1000, "local": 1000, "ais": 16, "cubo": 
 @tool
 def evidence(
     pair: PairLike,
-    data: Any,
+    data: object,
     num_particles: int | None = None,
     *,
     method: Method = "importance",
@@ -44,9 +119,8 @@ def evidence(
 ) -> Estimate:
     r"""An estimate of log p(x), the log evidence, of each datum, by one of four methods.
 
-    Each is an average over K weights for every datum, with a standard error over draws by the
-    delta method and an effective sample size. Where one weight is nearly the whole sum, that error
-    is too small.
+    Each is an average over K weights for every datum, with an effective sample size, and with a
+    standard error by the delta method that is too small where one weight is nearly the whole sum.
 
     ``method="importance"``, weights of draws from the guide, a lower bound on average:
 
@@ -57,17 +131,13 @@ def evidence(
     Its expectation is at most log p(x_n) and doesn't fall as K grows. With a guide that misses the
     posterior it can be nats too low.
 
-    ``method="local"``, the same with draws from a q that is fitted to each datum by itself, a
-    closer lower bound where the guide is off:
-
-    .. math:: q^*_n = \arg\max_q E_q[\log p(x_n, z) - \log q(z)]
-
-    The draws are fresh ones, so that the fit makes no bias.
+    ``method="local"``, the same with fresh draws from a q that is fitted to each datum by itself,
+    :math:`q^*_n = \arg\max_q E_q[\log p(x_n, z) - \log q(z)]`: closer where the guide is off.
 
     ``method="ais"``, the same with weights of Markov chains that are annealed from the guide, or
-    the prior, to the posterior (see `AIS`): a lower bound on average, and much tighter; the cost
-    is that of ``num_temperatures * (num_leapfrog + 1)`` gradients. `bdmc` says how tight it is on
-    data that the model has simulated.
+    the prior, to the posterior (see `AIS`): much tighter, for the cost of
+    ``num_temperatures * (num_leapfrog + 1)`` gradients. `bdmc` says how tight it is on data that
+    the model has simulated.
 
     ``method="cubo"``, the chi upper bound :math:`\tfrac1n \log E_q[w^n]` of order n. Its estimate
     of K draws is too low on average, and where weights vary by much it is even below log p(x), so
@@ -94,8 +164,8 @@ def evidence(
         method: How to estimate, as above.
         ais: Settings of the annealing; None for the defaults of `AIS`.
         local: Settings of the fit of q to each datum; None for the defaults of `LocalFit`.
-        family: Family of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in
-            unconstrained coordinates; ``"flow"``, splines that start from that Gaussian.
+        family: Of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in unconstrained
+            coordinates; ``"flow"``, splines that start from that Gaussian.
         order: The order n of the chi upper bound, above 1.
         num_global: Number of draws of latents outside the data plate, where there are any.
         engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with
@@ -103,11 +173,10 @@ def evidence(
         options: As in `pvae.options.Options`.
 
     Raises:
-        UndefinedError: If a latent of a datum has an improper prior, or a point-mass guide
-            (annealing from the prior needs no guide); if there are sites outside the data plate
-            and the method isn't importance sampling; if a latent is discrete or has no
-            unconstrained coordinates, with ``"ais"`` and ``"local"``; if latents are masked out,
-            with ``"local"``.
+        UndefinedError: If a latent has an improper prior, or a point-mass guide (annealing from the
+            prior needs no guide); unless by importance sampling, if there are sites outside the
+            data plate; with ``"ais"`` and ``"local"``, if a latent has no unconstrained
+            coordinates, as discrete ones; with ``"local"``, if latents are masked out.
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
@@ -118,10 +187,8 @@ def evidence(
     """
     check_choice("method", method, _DRAWS)
     check_choice("family", family, FAMILIES)
-    for name, given in (("ais", ais), ("local", local)):
-        if given is not None and method != name:
-            raise ArgumentError(name, f"method='{name}' with it", f"method={method!r}")
-    k = _DRAWS[method] if num_particles is None else check_int("num_particles", num_particles)
+    _check_settings(method, ais=ais, local=local)
+    k = check_int("num_particles", _DRAWS[method] if num_particles is None else num_particles)
     check_int("num_global", num_global)
     check_number("order", order, above=1)
     with prepared(pair, data, options, "evidence") as evaluation:
@@ -131,41 +198,45 @@ def evidence(
             return _by_local_fits(evaluation, local or LocalFit(), family, k)
         structure = evaluation.structure
         require_evidence(structure, "evidence", by_datum=method == "cubo")
-        weights = WeightSums(order if method == "cubo" else 1.0)
-        what = "log joint" if structure.points else "evidence"
-        if structure.global_sites:
-            return with_globals(f"{what}, IWAE-{k}", evaluation, num_global, k)
-        _weigh(weights, evaluation, k, engine)
         if method == "cubo":
             name = f"chi upper bound of order {order:g}, estimate"
-            return replace(weights.estimate(name, k, structure), kind="estimate")
-        return weights.estimate(f"{what}, IWAE-{k}", k, structure)
+            found = _weighed(WeightSums(order), evaluation, k, engine).estimate(name, k, structure)
+            return replace(found, kind="estimate")
+        name = f"{'log joint' if structure.points else 'evidence'}, IWAE-{k}"
+        if structure.global_sites:
+            return _with_globals(name, evaluation, num_global, k)
+        return _weighed(WeightSums(), evaluation, k, engine).estimate(name, k, structure)
 
 
-def _weigh(weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked) -> None:
+def _check_settings(method: str, **settings: object) -> None:
+    """Refuses settings of one method that are given with another."""
+    for name, given in settings.items():
+        if given is not None and method != name:
+            raise ArgumentError(name, f"method='{name}' with it", f"method={method!r}")
+
+
+def _weighed(
+    weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked
+) -> WeightSums:
     """Sums up the weights of draws from the guide."""
+    structure = evaluation.structure
 
-    def reduced(k: int, *batch: Tensor) -> Tensor:
-        terms = compute(evaluation.structure, batch, num_particles=k)
-        return weights.reduce(terms.log_weight)
+    def reduced(k: int, *batch: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
+        return weights.reduce(compute(structure, batch, num_particles=k, given=given).log_weight)
 
     calls = -(-evaluation.num_rows * num_particles // evaluation.max_rows)
-    repeated = Repeated(reduced, calls, evaluation.structure.dtype, engine)
+    repeated = Repeated(reduced, calls, structure.dtype, engine)
 
     def run(
-        structure: Structure,
-        batch: tuple[Tensor, ...],
-        *,
-        given: Mapping[str, Tensor],
-        num_particles: int,
+        _: Structure, batch: Batch, *, given: Mapping[str, Tensor], num_particles: int
     ) -> Tensor:
-        if not given:
-            return repeated(num_particles, *batch)
-        terms = compute(structure, batch, given=given, num_particles=num_particles)
-        return weights.reduce(terms.log_weight)  # of rows that the pair picks
+        if given:  # indices of rows that the pair picks
+            return reduced(num_particles, *batch, given=given)
+        return repeated(num_particles, *batch)
 
     for rows, sums in stream(evaluation, num_particles, run=run):
         weights.add(rows, sums)
+    return weights
 
 
 def _by_annealing(evaluation: Evaluation, ais: AIS, num_chains: int) -> Estimate:

@@ -40,8 +40,7 @@ class LocalFamily:
 
 def _affine_start(like: Tensor) -> list[Tensor]:
     """Parameters with which `_affine` changes nothing; ``like`` has shape ``(N, D)``."""
-    below = like.new_zeros(*like.shape, like.shape[-1])
-    return [torch.zeros_like(like), torch.zeros_like(like), below]
+    return [torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like).diag_embed()]
 
 
 def _affine(loc: Tensor, factor: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,7 @@ def _spline_start(like: Tensor) -> list[Tensor]:
     return [*lengths, like.new_full((*like.shape, _BINS - 1), _ONE)]
 
 
-def _spline(parameters: Sequence[Tensor]) -> Dist:
+def _spline(parameters: Sequence[Tensor]) -> Transform:
     widths, heights, middles, slopes = parameters
     shares = (widths.softmax(-1), heights.softmax(-1), softplus(slopes), middles.sigmoid())
     return ConditionedSpline(shares, bound=_BOUND)
@@ -103,27 +102,19 @@ def _spline(parameters: Sequence[Tensor]) -> Dist:
 def flow(start: LocalFamily) -> LocalFamily:
     """Two layers of splines, each followed by an affine map, the last of them the Gaussian's.
 
-    It is richer than a Gaussian in one dimension, too, and as fast to invert as to run. Pyro's
-    spline takes parameters with a dimension of data.
+    It is richer than a Gaussian in one dimension, too, and as fast to invert as to run.
     """
     gaussian = start.distribution([p.detach() for p in start.parameters])
-    zero = torch.zeros_like(gaussian.loc)
-    one = torch.ones_like(zero)
+    zero, one = torch.zeros_like(gaussian.loc), torch.ones_like(gaussian.loc)
     base = dist.Normal(zero, one, validate_args=False).to_event(1)
     flip = torch.arange(zero.shape[-1] - 1, -1, -1, device=zero.device)
 
     def distribution(parameters: Sequence[Tensor]) -> Dist:
         inner = _affine(zero, one.diag_embed(), parameters[4:7])
         outer = _affine(gaussian.loc, gaussian.scale_tril, parameters[11:])
-        layers = [
-            _spline(parameters[:4]),
-            transforms.Permute(flip),
-            _Triangular(*inner),
-            _spline(parameters[7:11]),
-            transforms.Permute(flip),
-            _Triangular(*outer),
-        ]
-        return dist.TransformedDistribution(base, layers, validate_args=False)
+        first = [_spline(parameters[:4]), transforms.Permute(flip), _Triangular(*inner)]
+        second = [_spline(parameters[7:11]), transforms.Permute(flip), _Triangular(*outer)]
+        return dist.TransformedDistribution(base, first + second, validate_args=False)
 
     layer = [*_spline_start(zero), *_affine_start(zero)]
     return LocalFamily([*layer, *(p.clone() for p in layer)], distribution)
@@ -134,36 +125,34 @@ class _Sites:
 
     def __init__(self, density: LatentDensity, sites: dict[str, Dist]) -> None:
         self.density, self.sites = density, sites
-        self.dim = density.structure.dim
+        dim = density.structure.dim  # the data's axis, after one of particles
+        self.axes = {name: 1 + len(fn.batch_shape) + dim for name, fn in sites.items()}
 
     def rsample(self, shape: tuple[int]) -> Tensor:
-        values = {}
-        for name, fn in self.sites.items():
-            axis = len(shape) + len(fn.batch_shape) + self.dim
-            values[name] = fn.rsample(shape).movedim(axis, 1)
-        return self.density.flatten(values)
+        sites, axes = self.sites.items(), self.axes
+        return self.density.flatten({n: f.rsample(shape).movedim(axes[n], 1) for n, f in sites})
 
     def log_prob(self, u: Tensor) -> Tensor:
         total = self.density.log_det(u)
         for name, value in self.density.values(u).items():
-            fn = self.sites[name]
-            axis = 1 + len(fn.batch_shape) + self.dim
-            log_prob = fn.log_prob(value.movedim(1, axis)).movedim(axis, 1)
+            axis = self.axes[name]
+            log_prob = self.sites[name].log_prob(value.movedim(1, axis)).movedim(axis, 1)
             total = total + log_prob.reshape(*u.shape[:2], -1).sum(-1)
         return total
 
 
 def own_family(density: LatentDensity, instead: LocalFamily) -> tuple[LocalFamily, str]:
     """The family that the guide's distributions are of; ``instead``, and why, if not known."""
-    sites, again = _guides(density), _guides(density)
     if density.structure.auxiliary or density.structure.fed:
         return instead, "its latents come from auxiliary sites"
+    first, second = _one_pass(density), _one_pass(density)
     readings = {}
-    for name, fn in sites.items():
-        reading, other = _read(fn), _read(again[name])
-        if reading is None or other is None:
+    for name in density.sites:
+        fn = first.sites[name].guide
+        reading, again = _read(fn), _read(second.sites[name].guide)
+        if reading is None or again is None:
             return instead, f"{type(fn).__name__} at site '{name}' has no parameters to read"
-        if any(not torch.equal(a, b) for a, b in zip(reading.start, other.start, strict=True)):
+        if not all(map(torch.equal, reading.start, again.start)):
             return instead, f"site '{name}' depends on what the guide has drawn before"
         readings[name] = reading
     ends = list(itertools.accumulate((len(r.start) for r in readings.values()), initial=0))
@@ -189,12 +178,9 @@ class _Reading:
 
     def build(self, moves: Sequence[Tensor]) -> Dist:
         """The distribution, its parameters moved."""
-        values = {
-            name: transform_to(self.kind.arg_constraints[name])(start + unit * move)
-            for name, start, unit, move in zip(
-                self.names, self.start, self.units, moves, strict=True
-            )
-        }
+        values = {}
+        for name, start, unit, move in zip(self.names, self.start, self.units, moves, strict=True):
+            values[name] = transform_to(self.kind.arg_constraints[name])(start + unit * move)
         made = self.kind(**values, validate_args=False)
         extra = self.event_dims - len(made.event_shape)
         return made.to_event(extra) if extra else made
@@ -209,43 +195,36 @@ def _read(fn: Dist) -> _Reading | None:
     while isinstance(base, Independent):
         base = base.base_dist
     try:
-        limits = {k: v for k, v in base.arg_constraints.items() if k not in _DERIVED}
-        values = {name: getattr(base, name) for name in limits}
-        start = [transform_to(limits[name]).inv(value).detach() for name, value in values.items()]
-        units = [torch.ones_like(p) for p in start]
-        if "loc" in values:  # moves in standard deviations
-            unit = base.scale if "scale" in values else base.stddev
-            units[list(values).index("loc")] = unit.expand_as(values["loc"])
-        reading = _Reading(type(base), list(values), start, units, len(fn.event_shape))
-        made = reading.build([torch.zeros_like(p) for p in start])
-        draw = fn.rsample()
-        is_same = made.batch_shape == fn.batch_shape and torch.allclose(
-            made.log_prob(draw), fn.log_prob(draw), rtol=1e-4
-        )
+        reading = _parameters_of(base, len(fn.event_shape))
+        start = reading.start
+        made, draw = reading.build([torch.zeros_like(p) for p in start]), fn.rsample()
+        densities = made.log_prob(draw), fn.log_prob(draw)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
+    is_same = made.batch_shape == fn.batch_shape and torch.allclose(*densities, rtol=1e-4)
     return reading if is_same and start else None
 
 
-def _guides(density: LatentDensity) -> dict[str, Dist]:
-    """The guide's distributions at the latents of one pass."""
-    terms = _one_pass(density)
-    return {name: terms.sites[name].guide for name in density.sites}
+def _parameters_of(base: Dist, event_dims: int) -> _Reading:
+    limits = {k: v for k, v in base.arg_constraints.items() if k not in _DERIVED}
+    start = [transform_to(v).inv(getattr(base, k)).detach() for k, v in limits.items()]
+    units = [torch.ones_like(p) for p in start]
+    if "loc" in limits:  # moves in standard deviations
+        unit = base.scale if "scale" in limits else base.stddev
+        units[list(limits).index("loc")] = unit.expand_as(base.loc)
+    return _Reading(type(base), list(limits), start, units, event_dims)
 
 
 def refuse_masks(density: LatentDensity) -> None:
     """Refuses latents that are masked out, whose best q is as wide as can be."""
     terms = _one_pass(density)
-    for trace in (terms.guide_trace, terms.model_trace):
-        for name in density.sites:
+    for name in density.sites:
+        for trace in (terms.guide_trace, terms.model_trace):
             mask = trace.nodes[name]["mask"]
             if mask is not None and not bool(torch.as_tensor(mask).all()):
-                raise UndefinedError(
-                    f"a local fit at site '{name}'",
-                    "latents that all count",
-                    "a mask that leaves some out",
-                    ["data without padding rows", "poutine.mask around the observed site alone"],
-                )
+                where, actual = f"a local fit at site '{name}'", "a mask that leaves some out"
+                fixes = ["data without padding rows", "poutine.mask around the observed site alone"]
+                raise UndefinedError(where, "latents that all count", actual, fixes)
 
 
 def _one_pass(density: LatentDensity) -> Terms:

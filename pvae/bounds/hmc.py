@@ -36,33 +36,21 @@ class State:
 
 @dataclass(frozen=True)
 class Path:
-    r"""The geometric path :math:`f_0^{1 - \beta} f_1^\beta` between two densities.
+    r"""The geometric path :math:`f_0^{1 - \beta} f_1^\beta` between two densities."""
 
-    Arguments:
-        ends: Both log densities at u, differentiable.
-        num_leapfrog: Steps of a trajectory.
-        tick: Called after each trajectory, for a progress bar.
-    """
-
-    ends: Callable[[Tensor], Ends]
-    num_leapfrog: int
-    tick: Callable[[], None] = lambda: None
+    ends: Callable[[Tensor], Ends]  # both log densities at u, differentiable
+    num_leapfrog: int  # steps of a trajectory
+    tick: Callable[[], None] = lambda: None  # called after each trajectory, for a progress bar
 
     def state(self, u: Tensor) -> State:
-        """Chains at u.
-
-        Raises:
-            UndefinedError: If a log density isn't a number there.
-        """
+        """Chains at u, where log densities have to be numbers."""
         state = State(u, *self.ends(u))
         wrong = state.log_ratio.isnan().nonzero()
         if len(wrong):
-            raise UndefinedError(
-                "annealing",
-                "log densities that are numbers where chains start",
-                f"NaN at row {int(wrong[0, 1])} of a chunk of data",
-                ["draws of the guide, or of the prior, at which the model can be scored"],
-            )
+            expected = "log densities that are numbers where chains start"
+            actual = f"NaN at row {int(wrong[0, 1])} of a chunk of data"
+            fixes = ["draws of the guide, or of the prior, at which the model can be scored"]
+            raise UndefinedError("annealing", expected, actual, fixes)
         return state
 
     def gradient(self, u: Tensor, beta: float) -> tuple[State, Tensor]:
@@ -83,14 +71,8 @@ def transition(path: Path, state: State, beta: float, step: Tensor) -> tuple[Sta
     References:
         MCMC Using Hamiltonian Dynamics (Neal, 2011), https://arxiv.org/abs/1206.1901
 
-    Arguments:
-        path: The path.
-        state: K chains for each of N data.
-        beta: Where on the path.
-        step: Of each coordinate of each datum, ``(N, D)``.
-
-    Returns:
-        The chains, and each one's probability of acceptance, ``(K, N)``.
+    A step is of each coordinate of each datum, ``(N, D)``. Returns the K chains for each of the N
+    data, and each one's probability of acceptance, ``(K, N)``.
     """
     step = step * (0.8 + 0.4 * torch.rand_like(state.log_end)).unsqueeze(-1)
     momentum = torch.randn_like(state.u)
@@ -116,21 +98,11 @@ def transition(path: Path, state: State, beta: float, step: Tensor) -> tuple[Sta
 def adapt(
     path: Path, state: State, betas: list[float], scale: Tensor, acceptance: float
 ) -> list[Tensor]:
-    """Step sizes for each place on the path, from chains that are sent along it.
+    """Step sizes ``(N, D)`` for each place on the path, from chains that are sent along it.
 
-    A datum's step, in units of ``scale``, grows where its chains accept more than ``acceptance``
-    on average, and shrinks where they accept less. Where places are few, chains make several
-    transitions at each.
-
-    Arguments:
-        path: The path.
-        state: Chains at the start of the path.
-        betas: Places on the path.
-        scale: Unit of each coordinate of each datum, ``(N, D)``.
-        acceptance: Mean probability of acceptance that is aimed at.
-
-    Returns:
-        Steps of shape ``(N, D)``, for each place.
+    A datum's step, in units of ``scale``, ``(N, D)``, grows where its chains accept more than
+    ``acceptance`` on average, and shrinks where they accept less. Where places are few, chains
+    make several transitions at each.
     """
     log_step = torch.full_like(scale[:, 0], -1.0)
     steps = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
-from pvae.bounds.density import LatentDensity, densities, spread
+from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
 from pvae.bounds.weights import require_evidence
 from pvae.errors import check_int, check_number
@@ -30,13 +30,12 @@ class LocalFit:
     r"""Settings of the fit of q to each datum, by Adam with a falling learning rate.
 
     Every 50 steps the mean ELBO of all data is estimated, with the same draws each time. Where it
-    has not risen, the learning rate falls to 0.3 of what it was; where the ELBO has fallen by two
-    standard errors of the difference, the parameters are set back, so that a fit doesn't end below
-    its start. After four falls of the learning rate the fit ends.
+    has not risen, the learning rate falls to 0.3 of what it was; where it has fallen by two
+    standard errors of the difference, the parameters are set back. After four falls of the
+    learning rate the fit ends.
 
     Gradients leave out the score of q, whose expectation is 0, so that they vanish where q is the
-    posterior. Adam works element by element, so that no datum's steps depend on another's; the
-    learning rate and the end depend on the mean over data.
+    posterior. No datum's steps depend on another's, but for the learning rate and the end.
 
     References:
         Sticking the Landing (Roeder et al., 2017), https://arxiv.org/abs/1703.09194
@@ -63,21 +62,13 @@ class LocalFit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """One family, fitted to a chunk of data.
+    """One family, fitted to a chunk of data."""
 
-    Attributes:
-        rows: Rows of the data set that the chunk has.
-        family: The family that was fitted.
-        log_weights: log weights of fresh draws from the fitted q, ``(K, n)``.
-        is_settled: Whether the ELBO had stopped rising before ``max_steps``.
-        instead: Why the guide's own family was replaced by a full-rank Gaussian; empty if not.
-    """
-
-    rows: slice
+    rows: slice  # of the data set
     family: Family
-    log_weights: Tensor
-    is_settled: bool
-    instead: str = ""
+    log_weights: Tensor  # of fresh draws from the fitted q, (K, n)
+    is_settled: bool  # whether the ELBO had stopped rising before ``max_steps``
+    instead: str = ""  # why a full-rank Gaussian stands in for the guide's own family
 
 
 def fit_locally(
@@ -106,9 +97,10 @@ def fit_locally(
                 elif family == "flow":
                     q = flow(start)
                 settled = _maximise(q, density, how, particles)
-                weights = _weigh(q, density, num_particles, evaluation.max_rows)[:, :count]
+                groups = groups_of(num_particles, evaluation.max_rows // density.num_rows)
+                weights = torch.cat([q.log_weights(density, k).double() for k in groups])
                 bar.update(share)
-                yield Fitted(rows, family, weights, settled, instead)
+                yield Fitted(rows, family, weights[:, :count], settled, instead)
 
 
 _ROUND = 50  # steps between two looks
@@ -136,18 +128,12 @@ def _maximise(q: LocalFamily, density: LatentDensity, how: LocalFit, particles: 
         if not gain > max(_STILL, error):
             falls += 1
             optimiser.param_groups[0]["lr"] *= _FALL
-        with torch.no_grad():
-            if gain < -2 * error:
-                _copy_into(q.parameters, kept)
-            else:
-                best = now
-                _copy_into(kept, q.parameters)
+        if gain < -2 * error:
+            for parameter, value in zip(q.parameters, kept, strict=True):
+                parameter.data.copy_(value)
+        else:
+            best, kept = now, [p.detach().clone() for p in q.parameters]
     return falls == _FALLS
-
-
-def _copy_into(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
 
 
 def _look(q: LocalFamily, density: LatentDensity, particles: int) -> Tensor:
@@ -168,10 +154,3 @@ def _step(
     for parameter, gradient in zip(q.parameters, gradients, strict=True):
         parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
     optimiser.step()
-
-
-def _weigh(q: LocalFamily, density: LatentDensity, num_particles: int, max_rows: int) -> Tensor:
-    """log weights of fresh draws, ``(K, N)``."""
-    at_once = max(1, min(num_particles, max_rows // density.num_rows))
-    parts = [min(at_once, num_particles - done) for done in range(0, num_particles, at_once)]
-    return torch.cat([q.log_weights(density, k).double() for k in parts])

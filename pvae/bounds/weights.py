@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,24 +16,12 @@ from pvae.options import Options, tool
 from pvae.pair import PairLike, Structure
 from pvae.terms import Evaluation, prepared, stream
 
-__all__ = [
-    "Facts",
-    "Sums",
-    "WeightSums",
-    "facts",
-    "log_weights",
-    "require_evidence",
-    "require_local",
-    "weights_by_chunk",
-]
+__all__ = ["Sums", "WeightSums", "facts", "log_weights", "require_evidence", "require_local"]
 
 
 @tool
 def log_weights(
-    pair: PairLike,
-    data: Any,
-    num_particles: int = 1000,
-    **options: Unpack[Options],
+    pair: PairLike, data: object, num_particles: int = 1000, **options: Unpack[Options]
 ) -> Tensor:
     r"""The log importance weight of each draw from the guide, for each datum.
 
@@ -55,8 +43,8 @@ def log_weights(
         Shape ``(K, N)`` in nats, double precision, on the pair's device.
 
     Raises:
-        UndefinedError: If a latent of a datum has a point-mass guide or an improper prior, or
-            there are sites outside the data plate, whose weight is no single datum's.
+        UndefinedError: If a latent has a point-mass guide or an improper prior, or there are sites
+            outside the data plate, whose weight is no single datum's.
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
@@ -81,15 +69,8 @@ def require_evidence(
 ) -> None:
     """Refuses a pair that has no evidence, or none that importance weights can estimate.
 
-    Arguments:
-        structure: What the pair is made of.
-        what: The quantity that is refused, for the message.
-        by_datum: Whether it is a quantity of single data, for which all sites that have a density
-            must be inside the data plate.
-        density: Whether it needs the guide's density.
-
-    Raises:
-        UndefinedError: Saying what is missing.
+    That is for the quantity ``what``: ``by_datum`` if it is one of single data, for which all sites
+    that have a density must be inside the data plate; ``density`` if it needs the guide's.
     """
     if density:
         structure.require_density(what)
@@ -101,12 +82,10 @@ def require_evidence(
 def require_local(structure: Structure, what: str) -> None:
     """Refuses a quantity of single data where a site that has a density is outside the plate."""
     if structure.global_sites:
-        raise UndefinedError(
-            f"{what} of single data",
-            "a pair whose sites are all inside the data plate",
-            f"global site {oxford(structure.global_sites)}",
-            ["bounds.evidence(..., method='importance'), for the data set"],
-        )
+        expected = "a pair whose sites are all inside the data plate"
+        fixes = ["bounds.evidence(..., method='importance'), for the data set"]
+        actual = f"global site {oxford(structure.global_sites)}"
+        raise UndefinedError(f"{what} of single data", expected, actual, fixes)
 
 
 class Facts(TypedDict):
@@ -132,14 +111,14 @@ def facts(structure: Structure) -> Facts:
 class Sums:
     """Sums over each datum's particles, which come in any number of chunks."""
 
-    def __init__(self, add: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
-        self._add = add
+    def __init__(self, plus: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
+        self._plus = plus
         self._sums: dict[int, Tensor] = {}  # by a chunk's first row; the rows last
 
     def add(self, rows: slice, new: Tensor) -> None:
         """Takes in the sums of a chunk's particles."""
-        known = self._sums.get(rows.start)
-        self._sums[rows.start] = new if known is None else self._add(known, new)
+        before = self._sums.get(rows.start)
+        self._sums[rows.start] = new if before is None else self._plus(before, new)
 
     @property
     def all(self) -> Tensor:

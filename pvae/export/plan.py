@@ -1,10 +1,11 @@
-"""What an export has: the variables of each group, or why there are none."""
+"""What an export has: the variables of each group, how draws fill them, or why there are none."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 
 from pvae.data import Source
 from pvae.errors import ArgumentError, UndefinedError, oxford
-from pvae.export.variables import Layout, Pick, Variable
-from pvae.pair import Structure
+from pvae.pair import Structure, is_inside
 from pvae.simulate import Origin, Simulation, check_generative, draws
 from pvae.terms import Evaluation, Terms
-from pvae.types import Program
+from pvae.types import Program, Site
 
-__all__ = ["GROUPS", "Plan", "require_whole"]
+__all__ = ["GROUPS", "Plan", "Variable", "fill", "require_whole"]
 
 GROUPS = (
     "posterior",
@@ -33,38 +33,61 @@ GROUPS = (
 )
 
 
-@dataclass
-class Plan:
-    """The variables of an export, found by one draw for the first rows.
+Pick = Callable[[Simulation], Tensor]
 
-    Attributes:
-        evaluation: The pair and its data.
-        layout: How many draws and rows there are, and what dimensions are called.
-        mean: Whether predictive groups have means in place of draws.
-        variables: What is filled from draws.
-        constants: What else the pair is called with, by name.
-        left_out: Why a group or variable isn't there, by its name.
-        examples: One draw for the first rows, by where its latents come from.
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of an export.
+
+    With ``outside`` it is the sum over the data set of what is picked, shape ``(K, N)``, and of
+    what ``outside`` picks, shape ``(K,)``, once.
     """
 
+    group: str
+    name: str
+    pick: Pick  # from the draws for a chunk of rows to values, (K, N, ...) or (K, ...)
+    num_draws: int | None  # S; None where it is the same for all draws
+    num_rows: int | None  # N; None where it isn't of single data
+    dims: tuple[str, ...] = ()  # names of its other dimensions
+    sizes: tuple[int, ...] = ()  # their sizes
+    dtype: torch.dtype = torch.float64
+    outside: Pick | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its array, ``([S], [N], ...)``."""
+        return (*(n for n in (self.num_draws, self.num_rows) if n is not None), *self.sizes)
+
+    @property
+    def num_bytes(self) -> int:
+        """What its array takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Plan:
+    """The variables of an export, found by one draw for the first rows."""
+
     evaluation: Evaluation
-    layout: Layout
-    mean: bool = field(kw_only=True)
-    variables: list[Variable] = field(default_factory=list)
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    examples: dict[Origin, Simulation] = field(default_factory=dict)
+    num_draws: int  # S
+    dims: Mapping[str, Sequence[str]]  # the user's names of event dimensions, by site
+    mean: bool = field(kw_only=True)  # whether predictive groups have means in place of draws
+    variables: list[Variable] = field(default_factory=list)  # what is filled from draws
+    constants: dict[str, np.ndarray] = field(default_factory=dict)  # what no site observes
+    left_out: dict[str, str] = field(default_factory=dict)  # why a group or variable isn't there
+    examples: dict[Origin, Simulation] = field(default_factory=dict)  # one draw for first rows
 
     @property
     def structure(self) -> Structure:
         """What the pair is made of."""
-        return self.layout.structure
+        return self.evaluation.structure
 
     @property
     def num_of_guide(self) -> int:
         """Draws from the guide that differ: of point masses alone, one."""
         every = {*self.structure.latents, *self.structure.global_latents}
-        return 1 if every <= self.structure.points else self.layout.num_draws
+        return 1 if every <= self.structure.points else self.num_draws
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -79,7 +102,7 @@ class Plan:
             "posterior_predictive": lambda: self._predictive(group, "posterior"),
             "log_likelihood": self._log_likelihood,
             "sample_stats": self._sample_stats,
-            "prior": lambda: self._latents(group, "prior", self.layout.num_draws),
+            "prior": lambda: self._latents(group, "prior", self.num_draws),
             "prior_predictive": lambda: self._predictive(group, "prior"),
             "observed_data": self._observed_data,
             "constant_data": self._constant_data,
@@ -91,16 +114,15 @@ class Plan:
                 raise
             self.left_out[group] = error.one_line()
 
-    def runs(self) -> list[tuple[Origin, list[Variable], int]]:
+    def runs(self) -> Iterator[tuple[Origin, list[Variable], int]]:
         """What is to be run: where latents come from, what is filled, and how many draws."""
-        split: dict[Origin, list[Variable]] = {"posterior": [], "prior": []}
-        for v in self.variables:
-            split["prior" if v.group.startswith("prior") else "posterior"].append(v)
-        return [
-            (origin, variables, self.layout.num_draws if any(v.num_draws for v in variables) else 1)
-            for origin, variables in split.items()
-            if variables
-        ]
+        origins: tuple[Origin, ...] = ("posterior", "prior")
+        for origin in origins:
+            is_prior = origin == "prior"
+            variables = [v for v in self.variables if v.group.startswith("prior") == is_prior]
+            if variables:
+                with_draws = any(v.num_draws for v in variables)
+                yield origin, variables, self.num_draws if with_draws else 1
 
     def check_size(self, max_bytes: float) -> None:
         """Refuses what would be larger than that."""
@@ -111,35 +133,42 @@ class Plan:
         if total > max_bytes:
             largest = sorted(sizes, key=lambda group: -sizes[group])[:3]
             shown = ", ".join(f"{group} {_mib(sizes[group])}" for group in largest)
-            raise ArgumentError(
-                "export",
-                f"at most max_bytes = {_mib(max_bytes)}",
-                f"{_mib(total)}: {shown}",
-                [
-                    "fewer data",
-                    "num_particles=50",
-                    "groups=[...] without the largest",
-                    "max_bytes=",
-                ],
-            )
-
-    def draws(
-        self, evaluation: Evaluation, origin: Origin, count: int
-    ) -> Iterator[tuple[slice, slice, Simulation]]:
-        """So many draws for all data, those from the guide with their log densities."""
-        return draws(evaluation, count, origin, mean=self.mean, score=True)
+            limit, actual = f"at most max_bytes = {_mib(max_bytes)}", f"{_mib(total)}: {shown}"
+            fixes = ["fewer data", "num_particles=50", "groups=[...] without the largest"]
+            raise ArgumentError("export", limit, actual, [*fixes, "max_bytes="])
 
     def _example(self, origin: Origin) -> Simulation:
         if origin not in self.examples:
             few = replace(self.evaluation, max_rows=1024)
-            *_, self.examples[origin] = next(self.draws(few, origin, 1))
+            *_, self.examples[origin] = next(draws(few, 1, origin, mean=self.mean, score=True))
         return self.examples[origin]
 
-    def _values(self, group: str, names: Sequence[str], origin: Origin, num_draws: int) -> None:
+    def _add_site(
+        self, group: str, name: str, origin: Origin, pick: Pick, num_draws: int | None
+    ) -> None:
+        """Adds a site's values, of which there are so many draws; None for one without."""
         run = self._example(origin)
-        self.variables += [
-            self.layout.site(group, name, run, _value(name), num_draws=num_draws) for name in names
-        ]
+        example, node = pick(run), run.site(name)
+        is_local = is_inside(self.structure, node)
+        sizes = tuple(example.shape[2 if is_local else 1 :])
+        rows = self.evaluation.num_rows if is_local else None
+        dims = self._dims_of(node, len(sizes), is_local=is_local)
+        variable = Variable(group, name, pick, num_draws, rows, dims, sizes, example.dtype)
+        self.variables.append(variable)
+
+    def _dims_of(self, node: Site, rank: int, *, is_local: bool) -> tuple[str, ...]:
+        """Names of what follows draws and rows: of other plates, then of the event."""
+        name = node["name"]
+        event_dim = len(node["fn"].event_shape)
+        depth = rank - event_dim + is_local
+        places = [d for d in range(-depth, 0) if not (is_local and d == self.structure.dim)]
+        plates = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+        own = [plates.get(d, f"{name}_plate_{-d}") for d in places]
+        event = self.dims.get(name, [f"{name}_dim_{i}" for i in range(event_dim)])
+        if len(event) != event_dim:
+            expected = f"{event_dim} names, for event_shape {tuple(node['fn'].event_shape)}"
+            raise ArgumentError(f"dims[{name!r}]", expected, f"{list(event)}")
+        return (*own, *event)
 
     def _latents(self, group: str, origin: Origin, num_draws: int) -> None:
         s = self.structure
@@ -147,52 +176,43 @@ class Plan:
         if origin == "prior":
             check_generative(group, self.evaluation, origin, latents_alone=True)
             names = (*names, *s.enumerated)
-        self._values(group, names, origin, num_draws)
+        for name in names:
+            self._add_site(group, name, origin, _value(name), num_draws)
 
     def _predictive(self, group: str, origin: Origin) -> None:
         check_generative(group, self.evaluation, origin)
-        self._values(group, self.structure.observed, origin, self.layout.num_draws)
+        for name in self.structure.observed:
+            self._add_site(group, name, origin, _value(name), self.num_draws)
 
     def _log_likelihood(self) -> None:
         terms = _terms(self._example("posterior"))
         terms.require_split()
         for name, site in terms.sites.items():
-            if site.kind not in ("observed", "enumerated"):
-                continue
-            parts = [n for n in name.split("+") if n not in self.structure.enumerated]
-            rows = self.layout.num_rows if site.is_local else None
-            pick, label = _log_density(name), "+".join(parts)
-            self.variables.append(Variable("log_likelihood", label, pick, self.num_of_guide, rows))
+            if site.kind in ("observed", "enumerated"):
+                parts = [n for n in name.split("+") if n not in self.structure.enumerated]
+                rows = self.evaluation.num_rows if site.is_local else None
+                what = ("log_likelihood", "+".join(parts), _log_density(name))
+                self.variables.append(Variable(*what, self.num_of_guide, rows))
 
     def _sample_stats(self) -> None:
         structure = self.structure
-        if structure.global_sites:
+        is_sum = bool(structure.global_sites)
+        if is_sum:
             require_whole("sample_stats", structure, self.evaluation.source)
-        stats: dict[str, tuple[Pick, Pick]] = {
-            "log_p": _both(lambda t: t.log_joint, lambda t: t.global_log_p)
-        }
         if structure.points:
             self.left_out["log_q"] = f"a point mass has no density: {oxford(structure.points)}"
-        else:
-            stats["log_q"] = _both(lambda t: t.log_q, lambda t: t.global_log_q)
-        if structure.quantity == "elbo":
-            stats["log_weight"] = _both(
-                lambda t: t.log_weight, lambda t: t.global_log_p - t.global_log_q
-            )
-        else:
+        if structure.quantity != "elbo":
             self.left_out["log_weight"] = f"log p - log q is no weight but {structure.quantity}"
-        is_sum = bool(structure.global_sites)
-        rows = None if is_sum else self.layout.num_rows
-        for name, (pick, outside) in stats.items():
-            variable = Variable("sample_stats", name, pick, self.num_of_guide, rows)
-            self.variables.append(replace(variable, outside=outside) if is_sum else variable)
+        rows = None if is_sum else self.evaluation.num_rows
+        for name, (local, outside) in _STATS.items():
+            if name not in self.left_out:
+                stat = Variable("sample_stats", name, _of_terms(local), self.num_of_guide, rows)
+                once = _of_terms(outside) if is_sum else None
+                self.variables.append(replace(stat, outside=once))
 
     def _observed_data(self) -> None:
-        run = self._example("posterior")
-        self.variables += [
-            self.layout.site("observed_data", name, run, _data(name), num_draws=None)
-            for name in self.structure.observed
-        ]
+        for name in self.structure.observed:
+            self._add_site("observed_data", name, "posterior", _data(name), None)
 
     def _constant_data(self) -> None:
         """Whatever the pair is called with that no site observes."""
@@ -207,12 +227,8 @@ class Plan:
 def require_whole(what: str, structure: Structure, source: Source) -> None:
     """Refuses some of the data where all that global latents are conditioned on are needed."""
     if structure.is_scaled and structure.full_size != source.num_rows:
-        raise UndefinedError(
-            what,
-            f"all {structure.full_size} data, on which global latents are conditioned",
-            f"{source.num_rows} of them",
-            ["the whole data set"],
-        )
+        expected = f"all {structure.full_size} data, on which global latents are conditioned"
+        raise UndefinedError(what, expected, f"{source.num_rows} of them", ["the whole data set"])
 
 
 def _terms(run: Simulation) -> Terms:
@@ -220,10 +236,20 @@ def _terms(run: Simulation) -> Terms:
     return run.terms
 
 
-def _both(
-    local: Callable[[Terms], Tensor], outside: Callable[[Terms], Tensor]
-) -> tuple[Pick, Pick]:
-    return lambda run: local(_terms(run)), lambda run: outside(_terms(run))
+_OfTerms = Callable[[Terms], Tensor]
+
+_STATS: dict[str, tuple[_OfTerms, _OfTerms]] = {  # of each datum, and of what all data share
+    "log_p": (lambda terms: terms.log_joint, lambda terms: terms.global_log_p),
+    "log_q": (lambda terms: terms.log_q, lambda terms: terms.global_log_q),
+    "log_weight": (
+        lambda terms: terms.log_weight,
+        lambda terms: terms.global_log_p - terms.global_log_q,
+    ),
+}
+
+
+def _of_terms(pick: _OfTerms) -> Pick:
+    return lambda run: pick(_terms(run))
 
 
 def _value(name: str) -> Pick:
@@ -254,3 +280,28 @@ def _names(model: Program) -> Iterator[str]:
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB"
+
+
+def fill(
+    variables: Iterable[Variable], passes: Iterable[tuple[slice, slice, Simulation]]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Arrays of all variables, by group and name, from one run over the draws."""
+    arrays = {v: torch.zeros(v.shape, dtype=v.dtype) for v in variables}
+    for chosen, rows, run in passes:
+        for v, array in arrays.items():
+            if v.num_draws is not None or chosen.start == 0:
+                _fill(v, array, chosen, rows, run)
+    return {(v.group, v.name): array.numpy() for v, array in arrays.items()}
+
+
+def _fill(v: Variable, array: Tensor, chosen: slice, rows: slice, run: Simulation) -> None:
+    """Fills in what some draws for a chunk of rows have."""
+    place = () if v.num_rows is None else (rows,)
+    here = array[place] if v.num_draws is None else array[(chosen, *place)]
+    value = v.pick(run)
+    if v.outside is not None:
+        value = value.double().sum(1)
+        value = value + v.outside(run) if rows.start == 0 else value
+    value = value.to("cpu", v.dtype)
+    value = value[0] if v.num_draws is None else value[: len(here)]  # a point mass has one draw
+    here.copy_(value if v.outside is None else here + value)

@@ -1,13 +1,14 @@
-"""Draws and log densities as an ArviZ tree of labelled arrays."""
+"""Draws and log densities as an ArviZ tree of labelled arrays, and leave-one-out from it."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
 from arviz_base import dict_to_dataset
+from arviz_stats import loo_approximate_posterior
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 from xarray import Dataset, DataTree
@@ -15,15 +16,17 @@ from xarray import Dataset, DataTree
 import pvae
 from pvae import diagnostics
 from pvae.diagnostics.importance import FEWEST
-from pvae.errors import ArgumentError, check_int, check_number, oxford
-from pvae.export.plan import GROUPS, Plan
-from pvae.export.variables import Layout, fill
+from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, oxford
+from pvae.export.plan import GROUPS, Plan, Variable, fill, require_whole
 from pvae.options import Options, tool
-from pvae.pair import PairLike
-from pvae.simulate import Simulation
+from pvae.pair import PairLike, Structure
+from pvae.simulate import Simulation, draws
 from pvae.terms import prepared
 
-__all__ = ["to_arviz"]
+if TYPE_CHECKING:
+    from arviz_stats.utils import ELPDData
+
+__all__ = ["loo", "to_arviz"]
 
 
 @tool
@@ -62,14 +65,14 @@ def to_arviz(
     independent: r-hat and effective sample sizes say nothing here, and ``arviz.summary(tree,
     kind="stats")`` leaves them out.
 
-    With global latents all data share each draw of them, and those of ``sample_stats`` are of
-    the whole data set, one number a draw. Where all latents are point masses, ``posterior``,
-    ``log_likelihood`` and ``sample_stats`` have one draw, and there is no log q. Masked entries
-    of predictive draws are the observed ones. What has no meaning for a pair is left out, and the
-    root's attribute ``left_out`` says why; asked for by name it is refused.
+    With global latents all data share each draw of them, and ``sample_stats`` are of the whole
+    data set. Where all latents are point masses, ``posterior``, ``log_likelihood`` and
+    ``sample_stats`` have one draw, and there is no log q. Masked entries of predictive draws are
+    the observed ones. What has no meaning for a pair is left out, and the root's attribute
+    ``left_out`` says why; asked for by name it is refused.
 
-    Log likelihoods of latents of data have seen the data: ``arviz.loo`` on them is no estimate of
-    anything. `loo` computes it where it means something.
+    Log likelihoods of latents of data have seen the data, so that ``arviz.loo`` on them estimates
+    nothing. `loo` computes it where it means something.
 
     References:
         ArviZ a unified library for exploratory analysis of Bayesian models in Python
@@ -103,25 +106,16 @@ def to_arviz(
     """
     check_int("num_particles", num_particles)
     check_number("max_bytes", max_bytes, above=0)
-    unknown = [name for name in groups or () if name not in GROUPS]
-    if unknown or (groups is not None and not groups):
-        shown = oxford(unknown) if unknown else "none"
-        raise ArgumentError("groups", f"some of {', '.join(GROUPS)}", shown)
+    if groups is not None:
+        _check_names("groups", groups or ["none"], GROUPS)
     with prepared(pair, data, options, "to_arviz") as evaluation:
-        evaluation = evaluation.in_memory()
         structure = evaluation.structure
-        layout = Layout(structure, num_particles, evaluation.num_rows, dict(dims or {}))
-        plan = Plan(evaluation, layout, mean=mean)
+        plan = Plan(evaluation.in_memory(), num_particles, dict(dims or {}), mean=mean)
         for name in groups or GROUPS:
             plan.add(name, is_asked=groups is not None)
-        unknown = [name for name in dims or () if name not in plan.sites]
-        if unknown:
-            raise ArgumentError("dims", f"some of {oxford(plan.sites)}", oxford(unknown))
+        _check_names("dims", plan.dims, plan.sites)
         plan.check_size(max_bytes)
-        arrays: dict[tuple[str, str], np.ndarray] = {}
-        for origin, variables, count in plan.runs():
-            passes = plan.draws(evaluation, origin, count)
-            arrays |= fill(variables, _shown(passes, origin, count, progress=evaluation.progress))
+        arrays = _arrays(plan)
     khat = _khat(plan, arrays.get(("sample_stats", "log_weight")))
     attributes = {
         "pvae_version": pvae.__version__,
@@ -133,6 +127,22 @@ def to_arviz(
         "removed_scales": oxford(structure.removed_scales) if structure.removed_scales else "",
     }
     return _tree(plan, arrays, khat, attributes, coords or {})
+
+
+def _check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
+    if wrong := [name for name in names if name not in known]:
+        raise ArgumentError(where, f"some of {oxford(known)}", oxford(wrong))
+
+
+def _arrays(plan: Plan) -> dict[tuple[str, str], np.ndarray]:
+    """What is filled from draws, by group and name."""
+    arrays: dict[tuple[str, str], np.ndarray] = {}
+    for origin, variables, count in plan.runs():
+        passes = draws(plan.evaluation, count, origin, mean=plan.mean, score=True)
+        hidden = not plan.evaluation.progress
+        with tqdm(total=count, desc=origin, unit="draw", disable=hidden) as bar:
+            arrays |= fill(variables, _counted(passes, bar))
+    return arrays
 
 
 def _khat(plan: Plan, log_weight: np.ndarray | None) -> np.ndarray | None:
@@ -149,13 +159,12 @@ def _khat(plan: Plan, log_weight: np.ndarray | None) -> np.ndarray | None:
 Passes = Iterable[tuple[slice, slice, Simulation]]
 
 
-def _shown(passes: Passes, what: str, count: int, *, progress: bool) -> Passes:
+def _counted(passes: Passes, bar: tqdm) -> Passes:
     """The same passes, their draws counted by a progress bar."""
-    with tqdm(total=count, desc=what, unit="draw", disable=not progress) as bar:
-        for draws, rows, run in passes:
-            yield draws, rows, run
-            if rows.start == 0:
-                bar.update(draws.stop - draws.start)
+    for chosen, rows, run in passes:
+        yield chosen, rows, run
+        if rows.start == 0:
+            bar.update(chosen.stop - chosen.start)
 
 
 def _tree(
@@ -167,29 +176,29 @@ def _tree(
 ) -> DataTree:
     """The arrays, labelled, group by group."""
     rows = (_plain(plan.structure.plate),)
+    variables: dict[str, list[Variable]] = {}
+    for v in plan.variables:
+        variables.setdefault(v.group, []).append(v)
     groups = {}
-    for group in GROUPS:
-        variables = [v for v in plan.variables if v.group == group]
-        data = {v.name: arrays[group, v.name] for v in variables}
-        dims = {v.name: [*(() if v.num_rows is None else rows), *v.dims] for v in variables}
-        if group == "constant_data":
-            data = dict(plan.constants)
-            dims = {k: [*rows, *_generic(k, a.ndim - 1)] for k, a in data.items()}
-        if data:
-            with_draws = any(v.num_draws for v in variables)
-            groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
+    for group, some in variables.items():
+        data = {v.name: arrays[group, v.name] for v in some}
+        dims = {v.name: [*rows[: v.num_rows is not None], *v.dims] for v in some}
+        with_draws = some[0].num_draws is not None
+        groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
+    if plan.constants:
+        dims = {k: [*rows, *_dims(k, a.ndim - 1)] for k, a in plan.constants.items()}
+        constants = _dataset(plan.constants, dims, coords, attributes, with_draws=False)
+        groups["constant_data"] = constants
     if khat is not None:
         groups["sample_stats"]["khat"] = (rows[: khat.ndim], khat)
-    known = {*rows, *(str(dim) for dataset in groups.values() for dim in dataset.dims)}
-    unknown = set(coords) - known
-    if unknown:
-        raise ArgumentError("coords", f"some of {oxford(sorted(known))}", oxford(sorted(unknown)))
-    tree = DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+    tree = DataTree.from_dict({f"/{n}": groups[n] for n in GROUPS if n in groups})
+    known = {*rows, *(str(dim) for group in tree.children.values() for dim in group.dims)}
+    _check_names("coords", sorted(coords), sorted(known))
     tree.attrs.update(attributes)
     return tree
 
 
-def _generic(name: str, count: int) -> list[str]:
+def _dims(name: str, count: int) -> list[str]:
     return [f"{name}_dim_{i}" for i in range(count)]
 
 
@@ -219,3 +228,94 @@ def _dataset(
 def _plain(name: str) -> str:
     """A name without slashes, which separate groups."""
     return name.replace("/", ".")
+
+
+@tool
+def loo(
+    pair: PairLike,
+    data: object,
+    *,
+    num_particles: int = 1000,
+    max_bytes: float = 2**31,
+    **options: Unpack[Options],
+) -> ELPDData:
+    r"""The expected log density of data left out, for a pair whose latents are all global.
+
+    .. math::
+        \mathrm{elpd} = \sum_n \log p(x_n | x_{-n}), \quad
+        p(x_n | x_{-n}) \approx \frac{\sum_s w_{ns}\, p(x_n | g_s)}{\sum_s w_{ns}}, \quad
+        w_{ns} = \frac{p(x, g_s)}{q(g_s)\, p(x_n | g_s)}, \quad g_s \sim q(g)
+
+    The weights, which correct for the guide as well as for the datum left out, are smoothed by
+    ArviZ (PSIS); its Pareto k of each datum says where that isn't enough. It is computed by
+    ``arviz.loo_approximate_posterior`` on an export.
+
+    With latents of data there is no such number: log p(x_n | z_n) at z_n from q(z | x_n) has seen
+    x_n, and leaving it out would leave z_n without data. `pvae.bounds.evidence` on held-out data
+    is the predictive density then.
+
+    References:
+        Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
+        (Vehtari, Gelman & Gabry, 2017), https://arxiv.org/abs/1507.04544
+        Bayesian Leave-One-Out Cross-Validation for Large Data (Magnusson et al., 2019),
+        https://arxiv.org/abs/1904.10679
+
+    Arguments:
+        pair: A model and its guide.
+        data: All data that the guide was fitted to.
+        num_particles: S, draws of the global latents.
+        max_bytes: Bound on the size of the log likelihoods, in bytes.
+        options: As in `pvae.options.Options`.
+
+    Returns:
+        ArviZ's ``ELPDData``, pointwise, for ``arviz.compare`` and ``arviz.plot_khat``.
+
+    Raises:
+        UndefinedError: If there are latents of data, a point-mass guide, or only some of the data.
+
+    Example:
+        >>> def model(x):
+        ...     mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("mean", dist.Normal(x.mean(), len(x) ** -0.5))
+        >>> int(loo((model, guide), torch.zeros(20)).n_data_points)
+        20
+    """
+    check_int("num_particles", num_particles, minimum=25)
+    with prepared(pair, data, options, "loo") as evaluation:
+        evaluation = evaluation.in_memory()
+        structure = evaluation.structure
+        _require_global(structure)
+        require_whole("loo", structure, evaluation.source)
+    tree = to_arviz(
+        evaluation.pair,
+        evaluation.source,
+        num_particles=num_particles,
+        groups=("log_likelihood", "sample_stats"),
+        max_bytes=max_bytes,
+        **options,
+    )
+    each = [v for v in tree["log_likelihood"].data_vars.values() if structure.plate in v.dims]
+    total = sum(each[1:], start=each[0]).rename("log_likelihood")
+    log_p, log_q = (tree["sample_stats"][name] for name in ("log_p", "log_q"))
+    likelihoods = DataTree.from_dict({"/log_likelihood": total.to_dataset()})
+    return loo_approximate_posterior(likelihoods, log_p=log_p, log_q=log_q, pointwise=True)
+
+
+def _require_global(structure: Structure) -> None:
+    if local := (*structure.latents, *structure.enumerated):
+        raise UndefinedError(
+            "loo",
+            "a pair whose latents are all outside the data plate",
+            f"{oxford(local)} inside it: log p(x | z) at z ~ q(z | x) has seen x",
+            [
+                "bounds.evidence on held-out data",
+                "the difference of two pairs' bounds.evidence(...).values, datum by datum",
+            ],
+        )
+    if structure.points:
+        expected = "a guide with a density, whose draws can be weighted"
+        actual = f"a point mass at {oxford(sorted(structure.points))}"
+        raise UndefinedError("loo", expected, actual, ["AutoNormal, or another"])

@@ -9,11 +9,11 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from pvae import terms as t
 from pvae.data import as_source, check_rows
 from pvae.errors import DataError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
+from pvae.terms import Evaluation, Terms, mean_of, only_site, prepared, stream
 
 __all__ = ["as_matrix", "codes", "means_and_noise"]
 
@@ -33,8 +33,7 @@ def codes(
     r"""The code of each datum, :math:`E_q[z | x_n]`, or draws from q(z | x).
 
     The mean is exact where the guide's distribution knows its mean and nothing random feeds it; a
-    point mass is its own mean. Otherwise it is one over draws of what comes before the site, and
-    of the site itself where its mean isn't known.
+    point mass is its own. Otherwise it is one over draws, also of what comes before the site.
 
     Arguments:
         pair: A model and its guide.
@@ -58,11 +57,11 @@ def codes(
     check_int("num_particles_of_mean", num_particles_of_mean)
     if num_particles is not None:
         check_int("num_particles", num_particles)
-    with t.prepared(pair, data, options, "codes") as evaluation:
+    with prepared(pair, data, options, "codes") as evaluation:
         structure = evaluation.structure
-        site = t.only_site("codes", "latent of the data", structure.latents, site)
+        site = only_site("codes", "latent of the data", structure.latents, site)
         if num_particles is not None:
-            passes = t.stream(evaluation, num_particles)
+            passes = stream(evaluation, num_particles)
             draws = _by_rows(passes, lambda terms: _draws(terms, site))
             return torch.cat([torch.cat(parts) for parts in draws], 1)
         means, _ = means_and_noise(evaluation, site, num_particles_of_mean)
@@ -70,35 +69,31 @@ def codes(
 
 
 def means_and_noise(
-    evaluation: t.Evaluation, site: str, num_particles: int = NUM_PARTICLES_OF_MEAN
+    evaluation: Evaluation, site: str, num_particles: int = NUM_PARTICLES_OF_MEAN
 ) -> tuple[Tensor, Tensor]:
     """:math:`E_q[z | x_n]` as `codes` has it, and its variance from being one over draws."""
     structure = evaluation.structure
     drawn = (*structure.latents, *structure.global_latents, *structure.auxiliary)
-    passes = t.stream(evaluation, 1 if drawn == (site,) else num_particles)
+    passes = stream(evaluation, 1 if drawn == (site,) else num_particles)
     with contextlib.closing(passes):
         _, terms = next(passes)
     k = 1 if _is_exact(terms, site) else num_particles
 
-    def sums(terms: t.Terms) -> Tensor:
+    def sums(terms: Terms) -> Tensor:
         means = _means(terms, site)
         return torch.stack([means.sum(0), means.square().sum(0)])
 
-    parts = [torch.stack(p).sum(0) for p in _by_rows(t.stream(evaluation, k), sums)]
+    parts = [torch.stack(p).sum(0) for p in _by_rows(stream(evaluation, k), sums)]
     first, second = torch.cat(parts, 1) / k
-    missing = int(first.isnan().reshape(len(first), -1).any(1).sum())
-    if missing:
-        raise UndefinedError(
-            f"mean of q at site '{site}'",
-            "a distribution that has a mean",
-            f"{type(terms.sites[site].guide).__name__} whose mean is NaN, for {missing} data",
-            ["num_particles=1, for a draw"],
-        )
+    if missing := int(first.isnan().reshape(len(first), -1).any(1).sum()):
+        where, expected = f"mean of q at site '{site}'", "a distribution that has a mean"
+        actual = f"{type(terms.sites[site].guide).__name__} whose mean is NaN, for {missing} data"
+        raise UndefinedError(where, expected, actual, ["num_particles=1, for a draw"])
     return first, (second - first.square()).clamp(min=0) / max(k - 1, 1)
 
 
 def _by_rows(
-    passes: Iterable[tuple[slice, t.Terms]], pick: Callable[[t.Terms], Tensor]
+    passes: Iterable[tuple[slice, Terms]], pick: Callable[[Terms], Tensor]
 ) -> list[list[Tensor]]:
     """What each chunk of data has, pass by pass: its particles may come in several."""
     parts: dict[int, list[Tensor]] = {}
@@ -107,44 +102,39 @@ def _by_rows(
     return list(parts.values())
 
 
-def _draws(terms: t.Terms, site: str) -> Tensor:
+def _draws(terms: Terms, site: str) -> Tensor:
     value = terms.sites[site].value
     assert value is not None  # noqa: S101
     return value
 
 
-def _means(terms: t.Terms, site: str) -> Tensor:
+def _means(terms: Terms, site: str) -> Tensor:
     """The guide's mean for each particle and datum, ``(K, N, ...)``; the draw if it isn't known."""
     means = []
     for one in terms.passes:
         draws, axis = one.sites[site].draws, one.sites[site].data_axis
         assert draws is not None  # noqa: S101
-        mean = t.mean_of(one.sites[site].guide)
+        mean = mean_of(one.sites[site].guide)
         shape = [-1 if i == axis else size for i, size in enumerate(draws.shape)]
         each = draws if mean is None else mean.reshape(shape)
         means.append(each.movedim(axis, 1)[:, : terms.num_rows])  # the mean is of all rows
     return torch.cat(means)
 
 
-def _is_exact(terms: t.Terms, site: str) -> bool:
+def _is_exact(terms: Terms, site: str) -> bool:
     """Whether the guide's mean is known, and the same whatever has been drawn before."""
-    if any(t.mean_of(one.sites[site].guide) is None for one in terms.passes):
-        return False
     means = _means(terms, site)
-    return bool((means == means[:1]).all())
+    is_known = all(mean_of(one.sites[site].guide) is not None for one in terms.passes)
+    return is_known and bool((means == means[:1]).all())
 
 
 def as_matrix(where: str, codes: Tensor) -> Tensor:
     """Codes without their gradient; refuses what is no finite matrix of real numbers."""
-    if not isinstance(codes, Tensor) or codes.dim() != 2 or not codes.is_floating_point():
-        raise DataError(
-            where,
-            "a floating tensor of shape (N, d)",
-            f"shape {tuple(codes.shape)}, {codes.dtype}"
-            if isinstance(codes, Tensor)
-            else type(codes).__name__,
-            ["codes.flatten(1)", "torch.as_tensor(array)"],
-        )
+    is_tensor = isinstance(codes, Tensor)
+    if not is_tensor or codes.dim() != 2 or not codes.is_floating_point():
+        actual = f"shape {tuple(codes.shape)}, {codes.dtype}" if is_tensor else type(codes).__name__
+        fixes = ["codes.flatten(1)", "torch.as_tensor(array)"]
+        raise DataError(where, "a floating tensor of shape (N, d)", actual, fixes)
     codes = codes.detach()
     check_rows(as_source(codes, codes.device, codes.dtype), where=where)
     return codes

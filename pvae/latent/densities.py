@@ -88,8 +88,12 @@ def fit_density(
         raise ArgumentError("kind", "'gaussian', 'gmm', or a density with parameters", repr(kind))
     density = copy.deepcopy(as_conditional(kind, "kind"))
     density = _Standardised(density, loc, (spread + noise).sqrt()).to(codes)
+    check_int("num_steps", num_steps)
+    check_int("batch_size", batch_size)
+    check_number("lr", lr, above=0)
+    bar = tqdm(range(num_steps), desc="density", unit="step", disable=not progress)
     with randomness.forked(seed), torch.enable_grad():
-        _train(density, codes, noise, num_steps, batch_size, lr, progress=progress)
+        _train(density, codes, noise, bar, batch_size, lr)
     return density.requires_grad_(requires_grad=False).eval()
 
 
@@ -104,17 +108,13 @@ def _mixture(z: Tensor, num_components: int, noise: float, seed: int) -> Dist:
 
     distinct = len(z.unique(dim=0))
     if distinct < check_int("num_components", num_components):
-        raise DataError(
-            "codes",
-            f"at least num_components = {num_components} different ones",
-            f"{distinct} among {len(z)}",
-            [f"num_components={distinct}", "kind='gaussian'"],
-        )
+        expected = f"at least num_components = {num_components} different ones"
+        fixes = [f"num_components={distinct}", "kind='gaussian'"]
+        raise DataError("codes", expected, f"{distinct} among {len(z)}", fixes)
     fit = GaussianMixture(num_components, reg_covar=noise, max_iter=1000, random_state=seed)
     fit.fit(z.cpu().numpy())
-    weights, means, covariances = (
-        torch.from_numpy(a).to(z.device) for a in (fit.weights_, fit.means_, fit.covariances_)
-    )
+    arrays = (fit.weights_, fit.means_, fit.covariances_)
+    weights, means, covariances = (torch.from_numpy(a).to(z.device) for a in arrays)
     normals = dist.MultivariateNormal(means, scale_tril=torch.linalg.cholesky(covariances))
     return _Mixture(dist.Categorical(weights), normals)
 
@@ -133,35 +133,24 @@ class _Standardised(Conditional):
 
     def forward(self, *context: Tensor) -> Dist:
         fn = self.density(*context)
-        if tuple(fn.event_shape) != self.event_shape:
-            raise ArgumentError(
-                "kind", f"a density of event_shape {self.event_shape}", f"{tuple(fn.event_shape)}"
-            )
+        if (shape := tuple(fn.event_shape)) != self.event_shape:
+            raise ArgumentError("kind", f"a density of event_shape {self.event_shape}", f"{shape}")
         fn = fn.dist if isinstance(fn, ZukoToPyro) else fn  # which has no rsample
         affine = dist.transforms.AffineTransform(self.loc, self.scale, event_dim=1)
         return dist.TransformedDistribution(fn, [affine])
 
 
 def _train(
-    density: Conditional,
-    codes: Tensor,
-    noise: float,
-    num_steps: int,
-    batch_size: int,
-    lr: float,
-    *,
-    progress: bool,
+    density: Conditional, codes: Tensor, noise: float, steps: tqdm, batch_size: int, lr: float
 ) -> None:
-    check_int("num_steps", num_steps)
-    check_int("batch_size", batch_size)
     parameters = [p for p in density.parameters() if p.requires_grad]
     if not parameters:
         raise ArgumentError("kind", "a density with parameters to learn", "one without")
-    optimizer = torch.optim.Adam(parameters, check_number("lr", lr, above=0))
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    optimizer = torch.optim.Adam(parameters, lr)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
     rows = codes
     with pyro.validation_enabled(is_validate=False):
-        for _ in tqdm(range(num_steps), desc="density", unit="step", disable=not progress):
+        for _ in steps:
             if len(codes) > batch_size:
                 rows = codes[torch.randint(len(codes), (batch_size,), device=codes.device)]
             loss = -density().log_prob(rows + noise**0.5 * torch.randn_like(rows)).mean()

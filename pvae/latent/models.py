@@ -72,20 +72,16 @@ class _WithPrior(nn.Module):
         with _Swap(self.site, self.density()) as swap:
             result = self.model(*batch, **options)
         if self.site not in swap.latents:
-            raise PairError(
-                "with_prior",
-                f"a latent '{self.site}' in the model",
-                f"latents: {oxford(swap.latents) if swap.latents else 'none'}",
-                [f"site='{name}'" for name in swap.latents[:2]],
-            )
+            actual = f"latents: {oxford(swap.latents) if swap.latents else 'none'}"
+            fixes = [f"site='{name}'" for name in swap.latents[:2]]
+            raise PairError("with_prior", f"a latent '{self.site}' in the model", actual, fixes)
         return result
 
 
 class _Swap(Messenger):
     """Replaces the distribution of one latent, expanded as the plates inside have expanded it.
 
-    Particles and enumerated latents are to the left of these plates, and come from handlers
-    outside.
+    Particles and enumerated latents, to the left of these, come from handlers outside.
     """
 
     def __init__(self, site: str, fn: Dist) -> None:
@@ -100,12 +96,10 @@ class _Swap(Messenger):
         if msg["name"] != self.site:
             return
         old = msg["fn"]
-        if old.event_shape != self.fn.event_shape:
-            raise PairError(
-                f"density for site '{self.site}'",
-                f"event_shape {tuple(old.event_shape)}, as the model has it",
-                f"event_shape {tuple(self.fn.event_shape)}",
-            )
+        ours, theirs = tuple(self.fn.event_shape), tuple(old.event_shape)
+        if ours != theirs:
+            where, expected = f"density for site '{self.site}'", f"event_shape {theirs}"
+            raise PairError(where, f"{expected}, as the model has it", f"event_shape {ours}")
         depths = [-f.dim for f in msg["cond_indep_stack"] if f.vectorized]
         new = self.fn.expand(old.batch_shape[-max(depths, default=len(old.batch_shape)) :])
         msg["fn"] = new.mask(mask_of(old)) if isinstance(old, MaskedDistribution) else new
@@ -123,15 +117,15 @@ def sample(
 ) -> Tensor:
     r"""Draws from p(x) by ancestral sampling: latents from the prior, then data given these.
 
-    It is one run of the model; the guide isn't used. Of the data only the number of rows matters,
-    and whatever the model doesn't observe, such as labels, which are what is sampled for. The same
-    seed gives the same run, so that latents and data that belong together come from two calls.
+    The guide isn't used; of the data only the number of rows matters, and what the model doesn't
+    observe, such as labels. The same seed gives the same run of the model, so that latents and data
+    that belong together come from two calls.
 
     Arguments:
         pair: A model and its guide.
         data: What the model is called with: an array, tensor, tuple of them, data set or source.
-        num_samples: N, how many data are made (not draws for each datum, which are
-            ``num_particles`` elsewhere); rows repeat, or are left out. None for one a row.
+        num_samples: N, how many data are made (not K draws for each datum); rows repeat, or are
+            left out. None for one a row.
         site: What is returned, observed or latent; None if the model observes one site.
         mean: Observed sites have their distribution's mean instead of a draw.
         seed: Of the draws; the caller's generators are left as they are.

@@ -7,7 +7,7 @@ them.
 """
 
 from pvae.simulate.ancestral import Origin, Simulation, run_model, simulate_batch
-from pvae.simulate.draws import check_generative, draws
+from pvae.simulate.draws import CheckKind, Replicates, check_generative, draws
 from pvae.simulate.joint import (
     JointDraws,
     draw_jointly,
@@ -16,7 +16,6 @@ from pvae.simulate.joint import (
     random_rank,
     require_rows,
 )
-from pvae.simulate.replicates import CheckKind, Replicates
 
 __all__ = [
     "CheckKind",

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from pyro import poutine
@@ -14,33 +14,16 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pvae.errors import ArgumentError, UndefinedError, oxford
-from pvae.pair import (
-    Batch,
-    Observed,
-    Structure,
-    as_batch,
-    is_inside,
-    mask_of,
-    observed_sites,
-    run_pair,
-)
+from pvae.errors import UndefinedError, check_choice, oxford
+from pvae.pair import Batch, Observed, Structure, as_batch, is_inside, mask_of, run_pair
 from pvae.pair.messages import is_factor, is_penalty, sample_sites, score
-from pvae.pair.observed import DATA, put_back
+from pvae.pair.observed import DATA, observed_sites, put_back
 from pvae.terms import Terms, compute, mean_of
 from pvae.terms.collect import PARTICLES
 from pvae.terms.passes import can_vectorize, in_particles
-from pvae.types import Program, Site
+from pvae.types import Dist, Program, Site
 
-__all__ = [
-    "Origin",
-    "RunOptions",
-    "Simulation",
-    "no_guide",
-    "require_proper",
-    "run_model",
-    "simulate_batch",
-]
+__all__ = ["Origin", "Simulation", "no_guide", "require_proper", "run_model", "simulate_batch"]
 
 Origin = Literal["posterior", "prior", "mixed"]
 """Where latents come from: all from the guide; all from the model; those outside the data plate
@@ -50,19 +33,12 @@ WHERE = "draws of data"
 
 
 class RunOptions(TypedDict, total=False):
-    """How `run_model` runs a model.
+    """How `run_model` runs a model."""
 
-    Attributes:
-        where: The tool, for error messages; "draws of data".
-        draw_data: Whether data are drawn, and not only latents; True.
-        mean: Whether data are their distributions' means in place of draws; False.
-        keep_masked: Whether entries that are masked out are the observed ones; True.
-    """
-
-    where: str
-    draw_data: bool
-    mean: bool
-    keep_masked: bool
+    where: str  # the tool, for error messages; "draws of data"
+    draw_data: bool  # whether data are drawn, and not only latents; True
+    mean: bool  # whether data are their distributions' means in place of draws; False
+    keep_masked: bool  # whether entries that are masked out are the observed ones; True
 
 
 class _DrawData(Messenger):
@@ -84,33 +60,25 @@ class _DrawData(Messenger):
         msg["value"] = value
 
     def _value(self, msg: Any) -> Tensor:
-        fn, mean = msg["fn"], self.mean
+        fn: Dist = msg["fn"]
         value: Tensor | None = None
         with contextlib.suppress(NotImplementedError):
-            value = mean_of(fn) if mean else fn(*msg["args"], **msg["kwargs"])
-        if value is None:
-            expected = "a distribution whose mean is known" if mean else "one that can draw"
-            fixes = ["mean=False"] if mean else [".sample() on the distribution"]
-            raise UndefinedError(f"site '{msg['name']}'", expected, type(fn).__name__, fixes)
-        return value
+            value = mean_of(fn) if self.mean else fn(*msg["args"], **msg["kwargs"])
+        if value is not None:
+            return value
+        where, what = f"site '{msg['name']}'", type(fn).__name__
+        if self.mean:
+            raise UndefinedError(where, "a distribution whose mean is known", what, ["mean=False"])
+        raise UndefinedError(where, "one that can draw", what, [".sample() on the distribution"])
 
 
 def run_model(
-    model: Program,
-    batch: Batch,
-    latents: Trace | None = None,
-    **options: Unpack[RunOptions],
+    model: Program, batch: Batch, latents: Trace | None = None, **options: Unpack[RunOptions]
 ) -> Trace:
     """Pyro's trace of one run of a model with its data drawn, each site given those before it.
 
-    Arguments:
-        model: The program.
-        batch: What it is called with; of what it observes, only the shape matters.
-        latents: A trace of latents that aren't to be drawn.
-        options: As in `RunOptions`.
-
-    Raises:
-        UndefinedError: If the model has factors, or a distribution no mean.
+    Latents of the trace ``latents`` aren't drawn anew. Of what the model observes, only the shape
+    matters. Refused if it has factors, or a distribution no mean.
     """
     draws_data = options.get("draw_data", True)
     program = _DrawData(options)(model) if draws_data else model
@@ -133,33 +101,29 @@ def no_guide(*batch: object) -> None:
 
 @dataclass
 class Simulation:
-    """K draws of latents and data on one batch of N, in one pass or, where looped, one by one.
-
-    Attributes:
-        structure: The pair.
-        batch: What the model is called with.
-        guides: Traces of the guide, by pass; None where latents are the model's.
-        given: Values of sites that weren't to be drawn.
-        per_pass: Draws that a pass has.
-        options: How the model is run.
-        terms: Log densities of the same latents and the batch's own data, if asked for.
-        num_rows: N; None until some rows are left out.
-    """
+    """K draws of latents and data on one batch of N, in one pass or, where looped, one by one."""
 
     structure: Structure
-    batch: Batch
-    guides: list[Trace | None]
-    given: Mapping[str, Tensor]
-    per_pass: int
+    batch: Batch  # what the model is called with
+    guides: list[Trace | None]  # by pass; None where latents are the model's
+    given: Mapping[str, Tensor]  # values of sites that weren't to be drawn
+    per_pass: int  # draws that a pass has
     options: RunOptions
-    terms: Terms | None = None
-    num_rows: int | None = None
+    terms: Terms | None = None  # densities of these latents and the batch's own data, if asked for
+    num_rows: int | None = None  # N; None until `first_rows` leaves some rows out
 
     @cached_property
     def traces(self) -> list[Trace]:
         """Of the model with its data drawn, by pass; run when first asked for."""
-        program = in_particles(self.structure.model, self.structure, self.per_pass, self.given)
-        return [run_model(program, self.batch, guide, **self.options) for guide in self.guides]
+        return [run_model(self._model, self.batch, g, **self.options) for g in self.guides]
+
+    @property
+    def _model(self) -> Program:
+        return in_particles(self.structure.model, self.structure, self.per_pass, self.given)
+
+    @property
+    def _first(self) -> Trace:
+        return self.traces[0] if self.terms is None else self.terms.passes[0].model_trace
 
     @property
     def where(self) -> str:
@@ -168,8 +132,7 @@ class Simulation:
 
     def site(self, name: str) -> Site:
         """A site of the model, as the first pass has it."""
-        trace = self.traces[0] if self.terms is None else self.terms.passes[0].model_trace
-        node: Site = trace.nodes[name]
+        node: Site = self._first.nodes[name]
         return node
 
     def value(self, name: str) -> Tensor:
@@ -198,8 +161,7 @@ class Simulation:
     @property
     def observed(self) -> dict[str, Observed]:
         """What the observed sites observe, by name."""
-        trace = self.traces[0] if self.terms is None else self.terms.passes[0].model_trace
-        return observed_sites(self.structure, trace, self.batch)
+        return observed_sites(self.structure, self._first, self.batch)
 
     def first_rows(self, count: int) -> None:
         """Keeps the first rows of what is inside the data plate."""
@@ -210,11 +172,8 @@ class Simulation:
     def put_back(self, places: Mapping[str, int] | None = None) -> Batch:
         """The batch with the drawn data, of one draw, in place of what the model observes.
 
-        Arguments:
-            places: By observed site, its place in the batch, where a user can say so.
-
-        Raises:
-            UndefinedError: If some data are no entry of the batch.
+        ``places`` says where in the batch a site's data stand, by its name, where a user knows.
+        Refused if some data are no entry of the batch.
         """
         observed = self.observed
         values = {name: self.traces[0].nodes[name]["value"] for name in observed}
@@ -224,17 +183,9 @@ class Simulation:
         """Refuses a model that reads its data besides observing them.
 
         What the model drew must have the same density if the drawn data are in the batch from the
-        start, and not only where they are observed.
-
-        Arguments:
-            filled: From `put_back`.
-
-        Raises:
-            UndefinedError: Naming the site.
+        start, as in `put_back`'s, and not only where they are observed.
         """
-        program = in_particles(self.structure.model, self.structure, self.per_pass, self.given)
-        replayed = poutine.replay(program, trace=self.traces[0])
-        again = run_pair(replayed, no_guide, filled)[1]
+        again = run_pair(poutine.replay(self._model, trace=self.traces[0]), no_guide, filled)[1]
         of_guide = {} if self.guides[0] is None else self.guides[0].nodes
         for site in sample_sites(self.traces[0]):
             name = site["name"]
@@ -267,7 +218,7 @@ class Simulation:
 
 def simulate_batch(
     structure: Structure,
-    batch: Any,
+    batch: Batch | Tensor,
     *,
     num_particles: int = 1,
     given: Mapping[str, Tensor] | None = None,
@@ -277,37 +228,23 @@ def simulate_batch(
 ) -> Simulation:
     """K draws of latents and data for each row of a batch, by running a pair's model.
 
-    Where data are masked out they are the observed ones.
-
-    Arguments:
-        structure: The pair, as `Pair.inspect` found it.
-        batch: What its programs are called with: a tuple, or one tensor.
-        num_particles: K.
-        given: Values of sites that aren't to be drawn.
-        origin: Where latents come from; under ``"mixed"`` those of the guide have to be given.
-        score: Whether `Simulation.terms` are to be there; of latents from the guide alone.
-        options: As in `RunOptions`.
-
-    Raises:
-        UndefinedError: If the model is to draw a latent that has an improper prior.
+    Where data are masked out they are the observed ones. Values of sites that are ``given`` aren't
+    drawn; under the origin ``"mixed"`` those of the guide have to be. With ``score`` latents from
+    the guide come with `Simulation.terms`. A latent with an improper prior isn't drawn from it.
     """
-    if origin not in ("posterior", "prior", "mixed"):
-        raise ArgumentError("origin", "'posterior', 'prior' or 'mixed'", repr(origin))
+    check_choice("origin", origin, get_args(Origin))
     batch, given = as_batch(batch), dict(given or {})
+    k = num_particles if num_particles == 1 or can_vectorize(structure, batch) else 1
+    guides: list[Trace | None] = [None] * (num_particles // k)
+    terms: Terms | None = None
     if origin != "posterior":
         require_proper(structure, given)
-    k = num_particles if num_particles == 1 or can_vectorize(structure, batch) else 1
-    terms: Terms | None = None
-    guides: list[Trace | None]
-    if score and origin == "posterior":
+    elif score:
         terms = compute(structure, batch, num_particles=num_particles, given=given)
         guides = [one.guide_trace for one in terms.passes]
-    elif origin == "posterior":
-        guide = in_particles(structure.guide, structure, k, given)
-        count = num_particles // k
-        guides = [run_pair(structure.model, guide, batch, model_too=False)[0] for _ in range(count)]
     else:
-        guides = [None] * (num_particles // k)
+        guide = in_particles(structure.guide, structure, k, given)
+        guides = [run_pair(structure.model, guide, batch, model_too=False)[0] for _ in guides]
     return Simulation(structure, batch, guides, given, k, options, terms)
 
 

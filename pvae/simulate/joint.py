@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pvae.errors import UndefinedError, check_int, oxford
 from pvae.modes import evaluating
-from pvae.pair import Batch, Structure, mask_of
+from pvae.pair import Structure, mask_of
 from pvae.simulate.ancestral import Simulation, simulate_batch
 from pvae.terms import Evaluation, draw_guide, only_site, stream
 
@@ -29,21 +29,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class JointDraws:
-    """S draws of (z, x) from a model, each on the context of one row of the data.
+    """S draws of (z, x) from a model, each on the context of one row of the data."""
 
-    Attributes:
-        latents: Flattened latents side by side, shape ``(S, D)``.
-        names: Of their columns.
-        sites: The latents' names.
-        observed: Flattened simulated data, shape ``(S, E)``.
-        evaluation: The pair, and the batches in which they are the data.
-    """
-
-    latents: Tensor
-    names: tuple[str, ...]
-    sites: tuple[str, ...]
-    observed: Tensor
-    evaluation: Evaluation
+    latents: Tensor  # flattened and side by side, shape (S, D)
+    names: tuple[str, ...]  # of their columns
+    sites: tuple[str, ...]  # of the latents
+    observed: Tensor  # flattened simulated data, shape (S, E)
+    evaluation: Evaluation  # the pair, and the batches in which these are the data
 
     def of_guide(self, num_particles: int) -> Iterator[tuple[slice, Tensor]]:
         """K draws of the guide for each simulated datum: rows, and some of them, (k, n, D)."""
@@ -53,14 +45,12 @@ class JointDraws:
             each = torch.cat([_flat(sites[name].value, 2) for name in self.sites], 2)
             return each.movedim(1, 2)
 
-        passes = stream(self.evaluation, num_particles, run=run)
         total, hidden = len(self.latents) * num_particles, not self.evaluation.progress
         with tqdm(total=total, disable=hidden, unit="draw") as bar:
-            for rows, draws in passes:
+            for rows, draws in stream(self.evaluation, num_particles, run=run):
                 if not bool(draws.isfinite().all()):
-                    raise UndefinedError(
-                        "ranks among draws", "finite draws of the guide", "NaN or infinity"
-                    )
+                    expected = "finite draws of the guide"
+                    raise UndefinedError("ranks among draws", expected, "NaN or infinity")
                 yield rows, draws.movedim(2, 1)
                 bar.update(draws.shape[0] * draws.shape[2])
 
@@ -81,9 +71,8 @@ def draw_jointly(
 ) -> JointDraws:
     """Draws (z, x) from a model, and puts x into the arguments that the data came from.
 
-    Raises:
-        UndefinedError: If a pair has no such draws, or its guide none that could be ranked; if x
-            belongs to no argument, or the model reads it besides observing it.
+    Refused if a pair has no such draws, or its guide none that could be ranked; if x belongs to no
+    argument, or the model reads it besides observing it.
     """
     check_int("num_simulations", num_simulations, minimum=20)
     structure, source = evaluation.structure, evaluation.in_memory().source
@@ -93,37 +82,29 @@ def draw_jointly(
     if site is not None:
         sites = (only_site(where, "latent of the data", sites, site),)
     chosen = torch.randint(source.num_rows, (num_simulations,), device=source.device)
-    latents: list[Tensor] = []
-    observed: list[Tensor] = []
-    batches: list[Batch] = []
+    parts: list[tuple[Tensor, ...]] = []
     with evaluating(structure.modules):
         for rows in chosen.split(evaluation.max_rows):
             run = simulate_batch(structure, source.rows(rows), where=where)
             filled = run.put_back(arguments or {})
-            if not batches:
+            if not parts:
                 run.check_unfed(filled)
                 names = names_of_dimensions(run, sites)
-            latents.append(flat_values(run, sites))
-            data = flat_values(run, structure.observed)
-            observed.append(data.to(structure.dtype))
-            batches.append(filled)
-    whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    return JointDraws(torch.cat(latents), names, sites, torch.cat(observed), evaluation.on(whole))
+            data = flat_values(run, structure.observed).to(structure.dtype)
+            parts.append((flat_values(run, sites), data, *filled))
+    latents, observed, *whole = (torch.cat(part) for part in zip(*parts, strict=True))
+    return JointDraws(latents, names, sites, observed, evaluation.on(tuple(whole)))
 
 
 def require_rows(where: str, structure: Structure) -> None:
-    """Refuses pairs in which a datum and its latents aren't drawn apart from the others.
-
-    Also those whose priors can't be drawn from.
-    """
+    """Refuses pairs with improper priors, or whose data and latents aren't drawn row by row."""
     structure.require_proper(where)
-    if structure.global_sites or not structure.latents:
+    outside = structure.global_sites
+    if outside or not structure.latents:
         raise UndefinedError(
             where,
             "a pair whose sites are all inside the data plate, with a guide for their latents",
-            f"global site(s) {oxford(structure.global_sites)}"
-            if structure.global_sites
-            else "no latent with a guide",
+            f"global site(s) {oxford(outside)}" if outside else "no latent with a guide",
             ["the pair with its global latents fixed, such as by pyro.condition in both"],
         )
     if structure.subsample_size is not None or structure.tied_to is not None:
@@ -138,17 +119,13 @@ def require_rows(where: str, structure: Structure) -> None:
 def flat_values(run: Simulation, sites: Sequence[str]) -> Tensor:
     """One draw of several sites side by side, a row a datum, in double precision, ``(N, D)``.
 
-    Raises:
-        UndefinedError: If a latent has a mask, as padding has it.
+    Latents that have a mask, as padding has it, are refused.
     """
     for name in sites:
         if name not in run.structure.observed and mask_of(run.site(name)) is not None:
-            raise UndefinedError(
-                f"{run.where}: site '{name}'",
-                "latents without a mask",
-                "a mask, under which latents belong to no datum",
-                ["data without padding"],
-            )
+            actual = "a mask, under which latents belong to no datum"
+            where = f"{run.where}: site '{name}'"
+            raise UndefinedError(where, "latents without a mask", actual, ["data without padding"])
     return torch.cat([_flat(run.value(name)[0], 1) for name in sites], 1)
 
 
