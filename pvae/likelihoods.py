@@ -90,11 +90,7 @@ class Bernoulli(Likelihood):
     """
 
     def __init__(
-        self,
-        network: NetworkLike,
-        event_shape: Shape,
-        *,
-        grey_values: bool = False,
+        self, network: NetworkLike, event_shape: Shape, *, grey_values: bool = False
     ) -> None:
         super().__init__(network, event_shape)
         self.grey_values = grey_values

@@ -214,11 +214,7 @@ def ae(event_shape: Shape, latent_dim: int, **options: Unpack[PairOptions]) -> V
 
 @_deterministic
 def sparse_ae(
-    event_shape: Shape,
-    latent_dim: int,
-    *,
-    l1: float | None = None,
-    **options: Unpack[PairOptions],
+    event_shape: Shape, latent_dim: int, *, l1: float | None = None, **options: Unpack[PairOptions]
 ) -> VAE:
     r"""A sparse autoencoder: an L1 penalty on the code, which is a Laplace prior.
 
@@ -389,11 +385,7 @@ def rae(
 
 @_deterministic
 def wae(
-    event_shape: Shape,
-    latent_dim: int,
-    *,
-    mmd: float = 10.0,
-    **options: Unpack[PairOptions],
+    event_shape: Shape, latent_dim: int, *, mmd: float = 10.0, **options: Unpack[PairOptions]
 ) -> VAE:
     r"""A Wasserstein autoencoder, WAE-MMD: all codes together are to look like N(0, I).
 
