@@ -23,8 +23,15 @@ from pvae.distributions import take_apart
 from pvae.errors import ArgumentError, PairError, as_shape
 from pvae.types import Dist, Shape
 
-__all__ = ["Conditional", "FromNetwork", "NetworkLike", "Unconditional", "as_conditional"]
-__all__ += ["positive_scale", "split_parameters"]
+__all__ = [
+    "Conditional",
+    "FromNetwork",
+    "NetworkLike",
+    "Unconditional",
+    "as_conditional",
+    "positive_scale",
+    "split_parameters",
+]
 
 NetworkLike = nn.Module | Callable[[int], nn.Module]
 """A network, or a function that builds it from the number of parameters per value."""

@@ -21,8 +21,15 @@ from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, check_int, check_number
 from pvae.shelf import Shelf
 
-__all__ = ["BlockMasking", "Corruption", "Downsampling", "Masking", "Noise", "SaltAndPepper"]
-__all__ += ["named"]
+__all__ = [
+    "BlockMasking",
+    "Corruption",
+    "Downsampling",
+    "Masking",
+    "Noise",
+    "SaltAndPepper",
+    "named",
+]
 
 
 def _rate(where: str, rate: float) -> float:

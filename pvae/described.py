@@ -124,7 +124,8 @@ def _of_others(value: object) -> str:
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple, torch.Size):
         return f"({', '.join(map(description, value))}{',' if len(value) == 1 else ''})"
     if type(value).__repr__ is object.__repr__:  # others of its attributes may lead back to it
-        plain = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, _PLAIN)}
+        kept = getattr(value, "__dict__", {})
+        plain: dict[str, object] = {k: v for k, v in kept.items() if isinstance(v, _PLAIN)}
         return _call(_text(type(value)), plain)
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 

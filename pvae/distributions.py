@@ -185,7 +185,7 @@ def _filled(value: object, tensors: Mapping[str, Tensor | None]) -> object:
         return tensors[value]
     if isinstance(value, Template):
         return value.build(tensors)
-    if type(value) in (list, tuple):
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
         return type(value)(_filled(v, tensors) for v in value)
     return value
 
@@ -229,7 +229,7 @@ def _emptied(value: object, where: str, path: str, tensors: dict[str, Tensor]) -
     if isinstance(value, Tensor):
         tensors[path] = value
         return _Slot(path)
-    if type(value) in (list, tuple):
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
         return type(value)(_emptied(v, where, f"{path}_{i}", tensors) for i, v in enumerate(value))
     if isinstance(value, (Distribution, Transform, Constraint)):
         return _without_tensors(value, where, path, tensors)

@@ -23,8 +23,12 @@ from pvae.types import Shape
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named", "unit_norm"]
 
 
-def activation_named(name: str, where: str = "activation") -> type[nn.Module]:
-    """The activation class of ``torch.nn`` with that name, as configurations spell it."""
+def activation_named(
+    name: str | Callable[[], nn.Module], where: str = "activation"
+) -> Callable[[], nn.Module]:
+    """The activation class of ``torch.nn`` with that name; what is no string is one already."""
+    if not isinstance(name, str):
+        return name
     kind = getattr(nn, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ArgumentError(where, "the name of a torch.nn activation", repr(name), ["ReLU"])

@@ -29,8 +29,20 @@ from pvae.mmd import Kernel, mmd
 from pvae.shelf import Shelf
 from pvae.types import Dist
 
-__all__ = ["MMD", "Activations", "Commitment", "Contractive", "Custom", "Penalty", "SideOutputs"]
-__all__ += ["WeightDecay", "named", "on_side", "penalise", "recorded_activations"]
+__all__ = [
+    "MMD",
+    "Activations",
+    "Commitment",
+    "Contractive",
+    "Custom",
+    "Penalty",
+    "SideOutputs",
+    "WeightDecay",
+    "named",
+    "on_side",
+    "penalise",
+    "recorded_activations",
+]
 
 Side = Literal["guide", "model"]
 named: Shelf[Callable[[float], Penalty]] = Shelf("penalty")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pvae.fitting import History
     from pvae.vae import VAE
 
-__all__ = ["DataFile", "Device", "RunFolder", "Seed", "app", "prepare_file", "summary"]
+__all__ = ["DataFile", "Device", "Particles", "RunFolder", "Seed", "app", "prepare_file", "summary"]
 
 app = typer.Typer(
     help="Variational autoencoders as probabilistic programs, on Pyro.",
@@ -26,6 +26,10 @@ Device = Annotated[
     str, typer.Option(help="Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.")
 ]
 RunFolder = Annotated[Path, typer.Argument(help="Folder that 'pvae train' wrote.")]
+Particles = Annotated[
+    int,
+    typer.Option("--num-particles", "-K", help="Number K of draws from the guide for each datum."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of what is drawn at random.")]
 DataFile = Annotated[
     Path | None, typer.Option(help="File with data of the same kind; the run's test data if none.")
@@ -45,10 +49,9 @@ def summary(
     from pvae import diagnostics
 
     is_gaussian = config.likelihood_for(splits) == "gaussian"
-    width = None
-    if splits.levels is not None:
-        width = 1.0 / (splits.levels - 1) if is_gaussian else 1.0
-    found = diagnostics.diagnose(
+    levels = splits.levels
+    width = None if levels is None else 1.0 / (levels - 1) if is_gaussian else 1.0
+    result = diagnostics.diagnose(
         vae,
         splits.test.unlabelled(),
         checks=diagnostics.SUMMARY,
@@ -60,7 +63,7 @@ def summary(
         seed=config.seed if seed is None else seed,
     )
     commands = ", ".join(f"pvae {name} {folder}" for name in ("sample", "reconstruct", "encode"))
-    screen = str(found).replace(diagnostics.NOTHING, commands)
+    screen = str(result).replace(diagnostics.NOTHING, commands)
     return f"pvae {config.recipe} on {splits.name}: {folder}\n{screen}"
 
 

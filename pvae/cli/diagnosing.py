@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pvae.cli.common import Device, RunFolder, Seed, app, prepare_file
+from pvae.cli.common import Device, Particles, RunFolder, Seed, app, prepare_file
 
 __all__ = ["diagnose"]
 
@@ -18,12 +18,7 @@ def diagnose(
     run: RunFolder,
     *,
     rows: Annotated[int, typer.Option(help="Number of test data to look at.")] = 500,
-    num_particles: Annotated[
-        int,
-        typer.Option(
-            "--num-particles", "-K", help="Number K of draws from the guide for each datum."
-        ),
-    ] = 200,
+    num_particles: Particles = 200,
     deep: Annotated[
         bool, typer.Option("--deep", help="Make all checks, which takes minutes.")
     ] = False,
@@ -45,7 +40,7 @@ def diagnose(
     _, vae, splits = open_run(run, device)
     if to is not None:
         prepare_file(to)
-    found = pvae.diagnose(
+    result = pvae.diagnose(
         vae,
         splits.test.unlabelled(),
         checks=pvae.diagnostics.CHECKS if deep else pvae.diagnostics.DEFAULT,
@@ -55,6 +50,6 @@ def diagnose(
         progress=True,
         seed=seed,
     )
-    typer.echo(found)
+    typer.echo(result)
     if to is not None:
-        write_atomically(to, json.dumps(found.to_dict(), indent=1).encode())
+        write_atomically(to, json.dumps(result.to_dict(), indent=1).encode())

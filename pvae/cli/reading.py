@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pvae.cli.common import DataFile, Device, RunFolder, Seed, app, prepare_file, summary
+from pvae.cli.common import DataFile, Device, Particles, RunFolder, Seed, app, prepare_file, summary
 from pvae.errors import ArgumentError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
     from torch import Tensor
 
+    from pvae.bounds.evidence import Method
     from pvae.data import Splits
     from pvae.vae import VAE
 
@@ -43,9 +46,7 @@ def evaluate(
     rows: Annotated[
         int | None,
         typer.Option(
-            "--rows",
-            "-n",
-            help="Number of test data, the first ones, for ais and cubo; all if none.",
+            "--rows", "-n", help="Number of (first) test data, for ais and cubo; all if none."
         ),
     ] = None,
     seed: Seed = 0,
@@ -69,7 +70,7 @@ def evaluate(
         return
     source = as_source(splits.test.unlabelled())
     batch = first_batch(source, count or source.num_rows)
-    how: Any = method
+    how = cast("Method", method)  # which is checked there
     typer.echo(bounds.evidence(vae, batch, num_particles, method=how, seed=seed))
 
 
@@ -88,9 +89,7 @@ def sample(
             "Choices: gaussian, gmm."
         ),
     ] = None,
-    to: Annotated[
-        Path | None, typer.Option(help="File to write. Default: RUN/samples.npy.")
-    ] = None,
+    to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/samples.npy")] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -107,17 +106,15 @@ def sample(
             raise ArgumentError("--density", "gaussian or gmm", repr(density))
         codes = latent.codes(vae, splits.train.unlabelled())
         if codes.dim() != 2:
-            raise ArgumentError(
-                "--density", "a run whose codes are vectors", f"codes of shape {codes.shape[1:]}"
-            )
+            actual = f"codes of shape {codes.shape[1:]}"
+            raise ArgumentError("--density", "a run whose codes are vectors", actual)
         fitted = latent.fit_density(codes, density, seed=seed)
         vae = VAE(fitted, vae.model.likelihood, vae.guide.posterior)
     with randomness.forked(seed):
         x = vae.sample(num_samples, mean=mean)
     path = _save(to or run / "samples.npy", x)
-    typer.echo(
-        f"{num_samples} {'means' if mean else 'draws'} of shape {tuple(x.shape[1:])}: {path}"
-    )
+    what = "means" if mean else "draws"
+    typer.echo(f"{num_samples} {what} of shape {tuple(x.shape[1:])}: {path}")
     kind = "means of x given z" if mean else "draws of x"
     _draw(path, lambda: plots.samples(x[:100], title=f"samples from the model ({kind})"))
 
@@ -175,9 +172,7 @@ def export(
         int | None,
         typer.Option("--rows", "-n", min=1, help="Number of data, the first ones; all if none."),
     ] = None,
-    num_particles: Annotated[
-        int, typer.Option("--num-particles", "-K", help="Number of draws of z for each datum.")
-    ] = 200,
+    num_particles: Particles = 200,
     to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/draws.nc.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -201,6 +196,7 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
     """The pair of a run, and data for it: a file's, or the run's test data."""
     from dataclasses import replace
 
+    import numpy as np
     import torch
 
     from pvae.data import as_source, check_rows, load
@@ -212,41 +208,34 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
     if data is not None:
         if not data.is_file():
             raise DataError("--data", "a file", f"{data}, which is none")
-        found = load(data, valid=0, test=0, shuffle=False)
-        if found.event_shape != splits.event_shape:
-            raise DataError(
-                str(data), f"data of shape {splits.event_shape}", f"shape {found.event_shape}"
-            )
-        _check_kind(data, found.train.arrays[0], splits)
-        chosen = replace(chosen, arrays=found.train.arrays[:1], origin=None)
+        own = load(data, valid=0, test=0, shuffle=False)
+        if own.event_shape != splits.event_shape:
+            expected = f"data of shape {splits.event_shape}"
+            raise DataError(str(data), expected, f"shape {own.event_shape}")
+        _check_kind(data, np.asarray(own.train.arrays[0]), splits)
+        chosen = replace(chosen, arrays=own.train.arrays[:1], origin=None)
     source = as_source(chosen.unlabelled())
     check_rows(source, where=str(data or "data"))
     return vae, torch.cat([batch[0] for _, batch in source.all()])
 
 
-def _check_kind(path: Path, x: Any, splits: Splits) -> None:
+def _check_kind(path: Path, x: np.ndarray, splits: Splits) -> None:
     """Refuses numbers of another kind than those of the training: bytes for real numbers, say."""
-    import numpy as np
-
     from pvae.errors import DataError
 
-    x, levels = np.asarray(x), splits.raw_levels
-    if levels is None and x.dtype == np.uint8:
-        raise DataError(
-            str(path), "real numbers, as the run was trained on", "bytes", ["x / 255, say"]
-        )
+    levels = splits.raw_levels
+    if levels is None and x.dtype == "uint8":
+        expected = "real numbers, as the run was trained on"
+        raise DataError(str(path), expected, "bytes", ["x / 255, say"])
     if levels is not None:
-        off = (x < 0) | (x > levels - 1) | (x != np.round(x))
+        off = (x < 0) | (x > levels - 1) | (x != x.round())
         if off.any() or (levels > 2 and x.size and x.max() <= 1 and x.dtype.kind == "f"):
-            raise DataError(
-                str(path),
-                f"whole numbers from 0 to {levels - 1}, as the run was trained on",
-                f"values from {x.min():g} to {x.max():g}",
-                [f"x * {levels - 1}, rounded, if they are parts of 1"],
-            )
+            expected = f"whole numbers from 0 to {levels - 1}, as the run was trained on"
+            fixes = [f"x * {levels - 1}, rounded, if they are parts of 1"]
+            raise DataError(str(path), expected, f"values from {x.min():g} to {x.max():g}", fixes)
 
 
-def _draw(path: Path, make: Callable[[], Any]) -> None:
+def _draw(path: Path, make: Callable[[], Figure]) -> None:
     """Saves a picture beside a file, if the data are images."""
     from pvae.errors import UndefinedError
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from pvae import corruptions, guides, likelihoods, objectives, penalties, priors, recipes
 from pvae.config.option import Option, field, flag, numbers_of, part_options, recipe_options
-from pvae.data import Data, Splits, load
+from pvae.data import Splits, load
 from pvae.data.sources import BINARIZE, Binarize
 from pvae.engine import ASKED
 from pvae.errors import ArgumentError, CheckpointError
@@ -73,10 +73,7 @@ class Config(BaseModel):
         "images.npy",
     )
     data_dir: str | None = _data(
-        None,
-        "Folder that holds the data sets.",
-        "datasets",
-        unset="the environment variable PVAE_DATA",
+        None, "Folder that holds the data sets.", "datasets", unset="environment variable PVAE_DATA"
     )
     binarize: str = _data(
         "none",
@@ -85,10 +82,7 @@ class Config(BaseModel):
         choices=BINARIZE,
     )
     recipe: str = _pair(
-        "vae",
-        "Kind of autoencoder; all but vae are deterministic.",
-        "sparse_ae",
-        choices=recipes.named,
+        "vae", "Kind of autoencoder; all but vae are deterministic.", "ae", choices=recipes.named
     )
     prior: str | None = _pair(
         None,
@@ -181,18 +175,14 @@ class Config(BaseModel):
         known = options()
         given = {n: v for n, v in values.items() if v is not None or n in type(self).model_fields}
         for name in given.keys() - known.keys():
-            near = difflib.get_close_matches(name, known, 1)
-            raise ArgumentError(
-                flag(name), "an option of pvae train", "an unknown name", [flag(n) for n in near]
-            )
+            near = [flag(n) for n in difflib.get_close_matches(name, known, 1)]
+            raise ArgumentError(flag(name), "an option of pvae train", "an unknown name", near)
         try:
             super().__init__(**given)
         except ValidationError as error:
             raise _in_our_words(error) from None
         for name, option in known.items():
-            value = getattr(self, name, None)
-            if option.choices is not None and value is not None and value not in option.choices:
-                raise ArgumentError(flag(name), f"one of {', '.join(option.choices)}", repr(value))
+            option.check(name, getattr(self, name, None))
         for name in ("activation", "code_activation"):
             if (value := getattr(self, name)) is not None:
                 activation_named(value, flag(name))
@@ -210,12 +200,8 @@ class Config(BaseModel):
         splits = load(self.data, self.data_dir, binarize=how, seed=self.seed, fetch=fetch)
         if self.likelihood_for(splits) != "gaussian" or splits.levels in (None, 2):
             return splits
-        scale = 1.0 / (splits.levels - 1)
-
-        def scaled(data: Data) -> Data:
-            return replace(data, scale=scale)
-
-        train, valid, test = map(scaled, (splits.train, splits.valid, splits.test))
+        data, scale = (splits.train, splits.valid, splits.test), 1.0 / (splits.levels - 1)
+        train, valid, test = (replace(part, scale=scale) for part in data)
         return replace(splits, train=train, valid=valid, test=test)
 
     def likelihood_for(self, splits: Splits) -> str:
@@ -242,9 +228,8 @@ class Config(BaseModel):
         """The pair, untrained."""
         name, levels = self.likelihood_for(splits), splits.levels
         if self.sigma is not None and name != "gaussian":
-            raise ArgumentError(
-                "--sigma", "a gaussian likelihood beside it", name, ["--likelihood gaussian"]
-            )
+            fixes = ["--likelihood gaussian"]
+            raise ArgumentError("--sigma", "a gaussian likelihood beside it", name, fixes)
         parts: dict[str, object] = {"likelihood": name, "levels": levels, "hidden": self.widths}
         if name == "gaussian":
             parts["likelihood"] = partial(likelihoods.Gaussian, sigma=self._sigma())
@@ -267,21 +252,16 @@ class Config(BaseModel):
     def _variations(self) -> dict[str, object]:
         """The recipe's own numbers, and penalties beside them."""
         own = numbers_of(recipes.named[self.recipe])
-        found: dict[str, object] = {n: v for n, v in self.numbers.items() if n in own}
-        others = [n for n in self.numbers if n not in own and n not in corruptions.named]
-        if extra := [penalties.named[n](self.numbers[n]) for n in others if n in penalties.named]:
-            found["penalties"] = extra
-        for name in others:
-            if name == "l1" and self.prior is None:
-                found["prior"] = partial(priors.Laplace, rate=self.numbers["l1"])
-            elif name not in penalties.named:
-                raise ArgumentError(
-                    flag(name),
-                    "an option of the recipe",
-                    f"--recipe {self.recipe}" + (" with --prior" if name == "l1" else ""),
-                    [f"--recipe {r}" for r, f in recipes.named.items() if name in numbers_of(f)],
-                )
-        return found
+        parts: dict[str, object] = {n: v for n, v in self.numbers.items() if n in own}
+        others = {n: v for n, v in self.numbers.items() if n not in {*own, *corruptions.named}}
+        if self.prior is None and "l1" in others:
+            parts["prior"] = partial(priors.Laplace, rate=others.pop("l1"))
+        for name in others.keys() - penalties.named.keys():
+            actual = f"--recipe {self.recipe}" + (" with --prior" if name == "l1" else "")
+            fixes = [f"--recipe {r}" for r, f in recipes.named.items() if name in numbers_of(f)]
+            raise ArgumentError(flag(name), "an option of the recipe", actual, fixes)
+        extra = [penalties.named[n](v) for n, v in others.items()]
+        return parts | ({"penalties": extra} if extra else {})
 
     def _corruption(self, splits: Splits) -> nn.Module | None:
         """The corruptions in a row, in units of the data as they are scaled."""
@@ -299,27 +279,19 @@ class Config(BaseModel):
 
     def make_objective(self) -> Objective:
         """What is maximised."""
-        kind = objectives.named[self.objective]
+        takes = {n: inspect.signature(kind).parameters for n, kind in objectives.named.items()}
         asked: dict[str, object] = {}
         if self.num_particles is not None:
             asked["num_particles"] = self.num_particles
         if self.beta is not None or self.warmup:
             end = 1.0 if self.beta is None else self.beta
             asked["beta"] = Warmup(self.warmup, "epochs", end=end) if self.warmup else end
-        for name, value in asked.items():
-            if name not in inspect.signature(kind).parameters:
-                fitting = [
-                    f"--objective {n}"
-                    for n, k in objectives.named.items()
-                    if name in inspect.signature(k).parameters
-                ]
-                raise ArgumentError(
-                    flag("warmup" if name == "beta" and self.warmup else name),
-                    f"an option of the objective {self.objective}",
-                    f"{name}={value!r}",
-                    fitting[:2],
-                )
-        return kind(**asked)
+        for name in [n for n in asked if n not in takes[self.objective]]:
+            where = flag("warmup" if name == "beta" and self.warmup else name)
+            expected = f"an option of the objective {self.objective}"
+            fixes = [f"--objective {n}" for n, parameters in takes.items() if name in parameters]
+            raise ArgumentError(where, expected, f"{name}={asked[name]!r}", fixes[:2])
+        return objectives.named[self.objective](**asked)
 
     @property
     def fit_options(self) -> dict[str, Any]:
@@ -343,15 +315,11 @@ class Config(BaseModel):
             if not isinstance(values, dict):
                 raise ValueError("no table of names and values")
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                str(path),
-                "the config.json of a run, or a JSON or TOML file with the same names",
-                f"{type(error).__name__}: {error}",
-                [
-                    "pvae train --out DIR first, then the folder DIR",
-                    "of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python",
-                ],
-            ) from error
+            expected = "the config.json of a run, or a JSON or TOML file with the same names"
+            fixes = ["pvae train --out DIR first, then the folder DIR"]
+            fixes += ["of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python"]
+            actual = f"{type(error).__name__}: {error}"
+            raise CheckpointError(str(path), expected, actual, fixes) from error
         for name in ("resolved", "job"):  # which say what came of it
             values.pop(name, None)
         return values
