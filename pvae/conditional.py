@@ -192,10 +192,7 @@ def split_parameters(
         output: What the network returned.
         num_params: P, the number of parameters per value.
         event_shape: Shape of one value.
-        where: Name for error messages.
-
-    Raises:
-        PairError: If the output doesn't fit.
+        where: Name for the `PairError` about an output that doesn't fit.
 
     Example:
         >>> loc, scale = split_parameters(torch.zeros(5, 2 * 3), 2, (3,))

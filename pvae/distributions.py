@@ -158,24 +158,16 @@ class _Slot(str):
 
 @dataclass(frozen=True)
 class Template:
-    """A distribution without its tensors, which `build` puts back.
-
-    Attributes:
-        kind: The class.
-        arguments: Its constructor's arguments, with marked places for tensors.
-    """
+    """The class of a distribution, and its arguments with marked places for tensors."""
 
     kind: Callable[..., object]
     arguments: Mapping[str, object]
 
     def build(self, tensors: Mapping[str, Tensor | None]) -> Dist:
-        """The distribution, made anew of these tensors.
+        """The distribution, made anew of tensors by the names that `take_apart` gave.
 
         Nothing that another one has computed and kept (probabilities from logits, a transform's
         last value) is in it.
-
-        Arguments:
-            tensors: By the names that `take_apart` gave.
         """
         return self.kind(**{k: _filled(v, tensors) for k, v in self.arguments.items()})
 
@@ -198,10 +190,8 @@ def take_apart(fn: Dist, where: str) -> tuple[Template, dict[str, Tensor]]:
 
     Arguments:
         fn: The distribution.
-        where: Name for error messages.
-
-    Raises:
-        ArgumentError: If it can't be made again of its arguments, or has trainable tensors.
+        where: Name for the `ArgumentError` about one that can't be made again of its arguments, or
+            has trainable tensors.
 
     Example:
         >>> template, tensors = take_apart(dist.Normal(0.0, 1.0), "prior")

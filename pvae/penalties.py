@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 Side = Literal["guide", "model"]
+Target = Callable[[int], Tensor]
+KernelLike = Literal["imq", "rbf"] | Kernel
 named: Shelf[Callable[[float], Penalty]] = Shelf("penalty")
 """Penalties by name: each is built from its weight alone."""
 
@@ -237,11 +239,8 @@ class Commitment(Penalty):
     r"""How far the encoder is from its codes, :math:`\|e_\theta(x) - \mathrm{sg}(e_k)\|^2`.
 
     Arguments:
-        weight: :math:`\lambda`; 0.25 in the paper, beside the squared error.
-
-    References:
-        Neural Discrete Representation Learning (van den Oord et al., 2017),
-        https://arxiv.org/abs/1711.00937
+        weight: :math:`\lambda`; 0.25 in the paper (see `pvae.guides.NearestCode`), beside the
+            squared error.
     """
 
     sides = ("guide",)
@@ -299,10 +298,7 @@ class MMD(Penalty):
     couples_data = True
 
     def __init__(
-        self,
-        weight: float,
-        target: Callable[[int], Tensor] | None = None,
-        kernel: Literal["imq", "rbf"] | Kernel = "imq",
+        self, weight: float, target: Target | None = None, kernel: KernelLike = "imq"
     ) -> None:
         super().__init__(weight)
         self.target, self.kernel = target, kernel

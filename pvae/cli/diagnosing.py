@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pvae.cli.common import Device, Particles, RunFolder, Seed, app, prepare_file
+import pvae
+from pvae.cli.common import Device, Particles, RunFolder, Seed, app, option, prepare_file
 
 __all__ = ["diagnose"]
 
@@ -17,13 +18,11 @@ __all__ = ["diagnose"]
 def diagnose(
     run: RunFolder,
     *,
-    rows: Annotated[int, typer.Option(help="Number of test data to look at.")] = 500,
+    rows: Annotated[int, option("Number of test data to look at.")] = 500,
     num_particles: Particles = 200,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Make all checks, which takes minutes.")
-    ] = False,
+    deep: Annotated[bool, option("Make all checks, which takes minutes.", "--deep")] = False,
     to: Annotated[
-        Path | None, typer.Option(help="File to write all findings to. Example: --to found.json")
+        Path | None, option("File to write findings to. Example: --to found.json")
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -32,8 +31,6 @@ def diagnose(
 
     Lines begin with + where all is well, ? where it is worth a look, ! where something is wrong.
     """
-    import pvae
-    from pvae.checkpoint import write_atomically
     from pvae.fitting import History
     from pvae.runs import open_run
 
@@ -52,4 +49,4 @@ def diagnose(
     )
     typer.echo(result)
     if to is not None:
-        write_atomically(to, json.dumps(result.to_dict(), indent=1).encode())
+        pvae.checkpoint.write_atomically(to, json.dumps(result.to_dict(), indent=1).encode())

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pvae.cli.common import DataFile, Device, Particles, RunFolder, Seed, app, prepare_file, summary
-from pvae.errors import ArgumentError
+import pvae
+from pvae.cli.common import (
+    DataFile,
+    Device,
+    Particles,
+    RunFolder,
+    Seed,
+    app,
+    option,
+    prepare_file,
+    summary,
+)
+from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,16 +41,16 @@ def evaluate(
     *,
     num_particles: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "Number K of draws for each datum, or of chains of ais. Default: 500; 16 chains.",
             "--num-particles",
             "-K",
-            help="Number K of draws for each datum, or of chains of ais. Default: 500; 16 chains.",
         ),
     ] = None,
     method: Annotated[
         str,
-        typer.Option(
-            help="How the evidence is estimated; ais and cubo give nothing else. "
+        option(
+            "How the evidence is estimated; ais and cubo give nothing else. "
             "Choices: importance, ais, cubo."
         ),
     ] = "importance",
@@ -53,9 +64,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Estimate ELBO, evidence and their parts on the test data."""
-    from pvae import bounds
     from pvae.data import as_source, first_batch
-    from pvae.errors import check_int
     from pvae.fitting import History
     from pvae.runs import open_run
 
@@ -71,25 +80,25 @@ def evaluate(
     source = as_source(splits.test.unlabelled())
     batch = first_batch(source, count or source.num_rows)
     how = cast("Method", method)  # which is checked there
-    typer.echo(bounds.evidence(vae, batch, num_particles, method=how, seed=seed))
+    typer.echo(pvae.bounds.evidence(vae, batch, num_particles, method=how, seed=seed))
 
 
 @app.command()
 def sample(
     run: RunFolder,
     *,
-    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Number of draws.")] = 100,
+    num_samples: Annotated[int, option("Number of draws.", "--num-samples", "-n")] = 100,
     mean: Annotated[
-        bool, typer.Option("--mean", help="Write the mean of x given z in place of a draw.")
+        bool, option("Write the mean of x given z in place of a draw.", "--mean")
     ] = False,
     density: Annotated[
         str | None,
-        typer.Option(
-            help="Density that is fitted to the training codes and takes the prior's place. "
+        option(
+            "Density that is fitted to the training codes and takes the prior's place. "
             "Choices: gaussian, gmm."
         ),
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/samples.npy")] = None,
+    to: Annotated[Path | None, option("File to write. Default: RUN/samples.npy.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -97,26 +106,25 @@ def sample(
 
     An autoencoder has no prior to draw from; --density gives it one.
     """
-    from pvae import VAE, latent, plots, randomness
     from pvae.runs import open_run
 
     _, vae, splits = open_run(run, device)
     if density is not None:
         if density not in ("gaussian", "gmm"):
             raise ArgumentError("--density", "gaussian or gmm", repr(density))
-        codes = latent.codes(vae, splits.train.unlabelled())
+        codes = pvae.latent.codes(vae, splits.train.unlabelled())
         if codes.dim() != 2:
             actual = f"codes of shape {codes.shape[1:]}"
             raise ArgumentError("--density", "a run whose codes are vectors", actual)
-        fitted = latent.fit_density(codes, density, seed=seed)
-        vae = VAE(fitted, vae.model.likelihood, vae.guide.posterior)
-    with randomness.forked(seed):
+        fitted = pvae.latent.fit_density(codes, density, seed=seed)
+        vae = pvae.VAE(fitted, vae.model.likelihood, vae.guide.posterior)
+    with pvae.randomness.forked(seed):
         x = vae.sample(num_samples, mean=mean)
     path = _save(to or run / "samples.npy", x)
     what = "means" if mean else "draws"
     typer.echo(f"{num_samples} {what} of shape {tuple(x.shape[1:])}: {path}")
     kind = "means of x given z" if mean else "draws of x"
-    _draw(path, lambda: plots.samples(x[:100], title=f"samples from the model ({kind})"))
+    _draw(path, lambda: pvae.plots.samples(x[:100], title=f"samples from the model ({kind})"))
 
 
 @app.command()
@@ -124,28 +132,24 @@ def reconstruct(
     run: RunFolder,
     *,
     data: DataFile = None,
-    to: Annotated[
-        Path | None, typer.Option(help="File to write. Default: RUN/reconstructions.npy.")
-    ] = None,
+    to: Annotated[Path | None, option("File to write. Default: RUN/reconstructions.npy.")] = None,
     corrupt: Annotated[
-        bool, typer.Option("--corrupt", help="Corrupt the data first, as training did.")
+        bool, option("Corrupt the data first, as training did.", "--corrupt")
     ] = False,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Encode data and decode them again: means of x at the mean of q(z | x)."""
-    from pvae import plots, randomness
-
     vae, x = _open_with_data(run, data, device)
     if corrupt:
         if vae.guide.corruption is None:
             raise ArgumentError("--corrupt", "a run that was trained with a corruption", f"{run}")
-        with randomness.forked(seed):
+        with pvae.randomness.forked(seed):
             x = vae.guide.corruption(x)
     y = vae.reconstruct(x)
     path = _save(to or run / "reconstructions.npy", y)
     typer.echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
-    _draw(path, lambda: plots.reconstructions(x[:10], y[:10]))
+    _draw(path, lambda: pvae.plots.reconstructions(x[:10], y[:10]))
 
 
 @app.command()
@@ -153,7 +157,7 @@ def encode(
     run: RunFolder,
     *,
     data: DataFile = None,
-    to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/codes.npy.")] = None,
+    to: Annotated[Path | None, option("File to write. Default: RUN/codes.npy.")] = None,
     device: Device = "auto",
 ) -> None:
     """Write the codes of data: the means of q(z | x)."""
@@ -173,17 +177,15 @@ def export(
         typer.Option("--rows", "-n", min=1, help="Number of data, the first ones; all if none."),
     ] = None,
     num_particles: Particles = 200,
-    to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/draws.nc.")] = None,
+    to: Annotated[Path | None, option("File to write. Default: RUN/draws.nc.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Write draws and log densities for ArviZ, as netCDF."""
-    from pvae import export as arviz
-
     vae, x = _open_with_data(run, data, device)
     path = (to or run / "draws.nc").with_suffix(".nc")
     prepare_file(path)
-    tree = arviz.to_arviz(vae, x[:rows], num_particles=num_particles, seed=seed, progress=True)
+    tree = pvae.export.to_arviz(vae, x[:rows], num_particles=num_particles, seed=seed)
     part = path.with_suffix(".part")
     tree.to_netcdf(part, engine="h5netcdf")
     part.replace(path)
@@ -200,7 +202,6 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
     import torch
 
     from pvae.data import as_source, check_rows, load
-    from pvae.errors import DataError
     from pvae.runs import open_run
 
     _, vae, splits = open_run(run, device)
@@ -221,8 +222,6 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
 
 def _check_kind(path: Path, x: np.ndarray, splits: Splits) -> None:
     """Refuses numbers of another kind than those of the training: bytes for real numbers, say."""
-    from pvae.errors import DataError
-
     levels = splits.raw_levels
     if levels is None and x.dtype == "uint8":
         expected = "real numbers, as the run was trained on"
@@ -237,8 +236,6 @@ def _check_kind(path: Path, x: np.ndarray, splits: Splits) -> None:
 
 def _draw(path: Path, make: Callable[[], Figure]) -> None:
     """Saves a picture beside a file, if the data are images."""
-    from pvae.errors import UndefinedError
-
     with contextlib.suppress(UndefinedError):
         picture = path.with_suffix(".png")
         make().savefig(picture)
@@ -250,10 +247,8 @@ def _save(path: Path, tensor: Tensor) -> Path:
 
     import numpy as np
 
-    from pvae.checkpoint import write_atomically
-
     content = io.BytesIO()
     np.save(content, tensor.cpu().numpy())
     path = path if path.suffix == ".npy" else path.with_suffix(".npy")
-    write_atomically(path, content.getvalue())
+    pvae.checkpoint.write_atomically(path, content.getvalue())
     return path

@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pvae.cli.common import Device, app, summary
-from pvae.errors import ArgumentError, CheckpointError
+import pvae
+from pvae.cli.common import Device, app, option, summary
+from pvae.errors import ArgumentError, CheckpointError, PvaeWarning, UndefinedError
 
 if TYPE_CHECKING:
     from pvae.config import Config
@@ -43,9 +45,9 @@ def train(context: typer.Context) -> None:
 
     fixed = inspect.signature(_run, eval_str=True)
     parameters = [p for p in fixed.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for name, option in options().items():
-        text, panel = option.text(name), option.group
-        how = typer.Option(flag(name), metavar=option.kind, help=text, rich_help_panel=panel)
+    for name, each in options().items():
+        text, panel = each.text(name), each.group
+        how = typer.Option(flag(name), metavar=each.kind, help=text, rich_help_panel=panel)
         kind = Annotated[str | None, how]
         parameters.append(inspect.Parameter(name, _KEYWORD, default=None, annotation=kind))
     run.__signature__ = fixed.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -64,37 +66,27 @@ On several GPUs or machines: torchrun --nproc-per-node=N -m pvae train ..."""
 def _run(
     *,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the run. Default: runs/DATA-RECIPE. Example: --out runs/a"),
+        Path | None, option("Folder for the run. Default: runs/DATA-RECIPE. Example: --out runs/a")
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="File with options to start from, which those of the command line change: the "
+        option(
+            "File with options to start from, which those of the command line change: the "
             "config.json of a run, or a JSON or TOML file with the same names. "
             "Example: --config runs/a/config.json"
         ),
     ] = None,
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with the run in the folder; only --epochs may be new."
-        ),
+        bool, option("Go on with the run in the folder; only --epochs may be new.", "--resume")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in the folder.")
-    ] = False,
+    overwrite: Annotated[bool, option("Replace the run in the folder.", "--overwrite")] = False,
     download: Annotated[
-        bool, typer.Option("--download", help="Download the data set if it isn't in its folder.")
+        bool, option("Download the data set if it isn't in its folder.", "--download")
     ] = False,
     device: Device = "auto",
     **given: str | None,
 ) -> None:
-    import warnings
-
-    from pvae import distributed
     from pvae.config import Config
-    from pvae.errors import PvaeWarning
 
     values: dict[str, object] = {n: v for n, v in given.items() if v is not None}
     if config is not None:
@@ -104,7 +96,7 @@ def _run(
         values["data"] = str(Path(str(values["data"])).resolve())
     asked = Config(**values)
     folder = out or Path("runs") / f"{Path(asked.data).stem}-{asked.recipe}"
-    with distributed.joined(device) as world:
+    with pvae.distributed.joined(device) as world:
         if not world.is_first:  # which does the talking
             warnings.simplefilter("ignore", PvaeWarning)
         resume, overwrite = world.from_first(
@@ -122,15 +114,14 @@ def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, boo
     A run that the same job began is then gone on with, whatever was asked for at first; another
     job's is no more touched than at the first start.
     """
-    from pvae import checkpoint, distributed
     from pvae.fitting.settings import CHECKPOINT
     from pvae.runs import job_of
 
-    mine = distributed.job()
-    if not distributed.restarts() or mine is None or job_of(folder) != mine:
+    mine = pvae.distributed.job()
+    if not pvae.distributed.restarts() or mine is None or job_of(folder) != mine:
         return resume, overwrite
     saved = folder / CHECKPOINT
-    is_ours = saved.exists() and checkpoint.load(saved).meta.get("job") == mine
+    is_ours = saved.exists() and pvae.checkpoint.load(saved).meta.get("job") == mine
     return (True, False) if is_ours or resume else (False, True)
 
 
@@ -181,19 +172,17 @@ def _train(
     overwrite: bool,
     fetch: bool,
 ) -> None:
-    import pvae
-    from pvae import randomness, terms
     from pvae.data import as_source
     from pvae.runs import written
 
     if fetch:
         world.from_first(lambda: config.load_data(fetch=True) and None)
     splits = config.load_data(fetch=fetch)
-    with randomness.forked(config.seed):
+    with pvae.randomness.forked(config.seed):
         vae = config.build(splits)
     where, dtype = vae.place(device)
     test = as_source(splits.test.unlabelled(), where, dtype)
-    terms.check_data(vae.inspect_source(test), test, "test data")
+    pvae.terms.check_data(vae.inspect_source(test), test, "test data")
     with written(config, folder, splits, vae) if world.is_first else contextlib.nullcontext():
         run = pvae.fit(
             vae,
@@ -220,10 +209,9 @@ def _train(
 
 def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
     """The pictures of a run; data that are no images get the curve and the latent map."""
-    from pvae import plots
     from pvae.data import as_source
-    from pvae.errors import UndefinedError
 
+    plots = pvae.plots
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     plots.training_curve(run).savefig(figures / "training.png")

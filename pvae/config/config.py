@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
@@ -192,8 +192,6 @@ class Config(BaseModel):
         """Numbers of recipes, corruptions and penalties that were given."""
         return self.model_extra or {}
 
-    # Data
-
     def load_data(self, *, fetch: bool = False) -> Splits:
         """The data, scaled as the likelihood wants them."""
         how: Binarize = self.binarize  # type: ignore[assignment]
@@ -221,8 +219,6 @@ class Config(BaseModel):
     def widths(self) -> tuple[int, ...]:
         """Widths (or channels) of hidden layers."""
         return self.hidden or ((256, 256) if self.network == "mlp" else (32, 64))
-
-    # The pair
 
     def build(self, splits: Splits) -> VAE:
         """The pair, untrained."""
@@ -299,8 +295,6 @@ class Config(BaseModel):
         known = inspect.signature(fit).parameters.keys() - {"data", "objective"}
         return {name: getattr(self, name) for name in type(self).model_fields if name in known}
 
-    # Files
-
     @classmethod
     def values_in(cls, path: Path) -> dict[str, object]:
         """What a file gives: ``config.json`` of a run (or the run's folder), JSON or TOML.
@@ -349,12 +343,9 @@ def options() -> dict[str, Option]:
         >>> print(options()["num_codes"].text("num_codes"))
         Number K of code vectors in the codebook (vq_vae only). Default: 64. Example: --num-codes 64
     """
-    found: dict[str, Option] = {}
-    for name, info in Config.model_fields.items():
-        extra = info.json_schema_extra
-        assert isinstance(extra, dict)  # noqa: S101
-        found[name] = extra["option"]  # type: ignore[assignment]
-    return found | recipe_options() | part_options()
+    fields = {name: info.json_schema_extra for name, info in Config.model_fields.items()}
+    own = {name: cast("dict[str, Option]", extra)["option"] for name, extra in fields.items()}
+    return own | recipe_options() | part_options()
 
 
 def _in_our_words(error: ValidationError) -> ArgumentError:
