@@ -131,16 +131,15 @@ def _prepare_folder(
     """The configuration to run: when resuming the folder's own, with more epochs if asked."""
     if resume and overwrite:
         raise ArgumentError("--overwrite", "either --resume or --overwrite", "both")
-    exists = (folder / "config.json").exists()
-    if resume and not exists:
-        raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
     if resume:
         return _resumed(folder, asked, given)
-    if not (exists and overwrite) and folder.exists() and any(folder.iterdir()):
+    exists = (folder / "config.json").exists()
+    expected, fixes = "a new or empty folder", ["--out with another name"]
+    if exists and not overwrite:
         fixes = ["--resume, to go on with it", "--overwrite, to replace it"]
-        actual = "a run" if exists else "a folder with other files"
-        fixes = fixes if exists else ["--out with another name"]
-        raise ArgumentError(f"--out {folder}", "a new or empty folder", actual, fixes)
+        raise ArgumentError(f"--out {folder}", expected, "a run", fixes)
+    if not exists and folder.exists() and any(folder.iterdir()):
+        raise ArgumentError(f"--out {folder}", expected, "a folder with other files", fixes)
     return asked
 
 
@@ -151,6 +150,8 @@ def _resumed(folder: Path, asked: Config, given: set[str]) -> Config:
     def typed(value: object) -> str:
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
+    if not (folder / "config.json").exists():
+        raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
     there = Config.read(folder)
     new = {n: getattr(asked, n) for n in given & {"epochs", "data_dir"}}
     ran, wanted = there.model_dump(), asked.model_dump()

@@ -25,6 +25,7 @@ from pvae.errors import ArgumentError, CheckpointError
 from pvae.fitting import fit
 from pvae.networks import activation_named
 from pvae.objectives import Objective
+from pvae.penalties import Penalty
 from pvae.schedules import Warmup
 from pvae.vae import VAE
 
@@ -252,12 +253,9 @@ class Config(BaseModel):
         others = {n: v for n, v in self.numbers.items() if n not in {*own, *corruptions.named}}
         if self.prior is None and "l1" in others:
             parts["prior"] = partial(priors.Laplace, rate=others.pop("l1"))
-        for name in others.keys() - penalties.named.keys():
-            actual = f"--recipe {self.recipe}" + (" with --prior" if name == "l1" else "")
-            fixes = [f"--recipe {r}" for r, f in recipes.named.items() if name in numbers_of(f)]
-            raise ArgumentError(flag(name), "an option of the recipe", actual, fixes)
-        extra = [penalties.named[n](v) for n, v in others.items()]
-        return parts | ({"penalties": extra} if extra else {})
+        if others:
+            parts["penalties"] = [_penalty(n, v, self.recipe) for n, v in others.items()]
+        return parts
 
     def _corruption(self, splits: Splits) -> nn.Module | None:
         """The corruptions in a row, in units of the data as they are scaled."""
@@ -275,19 +273,18 @@ class Config(BaseModel):
 
     def make_objective(self) -> Objective:
         """What is maximised."""
+        beta: float | Warmup | None = self.beta
+        if self.warmup:
+            beta = Warmup(self.warmup, "epochs", end=1.0 if self.beta is None else self.beta)
+        asked = {"num_particles": self.num_particles, "beta": beta}
+        given = {name: value for name, value in asked.items() if value is not None}
         takes = {n: inspect.signature(kind).parameters for n, kind in objectives.named.items()}
-        asked: dict[str, object] = {}
-        if self.num_particles is not None:
-            asked["num_particles"] = self.num_particles
-        if self.beta is not None or self.warmup:
-            end = 1.0 if self.beta is None else self.beta
-            asked["beta"] = Warmup(self.warmup, "epochs", end=end) if self.warmup else end
-        for name in [n for n in asked if n not in takes[self.objective]]:
-            where = flag("warmup" if name == "beta" and self.warmup else name)
+        for name in given.keys() - takes[self.objective].keys():
+            where = flag("warmup" if isinstance(given[name], Warmup) else name)
             expected = f"an option of the objective {self.objective}"
             fixes = [f"--objective {n}" for n, parameters in takes.items() if name in parameters]
-            raise ArgumentError(where, expected, f"{name}={asked[name]!r}", fixes[:2])
-        return objectives.named[self.objective](**asked)
+            raise ArgumentError(where, expected, f"{name}={given[name]!r}", fixes[:2])
+        return objectives.named[self.objective](**given)
 
     @property
     def fit_options(self) -> dict[str, Any]:
@@ -334,6 +331,15 @@ class Config(BaseModel):
             where = f"{path}, {error.where.removeprefix('--').replace('-', '_')}"
             fixes = [fix.removeprefix("--").replace("-", "_") for fix in error.fixes]
             raise CheckpointError(where, error.expected, error.actual, fixes) from error
+
+
+def _penalty(name: str, weight: float, recipe: str) -> Penalty:
+    """The penalty of that name; another number is refused, as the recipe has none of that name."""
+    if name in penalties.named:
+        return penalties.named[name](weight)
+    actual = f"--recipe {recipe}" + (" with --prior" if name == "l1" else "")
+    fixes = [f"--recipe {r}" for r, build in recipes.named.items() if name in numbers_of(build)]
+    raise ArgumentError(flag(name), "an option of the recipe", actual, fixes)
 
 
 def options() -> dict[str, Option]:
