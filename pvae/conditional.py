@@ -72,23 +72,24 @@ class Conditional(Described, ABC):
 
     def __call__(self, *context: Tensor) -> Dist:
         """The distribution given the context, its kind and event shape checked."""
-        fn = super().__call__(*context)
+        fn, name = super().__call__(*context), type(self).__name__
         if not isinstance(fn, dist.Distribution):
-            raise PairError(
-                type(self).__name__,
-                "forward to return a Pyro distribution",
-                f"{type(fn).__module__}.{type(fn).__name__}",
-                ["build it from pyro.distributions, not torch.distributions"],
-            )
+            fixes = ["build it from pyro.distributions, not torch.distributions"]
+            raise PairError(name, "forward to return a Pyro distribution", _class_of(fn), fixes)
         if self.event_shape is not None and tuple(fn.event_shape) != self.event_shape:
             missing = len(self.event_shape) - len(fn.event_shape)
-            raise PairError(
-                type(self).__name__,
-                f"a distribution with event_shape {self.event_shape}",
-                f"event_shape {tuple(fn.event_shape)}, batch_shape {tuple(fn.batch_shape)}",
-                [f".to_event({missing})"] if missing > 0 else [],
-            )
+            fixes = [f".to_event({missing})"] if missing > 0 else []
+            expected = f"a distribution with event_shape {self.event_shape}"
+            raise PairError(name, expected, _shapes_of(fn), fixes)
         return fn
+
+
+def _class_of(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__name__}"
+
+
+def _shapes_of(fn: Dist) -> str:
+    return f"event_shape {tuple(fn.event_shape)}, batch_shape {tuple(fn.batch_shape)}"
 
 
 def _with_event(fn: Dist, event_shape: tuple[int, ...]) -> Dist:
@@ -159,11 +160,9 @@ class FromNetwork(Conditional):
         super().__init__(event_shape)
         self.network = network if isinstance(network, nn.Module) else network(self.num_params)
         if not isinstance(self.network, nn.Module):
-            raise ArgumentError(
-                f"{type(self).__name__}.network",
-                "a torch module, or a function from the number of parameters to one",
-                type(self.network).__name__,
-            )
+            expected = "a torch module, or a function from the number of parameters to one"
+            where = f"{type(self).__name__}.network"
+            raise ArgumentError(where, expected, type(self.network).__name__)
 
     @abstractmethod
     def distribution(self, *params: Tensor) -> Dist:
@@ -193,43 +192,40 @@ def split_parameters(
         output: What the network returned.
         num_params: P, the number of parameters per value.
         event_shape: Shape of one value.
-        where: Name for error messages.
-
-    Raises:
-        PairError: If the output doesn't fit.
+        where: Name for the `PairError` about an output that doesn't fit.
 
     Example:
         >>> loc, scale = split_parameters(torch.zeros(5, 2 * 3), 2, (3,))
         >>> loc.shape
         torch.Size([5, 3])
     """
-    rank, size = len(event_shape), math.prod(event_shape)
-    if isinstance(output, Tensor):
-        is_flat = output.shape[-1:] == (num_params * size,)
-        shape = (num_params * event_shape[0], *event_shape[1:]) if rank else ()
-        if rank > 1 and output.dim() == rank and is_flat:  # one row, not one value without a row
-            shape = ()
-        if rank and tuple(output.shape[-rank:]) == shape:
-            parts = output.chunk(num_params, dim=-rank)
-        elif is_flat:
-            flat = output.reshape(*output.shape[:-1], num_params, *event_shape)
-            parts = flat.unbind(dim=-rank - 1)
-        else:
-            parts = (output,)
-    else:
-        parts = tuple(output)
-    if len(parts) != num_params or any(
-        tuple(p.shape[p.dim() - rank :]) != event_shape for p in parts
-    ):
-        shapes = [tuple(o.shape) for o in ([output] if isinstance(output, Tensor) else output)]
-        raise PairError(
-            f"{where}.network",
-            f"{num_params} parameter(s) for each value of event_shape {event_shape}, that is "
-            f"(..., {num_params * size}) or {num_params} tensor(s) (..., {str(event_shape)[1:-1]})",
-            f"output of shape {', '.join(map(str, shapes))}",
-            [f"give the network {num_params * size} outputs", "change event_shape"],
-        )
-    return parts
+    given = (output,) if isinstance(output, Tensor) else tuple(output)
+    parts = _split(output, num_params, event_shape) if isinstance(output, Tensor) else given
+    ends = {tuple(p.shape[p.dim() - len(event_shape) :]) for p in parts}
+    if len(parts) == num_params and ends <= {event_shape}:
+        return parts
+    size = num_params * math.prod(event_shape)
+    raise PairError(
+        f"{where}.network",
+        f"{num_params} parameter(s) for each value of event_shape {event_shape}, that is "
+        f"(..., {size}) or {num_params} tensor(s) (..., {str(event_shape)[1:-1]})",
+        f"output of shape {', '.join(str(tuple(o.shape)) for o in given)}",
+        [f"give the network {size} outputs", "change event_shape"],
+    )
+
+
+def _split(output: Tensor, num_params: int, event_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """One tensor split along the first axis of the event, or the last axis where all is flat."""
+    rank = len(event_shape)
+    is_flat = output.shape[-1:] == (num_params * math.prod(event_shape),)
+    is_one_row = rank > 1 and output.dim() == rank and is_flat  # not one value without a row
+    shape = (num_params * event_shape[0], *event_shape[1:]) if rank else ()
+    if rank and tuple(output.shape[-rank:]) == shape and not is_one_row:
+        return output.chunk(num_params, dim=-rank)
+    if is_flat:
+        flat = output.reshape(*output.shape[:-1], num_params, *event_shape)
+        return flat.unbind(dim=-rank - 1)
+    return (output,)
 
 
 _AT_ONE = math.log(math.expm1(1.0))
@@ -259,12 +255,9 @@ class Fixed(Conditional):
         super().__init__(tuple(fn.event_shape) or None)
         where = f"{type(fn).__name__} instance"
         if fn.batch_shape:
-            raise ArgumentError(
-                where,
-                "batch_shape (), so that one draw is one whole value",
-                f"batch_shape {tuple(fn.batch_shape)}, event_shape {tuple(fn.event_shape)}",
-                [f".to_event({len(fn.batch_shape)})"],
-            )
+            expected = "batch_shape (), so that one draw is one whole value"
+            fixes = [f".to_event({len(fn.batch_shape)})"]
+            raise ArgumentError(where, expected, _shapes_of(fn), fixes)
         self._template, tensors = take_apart(fn, where)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.clone())
@@ -284,22 +277,18 @@ class Called(Conditional):
     def __init__(self, function: Callable[..., Dist]) -> None:
         super().__init__()
         self.function = function  # a module is registered by this line
-        self._takes = _num_positional(
-            function.forward if isinstance(function, nn.Module) else function
-        )
+        called = function.forward if isinstance(function, nn.Module) else function
+        kinds = [p.kind for p in inspect.signature(called).parameters.values()]
+        takes_all = inspect.Parameter.VAR_POSITIONAL in kinds
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._takes = None if takes_all else sum(kind in positional for kind in kinds)
 
     def forward(self, *context: Tensor) -> Dist:
         fn = self.function(*context[: self._takes])
         if isinstance(fn, (Tensor, tuple, list)):
-            raise ArgumentError(
-                type(self.function).__name__,
-                "a Pyro distribution from what stands for one",
-                "tensors: it is a network",
-                [
-                    "guides.MeanField(network, latent_dim)",
-                    "likelihoods.Gaussian(network, event_shape)",
-                ],
-            )
+            where, expected = type(self.function).__name__, "a Pyro distribution"
+            fixes = ["guides.MeanField(network, 2)", "likelihoods.Gaussian(network, event_shape)"]
+            raise ArgumentError(where, expected, "tensors: it is a network", fixes)
         return fn
 
 
@@ -311,24 +300,9 @@ class Flow(Conditional):
         self.flow = flow
 
     def forward(self, *context: Tensor) -> Dist:
-        joined = torch.cat([c.to(self._dtype()) for c in context], -1) if context else None
+        dtype = next(self.flow.parameters()).dtype
+        joined = torch.cat([c.to(dtype) for c in context], -1) if context else None
         return ZukoToPyro(self.flow(joined))
-
-    def _dtype(self) -> torch.dtype:
-        return next(self.flow.parameters()).dtype
-
-
-def _num_positional(function: Callable[..., object]) -> int | None:
-    """How many positional arguments a function takes; ``None`` for any number."""
-    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(kind in positional for kind in kinds)
-
-
-def _is_zuko(thing: object) -> bool:
-    return any(t.__module__.split(".")[0] == "zuko" for t in type(thing).__mro__)
 
 
 def as_conditional(thing: object, where: str = "distribution") -> Conditional:
@@ -357,21 +331,19 @@ def as_conditional(thing: object, where: str = "distribution") -> Conditional:
         return thing
     if isinstance(thing, dist.Distribution):
         return Fixed(thing)
-    if isinstance(thing, nn.Module) and _is_zuko(thing):
-        pyro.settings.set(
-            validate_distributions_torch=pyro.settings.get("validate_distributions_pyro")
-        )
+    if isinstance(thing, nn.Module) and any(
+        kind.__module__.split(".")[0] == "zuko" for kind in type(thing).__mro__
+    ):
+        validates = pyro.settings.get("validate_distributions_pyro")
+        pyro.settings.set(validate_distributions_torch=validates)
         return Flow(thing)
     if callable(thing) and not inspect.isclass(thing):
         return Called(thing)
-    fixes = ["an instance, such as priors.StandardNormal(20)"] if inspect.isclass(thing) else []
-    if isinstance(thing, torch.distributions.Distribution):
+    actual, fixes = _class_of(thing), list[str]()
+    if inspect.isclass(thing):
+        actual = f"the class {thing.__name__}"
+        fixes = ["an instance, such as priors.StandardNormal(20)"]
+    elif isinstance(thing, torch.distributions.Distribution):
         fixes = [f"pyro.distributions.{type(thing).__name__}"]
-    raise ArgumentError(
-        where,
-        "a Conditional, a Pyro distribution, a function or module returning one, or a zuko flow",
-        f"{type(thing).__module__}.{type(thing).__name__}"
-        if not inspect.isclass(thing)
-        else f"the class {thing.__name__}",
-        fixes,
-    )
+    expected = "a Conditional, a Pyro distribution, what returns one when called, or a zuko flow"
+    raise ArgumentError(where, expected, actual, fixes)

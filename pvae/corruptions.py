@@ -147,12 +147,8 @@ class SaltAndPepper(Corruption):
 
 def _image(where: str, x: Tensor) -> tuple[int, int]:
     if x.dim() < 3:
-        raise PairError(
-            where,
-            "images, shape (N, ..., H, W)",
-            f"{tuple(x.shape)}",
-            ["Masking, for data without rows and columns"],
-        )
+        fixes = ["Masking, for data without rows and columns"]
+        raise PairError(where, "images, shape (N, ..., H, W)", f"{tuple(x.shape)}", fixes)
     return x.shape[-2], x.shape[-1]
 
 
@@ -180,9 +176,8 @@ class BlockMasking(Corruption):
         """The corrupted batch."""
         height, width = _image("BlockMasking", x)
         if self.size > min(height, width):
-            raise PairError(
-                "BlockMasking", f"images of at least {self.size} pixels a side", f"{height}x{width}"
-            )
+            expected = f"images of at least {self.size} pixels a side"
+            raise PairError("BlockMasking", expected, f"{height}x{width}")
         lost = _within(x, height, self.size)[:, :, None] & _within(x, width, self.size)[:, None, :]
         lost = lost.reshape(len(x), *[1] * (x.dim() - 3), height, width)
         return torch.where(lost, torch.full_like(x, self.fill), x)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import re
-from typing import Self, TypeGuard
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ __all__ = ["Described", "description"]
 _LONGEST = 200  # characters of one value
 _MOST = 10  # numbers of one tensor
 _MADE = (Distribution, Transform, Constraint)
+_PLAIN = (bool, int, float, str, Tensor, np.ndarray, type(None))
 
 
 class Described(nn.Module):
@@ -108,42 +110,31 @@ def _text(value: object) -> str:
     if isinstance(value, np.generic):
         return repr(value.item())
     if isinstance(value, functools.partial):
-        given = [_text(value.func), *map(description, value.args), *_pairs(value.keywords)]
-        return f"partial({', '.join(given)})"
+        return _call("partial", value.keywords, _text(value.func), *map(description, value.args))
     if inspect.isclass(value) or inspect.isroutine(value):
         module = getattr(value, "__module__", None)
         return f"{module}.{value.__qualname__}" if module else value.__qualname__
     if isinstance(value, _MADE):
-        try:
-            return f"{type(value).__name__}({', '.join(_pairs(arguments_of(value)))})"
-        except AttributeError:
-            pass
+        with contextlib.suppress(AttributeError):
+            return _call(type(value).__name__, arguments_of(value))
+    return _of_others(value)
+
+
+def _of_others(value: object) -> str:
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{description(k)}: {description(v)}" for k, v in value.items()) + "}"
-        )
-    if type(value) in (list, tuple, torch.Size):
-        return _of_several(tuple(value))  # type: ignore[arg-type]
-    if type(value).__repr__ is object.__repr__:
-        return f"{_text(type(value))}({', '.join(_pairs(_attributes(value)))})"
+        return f"{{{', '.join(f'{description(k)}: {description(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple, torch.Size):
+        return f"({', '.join(map(description, value))}{',' if len(value) == 1 else ''})"
+    if type(value).__repr__ is object.__repr__:  # others of its attributes may lead back to it
+        kept = getattr(value, "__dict__", {})
+        plain: dict[str, object] = {k: v for k, v in kept.items() if isinstance(v, _PLAIN)}
+        return _call(_text(type(value)), plain)
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _of_several(values: tuple[object, ...]) -> str:
-    return f"({', '.join(map(description, values))}{',' if len(values) == 1 else ''})"
-
-
-def _pairs(values: dict[str, object]) -> list[str]:
-    return [f"{name}={description(value)}" for name, value in values.items()]
-
-
-def _attributes(value: object) -> dict[str, object]:
-    """Attributes of an object that are plain values; others may lead back to the object."""
-    return {k: v for k, v in getattr(value, "__dict__", {}).items() if _is_plain(v)}
-
-
-def _is_plain(value: object) -> TypeGuard[object]:
-    return isinstance(value, (bool, int, float, str, Tensor, np.ndarray, type(None)))
+def _call(name: str, keywords: dict[str, object], *positional: str) -> str:
+    given = [*positional, *(f"{key}={description(value)}" for key, value in keywords.items())]
+    return f"{name}({', '.join(given)})"
 
 
 def _of_numbers(tensor: Tensor) -> str:

@@ -51,12 +51,12 @@ def base_of(fn: Dist) -> Dist:
 
 def masks_of(fn: Dist) -> list[tuple[Tensor | bool, int]]:
     """The masks inside a distribution, each with the number of event dimensions that it covers."""
-    found = []
+    masks = []
     while isinstance(fn, (Independent, MaskedDistribution)):
         if isinstance(fn, MaskedDistribution):
-            found.append((mask_of(fn), len(fn.event_shape)))
+            masks.append((mask_of(fn), len(fn.event_shape)))
         fn = fn.base_dist
-    return found
+    return masks
 
 
 def is_improper(fn: Dist) -> bool:
@@ -79,13 +79,12 @@ def log_density_of_delta(fn: Dist) -> Tensor | None:
     """
     if isinstance(fn, dist.Delta):
         return fn.log_density
-    if isinstance(fn, Independent):
-        inner = log_density_of_delta(fn.base_dist)
+    if not isinstance(fn, (Independent, MaskedDistribution)):
+        return None
+    inner = log_density_of_delta(fn.base_dist)
+    if inner is None or isinstance(fn, Independent):
         return None if inner is None else sum_rightmost(inner, fn.reinterpreted_batch_ndims)
-    if isinstance(fn, MaskedDistribution):
-        inner = log_density_of_delta(fn.base_dist)
-        return None if inner is None else scale_and_mask(inner, mask=mask_of(fn))
-    return None
+    return scale_and_mask(inner, mask=mask_of(fn))
 
 
 def mean_of(fn: Dist) -> Tensor | None:
@@ -122,13 +121,11 @@ def arguments_of(thing: object) -> dict[str, object]:
         {'loc': tensor(0.), 'scale': tensor(2.)}
     """
     names = list(_argument_names(type(thing)))
-    if _FACTOR in names:
-        names = [name for name in names if name not in _OTHER_FORMS]
+    left_out = set(_OTHER_FORMS if _FACTOR in names else ())
     for same in _SAME:
         if set(same) <= set(names):
-            given = _first_held(thing, same) or same[-1]
-            names = [name for name in names if name not in same or name == given]
-    values = {name: _attribute(thing, name) for name in names}
+            left_out |= set(same) - {_first_kept(thing, same) or same[-1]}
+    values = {name: _attribute(thing, name) for name in names if name not in left_out}
     if values.get("validate_args", True) is None:
         del values["validate_args"]
     return values
@@ -144,11 +141,11 @@ def _argument_names(kind: type) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters)
 
 
-def _first_held(thing: object, names: tuple[str, ...]) -> str | None:
+def _first_kept(thing: object, names: tuple[str, ...]) -> str | None:
     """The first of the names that a distribution, or one inside it, has a value for."""
-    held = next((key for key in vars(thing) if key in names), None)
+    own = next((key for key in vars(thing) if key in names), None)
     inner = (value for value in vars(thing).values() if isinstance(value, Distribution))
-    return held or next(filter(None, (_first_held(each, names) for each in inner)), None)
+    return own or next(filter(None, (_first_kept(each, names) for each in inner)), None)
 
 
 def _attribute(thing: object, name: str) -> object:
@@ -164,46 +161,33 @@ def _attribute(thing: object, name: str) -> object:
 # The same made again
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """The place of a tensor in a template."""
-
-    name: str
+class _Slot(str):
+    """The place of a tensor in a template: its name."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A distribution without its tensors, which `build` puts back.
-
-    Attributes:
-        kind: The class.
-        arguments: Its constructor's arguments, with marked places for tensors.
-    """
+    """The class of a distribution, and its arguments with marked places for tensors."""
 
     kind: Callable[..., object]
     arguments: Mapping[str, object]
 
     def build(self, tensors: Mapping[str, Tensor | None]) -> Dist:
-        """The distribution, made anew of these tensors.
+        """The distribution, made anew of tensors by the names that `take_apart` gave.
 
         Nothing that another one has computed and kept (probabilities from logits, a transform's
         last value) is in it.
-
-        Arguments:
-            tensors: By the names that `take_apart` gave.
         """
         return self.kind(**{k: _filled(v, tensors) for k, v in self.arguments.items()})
 
 
 def _filled(value: object, tensors: Mapping[str, Tensor | None]) -> object:
     if isinstance(value, _Slot):
-        return tensors[value.name]
+        return tensors[value]
     if isinstance(value, Template):
         return value.build(tensors)
-    if isinstance(value, list):
-        return [_filled(v, tensors) for v in value]
-    if type(value) is tuple:
-        return tuple(_filled(v, tensors) for v in value)
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(_filled(v, tensors) for v in value)
     return value
 
 
@@ -215,10 +199,8 @@ def take_apart(fn: Dist, where: str) -> tuple[Template, dict[str, Tensor]]:
 
     Arguments:
         fn: The distribution.
-        where: Name for error messages.
-
-    Raises:
-        ArgumentError: If it can't be made again of its arguments, or has trainable tensors.
+        where: Name for the `ArgumentError` about one that can't be made again of its arguments, or
+            has trainable tensors.
 
     Example:
         >>> template, tensors = take_apart(dist.Normal(0.0, 1.0), "prior")
@@ -239,20 +221,23 @@ def take_apart(fn: Dist, where: str) -> tuple[Template, dict[str, Tensor]]:
 def _emptied(value: object, where: str, path: str, tensors: dict[str, Tensor]) -> object:
     """The value with slots in place of tensors, which go into ``tensors`` by path."""
     if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.requires_grad):
-        raise ArgumentError(
-            where,
-            "a distribution without trainable tensors, which it would hide from the optimiser",
-            f"{type(value).__name__}" + (f" at {path}" if path else ""),
-            ["pass a Conditional, or a module that builds the distribution in forward"],
-        )
+        expected = "a distribution without trainable tensors, which it hides from the optimiser"
+        actual = type(value).__name__ + (f" at {path}" if path else "")
+        fixes = ["pass a Conditional, or a module that builds the distribution in forward"]
+        raise ArgumentError(where, expected, actual, fixes)
     if isinstance(value, Tensor):
         tensors[path] = value
         return _Slot(path)
-    if isinstance(value, list) or type(value) is tuple:
-        parts = [_emptied(v, where, f"{path}_{i}", tensors) for i, v in enumerate(value)]
-        return parts if isinstance(value, list) else tuple(parts)
-    if not isinstance(value, (Distribution, Transform, Constraint)):
-        return value
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(_emptied(v, where, f"{path}_{i}", tensors) for i, v in enumerate(value))
+    if isinstance(value, (Distribution, Transform, Constraint)):
+        return _without_tensors(value, where, path, tensors)
+    return value
+
+
+def _without_tensors(
+    value: Distribution | Transform | Constraint, where: str, path: str, tensors: dict[str, Tensor]
+) -> object:
     try:
         arguments = arguments_of(value)
     except AttributeError as error:
@@ -260,9 +245,8 @@ def _emptied(value: object, where: str, path: str, tensors: dict[str, Tensor]) -
             return value
         what = f"{type(value).__name__}, which doesn't keep its argument {error}"
         raise _unknown(where, what) from error
-    inner = {
-        k: _emptied(v, where, f"{path}_{k}".lstrip("_"), tensors) for k, v in arguments.items()
-    }
+    paths = {k: f"{path}_{k}".lstrip("_") for k in arguments}
+    inner = {k: _emptied(v, where, paths[k], tensors) for k, v in arguments.items()}
     return Template(type(value), inner)
 
 
@@ -284,9 +268,6 @@ def _is_same(fn: Dist, other: Dist) -> bool:
 
 
 def _unknown(where: str, what: str) -> ArgumentError:
-    return ArgumentError(
-        where,
-        "a distribution that can be made again of its constructor's arguments",
-        what,
-        ["pass a function that builds it: lambda: dist.Normal(loc, scale).to_event(1)"],
-    )
+    expected = "a distribution that can be made again of its constructor's arguments"
+    fixes = ["pass a function that builds it: lambda: dist.Normal(loc, scale).to_event(1)"]
+    return ArgumentError(where, expected, what, fixes)

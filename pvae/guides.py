@@ -1,4 +1,4 @@
-"""Guide families q(z | x)."""
+"""Guide families q(z | x): an encoder and the distribution of a latent of shape ``event_shape``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.conditional import FromNetwork, NetworkLike, positive_scale
-from pvae.errors import ArgumentError, check_int, check_number
+from pvae.errors import check_int, check_number
 from pvae.shelf import Shelf
 from pvae.types import Dist, Shape
 
@@ -32,7 +32,6 @@ class MeanField(FromNetwork):
     Arguments:
         network: The encoder; its output, of size ``2 * latent_dim``, is split into location and
             raw scale.
-        event_shape: Shape of the latent, an integer for a vector.
         to_scale: Map from the raw output to a positive scale; for an encoder that gives the
             logarithm of the variance, ``lambda raw: (0.5 * raw).exp()``.
 
@@ -68,7 +67,6 @@ class Point(FromNetwork):
 
     Arguments:
         network: The encoder e, with one output for each entry of the latent.
-        event_shape: Shape of the latent, an integer for a vector.
 
     Example:
         >>> Point(torch.nn.Linear(64, 8), 8)(torch.zeros(5, 64)).log_density
@@ -102,9 +100,8 @@ class CodeDelta(dist.Delta):
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CodeDelta:
         """The same point for more data."""
         shape = (*batch_shape, *self.event_shape)
-        return CodeDelta(
-            self.encoded.expand(shape), self.quantised.expand(shape), len(self.event_shape)
-        )
+        encoded, quantised = self.encoded.expand(shape), self.quantised.expand(shape)
+        return CodeDelta(encoded, quantised, len(self.event_shape))
 
 
 class NearestCode(FromNetwork):
@@ -149,10 +146,8 @@ class NearestCode(FromNetwork):
     ) -> None:
         super().__init__(network, event_shape)
         size = (check_int("NearestCode.num_codes", num_codes), self.event_shape[-1])
-        self.decay = check_number("NearestCode.decay", decay, minimum=0)
+        self.decay = check_number("NearestCode.decay", decay, minimum=0, below=1)
         self.dead = check_number("NearestCode.dead", dead, minimum=0)
-        if self.decay >= 1:
-            raise ArgumentError("NearestCode.decay", "a number below 1", f"{decay}")
         self.register_buffer("codes", torch.randn(size))
         self.register_buffer("counts", torch.zeros(size[0]))
         self.register_buffer("sums", torch.zeros(size))

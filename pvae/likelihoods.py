@@ -1,7 +1,8 @@
 """Likelihoods p(x | z): normalised densities, log probabilities in nats.
 
-A likelihood is a decoder network and the distribution whose parameters it computes. The one
-exception to 'normalised' is `Bernoulli` with ``grey_values=True``, which has to be asked for.
+A likelihood is a decoder network and the distribution whose parameters it computes, for data of
+shape ``event_shape``. The one exception to 'normalised' is `Bernoulli` with ``grey_values=True``,
+which has to be asked for.
 """
 
 from __future__ import annotations
@@ -50,12 +51,9 @@ named: Shelf[type[Likelihood]] = Shelf("likelihood")
 def _known(name: str, levels: int | None) -> int:
     """The number of levels, for likelihoods that need to know it."""
     if levels is None:
-        raise ArgumentError(
-            f"likelihood {name}",
-            "data with known levels (bytes, digits, binarised data)",
-            "real numbers",
-            ['"gaussian"', "levels=256, in Python, for data that are bytes"],
-        )
+        expected = "data with known levels (bytes, digits, binarised data)"
+        fixes = ['"gaussian"', "levels=256, in Python, for data that are bytes"]
+        raise ArgumentError(f"likelihood {name}", expected, "real numbers", fixes)
     return levels
 
 
@@ -73,7 +71,6 @@ class Bernoulli(Likelihood):
 
     Arguments:
         network: The decoder; one logit for each value.
-        event_shape: Shape of one datum.
         grey_values: Accept values between 0 and 1, too. The formula above is then the negative
             binary cross-entropy and *no normalised density*: summed over what x can be it isn't 1
             (it would have to be divided by the continuous Bernoulli's constant), so ELBOs from it
@@ -90,11 +87,7 @@ class Bernoulli(Likelihood):
     """
 
     def __init__(
-        self,
-        network: NetworkLike,
-        event_shape: Shape,
-        *,
-        grey_values: bool = False,
+        self, network: NetworkLike, event_shape: Shape, *, grey_values: bool = False
     ) -> None:
         super().__init__(network, event_shape)
         self.grey_values = grey_values
@@ -103,12 +96,9 @@ class Bernoulli(Likelihood):
     def for_levels(cls, levels: int | None) -> Callable[..., Bernoulli]:
         """Refuses data that aren't binary."""
         if levels not in (None, 2):
-            raise ArgumentError(
-                "likelihood bernoulli",
-                "binary data",
-                f"data with {levels} levels",
-                ['--binarize dynamic, or load(..., binarize="dynamic")', '"binomial"'],
-            )
+            fixes = ['--binarize dynamic, or load(..., binarize="dynamic")', '"binomial"']
+            actual = f"data with {levels} levels"
+            raise ArgumentError("likelihood bernoulli", "binary data", actual, fixes)
         return cls
 
     def distribution(self, *params: Tensor) -> Dist:
@@ -126,7 +116,6 @@ class Binomial(Likelihood):
 
     Arguments:
         network: The decoder; one logit for each value.
-        event_shape: Shape of one datum.
         total_count: n.
 
     Example:
@@ -157,10 +146,8 @@ class _Levels(dist.Categorical):
 
     @property
     def mean(self) -> Tensor:
-        levels = torch.arange(
-            self.logits.shape[-1], dtype=self.logits.dtype, device=self.logits.device
-        )
-        return self.probs @ levels
+        levels = torch.arange(self.probs.shape[-1], device=self.probs.device)
+        return self.probs @ levels.to(self.probs.dtype)
 
 
 @named.put("categorical")
@@ -169,7 +156,6 @@ class Categorical(Likelihood):
 
     Arguments:
         network: The decoder; L logits for each value.
-        event_shape: Shape of one datum.
         levels: L.
 
     Example:
@@ -192,6 +178,7 @@ class Categorical(Likelihood):
         return _Levels(logits=torch.stack(params, -1))
 
 
+Observe = Callable[[Tensor], None]
 SIGMAS = ("shared", "feature", "predicted", "optimal")
 
 
@@ -222,7 +209,6 @@ class Gaussian(Likelihood):
 
     Arguments:
         network: The decoder; the mean of each value, and the raw scale where it is predicted.
-        event_shape: Shape of one datum.
         sigma: See the table.
         min_sigma: Floor under every sigma that isn't a number; without it a decoder that gets
             one value right everywhere has no maximum of the likelihood.
@@ -249,10 +235,9 @@ class Gaussian(Likelihood):
         is_named = isinstance(sigma, str)
         self.sigma = sigma if is_named else check_number("Gaussian.sigma", sigma, above=0)
         self.min_sigma = check_number("Gaussian.min_sigma", min_sigma, above=0)
-        if isinstance(self.sigma, str) and self.sigma not in SIGMAS:
-            raise ArgumentError(
-                "Gaussian.sigma", f"a positive number or one of {', '.join(SIGMAS)}", repr(sigma)
-            )
+        if is_named and sigma not in SIGMAS:
+            expected = f"a positive number or one of {', '.join(SIGMAS)}"
+            raise ArgumentError("Gaussian.sigma", expected, repr(sigma))
         if isinstance(self.sigma, float):
             self.register_buffer("fixed_sigma", torch.tensor(self.sigma))
         if self.sigma in ("shared", "feature"):
@@ -294,21 +279,16 @@ class _OptimalNormal(dist.TorchDistribution):
     """Normal values, scored with the mean squared error of the very values scored as variance.
 
     The mean is over data and entries, apart for each particle. Draws have the scale ``sigma``,
-    since there is nothing to take an error from.
+    since there is nothing to take an error from. ``couples_data`` says that a datum's density
+    depends on the others: a mask can't leave any out.
     """
 
     arg_constraints: ClassVar[dict[str, Constraint]] = {}
     has_rsample = True
     couples_data = True
-    """Says that a datum's density depends on the others: a mask can't leave any out."""
 
     def __init__(
-        self,
-        loc: Tensor,
-        sigma: Tensor,
-        event_dim: int,
-        min_sigma: float,
-        observe: Callable[[Tensor], None] | None,
+        self, loc: Tensor, sigma: Tensor, event_dim: int, min_sigma: float, observe: Observe | None
     ) -> None:
         self.loc, self.sigma, self.min_sigma, self.observe = loc, sigma, min_sigma, observe
         rank = loc.dim() - event_dim

@@ -23,12 +23,16 @@ from pvae.types import Shape
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named", "unit_norm"]
 
 
-def activation_named(name: str, where: str = "activation") -> type[nn.Module]:
-    """The activation class of ``torch.nn`` with that name, as configurations spell it."""
-    found = getattr(nn, name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+def activation_named(
+    name: str | Callable[[], nn.Module], where: str = "activation"
+) -> Callable[[], nn.Module]:
+    """The activation class of ``torch.nn`` with that name; what is no string is one already."""
+    if not isinstance(name, str):
+        return name
+    kind = getattr(nn, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ArgumentError(where, "the name of a torch.nn activation", repr(name), ["ReLU"])
-    return found
+    return kind
 
 
 class _UnitColumns(Described):
@@ -75,12 +79,9 @@ def _join(x: Tensor, event_dim: int, context: Sequence[Tensor], context_dim: int
     if not context_dim:
         return x
     if not context:
-        raise PairError(
-            "network",
-            f"a context of {context_dim} feature(s) or classes, as context_dim={context_dim} says",
-            "no context",
-            ["pass the labels: model(x, y), guide(x, y)", "context_dim=0"],
-        )
+        expected = f"a context of {context_dim} feature(s) or classes (context_dim={context_dim})"
+        fixes = ["pass the labels: model(x, y), guide(x, y)", "context_dim=0"]
+        raise PairError("network", expected, "no context", fixes)
     parts = [_features(c, context_dim, x) for c in context]
     batch = torch.broadcast_shapes(x.shape[:-1], *(p.shape[:-1] for p in parts))
     return torch.cat([p.expand(*batch, p.shape[-1]) for p in (x, *parts)], dim=-1)
@@ -92,30 +93,26 @@ def _features(c: Tensor, context_dim: int, x: Tensor) -> Tensor:
         try:
             return F.one_hot(c.long(), context_dim).to(x.dtype)
         except RuntimeError as error:
-            raise PairError(
-                "context",
-                f"classes from 0 to {context_dim - 1}, as context_dim={context_dim} says",
-                f"classes from {int(c.min())} to {int(c.max())}",
-                ["context_dim=" + str(int(c.max()) + 1)],
-            ) from error
+            low, high = int(c.min()), int(c.max())
+            expected = f"classes from 0 to {context_dim - 1}, as context_dim={context_dim} says"
+            actual, fixes = f"classes from {low} to {high}", [f"context_dim={high + 1}"]
+            raise PairError("context", expected, actual, fixes) from error
     if c.shape[-1:] != (context_dim,) or (x.dim() > 1 and c.dim() < 2):
-        raise PairError(
-            "context",
-            f"floating features of shape (..., {context_dim}), one row a datum",
-            f"shape {tuple(c.shape)}",
-            ["y[:, None], for one number a datum", "integers, for classes"],
-        )
+        expected = f"floating features of shape (..., {context_dim}), one row a datum"
+        fixes = ["y[:, None], for one number a datum", "integers, for classes"]
+        raise PairError("context", expected, f"shape {tuple(c.shape)}", fixes)
     return c.to(x.dtype)
 
 
-def _check_input(name: str, x: Tensor, in_shape: tuple[int, ...]) -> None:
-    if tuple(x.shape[-len(in_shape) :]) != in_shape:
-        raise PairError(
-            name,
-            f"input of shape (..., {str(in_shape)[1:-1].rstrip(',')})",
-            f"{tuple(x.shape)}",
-            [f"x.reshape(-1, {', '.join(map(str, in_shape))})", "change in_shape"],
-        )
+def _as_input(network: nn.Module, x: Tensor, shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
+    """The input in the network's precision and scale, its shape checked."""
+    if tuple(x.shape[-len(shape) :]) != shape:
+        sizes = ", ".join(map(str, shape))
+        fixes = [f"x.reshape(-1, {sizes})", "change in_shape"]
+        expected = f"input of shape (..., {sizes})"
+        raise PairError(type(network).__name__, expected, f"{tuple(x.shape)}", fixes)
+    x = x.to(next(network.parameters()).dtype)
+    return x if scale == 1.0 else x * scale
 
 
 class MLP(Described):
@@ -152,7 +149,8 @@ class MLP(Described):
         self.out_shape = as_shape("MLP.out_shape", out_shape)
         self.context_dim = check_int("MLP.context_dim", context_dim, minimum=0)
         self.in_scale = in_scale
-        widths = [math.prod(self.in_shape) + context_dim, *as_hidden("MLP.hidden", hidden)]
+        widths = [check_int("MLP.hidden", width) for width in hidden]
+        widths.insert(0, math.prod(self.in_shape) + context_dim)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), activation()]
@@ -162,21 +160,9 @@ class MLP(Described):
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """The output, ``(..., *out_shape)``."""
-        _check_input("MLP", x, self.in_shape)
-        x = x.to(_dtype(self))
-        if self.in_scale != 1.0:
-            x = x * self.in_scale
+        x = _as_input(self, x, self.in_shape, self.in_scale)
         y = self.layers(_join(x, len(self.in_shape), context, self.context_dim))
         return y.unflatten(-1, self.out_shape) if len(self.out_shape) > 1 else y
-
-
-def _dtype(network: nn.Module) -> torch.dtype:
-    return next(network.parameters()).dtype
-
-
-def as_hidden(where: str, hidden: Sequence[int]) -> tuple[int, ...]:
-    """Widths of hidden layers as a tuple; unlike a shape it may be empty."""
-    return tuple(check_int(where, width) for width in hidden)
 
 
 class _Residual(nn.Module):
@@ -184,12 +170,8 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            activation(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            activation(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.body = nn.Sequential(activation(), first, activation(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -198,12 +180,8 @@ class _Residual(nn.Module):
 def _image_shape(where: str, shape: Sequence[int]) -> tuple[int, int, int]:
     sizes = as_shape(where, shape)
     if len(sizes) != 3:
-        raise ArgumentError(
-            where,
-            "an image shape (channels, height, width)",
-            f"{sizes}",
-            ["(1, 28, 28)", "MLP for data without rows and columns"],
-        )
+        fixes = ["(1, 28, 28)", "MLP for data without rows and columns"]
+        raise ArgumentError(where, "an image shape (channels, height, width)", f"{sizes}", fixes)
     return sizes[0], sizes[1], sizes[2]
 
 
@@ -219,18 +197,14 @@ class ConvEncoder(Described):
     """Strided convolutions over images of any size, ``(..., C, H, W) -> (..., out_features)``.
 
     Each entry of ``channels`` is one 3x3 convolution of stride 2, which halves height and width,
-    rounding up.
+    rounding up. Arguments that aren't here are those of `MLP`.
 
     Arguments:
         in_shape: (C, H, W).
         out_features: Size of the output.
         channels: Channels after each halving.
         hidden: Width of the layer between convolutions and output.
-        activation: Class of the activation.
         residual: Whether a residual block follows each halving.
-        context_dim: Number of features, or of classes, of the further input; 0 for none.
-        in_scale: Factor on the input, such as ``1 / 255`` for bytes.
-        out_activation: Class of an activation of the output; None for none.
 
     References:
         Deep Residual Learning for Image Recognition (He et al., 2016),
@@ -275,13 +249,9 @@ class ConvEncoder(Described):
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """The output, ``(..., out_features)``."""
-        _check_input("ConvEncoder", x, self.in_shape)
-        x = x.to(_dtype(self))
-        if self.in_scale != 1.0:
-            x = x * self.in_scale
-        batch = x.shape[:-3]
-        h = self.convolutions(x.reshape(-1, *self.in_shape)).flatten(1)
-        return self.head(_join(h.reshape(*batch, -1), 1, context, self.context_dim))
+        x = _as_input(self, x, self.in_shape, self.in_scale)
+        h = self.convolutions(x.reshape(-1, *self.in_shape))
+        return self.head(_join(h.reshape(*x.shape[:-3], -1), 1, context, self.context_dim))
 
 
 class ConvDecoder(Described):
@@ -289,15 +259,14 @@ class ConvDecoder(Described):
 
     Each step doubles height and width (to the very sizes that `ConvEncoder` had) by repeating
     pixels, then convolves 3x3; unlike transposed convolutions this leaves no checkerboard.
+    Arguments that aren't here are those of `MLP`.
 
     Arguments:
         in_features: Size of the latent.
         out_shape: (C, H, W); C counts the parameters per value, too: 2 * C for two of them.
         channels: Channels before each doubling.
         hidden: Width of the layer between latent and convolutions.
-        activation: Class of the activation.
         residual: Whether a residual block follows each doubling.
-        context_dim: Number of features, or of classes, of the further input; 0 for none.
 
     References:
         Deconvolution and Checkerboard Artifacts (Odena et al., 2016),
@@ -334,15 +303,14 @@ class ConvDecoder(Described):
         )
         self.steps = nn.ModuleList()
         for before, after in pairwise([*widths, self.out_shape[0]]):
-            block: list[nn.Module] = [_Residual(before, activation)] if residual else []
-            self.steps.append(
-                nn.Sequential(activation(), *block, nn.Conv2d(before, after, 3, padding=1))
-            )
+            block = [_Residual(before, activation)] if residual else []
+            last = nn.Conv2d(before, after, 3, padding=1)
+            self.steps.append(nn.Sequential(activation(), *block, last))
 
     def forward(self, z: Tensor, *context: Tensor) -> Tensor:
         """The output, ``(..., C, H, W)``."""
-        _check_input("ConvDecoder", z, (self.in_features,))
-        joined = _join(z.to(_dtype(self)), 1, context, self.context_dim)
+        z = _as_input(self, z, (self.in_features,))
+        joined = _join(z, 1, context, self.context_dim)
         h = self.head(joined.reshape(-1, joined.shape[-1]))
         for size, step in zip(self._sizes[1:], self.steps, strict=True):
             h = step(F.interpolate(h, size=size, mode="nearest"))

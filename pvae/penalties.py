@@ -8,9 +8,10 @@ of them. What is a log density of the code belongs in the prior instead: the L1 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -44,6 +45,8 @@ __all__ = [
 ]
 
 Side = Literal["guide", "model"]
+Target = Callable[[int], Tensor]
+KernelLike = Literal["imq", "rbf"] | Kernel
 named: Shelf[Callable[[float], Penalty]] = Shelf("penalty")
 """Penalties by name: each is built from its weight alone."""
 
@@ -106,6 +109,12 @@ class Penalty(Described, ABC):
         """R for each datum, without the weight."""
 
 
+def _check_sides(penalty: Penalty) -> None:
+    if not penalty.sides or set(penalty.sides) - {"guide", "model"}:
+        where = f"{type(penalty).__name__}.sides"
+        raise ArgumentError(where, "'guide', 'model' or both", repr(penalty.sides))
+
+
 class Custom(Penalty):
     r"""A penalty of your own, :math:`\lambda R(x, z, y, \dots)`.
 
@@ -161,12 +170,9 @@ class Activations(Penalty):
         """The sum of absolute values for each datum, on this side."""
         counted = list(outputs.activations)
         if not counted and sum(1 for _ in _weights(outputs.part)) > 1:
-            raise PairError(
-                f"Activations in the {outputs.side}",
-                "a network with activations that are modules",
-                f"several layers and no such module in {type(outputs.part).__name__}",
-                ["nn.ReLU() and the like in place of torch.relu"],
-            )
+            where, fixes = f"Activations in the {outputs.side}", ["nn.ReLU(), not torch.relu"]
+            actual = f"several layers and no such module in {type(outputs.part).__name__}"
+            raise PairError(where, "a network with activations that are modules", actual, fixes)
         if self.code if outputs.side == "guide" else self.output:
             counted.append(_mean(outputs))
         batch = tuple(outputs.fn.batch_shape)
@@ -212,14 +218,10 @@ class Contractive(Penalty):
         """The (squared) norm for each datum."""
         for name, module in outputs.part.named_modules():
             if isinstance(module, BatchNorm) and module.training:
-                raise PairError(
-                    "Contractive",
-                    "codes that depend on their own datum alone",
-                    f"{type(module).__name__} at {name} in training mode: each code depends on "
-                    "the whole batch",
-                    ["nn.LayerNorm, or no norm, in the encoder"],
-                )
-
+                expected, kind = "codes that depend on their own datum alone", type(module).__name__
+                actual = f"{kind} at {name} in training mode: each code depends on the whole batch"
+                fixes = ["nn.LayerNorm, or no norm, in the encoder"]
+                raise PairError("Contractive", expected, actual, fixes)
         square = squared_norm_of(
             _mean(outputs),
             outputs.x,
@@ -237,11 +239,8 @@ class Commitment(Penalty):
     r"""How far the encoder is from its codes, :math:`\|e_\theta(x) - \mathrm{sg}(e_k)\|^2`.
 
     Arguments:
-        weight: :math:`\lambda`; 0.25 in the paper, beside the squared error.
-
-    References:
-        Neural Discrete Representation Learning (van den Oord et al., 2017),
-        https://arxiv.org/abs/1711.00937
+        weight: :math:`\lambda`; 0.25 in the paper (see `pvae.guides.NearestCode`), beside the
+            squared error.
     """
 
     sides = ("guide",)
@@ -249,12 +248,8 @@ class Commitment(Penalty):
     def forward(self, outputs: SideOutputs) -> Tensor:
         """The squared distance for each datum."""
         if not hasattr(outputs.fn, "quantised"):
-            raise PairError(
-                "Commitment",
-                "a guide with a codebook",
-                type(outputs.part).__name__,
-                ["guides.NearestCode"],
-            )
+            name, fixes = type(outputs.part).__name__, ["guides.NearestCode"]
+            raise PairError("Commitment", "a guide with a codebook", name, fixes)
         gap = outputs.fn.encoded - outputs.fn.quantised.detach()
         return gap.square().flatten(len(outputs.fn.batch_shape)).sum(-1)
 
@@ -275,8 +270,7 @@ class WeightDecay(Penalty):
     def __init__(self, weight: float, sides: Sequence[Side] = ("guide", "model")) -> None:
         super().__init__(weight)
         self.sides = tuple(sides)
-        if not self.sides or set(self.sides) - {"guide", "model"}:
-            raise ArgumentError("WeightDecay.sides", "'guide', 'model' or both", repr(sides))
+        _check_sides(self)
 
     def forward(self, outputs: SideOutputs) -> Tensor:
         """The sum over all weights."""
@@ -304,10 +298,7 @@ class MMD(Penalty):
     couples_data = True
 
     def __init__(
-        self,
-        weight: float,
-        target: Callable[[int], Tensor] | None = None,
-        kernel: Literal["imq", "rbf"] | Kernel = "imq",
+        self, weight: float, target: Target | None = None, kernel: KernelLike = "imq"
     ) -> None:
         super().__init__(weight)
         self.target, self.kernel = target, kernel
@@ -325,13 +316,8 @@ class MMD(Penalty):
 
 
 _NORMS = (Norm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_ACTIVATIONS = tuple(
-    kind
-    for kind in vars(nn.modules.activation).values()
-    if isinstance(kind, type)
-    and kind.__module__ == nn.modules.activation.__name__
-    and kind is not nn.MultiheadAttention
-)
+_NAMES = set(nn.modules.activation.__all__) - {"MultiheadAttention"}
+_ACTIVATIONS = tuple(getattr(nn.modules.activation, name) for name in _NAMES)
 
 
 def _weights(part: nn.Module) -> Iterator[Tensor]:
@@ -349,47 +335,35 @@ def _mean(outputs: SideOutputs) -> Tensor:
     try:
         return outputs.fn.mean
     except (NotImplementedError, AttributeError):
-        raise PairError(
-            f"penalty on the {outputs.side}",
-            "a distribution whose mean is known",
-            f"{type(outputs.fn).__name__}",
-            ["guides.MeanField or guides.Point", "penalties.Custom, on draws of z"],
-        ) from None
+        where, actual = f"penalty on the {outputs.side}", type(outputs.fn).__name__
+        fixes = ["guides.MeanField or guides.Point", "penalties.Custom, on draws of z"]
+        raise PairError(where, "a distribution whose mean is known", actual, fixes) from None
 
 
 def _per_datum(activation: Tensor, batch: tuple[int, ...]) -> Tensor:
     """Sums of absolute values; networks may have merged the axes of particles and data."""
-    lead = 1
-    for size in batch:
-        lead *= size
-    if activation.numel() % max(lead, 1) or activation.shape[:1] not in {
-        torch.Size(batch[:1]),
-        torch.Size([lead]),
-    }:
-        raise PairError(
-            "Activations",
-            f"activations with the axes of particles and data, {batch}, first",
-            f"shape {tuple(activation.shape)}",
-            ["a network that keeps these axes in their place"],
-        )
+    lead, shape = math.prod(batch), tuple(activation.shape)
+    if activation.numel() % max(lead, 1) or shape[:1] not in {batch[:1], (lead,)}:
+        expected = f"activations with the axes of particles and data, {batch}, first"
+        fixes = ["a network that keeps these axes in their place"]
+        raise PairError("Activations", expected, f"shape {shape}", fixes)
     return activation.reshape(*batch, -1).abs().sum(-1)
 
 
 @contextmanager
 def recorded_activations(part: nn.Module, penalties: Iterable[Penalty]) -> Iterator[list[Tensor]]:
     """Collects the outputs of activations in a network as it runs, if a penalty needs them."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     watched = part.modules() if any(p.records_activations for p in penalties) else ()
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, out: found.append(out.clone()))
-        for module in watched
-        if isinstance(module, _ACTIVATIONS)
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        outputs.append(output.clone())
+
+    with ExitStack() as hooks:
+        for module in watched:
+            if isinstance(module, _ACTIVATIONS):
+                hooks.enter_context(module.register_forward_hook(keep))
+        yield outputs
 
 
 class Penalties(nn.ModuleList):
@@ -405,16 +379,9 @@ def on_side(side: Side, penalties: Penalty | Sequence[Penalty]) -> Penalties:
     several = (penalties,) if isinstance(penalties, Penalty) else tuple(penalties)
     for penalty in several:
         if not isinstance(penalty, Penalty):
-            raise ArgumentError(
-                "penalties",
-                "penalties",
-                f"{type(penalty).__name__}",
-                ["penalties.Custom(function, weight)"],
-            )
-        if not penalty.sides or set(penalty.sides) - {"guide", "model"}:
-            raise ArgumentError(
-                f"{type(penalty).__name__}.sides", "'guide', 'model' or both", repr(penalty.sides)
-            )
+            fixes = ["penalties.Custom(function, weight)"]
+            raise ArgumentError("penalties", "penalties", type(penalty).__name__, fixes)
+        _check_sides(penalty)
     return Penalties(p for p in several if side in p.sides)
 
 
@@ -427,10 +394,10 @@ def penalise(outputs: SideOutputs, penalties: Iterable[Penalty]) -> None:
         try:
             value = value.expand(batch)
         except RuntimeError:
-            raise PairError(
-                f"penalty {name}",
+            expected, actual = (
                 f"one value for each datum, shape {batch}",
                 f"shape {tuple(value.shape)}",
-                [".sum(-1) over the axes of one datum"],
-            ) from None
+            )
+            fixes = [".sum(-1) over the axes of one datum"]
+            raise PairError(f"penalty {name}", expected, actual, fixes) from None
         sites.penalty(name, penalty.weight * value, in_guide=outputs.side == "guide")

@@ -1,7 +1,8 @@
 """Priors p(z).
 
-A prior is a `pvae.Conditional` over one latent. Those here ignore their context; for a prior given
-labels use a guide family, which is the same kind of thing:
+A prior is a `pvae.Conditional` over one latent, made from the shape of the latent (``event_shape``,
+an integer for a vector). Those here ignore their context; for a prior given labels use a guide
+family, which is the same kind of thing:
 ``guides.MeanField(nn.Embedding(10, 4), 2)`` is p(z | y) for ten classes. Any Pyro distribution or
 zuko flow may stand in a prior's place, too.
 """
@@ -35,9 +36,6 @@ class StandardNormal(Unconditional):
     References:
         Auto-Encoding Variational Bayes (Kingma & Welling, 2014), https://arxiv.org/abs/1312.6114
 
-    Arguments:
-        event_shape: Shape of the latent, an integer for a vector.
-
     Example:
         >>> StandardNormal(2)().log_prob(torch.zeros(2))
         tensor(-1.8379)
@@ -57,9 +55,6 @@ class StandardNormal(Unconditional):
 @named.put("normal")
 class Normal(Unconditional):
     r"""A normal prior with learned location and scale, :math:`N(\mu, \mathrm{diag}\,\sigma^2)`.
-
-    Arguments:
-        event_shape: Shape of the latent, an integer for a vector.
 
     Example:
         >>> sorted(name for name, _ in Normal(2).named_parameters())
@@ -84,7 +79,6 @@ class Laplace(Unconditional):
     :math:`D \log(2 / \lambda)`.
 
     Arguments:
-        event_shape: Shape of the latent, an integer for a vector.
         rate: :math:`\lambda`; the distribution's scale is its inverse.
 
     Example:
@@ -118,7 +112,6 @@ class StudentT(Unconditional):
         images (Olshausen & Field, 1996), https://doi.org/10.1038/381607a0
 
     Arguments:
-        event_shape: Shape of the latent, an integer for a vector.
         df: :math:`\nu`, degrees of freedom.
         scale: s.
 
@@ -168,15 +161,10 @@ class FlatDistribution(dist.TorchDistribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Raises: a flat density has no distribution to draw from."""
-        raise UndefinedError(
-            "priors.Flat",
-            "a proper prior to draw z from",
-            "an improper one: density 1 everywhere has no distribution",
-            [
-                "fit an ex-post density to the codes vae.encode(x), draw z from it, vae.decode(z)",
-                "prior=priors.StandardNormal, for a model that can be sampled as it is",
-            ],
-        )
+        actual = "an improper one: density 1 everywhere has no distribution"
+        fixes = ["fit an ex-post density to the codes vae.encode(x), draw z from it, vae.decode(z)"]
+        fixes += ["prior=priors.StandardNormal, for a model that can be sampled as it is"]
+        raise UndefinedError("priors.Flat", "a proper prior to draw z from", actual, fixes)
 
     sample = rsample
 
@@ -191,9 +179,6 @@ class Flat(Unconditional):
     References:
         From Variational to Deterministic Autoencoders (Ghosh et al., 2020),
         https://arxiv.org/abs/1903.12436
-
-    Arguments:
-        event_shape: Shape of the latent, an integer for a vector.
 
     Example:
         >>> Flat(2)().log_prob(torch.randn(5, 2))

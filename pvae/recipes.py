@@ -18,7 +18,6 @@ from typing import Any, TypedDict, TypeVar, Unpack
 from torch import Tensor, nn
 
 from pvae import guides, likelihoods, networks, priors
-from pvae.conditional import NetworkLike
 from pvae.corruptions import Noise
 from pvae.errors import ArgumentError, as_shape, check_int, check_number
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay
@@ -149,25 +148,26 @@ def vae(
     check_int("latent_dim", latent_dim)
     if network not in NETWORKS:
         raise ArgumentError("network", "'mlp', 'conv' or 'resnet'", repr(network))
-    inner = _activation(activation)
-    last = None if code_activation is None else _activation(code_activation)
+    inner = networks.activation_named(activation)
+    last = None if code_activation is None else networks.activation_named(code_activation)
     widths = tuple(hidden)[::-1] if decoder_hidden is None else tuple(decoder_hidden)
-    conv = partial(networks.ConvEncoder, residual=network == "resnet")
+    residual = network == "resnet"
+    encode: Factory = networks.MLP
+    if network != "mlp":
+        encode = partial(networks.ConvEncoder, residual=residual)
+    encode = partial(encode, activation=inner, out_activation=last, context_dim=num_classes)
 
     def encoder(num_params: int) -> nn.Module:
-        return (networks.MLP if network == "mlp" else conv)(
-            shape,
-            num_params * latent_dim,
-            hidden,
-            activation=inner,
-            out_activation=last,
-            context_dim=num_classes,
-            in_scale=in_scale,
-        )
+        return encode(shape, num_params * latent_dim, hidden, in_scale=in_scale)
 
     def decoder(num_params: int) -> nn.Module:
         size = (num_params * shape[0], *shape[1:])
-        built = _decoder(network, latent_dim, size, widths, inner, num_classes)
+        decode: Factory = networks.MLP  # without hidden layers, the linear map
+        if network == "mlp" or not widths:
+            size = (math.prod(size),)
+        else:
+            decode = partial(networks.ConvDecoder, residual=residual)
+        built = decode(latent_dim, size, widths, activation=inner, context_dim=num_classes)
         return networks.unit_norm(built) if unit_norm else built
 
     pair = VAE(
@@ -178,12 +178,9 @@ def vae(
         penalties=penalties,
     )
     if last is not None and not pair.guide.posterior.is_point:
-        raise ArgumentError(
-            "code_activation",
-            "a point mass, whose code is the encoder's output",
-            f"{type(pair.guide.posterior).__name__}, whose parameters it would all act on",
-            ['guide="point"'],
-        )
+        expected = "a point mass, whose code is the encoder's output"
+        actual = f"{type(pair.guide.posterior).__name__}, whose parameters it would all act on"
+        raise ArgumentError("code_activation", expected, actual, ['guide="point"'])
     return pair
 
 
@@ -214,11 +211,7 @@ def ae(event_shape: Shape, latent_dim: int, **options: Unpack[PairOptions]) -> V
 
 @_deterministic
 def sparse_ae(
-    event_shape: Shape,
-    latent_dim: int,
-    *,
-    l1: float | None = None,
-    **options: Unpack[PairOptions],
+    event_shape: Shape, latent_dim: int, *, l1: float | None = None, **options: Unpack[PairOptions]
 ) -> VAE:
     r"""A sparse autoencoder: an L1 penalty on the code, which is a Laplace prior.
 
@@ -389,11 +382,7 @@ def rae(
 
 @_deterministic
 def wae(
-    event_shape: Shape,
-    latent_dim: int,
-    *,
-    mmd: float = 10.0,
-    **options: Unpack[PairOptions],
+    event_shape: Shape, latent_dim: int, *, mmd: float = 10.0, **options: Unpack[PairOptions]
 ) -> VAE:
     r"""A Wasserstein autoencoder, WAE-MMD: all codes together are to look like N(0, I).
 
@@ -450,24 +439,18 @@ def vq_vae(
     """
     for name in ("prior", "guide", "num_classes"):
         if options.get(name):
-            raise ArgumentError(
-                "vq_vae", f"no {name} of its own: it has a flat prior and a codebook", name, ["ae"]
-            )
+            expected = f"no {name} of its own: it has a flat prior and a codebook"
+            raise ArgumentError("vq_vae", expected, name, ["ae"])
     shape = (check_int("num_latents", num_latents), check_int("latent_dim", latent_dim))
     family = _likelihood(options.get("likelihood", "gaussian"), options.get("levels"), point=True)
-
-    def prior(_: int) -> priors.Flat:
-        return priors.Flat(shape)
-
-    def guide(network: Network, _: int) -> guides.NearestCode:
-        return guides.NearestCode(network, shape, num_codes)
 
     def likelihood(network: Network, event: tuple[int, ...]) -> nn.Module:
         return family(lambda p: nn.Sequential(nn.Flatten(-2), network(p)), event)
 
-    merged = _merged({}, options, Commitment(commitment))
-    own: PairOptions = {"prior": prior, "guide": guide, "likelihood": likelihood}
-    return ae(event_shape, math.prod(shape), **(merged | own))
+    own: PairOptions = {"prior": lambda _: priors.Flat(shape), "likelihood": likelihood}
+    own["guide"] = lambda network, _: guides.NearestCode(network, shape, num_codes)
+    merged = _merged({}, options, Commitment(commitment)) | own
+    return ae(event_shape, math.prod(shape), **merged)
 
 
 def _merged(defaults: PairOptions, options: PairOptions, *penalties: Penalty) -> PairOptions:
@@ -481,34 +464,6 @@ def _likelihood(likelihood: str | Factory, levels: int | None, *, point: bool = 
     """The likelihood of a name; beside a point mass ``"gaussian"`` is the squared error."""
     if not isinstance(likelihood, str):
         return likelihood
-    found = likelihoods.named(likelihood)
-    return _squared_error if point and likelihood == "gaussian" else found.for_levels(levels)
-
-
-def _squared_error(network: NetworkLike, event_shape: Sequence[int]) -> likelihoods.Gaussian:
-    return likelihoods.Gaussian(network, event_shape, sigma=math.sqrt(0.5))
-
-
-def _activation(activation: str | Activation) -> Activation:
-    return networks.activation_named(activation) if isinstance(activation, str) else activation
-
-
-def _decoder(
-    network: str,
-    latent_dim: int,
-    shape: tuple[int, ...],
-    hidden: Sequence[int],
-    activation: Activation,
-    context_dim: int,
-) -> nn.Module:
-    """A decoder; without hidden layers it is a linear map, whatever the network."""
-    if network == "mlp" or not hidden:
-        return networks.MLP(latent_dim, math.prod(shape), hidden, activation, context_dim)
-    return networks.ConvDecoder(
-        latent_dim,
-        shape,
-        hidden,
-        activation=activation,
-        residual=network == "resnet",
-        context_dim=context_dim,
-    )
+    if point and likelihood.lower() == "gaussian":
+        return partial(likelihoods.Gaussian, sigma=math.sqrt(0.5))
+    return likelihoods.named(likelihood).for_levels(levels)

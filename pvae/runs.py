@@ -24,14 +24,13 @@ __all__ = ["job_of", "open_run", "resolved", "written"]
 
 def resolved(config: Config, splits: Splits, vae: VAE) -> dict[str, object]:
     """What recipe and data have decided where the configuration says ``None``."""
+    penalties = [*vae.model.penalties, *vae.guide.penalties]
     return {
         "prior": type(vae.model.prior).__name__,
         "likelihood": config.likelihood_for(splits),
         "guide": type(vae.guide.posterior).__name__,
         "corruption": None if vae.guide.corruption is None else str(vae.guide.corruption),
-        "penalties": {
-            type(p).__name__: float(p.weight) for p in (*vae.model.penalties, *vae.guide.penalties)
-        },
+        "penalties": {type(p).__name__: float(p.weight) for p in penalties},
         "hidden": list(config.widths),
         "event_shape": list(splits.event_shape),
         "levels": splits.levels,
@@ -68,11 +67,10 @@ def job_of(folder: Path) -> str | None:
 
     See `pvae.distributed.job`.
     """
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         name: str | None = json.loads((folder / "config.json").read_text()).get("job")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return name
+        return name
+    return None
 
 
 def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Splits]:

@@ -56,10 +56,6 @@ class Shelf(dict[str, T]):
             return part
         if part.lower() not in self:
             near = difflib.get_close_matches(part.lower(), self, 1)
-            raise ArgumentError(
-                self.what,
-                f"one of {', '.join(self)}",
-                repr(part),
-                [f'{self.what}="{name}"' for name in near],
-            )
+            fixes = [f'{self.what}="{name}"' for name in near]
+            raise ArgumentError(self.what, f"one of {', '.join(self)}", repr(part), fixes)
         return self[part.lower()]

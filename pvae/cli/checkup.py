@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+import pvae
 from pvae.cli.common import app
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ def doctor() -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
-
-    import pvae
 
     typer.echo(f"pvae {pvae.__version__}, Python {platform.python_version()}, {platform.machine()}")
     typer.echo(f"  torch {torch.__version__}")  # which says what it was built for

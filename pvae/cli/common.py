@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.models import OptionInfo
+
+from pvae.errors import ArgumentError
 
 if TYPE_CHECKING:
     from pvae.config import Config
@@ -13,7 +16,17 @@ if TYPE_CHECKING:
     from pvae.fitting import History
     from pvae.vae import VAE
 
-__all__ = ["DataFile", "Device", "RunFolder", "Seed", "app", "prepare_file", "summary"]
+__all__ = [
+    "DataFile",
+    "Device",
+    "Particles",
+    "RunFolder",
+    "Seed",
+    "app",
+    "option",
+    "prepare_file",
+    "summary",
+]
 
 app = typer.Typer(
     help="Variational autoencoders as probabilistic programs, on Pyro.",
@@ -22,13 +35,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Device = Annotated[
-    str, typer.Option(help="Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.")
-]
+
+def option(text: str, *flags: str) -> OptionInfo:
+    """An option with this help, called like its argument or by these flags."""
+    return typer.Option(*flags, help=text)
+
+
 RunFolder = Annotated[Path, typer.Argument(help="Folder that 'pvae train' wrote.")]
-Seed = Annotated[int, typer.Option(help="Seed of what is drawn at random.")]
+Device = Annotated[
+    str, option("Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+]
+Particles = Annotated[
+    int, option("Number K of draws from the guide for each datum.", "--num-particles", "-K")
+]
+Seed = Annotated[int, option("Seed of what is drawn at random.")]
 DataFile = Annotated[
-    Path | None, typer.Option(help="File with data of the same kind; the run's test data if none.")
+    Path | None, option("File with data of the same kind; if none, the test data.")
 ]
 
 
@@ -45,10 +67,9 @@ def summary(
     from pvae import diagnostics
 
     is_gaussian = config.likelihood_for(splits) == "gaussian"
-    width = None
-    if splits.levels is not None:
-        width = 1.0 / (splits.levels - 1) if is_gaussian else 1.0
-    found = diagnostics.diagnose(
+    levels = splits.levels
+    width = None if levels is None else 1.0 / (levels - 1) if is_gaussian else 1.0
+    result = diagnostics.diagnose(
         vae,
         splits.test.unlabelled(),
         checks=diagnostics.SUMMARY,
@@ -60,14 +81,12 @@ def summary(
         seed=config.seed if seed is None else seed,
     )
     commands = ", ".join(f"pvae {name} {folder}" for name in ("sample", "reconstruct", "encode"))
-    screen = str(found).replace(diagnostics.NOTHING, commands)
+    screen = str(result).replace(diagnostics.NOTHING, commands)
     return f"pvae {config.recipe} on {splits.name}: {folder}\n{screen}"
 
 
 def prepare_file(path: Path) -> None:
     """Refuses, before any work, a path that can't be written; makes the folder it is in."""
-    from pvae.errors import ArgumentError
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

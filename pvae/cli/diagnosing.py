@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pvae.cli.common import Device, RunFolder, Seed, app, prepare_file
+import pvae
+from pvae.cli.common import Device, Particles, RunFolder, Seed, app, option, prepare_file
 
 __all__ = ["diagnose"]
 
@@ -17,18 +18,11 @@ __all__ = ["diagnose"]
 def diagnose(
     run: RunFolder,
     *,
-    rows: Annotated[int, typer.Option(help="Number of test data to look at.")] = 500,
-    num_particles: Annotated[
-        int,
-        typer.Option(
-            "--num-particles", "-K", help="Number K of draws from the guide for each datum."
-        ),
-    ] = 200,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Make all checks, which takes minutes.")
-    ] = False,
+    rows: Annotated[int, option("Number of test data to look at.")] = 500,
+    num_particles: Particles = 200,
+    deep: Annotated[bool, option("Make all checks, which takes minutes.", "--deep")] = False,
     to: Annotated[
-        Path | None, typer.Option(help="File to write all findings to. Example: --to found.json")
+        Path | None, option("File to write findings to. Example: --to found.json")
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -37,15 +31,13 @@ def diagnose(
 
     Lines begin with + where all is well, ? where it is worth a look, ! where something is wrong.
     """
-    import pvae
-    from pvae.checkpoint import write_atomically
     from pvae.fitting import History
     from pvae.runs import open_run
 
     _, vae, splits = open_run(run, device)
     if to is not None:
         prepare_file(to)
-    found = pvae.diagnose(
+    result = pvae.diagnose(
         vae,
         splits.test.unlabelled(),
         checks=pvae.diagnostics.CHECKS if deep else pvae.diagnostics.DEFAULT,
@@ -55,6 +47,6 @@ def diagnose(
         progress=True,
         seed=seed,
     )
-    typer.echo(found)
+    typer.echo(result)
     if to is not None:
-        write_atomically(to, json.dumps(found.to_dict(), indent=1).encode())
+        pvae.checkpoint.write_atomically(to, json.dumps(result.to_dict(), indent=1).encode())

@@ -5,16 +5,30 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pvae.cli.common import DataFile, Device, RunFolder, Seed, app, prepare_file, summary
-from pvae.errors import ArgumentError
+import pvae
+from pvae.cli.common import (
+    DataFile,
+    Device,
+    Particles,
+    RunFolder,
+    Seed,
+    app,
+    option,
+    prepare_file,
+    summary,
+)
+from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
 
 if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
     from torch import Tensor
 
+    from pvae.bounds.evidence import Method
     from pvae.data import Splits
     from pvae.vae import VAE
 
@@ -27,34 +41,30 @@ def evaluate(
     *,
     num_particles: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "Number K of draws for each datum, or of chains of ais. Default: 500; 16 chains.",
             "--num-particles",
             "-K",
-            help="Number K of draws for each datum, or of chains of ais. Default: 500; 16 chains.",
         ),
     ] = None,
     method: Annotated[
         str,
-        typer.Option(
-            help="How the evidence is estimated; ais and cubo give nothing else. "
+        option(
+            "How the evidence is estimated; ais and cubo give nothing else. "
             "Choices: importance, ais, cubo."
         ),
     ] = "importance",
     rows: Annotated[
         int | None,
         typer.Option(
-            "--rows",
-            "-n",
-            help="Number of test data, the first ones, for ais and cubo; all if none.",
+            "--rows", "-n", help="Number of (first) test data, for ais and cubo; all if none."
         ),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Estimate ELBO, evidence and their parts on the test data."""
-    from pvae import bounds
     from pvae.data import as_source, first_batch
-    from pvae.errors import check_int
     from pvae.fitting import History
     from pvae.runs import open_run
 
@@ -69,28 +79,26 @@ def evaluate(
         return
     source = as_source(splits.test.unlabelled())
     batch = first_batch(source, count or source.num_rows)
-    how: Any = method
-    typer.echo(bounds.evidence(vae, batch, num_particles, method=how, seed=seed))
+    how = cast("Method", method)  # which is checked there
+    typer.echo(pvae.bounds.evidence(vae, batch, num_particles, method=how, seed=seed))
 
 
 @app.command()
 def sample(
     run: RunFolder,
     *,
-    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Number of draws.")] = 100,
+    num_samples: Annotated[int, option("Number of draws.", "--num-samples", "-n")] = 100,
     mean: Annotated[
-        bool, typer.Option("--mean", help="Write the mean of x given z in place of a draw.")
+        bool, option("Write the mean of x given z in place of a draw.", "--mean")
     ] = False,
     density: Annotated[
         str | None,
-        typer.Option(
-            help="Density that is fitted to the training codes and takes the prior's place. "
+        option(
+            "Density that is fitted to the training codes and takes the prior's place. "
             "Choices: gaussian, gmm."
         ),
     ] = None,
-    to: Annotated[
-        Path | None, typer.Option(help="File to write. Default: RUN/samples.npy.")
-    ] = None,
+    to: Annotated[Path | None, option("File to write. Default: RUN/samples.npy.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -98,28 +106,25 @@ def sample(
 
     An autoencoder has no prior to draw from; --density gives it one.
     """
-    from pvae import VAE, latent, plots, randomness
     from pvae.runs import open_run
 
     _, vae, splits = open_run(run, device)
     if density is not None:
         if density not in ("gaussian", "gmm"):
             raise ArgumentError("--density", "gaussian or gmm", repr(density))
-        codes = latent.codes(vae, splits.train.unlabelled())
+        codes = pvae.latent.codes(vae, splits.train.unlabelled())
         if codes.dim() != 2:
-            raise ArgumentError(
-                "--density", "a run whose codes are vectors", f"codes of shape {codes.shape[1:]}"
-            )
-        fitted = latent.fit_density(codes, density, seed=seed)
-        vae = VAE(fitted, vae.model.likelihood, vae.guide.posterior)
-    with randomness.forked(seed):
+            actual = f"codes of shape {codes.shape[1:]}"
+            raise ArgumentError("--density", "a run whose codes are vectors", actual)
+        fitted = pvae.latent.fit_density(codes, density, seed=seed)
+        vae = pvae.VAE(fitted, vae.model.likelihood, vae.guide.posterior)
+    with pvae.randomness.forked(seed):
         x = vae.sample(num_samples, mean=mean)
     path = _save(to or run / "samples.npy", x)
-    typer.echo(
-        f"{num_samples} {'means' if mean else 'draws'} of shape {tuple(x.shape[1:])}: {path}"
-    )
+    what = "means" if mean else "draws"
+    typer.echo(f"{num_samples} {what} of shape {tuple(x.shape[1:])}: {path}")
     kind = "means of x given z" if mean else "draws of x"
-    _draw(path, lambda: plots.samples(x[:100], title=f"samples from the model ({kind})"))
+    _draw(path, lambda: pvae.plots.samples(x[:100], title=f"samples from the model ({kind})"))
 
 
 @app.command()
@@ -127,28 +132,24 @@ def reconstruct(
     run: RunFolder,
     *,
     data: DataFile = None,
-    to: Annotated[
-        Path | None, typer.Option(help="File to write. Default: RUN/reconstructions.npy.")
-    ] = None,
+    to: Annotated[Path | None, option("File to write. Default: RUN/reconstructions.npy.")] = None,
     corrupt: Annotated[
-        bool, typer.Option("--corrupt", help="Corrupt the data first, as training did.")
+        bool, option("Corrupt the data first, as training did.", "--corrupt")
     ] = False,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Encode data and decode them again: means of x at the mean of q(z | x)."""
-    from pvae import plots, randomness
-
     vae, x = _open_with_data(run, data, device)
     if corrupt:
         if vae.guide.corruption is None:
             raise ArgumentError("--corrupt", "a run that was trained with a corruption", f"{run}")
-        with randomness.forked(seed):
+        with pvae.randomness.forked(seed):
             x = vae.guide.corruption(x)
     y = vae.reconstruct(x)
     path = _save(to or run / "reconstructions.npy", y)
     typer.echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
-    _draw(path, lambda: plots.reconstructions(x[:10], y[:10]))
+    _draw(path, lambda: pvae.plots.reconstructions(x[:10], y[:10]))
 
 
 @app.command()
@@ -156,7 +157,7 @@ def encode(
     run: RunFolder,
     *,
     data: DataFile = None,
-    to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/codes.npy.")] = None,
+    to: Annotated[Path | None, option("File to write. Default: RUN/codes.npy.")] = None,
     device: Device = "auto",
 ) -> None:
     """Write the codes of data: the means of q(z | x)."""
@@ -175,20 +176,16 @@ def export(
         int | None,
         typer.Option("--rows", "-n", min=1, help="Number of data, the first ones; all if none."),
     ] = None,
-    num_particles: Annotated[
-        int, typer.Option("--num-particles", "-K", help="Number of draws of z for each datum.")
-    ] = 200,
-    to: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/draws.nc.")] = None,
+    num_particles: Particles = 200,
+    to: Annotated[Path | None, option("File to write. Default: RUN/draws.nc.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Write draws and log densities for ArviZ, as netCDF."""
-    from pvae import export as arviz
-
     vae, x = _open_with_data(run, data, device)
     path = (to or run / "draws.nc").with_suffix(".nc")
     prepare_file(path)
-    tree = arviz.to_arviz(vae, x[:rows], num_particles=num_particles, seed=seed, progress=True)
+    tree = pvae.export.to_arviz(vae, x[:rows], num_particles=num_particles, seed=seed)
     part = path.with_suffix(".part")
     tree.to_netcdf(part, engine="h5netcdf")
     part.replace(path)
@@ -201,10 +198,10 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
     """The pair of a run, and data for it: a file's, or the run's test data."""
     from dataclasses import replace
 
+    import numpy as np
     import torch
 
     from pvae.data import as_source, check_rows, load
-    from pvae.errors import DataError
     from pvae.runs import open_run
 
     _, vae, splits = open_run(run, device)
@@ -212,44 +209,33 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
     if data is not None:
         if not data.is_file():
             raise DataError("--data", "a file", f"{data}, which is none")
-        found = load(data, valid=0, test=0, shuffle=False)
-        if found.event_shape != splits.event_shape:
-            raise DataError(
-                str(data), f"data of shape {splits.event_shape}", f"shape {found.event_shape}"
-            )
-        _check_kind(data, found.train.arrays[0], splits)
-        chosen = replace(chosen, arrays=found.train.arrays[:1], origin=None)
+        own = load(data, valid=0, test=0, shuffle=False)
+        if own.event_shape != splits.event_shape:
+            expected = f"data of shape {splits.event_shape}"
+            raise DataError(str(data), expected, f"shape {own.event_shape}")
+        _check_kind(data, np.asarray(own.train.arrays[0]), splits)
+        chosen = replace(chosen, arrays=own.train.arrays[:1], origin=None)
     source = as_source(chosen.unlabelled())
     check_rows(source, where=str(data or "data"))
     return vae, torch.cat([batch[0] for _, batch in source.all()])
 
 
-def _check_kind(path: Path, x: Any, splits: Splits) -> None:
+def _check_kind(path: Path, x: np.ndarray, splits: Splits) -> None:
     """Refuses numbers of another kind than those of the training: bytes for real numbers, say."""
-    import numpy as np
-
-    from pvae.errors import DataError
-
-    x, levels = np.asarray(x), splits.raw_levels
-    if levels is None and x.dtype == np.uint8:
-        raise DataError(
-            str(path), "real numbers, as the run was trained on", "bytes", ["x / 255, say"]
-        )
+    levels = splits.raw_levels
+    if levels is None and x.dtype == "uint8":
+        expected = "real numbers, as the run was trained on"
+        raise DataError(str(path), expected, "bytes", ["x / 255, say"])
     if levels is not None:
-        off = (x < 0) | (x > levels - 1) | (x != np.round(x))
+        off = (x < 0) | (x > levels - 1) | (x != x.round())
         if off.any() or (levels > 2 and x.size and x.max() <= 1 and x.dtype.kind == "f"):
-            raise DataError(
-                str(path),
-                f"whole numbers from 0 to {levels - 1}, as the run was trained on",
-                f"values from {x.min():g} to {x.max():g}",
-                [f"x * {levels - 1}, rounded, if they are parts of 1"],
-            )
+            expected = f"whole numbers from 0 to {levels - 1}, as the run was trained on"
+            fixes = [f"x * {levels - 1}, rounded, if they are parts of 1"]
+            raise DataError(str(path), expected, f"values from {x.min():g} to {x.max():g}", fixes)
 
 
-def _draw(path: Path, make: Callable[[], Any]) -> None:
+def _draw(path: Path, make: Callable[[], Figure]) -> None:
     """Saves a picture beside a file, if the data are images."""
-    from pvae.errors import UndefinedError
-
     with contextlib.suppress(UndefinedError):
         picture = path.with_suffix(".png")
         make().savefig(picture)
@@ -261,10 +247,8 @@ def _save(path: Path, tensor: Tensor) -> Path:
 
     import numpy as np
 
-    from pvae.checkpoint import write_atomically
-
     content = io.BytesIO()
     np.save(content, tensor.cpu().numpy())
     path = path if path.suffix == ".npy" else path.with_suffix(".npy")
-    write_atomically(path, content.getvalue())
+    pvae.checkpoint.write_atomically(path, content.getvalue())
     return path

@@ -7,15 +7,18 @@ are checked by `pvae.config.Config`, as those of a file are, so a mistake reads 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pvae.cli.common import Device, app, summary
-from pvae.errors import ArgumentError, CheckpointError
+import pvae
+from pvae.cli.common import Device, app, option, summary
+from pvae.errors import ArgumentError, CheckpointError, PvaeWarning, UndefinedError
 
 if TYPE_CHECKING:
     from pvae.config import Config
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -41,29 +45,17 @@ def train(context: typer.Context) -> None:
 
     fixed = inspect.signature(_run, eval_str=True)
     parameters = [p for p in fixed.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for name, option in options().items():
-        how = typer.Option(
-            flag(name),
-            metavar=option.kind,
-            help=option.text(name),
-            rich_help_panel=option.group,
-            show_default=False,
-        )
-        parameters.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[str | None, how],
-            )
-        )
+    for name, each in options().items():
+        text, panel = each.text(name), each.group
+        how = typer.Option(flag(name), metavar=each.kind, help=text, rich_help_panel=panel)
+        kind = Annotated[str | None, how]
+        parameters.append(inspect.Parameter(name, _KEYWORD, default=None, annotation=kind))
     run.__signature__ = fixed.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command(help=_HELP)(run)
-    raise typer.Exit(
-        command(context.args, standalone_mode=False, prog_name=context.command_path) or 0
-    )
+    code = command(context.args, standalone_mode=False, prog_name=context.command_path)
+    raise typer.Exit(code or 0)
 
 
 _HELP = """Train a pair and write a run folder: config, checkpoint, history, figures, summary.
@@ -74,33 +66,26 @@ On several GPUs or machines: torchrun --nproc-per-node=N -m pvae train ..."""
 def _run(
     *,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the run. Default: runs/DATA-RECIPE. Example: --out runs/a"),
+        Path | None, option("Folder for the run. Default: runs/DATA-RECIPE. Example: --out runs/a")
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="File with options to start from, which those of the command line change: the "
+        option(
+            "File with options to start from, which those of the command line change: the "
             "config.json of a run, or a JSON or TOML file with the same names. "
             "Example: --config runs/a/config.json"
         ),
     ] = None,
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with the run in the folder; only --epochs may be new."
-        ),
+        bool, option("Go on with the run in the folder; only --epochs may be new.", "--resume")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in the folder.")
-    ] = False,
+    overwrite: Annotated[bool, option("Replace the run in the folder.", "--overwrite")] = False,
     download: Annotated[
-        bool, typer.Option("--download", help="Download the data set if it isn't in its folder.")
+        bool, option("Download the data set if it isn't in its folder.", "--download")
     ] = False,
     device: Device = "auto",
     **given: str | None,
 ) -> None:
-    from pvae import distributed
     from pvae.config import Config
 
     values: dict[str, object] = {n: v for n, v in given.items() if v is not None}
@@ -111,8 +96,9 @@ def _run(
         values["data"] = str(Path(str(values["data"])).resolve())
     asked = Config(**values)
     folder = out or Path("runs") / f"{Path(asked.data).stem}-{asked.recipe}"
-    with distributed.joined(device) as world:
-        _leave_talking_to_the_first(world)
+    with pvae.distributed.joined(device) as world:
+        if not world.is_first:  # which does the talking
+            warnings.simplefilter("ignore", PvaeWarning)
         resume, overwrite = world.from_first(
             lambda: restarted(folder, resume=resume, overwrite=overwrite)
         )
@@ -122,30 +108,20 @@ def _run(
         _train(folder, chosen, device, world, resume=resume, overwrite=overwrite, fetch=download)
 
 
-def _leave_talking_to_the_first(world: World) -> None:
-    import warnings
-
-    from pvae.errors import PvaeWarning
-
-    if not world.is_first:
-        warnings.simplefilter("ignore", PvaeWarning)
-
-
 def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, bool]:
     """Whether to resume and whether to overwrite, where torchrun has started its workers anew.
 
     A run that the same job began is then gone on with, whatever was asked for at first; another
     job's is no more touched than at the first start.
     """
-    from pvae import checkpoint, distributed
     from pvae.fitting.settings import CHECKPOINT
     from pvae.runs import job_of
 
-    mine = distributed.job()
-    if not distributed.restarts() or mine is None or job_of(folder) != mine:
+    mine = pvae.distributed.job()
+    if not pvae.distributed.restarts() or mine is None or job_of(folder) != mine:
         return resume, overwrite
     saved = folder / CHECKPOINT
-    is_ours = saved.exists() and checkpoint.load(saved).meta.get("job") == mine
+    is_ours = saved.exists() and pvae.checkpoint.load(saved).meta.get("job") == mine
     return (True, False) if is_ours or resume else (False, True)
 
 
@@ -153,42 +129,38 @@ def _prepare_folder(
     folder: Path, asked: Config, given: set[str], *, resume: bool, overwrite: bool
 ) -> Config:
     """The configuration to run: when resuming the folder's own, with more epochs if asked."""
-    from pvae.config import Config, flag
-
-    exists = (folder / "config.json").exists()
     if resume and overwrite:
         raise ArgumentError("--overwrite", "either --resume or --overwrite", "both")
-    if resume and not exists:
-        raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
     if resume:
-        there = Config.read(folder)
-        new = {n: getattr(asked, n) for n in given & {"epochs", "data_dir"}}
-        ran, wanted = there.model_dump(), asked.model_dump()
-        differ = [n for n in sorted(given - set(new)) if ran.get(n) != wanted.get(n)]
-        if differ:
-            raise ArgumentError(
-                "--resume",
-                "the options of the run: "
-                + ", ".join(f"{flag(n)} {_typed(ran.get(n))}" for n in differ),
-                ", ".join(_typed(wanted.get(n)) for n in differ),
-                ["--resume with --epochs alone", "--out with another name, to train anew"],
-            )
-        return there.model_copy(update=new)
-    in_use = folder.exists() and any(folder.iterdir())
-    if in_use and not (exists and overwrite):
-        raise ArgumentError(
-            f"--out {folder}",
-            "a new or empty folder",
-            "a run" if exists else "a folder with other files",
-            ["--resume, to go on with it", "--overwrite, to replace it"]
-            if exists
-            else ["--out with another name"],
-        )
+        return _resumed(folder, asked, given)
+    exists = (folder / "config.json").exists()
+    expected, fixes = "a new or empty folder", ["--out with another name"]
+    if exists and not overwrite:
+        fixes = ["--resume, to go on with it", "--overwrite, to replace it"]
+        raise ArgumentError(f"--out {folder}", expected, "a run", fixes)
+    if not exists and folder.exists() and any(folder.iterdir()):
+        raise ArgumentError(f"--out {folder}", expected, "a folder with other files", fixes)
     return asked
 
 
-def _typed(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _resumed(folder: Path, asked: Config, given: set[str]) -> Config:
+    """The run's own configuration, with the number of epochs that is asked for."""
+    from pvae.config import Config, flag
+
+    def typed(value: object) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    if not (folder / "config.json").exists():
+        raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
+    there = Config.read(folder)
+    new = {n: getattr(asked, n) for n in given & {"epochs", "data_dir"}}
+    ran, wanted = there.model_dump(), asked.model_dump()
+    if differ := [n for n in sorted(given - set(new)) if ran.get(n) != wanted.get(n)]:
+        expected = ", ".join(f"{flag(n)} {typed(ran.get(n))}" for n in differ)
+        actual = ", ".join(typed(wanted.get(n)) for n in differ)
+        fixes = ["--resume with --epochs alone", "--out with another name, to train anew"]
+        raise ArgumentError("--resume", f"the options of the run: {expected}", actual, fixes)
+    return there.model_copy(update=new)
 
 
 def _train(
@@ -201,22 +173,18 @@ def _train(
     overwrite: bool,
     fetch: bool,
 ) -> None:
-    from contextlib import nullcontext
-
-    import pvae
-    from pvae import randomness, terms
     from pvae.data import as_source
     from pvae.runs import written
 
     if fetch:
         world.from_first(lambda: config.load_data(fetch=True) and None)
     splits = config.load_data(fetch=fetch)
-    with randomness.forked(config.seed):
+    with pvae.randomness.forked(config.seed):
         vae = config.build(splits)
     where, dtype = vae.place(device)
     test = as_source(splits.test.unlabelled(), where, dtype)
-    terms.check_data(vae.inspect_source(test), test, "test data")
-    with written(config, folder, splits, vae) if world.is_first else nullcontext():
+    pvae.terms.check_data(vae.inspect_source(test), test, "test data")
+    with written(config, folder, splits, vae) if world.is_first else contextlib.nullcontext():
         run = pvae.fit(
             vae,
             splits.train.unlabelled(),
@@ -242,10 +210,9 @@ def _train(
 
 def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
     """The pictures of a run; data that are no images get the curve and the latent map."""
-    from pvae import plots
     from pvae.data import as_source
-    from pvae.errors import UndefinedError
 
+    plots = pvae.plots
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     plots.training_curve(run).savefig(figures / "training.png")
@@ -254,17 +221,11 @@ def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
     codes = vae.encode(x).flatten(1)
     if codes.shape[1] >= 2:
         plots.latent_map(codes, labels[0] if labels else None).savefig(figures / "latent.png")
-    try:
+    with contextlib.suppress(UndefinedError):  # of data that are no images, of a flat prior
         plots.as_images(x[:1])
-    except UndefinedError:
-        return
-    plots.reconstructions(x, vae.reconstruct(x[:10])).savefig(figures / "reconstructions.png")
-    try:
+        plots.reconstructions(x, vae.reconstruct(x[:10])).savefig(figures / "reconstructions.png")
         plots.samples(vae.sample(50)).savefig(figures / "samples.png")
-        plots.samples(
-            vae.sample(50, mean=True), title="samples from the model (means of x given z)"
-        ).savefig(figures / "sample_means.png")
+        means, title = vae.sample(50, mean=True), "samples from the model (means of x given z)"
+        plots.samples(means, title=title).savefig(figures / "sample_means.png")
         if codes.shape[1] == 2:
             plots.manifold(vae.decode).savefig(figures / "manifold.png")
-    except UndefinedError:  # a flat prior has nothing to sample
-        return

@@ -11,20 +11,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
 from pvae import corruptions, guides, likelihoods, objectives, penalties, priors, recipes
 from pvae.config.option import Option, field, flag, numbers_of, part_options, recipe_options
-from pvae.data import Data, Splits, load
+from pvae.data import Splits, load
 from pvae.data.sources import BINARIZE, Binarize
 from pvae.engine import ASKED
 from pvae.errors import ArgumentError, CheckpointError
 from pvae.fitting import fit
 from pvae.networks import activation_named
 from pvae.objectives import Objective
+from pvae.penalties import Penalty
 from pvae.schedules import Warmup
 from pvae.vae import VAE
 
@@ -73,10 +74,7 @@ class Config(BaseModel):
         "images.npy",
     )
     data_dir: str | None = _data(
-        None,
-        "Folder that holds the data sets.",
-        "datasets",
-        unset="the environment variable PVAE_DATA",
+        None, "Folder that holds the data sets.", "datasets", unset="environment variable PVAE_DATA"
     )
     binarize: str = _data(
         "none",
@@ -85,10 +83,7 @@ class Config(BaseModel):
         choices=BINARIZE,
     )
     recipe: str = _pair(
-        "vae",
-        "Kind of autoencoder; all but vae are deterministic.",
-        "sparse_ae",
-        choices=recipes.named,
+        "vae", "Kind of autoencoder; all but vae are deterministic.", "ae", choices=recipes.named
     )
     prior: str | None = _pair(
         None,
@@ -181,18 +176,14 @@ class Config(BaseModel):
         known = options()
         given = {n: v for n, v in values.items() if v is not None or n in type(self).model_fields}
         for name in given.keys() - known.keys():
-            near = difflib.get_close_matches(name, known, 1)
-            raise ArgumentError(
-                flag(name), "an option of pvae train", "an unknown name", [flag(n) for n in near]
-            )
+            near = [flag(n) for n in difflib.get_close_matches(name, known, 1)]
+            raise ArgumentError(flag(name), "an option of pvae train", "an unknown name", near)
         try:
             super().__init__(**given)
         except ValidationError as error:
             raise _in_our_words(error) from None
         for name, option in known.items():
-            value = getattr(self, name, None)
-            if option.choices is not None and value is not None and value not in option.choices:
-                raise ArgumentError(flag(name), f"one of {', '.join(option.choices)}", repr(value))
+            option.check(name, getattr(self, name, None))
         for name in ("activation", "code_activation"):
             if (value := getattr(self, name)) is not None:
                 activation_named(value, flag(name))
@@ -202,20 +193,14 @@ class Config(BaseModel):
         """Numbers of recipes, corruptions and penalties that were given."""
         return self.model_extra or {}
 
-    # Data
-
     def load_data(self, *, fetch: bool = False) -> Splits:
         """The data, scaled as the likelihood wants them."""
         how: Binarize = self.binarize  # type: ignore[assignment]
         splits = load(self.data, self.data_dir, binarize=how, seed=self.seed, fetch=fetch)
         if self.likelihood_for(splits) != "gaussian" or splits.levels in (None, 2):
             return splits
-        scale = 1.0 / (splits.levels - 1)
-
-        def scaled(data: Data) -> Data:
-            return replace(data, scale=scale)
-
-        train, valid, test = map(scaled, (splits.train, splits.valid, splits.test))
+        data, scale = (splits.train, splits.valid, splits.test), 1.0 / (splits.levels - 1)
+        train, valid, test = (replace(part, scale=scale) for part in data)
         return replace(splits, train=train, valid=valid, test=test)
 
     def likelihood_for(self, splits: Splits) -> str:
@@ -236,15 +221,12 @@ class Config(BaseModel):
         """Widths (or channels) of hidden layers."""
         return self.hidden or ((256, 256) if self.network == "mlp" else (32, 64))
 
-    # The pair
-
     def build(self, splits: Splits) -> VAE:
         """The pair, untrained."""
         name, levels = self.likelihood_for(splits), splits.levels
         if self.sigma is not None and name != "gaussian":
-            raise ArgumentError(
-                "--sigma", "a gaussian likelihood beside it", name, ["--likelihood gaussian"]
-            )
+            fixes = ["--likelihood gaussian"]
+            raise ArgumentError("--sigma", "a gaussian likelihood beside it", name, fixes)
         parts: dict[str, object] = {"likelihood": name, "levels": levels, "hidden": self.widths}
         if name == "gaussian":
             parts["likelihood"] = partial(likelihoods.Gaussian, sigma=self._sigma())
@@ -267,21 +249,13 @@ class Config(BaseModel):
     def _variations(self) -> dict[str, object]:
         """The recipe's own numbers, and penalties beside them."""
         own = numbers_of(recipes.named[self.recipe])
-        found: dict[str, object] = {n: v for n, v in self.numbers.items() if n in own}
-        others = [n for n in self.numbers if n not in own and n not in corruptions.named]
-        if extra := [penalties.named[n](self.numbers[n]) for n in others if n in penalties.named]:
-            found["penalties"] = extra
-        for name in others:
-            if name == "l1" and self.prior is None:
-                found["prior"] = partial(priors.Laplace, rate=self.numbers["l1"])
-            elif name not in penalties.named:
-                raise ArgumentError(
-                    flag(name),
-                    "an option of the recipe",
-                    f"--recipe {self.recipe}" + (" with --prior" if name == "l1" else ""),
-                    [f"--recipe {r}" for r, f in recipes.named.items() if name in numbers_of(f)],
-                )
-        return found
+        parts: dict[str, object] = {n: v for n, v in self.numbers.items() if n in own}
+        others = {n: v for n, v in self.numbers.items() if n not in {*own, *corruptions.named}}
+        if self.prior is None and "l1" in others:
+            parts["prior"] = partial(priors.Laplace, rate=others.pop("l1"))
+        if others:
+            parts["penalties"] = [_penalty(n, v, self.recipe) for n, v in others.items()]
+        return parts
 
     def _corruption(self, splits: Splits) -> nn.Module | None:
         """The corruptions in a row, in units of the data as they are scaled."""
@@ -299,35 +273,24 @@ class Config(BaseModel):
 
     def make_objective(self) -> Objective:
         """What is maximised."""
-        kind = objectives.named[self.objective]
-        asked: dict[str, object] = {}
-        if self.num_particles is not None:
-            asked["num_particles"] = self.num_particles
-        if self.beta is not None or self.warmup:
-            end = 1.0 if self.beta is None else self.beta
-            asked["beta"] = Warmup(self.warmup, "epochs", end=end) if self.warmup else end
-        for name, value in asked.items():
-            if name not in inspect.signature(kind).parameters:
-                fitting = [
-                    f"--objective {n}"
-                    for n, k in objectives.named.items()
-                    if name in inspect.signature(k).parameters
-                ]
-                raise ArgumentError(
-                    flag("warmup" if name == "beta" and self.warmup else name),
-                    f"an option of the objective {self.objective}",
-                    f"{name}={value!r}",
-                    fitting[:2],
-                )
-        return kind(**asked)
+        beta: float | Warmup | None = self.beta
+        if self.warmup:
+            beta = Warmup(self.warmup, "epochs", end=1.0 if self.beta is None else self.beta)
+        asked = {"num_particles": self.num_particles, "beta": beta}
+        given = {name: value for name, value in asked.items() if value is not None}
+        takes = {n: inspect.signature(kind).parameters for n, kind in objectives.named.items()}
+        for name in given.keys() - takes[self.objective].keys():
+            where = flag("warmup" if isinstance(given[name], Warmup) else name)
+            expected = f"an option of the objective {self.objective}"
+            fixes = [f"--objective {n}" for n, parameters in takes.items() if name in parameters]
+            raise ArgumentError(where, expected, f"{name}={given[name]!r}", fixes[:2])
+        return objectives.named[self.objective](**given)
 
     @property
     def fit_options(self) -> dict[str, Any]:
         """The fields that are arguments of `pvae.fit`, by name: a new one needs no more."""
         known = inspect.signature(fit).parameters.keys() - {"data", "objective"}
         return {name: getattr(self, name) for name in type(self).model_fields if name in known}
-
-    # Files
 
     @classmethod
     def values_in(cls, path: Path) -> dict[str, object]:
@@ -343,15 +306,11 @@ class Config(BaseModel):
             if not isinstance(values, dict):
                 raise ValueError("no table of names and values")
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                str(path),
-                "the config.json of a run, or a JSON or TOML file with the same names",
-                f"{type(error).__name__}: {error}",
-                [
-                    "pvae train --out DIR first, then the folder DIR",
-                    "of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python",
-                ],
-            ) from error
+            expected = "the config.json of a run, or a JSON or TOML file with the same names"
+            fixes = ["pvae train --out DIR first, then the folder DIR"]
+            fixes += ["of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python"]
+            actual = f"{type(error).__name__}: {error}"
+            raise CheckpointError(str(path), expected, actual, fixes) from error
         for name in ("resolved", "job"):  # which say what came of it
             values.pop(name, None)
         return values
@@ -374,6 +333,15 @@ class Config(BaseModel):
             raise CheckpointError(where, error.expected, error.actual, fixes) from error
 
 
+def _penalty(name: str, weight: float, recipe: str) -> Penalty:
+    """The penalty of that name; another number is refused, as the recipe has none of that name."""
+    if name in penalties.named:
+        return penalties.named[name](weight)
+    actual = f"--recipe {recipe}" + (" with --prior" if name == "l1" else "")
+    fixes = [f"--recipe {r}" for r, build in recipes.named.items() if name in numbers_of(build)]
+    raise ArgumentError(flag(name), "an option of the recipe", actual, fixes)
+
+
 def options() -> dict[str, Option]:
     """All options of a training by name, those of parts that have been given a name included.
 
@@ -381,12 +349,9 @@ def options() -> dict[str, Option]:
         >>> print(options()["num_codes"].text("num_codes"))
         Number K of code vectors in the codebook (vq_vae only). Default: 64. Example: --num-codes 64
     """
-    found: dict[str, Option] = {}
-    for name, info in Config.model_fields.items():
-        extra = info.json_schema_extra
-        assert isinstance(extra, dict)  # noqa: S101
-        found[name] = extra["option"]  # type: ignore[assignment]
-    return found | recipe_options() | part_options()
+    fields = {name: info.json_schema_extra for name, info in Config.model_fields.items()}
+    own = {name: cast("dict[str, Option]", extra)["option"] for name, extra in fields.items()}
+    return own | recipe_options() | part_options()
 
 
 def _in_our_words(error: ValidationError) -> ArgumentError:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from pvae import corruptions, penalties, recipes
+from pvae.errors import ArgumentError
 from pvae.vae import VAE
 
 __all__ = ["Option", "field", "flag", "numbers_of", "part_options", "recipe_options"]
@@ -35,6 +36,11 @@ class Option:
     kind: str
     default: str
     choices: Collection[str] | None = None
+
+    def check(self, name: str, value: object) -> None:
+        """Refuses a value that is none of the choices."""
+        if self.choices is not None and value is not None and value not in self.choices:
+            raise ArgumentError(flag(name), f"one of {', '.join(self.choices)}", repr(value))
 
     def text(self, name: str) -> str:
         """The help in full: what it is, its choices, its default, an example."""
@@ -76,7 +82,7 @@ def recipe_options() -> dict[str, Option]:
     """The numbers that recipes take, as their docstrings have them."""
     found = {}
     for name in dict.fromkeys(n for build in recipes.named.values() for n in numbers_of(build)):
-        owners = {r: n[name] for r, b in recipes.named.items() if name in (n := numbers_of(b))}
+        owners = _owners(name)
         recipe, parameter = next(iter(owners.items()))
         text, _, unset = _text(recipes.named[recipe], name)[:-1].partition("; None for ")
         default = unset or str(parameter.default)
@@ -99,10 +105,16 @@ def part_options() -> dict[str, Option]:
         first = next(iter(inspect.signature(penalty).parameters.values()))
         text = _plain((inspect.getdoc(penalty) or name).split("\n\n")[0])
         text = f"Weight of a penalty: {text[0].lower()}{text[1:]}"
-        own = {r: n[name].default for r, b in recipes.named.items() if name in (n := numbers_of(b))}
+        own = {recipe: parameter.default for recipe, parameter in _owners(name).items()}
         default = "; ".join(["none", *(f"{value} for {recipe}" for recipe, value in own.items())])
         found[name] = _number("Penalties", text, first, default, *own.values())
     return found
+
+
+def _owners(name: str) -> dict[str, inspect.Parameter]:
+    """The recipes that take this number, with its default there."""
+    every = ((recipe, numbers_of(build)) for recipe, build in recipes.named.items())
+    return {recipe: numbers[name] for recipe, numbers in every if name in numbers}
 
 
 def _number(
@@ -114,19 +126,19 @@ def _number(
     return Option(group, text, str(example), kind, default)
 
 
+_NUMBERS = ("int", "float")
+
+
 def _annotation(parameter: inspect.Parameter) -> str:
     return inspect.formatannotation(parameter.annotation).strip("'")
 
 
 def numbers_of(recipe: Callable[..., VAE]) -> dict[str, inspect.Parameter]:
     """The numbers that are a recipe's own keywords."""
-    return {
-        name: parameter
-        for name, parameter in inspect.signature(recipe).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-        and name not in recipes.PairOptions.__annotations__
-        and _annotation(parameter).removesuffix(" | None") in ("int", "float")
-    }
+    parameters = inspect.signature(recipe).parameters.values()
+    own = [p for p in parameters if p.name not in recipes.PairOptions.__annotations__]
+    kinds = {p.name: _annotation(p).removesuffix(" | None") for p in own}
+    return {p.name: p for p in own if p.kind is p.KEYWORD_ONLY and kinds[p.name] in _NUMBERS}
 
 
 def _text(thing: Callable[..., object], argument: str) -> str:
