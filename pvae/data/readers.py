@@ -175,7 +175,9 @@ def _read(name: str, folder: Path) -> Parts:
         digits = load_digits()
         return (digits.data.astype(np.float32), digits.target), {}, 17
     if name in REMOTE:
-        images, labels, *others = (read_idx(_find(folder / name, file, name)) for file in FILES)
+        images, labels, *others = (
+            read_idx(_find(folder / name, file[:-3], name)) for file in FILES
+        )
         return (images[:, None], labels), {"test": (others[0][:, None], others[1])}, 256
     if name == "static_mnist":
         packed = _read_npz(_find(folder, "binarized_mnist.npz", name))

@@ -340,9 +340,11 @@ def _checked(data: Data) -> Data:
     arrays = tuple(_as_array(a) for a in data.arrays)
     for i, array in enumerate(arrays):
         name = "data" if len(arrays) == 1 else f"data[{i}]"
-        is_tensor = isinstance(array, Tensor)
-        if array.is_complex() if is_tensor else array.dtype.kind not in "biuf":
-            fixes = [] if is_tensor else ["array.astype(float)"]
+        if isinstance(array, Tensor):
+            is_real, fixes = not array.is_complex(), []
+        else:
+            is_real, fixes = array.dtype.kind in "biuf", ["array.astype(float)"]
+        if not is_real:
             raise DataError(name, "real numbers", f"dtype {array.dtype}", fixes)
         if array.ndim == 0:
             raise DataError(name, "an array with one row a datum", "a single number")
