@@ -1,4 +1,4 @@
-"""The abstract objective."""
+"""The abstract objectives: with one loss, and with one for the model and one for the guide."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from pvae.errors import ArgumentError, check_int
-from pvae.objectives.refusals import REFUSALS, Need
+from pvae.objectives.refusals import Need, check_needs
 from pvae.objectives.settings import Weight, as_annotated, hints, written
 from pvae.objectives.state import ObjectiveState, Training
 from pvae.pair import Pair, Structure, run_pair
@@ -21,7 +21,7 @@ from pvae.schedules import Schedule
 from pvae.terms import Terms, compute
 from pvae.types import Program
 
-__all__ = ["Objective", "PassOption"]
+__all__ = ["Objective", "PassOption", "TwoLosses"]
 
 PassOption = Literal["per_dimension", "stop_guide", "detach", "share_globals"]
 _Known = dict[tuple[Program, Program], tuple[Pair, ObjectiveState | None, set[int]]]
@@ -106,8 +106,8 @@ class Objective(PyroELBO):
 
     @property
     def num_draws(self) -> int:
-        """Draws from the guide for each datum, all together."""
-        return self.num_particles
+        """Draws from the guide for each datum, all together: K, or M K with M means of K."""
+        return self.num_particles * getattr(self, "num_means", 1)
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -122,11 +122,9 @@ class Objective(PyroELBO):
     def check(self, structure: Structure) -> None:
         """Refuses a pair that this objective can't be used with, and says why."""
         if self.plate is not None and self.plate not in structure.plates:
-            raise ArgumentError(
-                "plate", f"the pair's data plate, '{structure.plate}'", repr(self.plate)
-            )
-        for need in self.needs:
-            REFUSALS[need](type(self).__name__, structure)
+            expected = f"the pair's data plate, '{structure.plate}'"
+            raise ArgumentError("plate", expected, repr(self.plate))
+        check_needs(type(self).__name__, structure, *self.needs)
 
     @abstractmethod
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
@@ -142,9 +140,8 @@ class Objective(PyroELBO):
         """The state for one training; without lengths, for schedules that are in steps."""
         schedules = self.schedules
         if steps_per_epoch is not None and total_steps is not None:
-            schedules = {
-                name: s.resolve(steps_per_epoch, total_steps) for name, s in schedules.items()
-            }
+            lengths = steps_per_epoch, total_steps
+            schedules = {name: s.resolve(*lengths) for name, s in schedules.items()}
         return self.new_state(Training(schedules, structure, num_data))
 
     def new_state(self, training: Training) -> ObjectiveState:
@@ -153,9 +150,9 @@ class Objective(PyroELBO):
 
     def compute_terms(self, structure: Structure, batch: tuple[Tensor, ...]) -> Terms:
         """The terms that this objective needs."""
-        options: dict[str, Any] = dict.fromkeys(self.pass_options, True)
-        options |= {"num_particles": self.num_draws, "vectorize": self.vectorize_particles}
-        return compute(structure, batch, **options)
+        k, vectorize = self.num_draws, self.vectorize_particles
+        options = dict.fromkeys(self.pass_options, True)
+        return compute(structure, batch, num_particles=k, vectorize=vectorize, **options)
 
     def value_at(self, name: str, state: ObjectiveState) -> Tensor | float:
         """A setting at this step: a schedule's value, which later steps don't change; a number."""
@@ -220,14 +217,7 @@ class Objective(PyroELBO):
     def state_of(
         self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
     ) -> ObjectiveState:
-        """The state of a pair's training in Pyro's own ``SVI``: its step, schedules, multiplier.
-
-        Arguments:
-            model: A Pyro program.
-            guide: Its guide.
-            batch: What they are called with; the first one shows what the pair is made of.
-            kwargs: As ``batch``.
-        """
+        """The state of a pair's training in Pyro's own ``SVI``: its step, schedules, multiplier."""
         return self._recall(model, guide, batch, kwargs)[1]
 
     def _recall(
@@ -270,3 +260,63 @@ def _with_keywords(
     if not kwargs:
         return model, guide
     return functools.partial(model, **kwargs), functools.partial(guide, **kwargs)
+
+
+@dataclass(frozen=True)
+class TwoLosses(Objective):
+    """The abstract objective with one loss for the model and another for the guide.
+
+    Define `losses`.
+
+    Arguments:
+        shared: Whose loss moves parameters that model and guide share: ``"model"``, ``"guide"``,
+            or None to refuse them.
+        options: As in `Objective`.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("density", "unscaled", "local")
+
+    _: KW_ONLY
+    shared: Literal["model", "guide", None] = None
+
+    def check(self, structure: Structure) -> None:
+        """Also refuses parameters that both sides have, unless one is named."""
+        super().check(structure)
+        if self.shared is None:
+            check_needs(type(self).__name__, structure, "own parameters")
+
+    @abstractmethod
+    def losses(self, terms: Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+        """The plate-scaled value, and the losses of model and guide; all scalars."""
+
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
+        """The value, with the gradient of each side's loss for that side's parameters."""
+        value, of_model, of_guide = self.losses(terms, state)
+        if not torch.is_grad_enabled():
+            return value
+        structure = terms.structure
+        parameters: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        for side, loss in {"model": of_model, "guide": of_guide}.items():
+            own = [
+                structure.parameters[name]
+                for name, sides in structure.sides.items()
+                if (side in sides if len(sides) == 1 else side == self.shared)
+            ]
+            if own and loss.requires_grad:
+                gradients += torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)
+                parameters += own
+        return _WithGradients.apply(value.detach(), gradients, *parameters)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are given."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if g is None else outer * g for g in ctx.gradients)

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from pvae.objectives.base import Objective
+from pvae.objectives.base import Objective, TwoLosses
 from pvae.objectives.state import ObjectiveState
-from pvae.objectives.two_losses import TwoLosses
 from pvae.terms import Terms
 
 __all__ = ["CIWAE", "CUBO", "IWAE", "PIWAE", "DReG", "MultiplyWeightedIWAE", "Renyi"]
@@ -107,11 +106,6 @@ class MultiplyWeightedIWAE(_Weighted):
     _: KW_ONLY
     num_means: Annotated[int, {"minimum": 1}] = 4
 
-    @property
-    def num_draws(self) -> int:
-        """M K."""
-        return self.num_means * self.num_particles
-
     def bound_of(self, log_weight: Tensor) -> Tensor:
         """The mean over M of the log mean over K."""
         return mean_of_bounds(log_weight, self.num_means)
@@ -206,11 +200,6 @@ class PIWAE(TwoLosses):
     num_particles: int = 2
     _: KW_ONLY
     num_means: Annotated[int, {"minimum": 1}] = 4
-
-    @property
-    def num_draws(self) -> int:
-        """M K."""
-        return self.num_means * self.num_particles
 
     def losses(self, terms: Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
         """Minus the bound of all draws, twice, and minus the mean of the others."""
