@@ -6,10 +6,8 @@ import gzip
 import os
 import struct
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -22,7 +20,6 @@ __all__ = ["NAMES", "Splits", "load", "read_idx"]
 NAMES = ("digits", *REMOTE, "static_mnist", "freyfaces")
 """Data sets that `load` knows by name; all but the digits are looked for in a folder."""
 
-T = TypeVar("T")
 Arrays = tuple[Array, ...]
 Parts = tuple[Arrays, dict[str, Arrays], int | None]
 """A data set's arrays, the parts that it has of its own (such as ``"test"``), and its levels."""
@@ -175,19 +172,18 @@ def _read(name: str, folder: Path) -> Parts:
         digits = load_digits()
         return (digits.data.astype(np.float32), digits.target), {}, 17
     if name in REMOTE:
-        images, labels, *others = (
-            read_idx(_find(folder / name, file[:-3], name)) for file in FILES
-        )
-        return (images[:, None], labels), {"test": (others[0][:, None], others[1])}, 256
+        files = [_find(folder / name, file.removesuffix(".gz"), name) for file in FILES]
+        x, y, test_x, test_y = map(read_idx, files)
+        return (x[:, None], y), {"test": (test_x[:, None], test_y)}, 256
     if name == "static_mnist":
-        packed = _read_npz(_find(folder, "binarized_mnist.npz", name))
+        packed = _read_numpy(_find(folder, "binarized_mnist.npz", name))
         train, valid, test = (
             (np.unpackbits(packed[part], axis=1)[:, :784].reshape(-1, 1, 28, 28),)
             for part in ("train", "valid", "test")
         )
         return train, {"valid": valid, "test": test}, 2
     if name == "freyfaces":
-        x = _read_npz(_find(folder, "freyfaces.npz", name))["x"]
+        x = _read_numpy(_find(folder, "freyfaces.npz", name))["x"]
         return (x.reshape(-1, 1, 28, 20),), {}, 256
     return _read_file(Path(name))
 
@@ -202,33 +198,24 @@ def _find(folder: Path, stem: str, name: str) -> Path:
     raise DataError(f"data set {name}", f"{stem} in {folder}", "no such file", fixes)
 
 
-def _read_numbers(path: Path, read: Callable[[], T]) -> T:
+def _read_numpy(path: Path) -> dict[str, np.ndarray]:
     try:
-        return read()
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
+        if isinstance(loaded, np.ndarray):
+            return {"x": loaded}
+        with loaded as archive:
+            return dict(archive)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         expected = f"an {path.suffix} file of numbers"
         raise DataError(str(path), expected, str(error).splitlines()[0]) from error
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    def read() -> dict[str, np.ndarray]:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-
-    return _read_numbers(path, read)
 
 
 def _read_file(path: Path) -> Parts:
     if not path.exists():
         expected = f"one of {', '.join(NAMES)}, or a file"
         raise DataError("data", expected, f"'{path}', which doesn't exist")
-    if path.suffix == ".npz":
-        arrays = _read_npz(path)
-    elif path.suffix == ".npy":
-        mapped = _read_numbers(path, lambda: np.load(path, allow_pickle=False, mmap_mode="r"))
-        arrays = {"x": mapped}
-    else:
-        arrays = {"x": read_idx(path)}
+    is_numpy = path.suffix in (".npy", ".npz")
+    arrays = _read_numpy(path) if is_numpy else {"x": read_idx(path)}
     first = next((k for k in ("train", "x", *arrays) if k in arrays), "")
     if first not in ("train", "x") and len(arrays) != 1:
         got = ", ".join(arrays) or "nothing"

@@ -122,15 +122,15 @@ class Data:
         first, *rest = self.arrays
         return replace(self, arrays=(first.reshape(len(first), *event_shape), *rest))
 
-    def fixed(self, seed: int | None = None) -> Data:
+    def fixed(self) -> Data:
         """The same data, scaled and (also where that is dynamic) binarised once, as arrays."""
         first, *rest = self.arrays
         x = np.asarray(first, dtype=np.float32) * np.float32(self.scale)
         if self.binarize == "threshold":
             x = (x > 0.5).astype(np.float32)
         elif self.binarize != "none":
-            generator = np.random.default_rng(self.seed if seed is None else seed)
-            x = (generator.random(x.shape, dtype=np.float32) < x).astype(np.float32)
+            uniform = np.random.default_rng(self.seed).random(x.shape, dtype=np.float32)
+            x = (uniform < x).astype(np.float32)
         return Data((x, *rest), origin=self.origin)
 
 
@@ -228,14 +228,16 @@ class DatasetSource(Source):
     """A map-style torch ``Dataset``: items are fetched one by one and collated."""
 
     def __init__(self, dataset: Dataset, device: torch.device, dtype: torch.dtype) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            fixes = ["a DataLoader around it"]
+            raise DataError("data", "a map-style dataset", type(dataset).__name__, fixes)
         self.dataset, self.device, self.dtype = dataset, device, dtype
-        self.num_rows = _check_length(len(dataset))  # type: ignore[arg-type]
+        self.num_rows = _check_length(len(dataset))
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The items at ``index``, collated."""
         fetch = getattr(self.dataset, "__getitems__", lambda rows: [self.dataset[i] for i in rows])
-        items = fetch(index.tolist())
-        return _as_batch(default_collate(items), self.device, self.dtype)
+        return _as_batch(default_collate(fetch(index.tolist())), self.device, self.dtype)
 
 
 class LoaderSource(Source):
@@ -244,9 +246,10 @@ class LoaderSource(Source):
     exact = False
 
     def __init__(self, loader: DataLoader, device: torch.device, dtype: torch.dtype) -> None:
+        if not hasattr(loader.dataset, "__len__"):
+            raise DataError("data", "a dataset with a length", type(loader.dataset).__name__)
         self.loader, self.device, self.dtype = loader, device, dtype
-        self.num_batches = len(loader)
-        self.num_rows = len(loader.dataset)  # type: ignore[arg-type]
+        self.num_batches, self.num_rows = len(loader), len(loader.dataset)
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Raises: a DataLoader has an order of its own."""
@@ -321,13 +324,8 @@ def as_source(
     if isinstance(data, Source):
         return data
     if isinstance(data, DataLoader):
-        if not hasattr(data.dataset, "__len__"):
-            raise DataError("data", "a dataset with a length", type(data.dataset).__name__)
         return LoaderSource(data, device, dtype)
     if isinstance(data, Dataset):
-        if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
-            fixes = ["a DataLoader around it"]
-            raise DataError("data", "a map-style dataset", type(data).__name__, fixes)
         return DatasetSource(data, device, dtype)
     if hasattr(data, "train") and hasattr(data, "valid"):
         raise DataError("data", "one part of a data set", type(data).__name__, ["data.train"])
@@ -340,12 +338,7 @@ def _checked(data: Data) -> Data:
     arrays = tuple(_as_array(a) for a in data.arrays)
     for i, array in enumerate(arrays):
         name = "data" if len(arrays) == 1 else f"data[{i}]"
-        if isinstance(array, Tensor):
-            is_real, fixes = not array.is_complex(), []
-        else:
-            is_real, fixes = array.dtype.kind in "biuf", ["array.astype(float)"]
-        if not is_real:
-            raise DataError(name, "real numbers", f"dtype {array.dtype}", fixes)
+        _check_real(name, array)
         if array.ndim == 0:
             raise DataError(name, "an array with one row a datum", "a single number")
         if len(array) != len(arrays[0]):
@@ -358,6 +351,15 @@ def _checked(data: Data) -> Data:
             got = f"values from {low:g} to {high:g}"
             raise DataError("data", expected, got, ["scale=1 / 255, for bytes"])
     return replace(data, arrays=arrays)
+
+
+def _check_real(name: str, array: Array) -> None:
+    if isinstance(array, Tensor):
+        is_real, fixes = not array.is_complex(), ["x.real"]
+    else:
+        is_real, fixes = array.dtype.kind in "biuf", ["array.astype(float)"]
+    if not is_real:
+        raise DataError(name, "real numbers", f"dtype {array.dtype}", fixes)
 
 
 def _as_array(array: object) -> Array:

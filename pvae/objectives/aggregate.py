@@ -159,8 +159,7 @@ class InfoVAE(_Aggregate):
 
     References:
         InfoVAE (Zhao et al., 2019), https://arxiv.org/abs/1706.02262
-        A Kernel Two-Sample Test (Gretton et al., 2012),
-        https://jmlr.org/papers/v13/gretton12a.html
+        A Kernel Two-Sample Test (Gretton et al., 2012), https://jmlr.org/papers/v13/gretton12a.html
 
     Arguments:
         alpha: :math:`\alpha`, at most 1.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pyro.infer import ELBO as PyroELBO
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.errors import ArgumentError, check_int
@@ -101,7 +102,7 @@ class Objective(PyroELBO):
         shown = [f"{name}={text}" for name, text in given.items() if text != default[name]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != _REMEMBERED}
 
     @property
@@ -151,7 +152,7 @@ class Objective(PyroELBO):
     def compute_terms(self, structure: Structure, batch: tuple[Tensor, ...]) -> Terms:
         """The terms that this objective needs."""
         k, vectorize = self.num_draws, self.vectorize_particles
-        options = dict.fromkeys(self.pass_options, True)
+        options: dict[str, Any] = dict.fromkeys(self.pass_options, True)
         return compute(structure, batch, num_particles=k, vectorize=vectorize, **options)
 
     def value_at(self, name: str, state: ObjectiveState) -> Tensor | float:
@@ -189,7 +190,7 @@ class Objective(PyroELBO):
     # What Pyro's SVI, and the objective as a module, call
 
     def differentiable_loss(
-        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: object
     ) -> Tensor:
         """The plate-scaled loss as a scalar to differentiate.
 
@@ -201,13 +202,13 @@ class Objective(PyroELBO):
             loss.register_hook(lambda _: state.advance())
         return loss
 
-    def loss(self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any) -> float:
+    def loss(self, model: Program, guide: Program, *batch: Tensor, **kwargs: object) -> float:
         """The plate-scaled loss in nats; doesn't advance schedules."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *batch, **kwargs))
 
     def loss_and_grads(
-        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: object
     ) -> float:
         """The plate-scaled loss in nats; adds gradients, and so advances schedules."""
         loss = self.differentiable_loss(model, guide, *batch, **kwargs)
@@ -215,20 +216,20 @@ class Objective(PyroELBO):
         return float(loss.detach())
 
     def state_of(
-        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: object
     ) -> ObjectiveState:
         """The state of a pair's training in Pyro's own ``SVI``: its step, schedules, multiplier."""
         return self._recall(model, guide, batch, kwargs)[1]
 
     def _recall(
-        self, model: Program, guide: Program, batch: tuple[Tensor, ...], kwargs: dict[str, Any]
+        self, model: Program, guide: Program, batch: tuple[Tensor, ...], kwargs: dict[str, object]
     ) -> tuple[Structure, ObjectiveState]:
         """What a pair is made of, and the state of its training, both remembered.
 
         The state is kept while some of the pair's parameters are those of before.
         """
         known: _Known = self.__dict__.setdefault(_REMEMBERED, {})
-        programs = _with_keywords(model, guide, kwargs)
+        programs = _with(kwargs, model, guide)
         if (model, guide) not in known:
             known[model, guide] = Pair(*programs, plate=self.plate), None, set()
         pair, state, before = known[model, guide]
@@ -244,18 +245,16 @@ class Objective(PyroELBO):
         return structure, state
 
     def _get_trace(
-        self, model: Program, guide: Program, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any]:
+        self, model: Program, guide: Program, args: tuple[Tensor, ...], kwargs: dict[str, object]
+    ) -> tuple[Trace, Trace]:
         """Traces of model and guide, scored, as Pyro's tools expect them."""
-        guide_trace, model_trace = run_pair(*_with_keywords(model, guide, kwargs), args)
+        guide_trace, model_trace = run_pair(*_with(kwargs, model, guide), args)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace
 
 
-def _with_keywords(
-    model: Program, guide: Program, kwargs: dict[str, Any]
-) -> tuple[Program, Program]:
+def _with(kwargs: dict[str, object], model: Program, guide: Program) -> tuple[Program, Program]:
     """Both programs with the keyword arguments that they are called with."""
     if not kwargs:
         return model, guide

@@ -104,8 +104,7 @@ class ELBO(Objective):
         loss = -value.mean()
         if self.baseline is not None:
             return loss - self._signal(terms, state, beta, factor)
-        guides = [s.guide for p in terms.passes for s in p.sites.values() if s.guide is not None]
-        if not all(fn.has_rsample for fn in guides):
+        if any(_needs_score(p) for p in terms.passes):
             score = torch.stack([_score_function(p, beta, factor) for p in terms.passes]).sum()
             score = score / terms.num_particles
             return loss.detach() - (score - score.detach())
@@ -167,6 +166,12 @@ def _exact_rate(q: Site, p: Site) -> Tensor | None:
     except NotImplementedError:
         return None
     return scale_and_mask(kl, scale=q["scale"], mask=q["mask"]).sum()
+
+
+def _needs_score(terms: Terms) -> bool:
+    """Whether a guide site can't be reparametrised."""
+    guides = [site.guide for site in terms.sites.values() if site.guide is not None]
+    return not all(fn.has_rsample for fn in guides)
 
 
 def _score_function(terms: Terms, beta: Tensor | float, factor: Tensor | float) -> Tensor:

@@ -109,9 +109,6 @@ class RWS(TwoLosses):
 
     References:
         Reweighted Wake-Sleep (Bornschein & Bengio, 2015), https://arxiv.org/abs/1406.2751
-
-    Arguments:
-        options: As in `TwoLosses`.
     """
 
     estimator = "self-normalised weights, two losses"

@@ -66,9 +66,6 @@ class IWAE(_Weighted):
     References:
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
 
-    Arguments:
-        options: As in `Objective`.
-
     Example:
         >>> IWAE(50)
         IWAE(num_particles=50)
@@ -151,8 +148,7 @@ class Renyi(_Weighted):
     biased down, so that it bounds nothing.
 
     References:
-        Renyi Divergence Variational Inference (Li & Turner, 2016),
-        https://arxiv.org/abs/1602.02311
+        Renyi Divergence Variational Inference (Li & Turner, 2016), https://arxiv.org/abs/1602.02311
 
     Arguments:
         alpha: The order.
@@ -225,9 +221,6 @@ class DReG(TwoLosses):
     References:
         Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al.,
         2019), https://arxiv.org/abs/1810.04152
-
-    Arguments:
-        options: As in `TwoLosses`.
     """
 
     needs = ("density", "gradient", "unscaled", "local")
@@ -253,12 +246,10 @@ class CUBO(TwoLosses):
         \nabla_q E_q[w^n] = (1 - n)\, E_q[w^n \nabla \log q(z | x)]
 
     Its guide covers the posterior where `ELBO`'s stays inside. Of K draws, the logarithm is biased
-    down, and by much where weights vary: no bound. ``form="exp"`` is unbiased, in value and
-    gradient, but it isn't in nats, overflows unless ``reference`` is near log p(x), and counts
-    rows that are masked out. Gradients are by the score function (self-normalised in the
-    logarithm): the way through the draws would lower the estimate by taking them where weights
-    are small. The model learns by the importance-weighted bound of the same draws, as an upper
-    bound can't be maximised.
+    down, by much where weights vary: no bound. ``form="exp"`` is unbiased, but isn't in nats,
+    overflows unless ``reference`` is near log p(x), and counts rows that are masked out. Gradients
+    are by the score function: the way through the draws would lower the estimate by taking them
+    where weights are small. The model learns by the importance-weighted bound of the same draws.
 
     References:
         Variational Inference via Chi Upper Bound Minimization (Dieng et al., 2017),
