@@ -414,7 +414,9 @@ def point() -> Exact:
 def improper() -> Exact:
     """A flat prior, under which there is no evidence."""
     likelihood = likelihoods.Gaussian(Generate().decoder, D, sigma=SIGMA)
-    return Exact(VAE(priors.Flat(Q), likelihood, _Posterior()), (data(),), None, {})
+    x = data()
+    pair = VAE(priors.Flat(Q), likelihood, _Posterior())
+    return Exact(pair, (x,), None, {"z": posterior_mean(x)})
 
 
 KINDS: dict[str, Callable[[], Exact]] = {

@@ -22,7 +22,7 @@ from pvae import diagnostics, plots
 from pvae.data import LinearGaussian
 from pvae.errors import ArgumentError, UndefinedError
 from pvae.pair import Pair
-from tests import linear, pairs
+from tests import linear
 
 
 def run(make: linear.Make, device: torch.device, n: int = 400, **options: Any) -> Any:
@@ -125,29 +125,6 @@ def test_false_alarms(device: torch.device) -> None:
         assert (p_values <= 0.05).sum() <= 18
         assert (p_values <= 0.001).sum() <= 4
         assert (p_values < 0.5).sum() > 15
-
-
-REFUSED = {
-    "subsample_drawn": "subsamples its data",
-    "global_latent": "global site",
-    "autoguide": "global site",
-    "masked": "latents without a mask",
-}
-
-
-@pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("kind", pairs.PAIRS)
-def test_every_kind_of_pair(kind: str, device: torch.device) -> None:
-    model, guide, batch = pairs.PAIRS[kind](device)
-    options: Any = {"num_permutations": 99}
-    if kind in REFUSED:
-        with pytest.raises(UndefinedError, match=REFUSED[kind]):
-            diagnostics.aggregated_posterior((model, guide), batch, **options)
-        return
-    found = diagnostics.aggregated_posterior((model, guide), batch, **options)
-    assert found.draws.shape == found.prior.shape == (12, len(found.names))
-    small = diagnostics.aggregated_posterior((model, guide), batch, max_rows=5, **options)
-    assert small.prior.shape == found.prior.shape
 
 
 def test_refusals(device: torch.device) -> None:

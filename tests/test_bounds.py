@@ -253,21 +253,6 @@ def test_one_global_draw_is_shared_by_all_data(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("name", pairs.PAIRS)
-def test_bounds_take_any_pair(name: str, device: torch.device) -> None:
-    model, guide, batch = pairs.PAIRS[name](device)
-    lower = bounds.elbo((model, guide), batch, 3)
-    better = bounds.evidence((model, guide), batch, 50)
-    assert math.isfinite(lower.total)
-    assert lower.total < better.total + 3.0
-    if name in pairs.GLOBAL:
-        with pytest.raises(UndefinedError, match="global site"):
-            _ = better.per_datum
-    else:
-        assert better.per_datum.shape == (len(batch[0]),)
-
-
-@pytest.mark.usefixtures("store")
 def test_terms_of_a_scaled_pair_are_per_datum(device: torch.device) -> None:
     """subsample= scales the loss up, and leaves the evidence of a datum alone."""
     model, guide, (x,) = pairs.subsample_given(device)

@@ -410,31 +410,10 @@ def test_single_precision(device: torch.device) -> None:
     assert found.coverage.dtype == torch.float64
 
 
-REFUSED = {
-    "subsample_drawn": "subsamples its data",
-    "global_latent": "global site",
-    "autoguide": "global site",
-    "masked": "latents without a mask",
-}
-
-
-@pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("kind", pairs.PAIRS)
-def test_every_kind_of_pair(kind: str, device: torch.device) -> None:
-    """It runs or says why not; an encoder that isn't trained isn't calibrated."""
-    model, guide, batch = pairs.PAIRS[kind](device)
-    options: Any = {"num_simulations": 100, "num_particles": 19, "max_rows": 1000}
-    for tool in (diagnostics.sbc, diagnostics.tarp):
-        if kind in REFUSED:
-            with pytest.raises(UndefinedError, match=REFUSED[kind]):
-                tool((model, guide), batch, **options)
-            continue
-        found = tool((model, guide), batch, **options)
-        assert found.ranks.min() >= 0
-        assert found.ranks.max() <= 19
-    if kind == "two_sites":
-        found = diagnostics.sbc((model, guide), batch, site="z2", **options)
-        assert found.names == ("z2[0]",)
+def test_one_latent_of_two(device: torch.device) -> None:
+    model, guide, batch = pairs.two_sites(device)
+    found = diagnostics.sbc((model, guide), batch, site="z2", num_simulations=100, num_particles=19)
+    assert found.names == ("z2[0]",)
 
 
 def test_refusals(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from pvae import bounds, recipes
 from pvae.bounds import Curve
 from pvae.errors import ArgumentError, UndefinedError
 from pvae.estimate import Estimate
-from tests import gaussian, pairs
+from tests import gaussian
 
 STEPS = 4.5  # standard errors; two-sided, a false alarm in 1.5e5
 
@@ -115,23 +115,6 @@ def test_one_datum_has_no_error_over_data(device: torch.device) -> None:
     found = bounds.iwae_curve((model, guide), torch.tensor([0.3], device=device), 16)
     assert math.isnan(found.extrapolated.se_data)
     assert "nan" not in str(found)
-
-
-@pytest.mark.parametrize("name", pairs.PAIRS)
-def test_the_curve_of_any_pair(name: str, device: torch.device, store: None) -> None:
-    model, guide, batch = pairs.PAIRS[name](device)
-    if name in pairs.GLOBAL:
-        with pytest.raises(UndefinedError, match="global site"):
-            bounds.iwae_curve((model, guide), batch, 16)
-        return
-    found = bounds.iwae_curve((model, guide), batch, 512)
-    assert [len(point.values) for point in found.estimates.values()] == [len(batch[0])] * 10
-    lower = bounds.elbo((model, guide), batch, 512, seed=1)
-    better = bounds.evidence((model, guide), batch, 512, seed=1)
-    first = STEPS * math.hypot(lower.se_draws, found[1].se_draws)
-    assert abs(lower.mean - found[1].mean) < first
-    last = STEPS * math.hypot(better.se_draws, found[512].se_draws) + 0.05
-    assert abs(better.mean - found[512].mean) < last
 
 
 def test_refusals() -> None:

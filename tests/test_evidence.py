@@ -266,37 +266,6 @@ def test_two_sites_against_the_closed_form(device: torch.device) -> None:
     assert abs(found.mean - float(exact.mean())) < STEPS * found.se_draws + 0.02
 
 
-REFUSED = {
-    "global_latent": "global site",
-    "autoguide": "global site",
-    "discrete": "discrete",
-}
-NOT_SIMULATED = {"subsample_drawn": "as it is"}
-
-
-@pytest.mark.parametrize("name", pairs.PAIRS)
-def test_any_pair_is_annealed_or_refused(name: str, device: torch.device, store: None) -> None:
-    """Against importance sampling, which is good where a latent has two dimensions."""
-    model, guide, batch = pairs.PAIRS[name](device)
-    ais = bounds.AIS(num_temperatures=8, num_leapfrog=3)
-    options: dict[str, Any] = {"ais": ais, "progress": False}
-    if name in REFUSED:
-        with pytest.raises(UndefinedError, match=REFUSED[name]):
-            bounds.evidence((model, guide), batch, 4, method="ais", **options)
-        return
-    found = bounds.evidence((model, guide), batch, 48, method="ais", **options)
-    other = bounds.evidence((model, guide), batch, 20_000)
-    assert found.num_data == len(batch[0])
-    tolerance = STEPS * math.hypot(found.se_draws, other.se_draws) + 0.02
-    assert abs(found.mean - other.mean) < tolerance
-    if name in NOT_SIMULATED:
-        with pytest.raises(UndefinedError, match=NOT_SIMULATED[name]):
-            bounds.bdmc((model, guide), batch, 4, **options)
-        return
-    both = bounds.bdmc((model, guide), batch, 16, **options)
-    assert both.gap.mean > -STEPS * both.gap.se_data
-
-
 def test_annealing_from_the_prior_needs_no_density_of_the_guide(device: torch.device) -> None:
     """A point-mass guide: refused from the guide, and the evidence from the prior."""
     toy = LinearGaussian.random(5, 1)

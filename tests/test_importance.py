@@ -16,7 +16,7 @@ from pvae import bounds, diagnostics, priors, recipes
 from pvae.errors import ArgumentError, DataError, UndefinedError
 from pvae.pair import Pair
 from pvae.terms import compute
-from tests import gaussian, pairs
+from tests import gaussian
 
 # log weights
 
@@ -44,20 +44,6 @@ def test_log_weights_in_chunks(max_rows: int, device: torch.device) -> None:
     found = bounds.log_weights((model, guide), x, 20, max_rows=max_rows)
     expected = gaussian.log_evidence(model, x).detach().expand(20, 9)
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("name", pairs.PAIRS)
-def test_log_weights_of_any_pair(name: str, device: torch.device) -> None:
-    """What `bounds.evidence` makes of the same draws, or a refusal by name."""
-    model, guide, batch = pairs.PAIRS[name](device)
-    if name in pairs.GLOBAL:
-        with pytest.raises(UndefinedError, match="global site"):
-            bounds.log_weights((model, guide), batch, 5)
-        return
-    found = bounds.log_weights((model, guide), batch, 5, seed=1)
-    evidence = bounds.evidence((model, guide), batch, 5, seed=1)
-    torch.testing.assert_close(found.logsumexp(0) - torch.tensor(5.0).log(), evidence.per_datum)
 
 
 def test_log_weights_need_densities(device: torch.device) -> None:
@@ -242,28 +228,6 @@ def test_rounding_is_no_tail(device: torch.device) -> None:
     assert float(found.log_weights.std(0).max()) > 0
     assert bool(found.is_exact.all())
     assert bool(found.khat.isnan().all())
-
-
-@pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("name", pairs.PAIRS)
-def test_importance_of_any_pair(name: str, device: torch.device) -> None:
-    model, guide, batch = pairs.PAIRS[name](device)
-    before = torch.get_rng_state()
-    if name in pairs.GLOBAL:
-        with pytest.raises(UndefinedError, match="global site"):
-            diagnostics.importance((model, guide), batch)
-        return
-    found = diagnostics.importance((model, guide), batch, num_particles=200, seed=2)
-    again = bounds.evidence((model, guide), batch, 200, seed=2)
-    torch.testing.assert_close(found.evidence.per_datum, again.per_datum)
-    assert found.evidence.se_draws == pytest.approx(again.se_draws, rel=0.01)
-    torch.testing.assert_close(
-        found.elbo.per_datum, bounds.elbo((model, guide), batch, 200, seed=2).per_datum
-    )
-    assert found.khat.shape == found.ess.shape == (len(batch[0]),)
-    assert bool(found.khat.isnan().all()) == (name == "discrete")
-    assert ("no tail" in str(found)) == (name == "discrete")
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_importance_refuses(device: torch.device) -> None:

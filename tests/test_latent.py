@@ -585,20 +585,6 @@ def test_samples_are_those_of_the_vae(device: torch.device) -> None:
     assert vae.training
 
 
-@pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("name", pairs.PAIRS)
-def test_any_model_can_be_sampled(name: str, device: torch.device) -> None:
-    model, guide, batch = pairs.PAIRS[name](device)
-    site = "y" if name == "autoguide" else "x"
-    found = latent.sample((model, guide), batch)
-    rows = 5 if name == "subsample_drawn" else 12
-    assert found.shape == ((rows,) if name == "autoguide" else (rows, D))
-    same = latent.sample((model, guide), (batch[0] * 0 - 1, *batch[1:]), site=site)
-    if name != "autoguide":  # a regression's x isn't observed
-        assert torch.equal(found, same)
-    assert not torch.equal(found, latent.sample((model, guide), batch, seed=1))
-
-
 def test_samples_are_for_the_labels_given(device: torch.device) -> None:
     model, guide, (x, y) = pairs.labels(device)
     z = latent.sample((model, guide), (x, y), 3000, site="z")

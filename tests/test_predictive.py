@@ -459,32 +459,6 @@ def test_refusals(device: torch.device) -> None:
         diagnostics.predictive((model, guide), batch, kind="posterior")
 
 
-@pytest.mark.parametrize("kind", ["mixed", "prior", "posterior", "aggregated"])
-@pytest.mark.parametrize("name", pairs.PAIRS)
-@pytest.mark.usefixtures("store")
-def test_every_kind_of_pair(name: str, kind: Any, device: torch.device) -> None:
-    """Works, or refuses with a reason; the generators stay as they were."""
-    model, guide, batch = pairs.PAIRS[name](device)
-    before = torch.get_rng_state()
-    options: Any = {"kind": kind, "num_particles": 7, "max_rows": 30}
-    refused = {
-        "enumerated": ("posterior", "aggregated"),
-        "masked": ("aggregated",),
-        "autoguide": ("aggregated",),
-    }
-    if kind in refused.get(name, ()):
-        with pytest.raises(UndefinedError):
-            diagnostics.predictive((model, guide), batch, **options)
-        return
-    found = diagnostics.predictive((model, guide), batch, **options)
-    calibration = diagnostics.pit((model, guide), batch, **options)
-    assert torch.equal(torch.get_rng_state(), before)
-    for statistic in found.statistics.values():
-        assert statistic.replicated.isfinite().all()
-        assert len(statistic.replicated) == 7
-    assert len(calibration.values) == len(batch[0])
-
-
 @pytest.mark.usefixtures("store")
 def test_an_autoguide_of_a_regression(device: torch.device) -> None:
     """Point masses on unconstrained draws, as Pyro's autoguides have them."""
