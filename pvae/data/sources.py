@@ -49,10 +49,6 @@ class MappedRows:
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
         return np.asarray(self.array[self.index], dtype)
 
-    def reshape(self, *shape: int) -> MappedRows:
-        array = self.array.reshape(len(self.array), *shape[1:])
-        return MappedRows(array, self.index)  # type: ignore[arg-type]
-
     def min(self) -> float:
         return float(self.array.min())
 
@@ -116,11 +112,6 @@ class Data:
     def unlabelled(self) -> Data:
         """The first array alone."""
         return replace(self, arrays=self.arrays[:1])
-
-    def reshape(self, event_shape: Sequence[int]) -> Data:
-        """The same data with events of another shape."""
-        first, *rest = self.arrays
-        return replace(self, arrays=(first.reshape(len(first), *event_shape), *rest))
 
     def fixed(self) -> Data:
         """The same data, scaled and (also where that is dynamic) binarised once, as arrays."""

@@ -37,16 +37,8 @@ class Objective(PyroELBO):
     equality. What a field accepts is said by its annotation, see `pvae.objectives.settings`. Where
     it is a schedule, `value_at` has its value at the training step.
 
-    What an objective ``needs`` is named after what that refuses:
-
-    - ``"density"``: local latents with a point-mass guide, improper priors;
-    - ``"gradient"``: draws that can't be reparametrised;
-    - ``"local"``: sites outside the data plate;
-    - ``"own draws"``: latents of data that are drawn outside the data plate, all together;
-    - ``"unscaled"``: ``poutine.scale``, where a weight isn't a sum of log densities;
-    - ``"split"``: data and latents summed out together, so that no rate is known.
-
     Attributes:
+        needs: What a pair must have, of the table `pvae.objectives.refusals.NEEDS`.
         bound: ``"lower"``, ``"upper"``, or ``"none"``: what the value is of the evidence.
         couples_data: Whether the loss of a batch isn't the mean of its data's, so that several
             processes can't compute it in parts.

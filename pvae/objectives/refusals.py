@@ -83,4 +83,4 @@ NEEDS: dict[Need, tuple[str, Callable[[str, Structure], None]]] = {
     "split": ("nothing summed out", _split),
     "own parameters": ("no shared parameters", _own_parameters),
 }
-"""Each need in the words of the table of objectives, and what refuses a pair without it."""
+"""Each need in the words of `pvae.objectives.table`, and what refuses a pair without it."""
