@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+INNER = ("pvae.", "contextlib.")  # modules whose frames aren't a user's code
+
+
 class PvaeError(Exception):
     """The base of pvae's exceptions.
 
@@ -52,13 +55,9 @@ class PvaeError(Exception):
     def __init__(
         self, where: str, expected: str = "", actual: str | None = None, fixes: Sequence[str] = ()
     ) -> None:
-        self.where, self.expected, self.actual = where, expected, actual
-        self.fixes = tuple(fixes)
-        if not expected:
-            super().__init__(where)
-            return
+        self.where, self.expected, self.actual, self.fixes = where, expected, actual, tuple(fixes)
         got = "" if actual is None else f"; got {actual}"
-        lines = [f"{where}: expected {expected}{got}."]
+        lines = [f"{where}: expected {expected}{got}." if expected else where]
         lines += [("  Try: " if i == 0 else "   or: ") + fix for i, fix in enumerate(self.fixes)]
         super().__init__("\n".join(lines))
 
@@ -113,26 +112,19 @@ def oxford(names: Iterable[object]) -> str:
 def warn(text: str) -> None:
     """Warns with a `PvaeWarning` that points at the line of a user's code that led to it."""
     depth, frame = 1, inspect.currentframe()
-    while frame and frame.f_back and _is_inner(frame.f_globals.get("__name__", "")):
+    while frame and frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(INNER):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(text, PvaeWarning, stacklevel=depth)
 
 
-def _is_inner(module: str) -> bool:
-    return module == "contextlib" or module.startswith("pvae.")
-
-
 def check_int(where: str, value: object, minimum: int = 1) -> int:
     """Returns ``value`` as an int, or raises an `ArgumentError` if it isn't one >= ``minimum``."""
-    expected = f"an integer of at least {minimum}"
-    if isinstance(value, bool):
-        raise ArgumentError(where, expected, repr(value))
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = minimum - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise ArgumentError(where, expected, repr(value)) from None
+        number = minimum - 1
     if number < minimum:
-        raise ArgumentError(where, expected, repr(value))
+        raise ArgumentError(where, f"an integer of at least {minimum}", repr(value))
     return number
 
 
@@ -146,17 +138,20 @@ def check_number(
     maximum: float | None = None,
 ) -> float:
     """Returns ``value`` as a finite float within the limits, or raises an `ArgumentError`."""
-    limits = {"above": above, "of at least": minimum, "below": below, "of at most": maximum}
-    given = [f"{words} {limit:g}" for words, limit in limits.items() if limit is not None]
-    expected = f"a finite number {' and '.join(given)}".rstrip()
+    limits = [
+        ("above", above, operator.gt),
+        ("of at least", minimum, operator.ge),
+        ("below", below, operator.lt),
+        ("of at most", maximum, operator.le),
+    ]
+    given = [(words, limit, holds) for words, limit, holds in limits if limit is not None]
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise ArgumentError(where, expected, repr(value)) from None
-    too_low = (above is not None and number <= above) or (minimum is not None and number < minimum)
-    too_high = (below is not None and number >= below) or (maximum is not None and number > maximum)
-    if not math.isfinite(number) or too_low or too_high:
-        raise ArgumentError(where, expected, repr(value))
+        number = math.nan
+    if not math.isfinite(number) or not all(holds(number, limit) for _, limit, holds in given):
+        bounds = " and ".join(f"{words} {limit:g}" for words, limit, _ in given)
+        raise ArgumentError(where, f"a finite number {bounds}".rstrip(), repr(value))
     return number
 
 

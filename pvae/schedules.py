@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pvae.errors import ArgumentError, check_int, check_number
+from pvae.errors import ArgumentError, check_choice, check_int, check_number
 
 __all__ = ["Constant", "Cosine", "Cyclical", "Schedule", "Timed", "Warmup", "as_schedule"]
 
@@ -65,11 +65,9 @@ class Timed(Schedule):
     unit: Literal["steps", "epochs"] = "steps"
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
         if self.length is not None:
-            check_int(f"{name}.length", self.length)
-        if self.unit not in ("steps", "epochs"):
-            raise ArgumentError(f"{name}.unit", "'steps' or 'epochs'", repr(self.unit))
+            check_int(f"{type(self).__name__}.length", self.length)
+        check_choice(f"{type(self).__name__}.unit", self.unit, ("steps", "epochs"))
 
     @abstractmethod
     def value(self, step: int, length: int) -> float:
@@ -78,21 +76,18 @@ class Timed(Schedule):
     def __call__(self, step: int) -> float:
         """The value at ``step``."""
         if self.length is None or self.unit != "steps":
-            raise ArgumentError(
-                type(self).__name__,
-                "a length in steps",
-                repr(self),
-                ["call .resolve(steps_per_epoch, total_steps) first, as fit does", "length=1000"],
-            )
+            fixes = [
+                "call .resolve(steps_per_epoch, total_steps) first, as fit does",
+                "length=1000",
+            ]
+            raise ArgumentError(type(self).__name__, "a length in steps", repr(self), fixes)
         return self.value(step, self.length)
 
     def resolve(self, steps_per_epoch: int, total_steps: int) -> Timed:
         """The same schedule with its length in steps."""
-        if self.length is None:
-            return replace(self, length=total_steps, unit="steps")
-        if self.unit == "epochs":
-            return replace(self, length=self.length * steps_per_epoch, unit="steps")
-        return self
+        factor = steps_per_epoch if self.unit == "epochs" else 1
+        length = total_steps if self.length is None else self.length * factor
+        return replace(self, length=length, unit="steps")
 
     @property
     def settles_at(self) -> int:
@@ -107,12 +102,10 @@ class Warmup(Timed):
     .. math:: v(t) = a + (b - a) \min(t / T, 1)
 
     References:
-        Ladder Variational Autoencoders (Sønderby et al., 2016),
-        https://arxiv.org/abs/1602.02282
+        Ladder Variational Autoencoders (Sønderby et al., 2016), https://arxiv.org/abs/1602.02282
 
     Arguments:
-        length: T, in ``unit``; ``None`` is the whole training.
-        unit: ``"steps"`` or ``"epochs"``.
+        length: T; it and its unit as in `Timed`.
         start: a, the value at step 0.
         end: b, the value from step T on.
 
@@ -141,8 +134,7 @@ class Cosine(Timed):
         https://arxiv.org/abs/1608.03983
 
     Arguments:
-        length: T, in ``unit``; ``None`` is the whole training.
-        unit: ``"steps"`` or ``"epochs"``.
+        length: T; it and its unit as in `Timed`.
         start: a, the value at step 0.
         end: b, the value from step T on.
 
@@ -170,8 +162,7 @@ class Cyclical(Timed):
         (Fu et al., 2019), https://arxiv.org/abs/1903.10145
 
     Arguments:
-        length: Length of all cycles, in ``unit``; ``None`` is the whole training.
-        unit: ``"steps"`` or ``"epochs"``.
+        length: T, of all cycles; it and its unit as in `Timed`.
         cycles: Number of cycles.
         ramp: The part of a cycle in which the value rises, in (0, 1].
         start: The value at the start of each cycle.

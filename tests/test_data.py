@@ -451,7 +451,7 @@ def test_downloads_are_checked(
     url, folder = server
     mnist_like(tmp_path / "made")
     sums = []
-    for name in remote._FILES:
+    for name in remote.FILES:
         source = tmp_path / "made" / name
         if not source.exists():
             source = source.with_suffix("")
@@ -461,7 +461,7 @@ def test_downloads_are_checked(
     monkeypatch.setitem(remote.REMOTE, "mnist", (url, tuple(sums)))
     splits = data.load("mnist", tmp_path / "data", fetch=True)
     assert len(splits.test) == 10
-    (folder / remote._FILES[0]).unlink()
+    (folder / remote.FILES[0]).unlink()
     data.download("mnist", tmp_path / "data")  # what is there isn't fetched again
     with pytest.raises(DataError, match="a file with MD5 sum"):
         data.download("mnist", tmp_path / "elsewhere")
@@ -472,7 +472,7 @@ def test_a_wrong_download_takes_nobodys_place(
 ) -> None:
     pytest.importorskip("pooch", reason="pooch is an extra")
     url, folder = server
-    for name in remote._FILES:
+    for name in remote.FILES:
         (folder / name).write_bytes(b"something else")
     monkeypatch.setitem(remote.REMOTE, "kmnist", (url, ("0" * 32,) * 4))
     with pytest.raises(DataError, match="a file with MD5 sum 0000"):

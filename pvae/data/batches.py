@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from pvae.data.ahead import ahead
 from pvae.data.sources import ArraySource, LoaderSource, Source
 from pvae.distributed import World
 from pvae.errors import check_int
@@ -70,13 +70,12 @@ class Batches:
         if isinstance(source, LoaderSource):
             yield from itertools.islice(source.batches(), start, None)
         elif isinstance(source, ArraySource) and not source.resident:
-            yield from ahead(self._cut(epoch, start), source.device)
+            yield from _ahead(self._cut(epoch, start), source.device)
         else:
             yield from self._cut(epoch, start)
 
     def _cut(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
-        source = self.source
-        device = source.device
+        source, device = self.source, self.source.device
         generator = torch.Generator(device)
         if self.shuffle:
             generator.manual_seed(derive_seed(self.seed, epoch, _ORDER))
@@ -90,3 +89,29 @@ class Batches:
                 own = () if self.world.is_first else (self.world.rank,)
                 generator.manual_seed(derive_seed(self.seed, epoch, _DRAW, step, *own))
             yield source.rows(index, generator) if len(index) else ()
+
+
+def _ahead(
+    batches: Iterator[tuple[Tensor, ...]], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """The same batches, each fetched by a thread while the one before is in use.
+
+    They may draw from no global generator, which the thread would share. On CUDA the thread has a
+    stream of its own, so that a transfer from pinned memory runs beside the step.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch() -> tuple[Tensor, ...] | None:
+        with torch.cuda.stream(stream):  # None does nothing
+            return next(batches, None)
+
+    with ThreadPoolExecutor(1, "pvae-batches") as thread:
+        coming = thread.submit(fetch)
+        while (batch := coming.result()) is not None:
+            if stream is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_stream(stream)
+                for tensor in batch:
+                    tensor.record_stream(current)
+            coming = thread.submit(fetch)
+            yield batch

@@ -8,18 +8,21 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pvae.data.remote import REMOTE, download
-from pvae.data.sources import BINARIZE, Binarize, Data, MappedRows
+from pvae.data.remote import FILES, REMOTE, download
+from pvae.data.sources import Array, Binarize, Data, MappedRows, check_binarize
 from pvae.errors import ArgumentError, DataError, check_number
 
 __all__ = ["NAMES", "Splits", "load", "read_idx"]
 
 NAMES = ("digits", *REMOTE, "static_mnist", "freyfaces")
 """Data sets that `load` knows by name; all but the digits are looked for in a folder."""
+
+Arrays = tuple[Array, ...]
+Parts = tuple[Arrays, dict[str, Arrays], int | None]
+"""A data set's arrays, the parts that it has of its own (such as ``"test"``), and its levels."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,8 @@ def read_idx(path: str | Path) -> np.ndarray:
     shape = struct.unpack(f">{rank}I", raw[4:start]) if len(raw) >= start else ()
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if len(raw) != start + size:
-        raise DataError(
-            str(path),
-            f"{size} bytes of data for shape {shape}",
-            f"{len(raw) - start} bytes",
-            ["the file was cut short: fetch it again"],
-        )
+        expected, got = f"{size} bytes of data for shape {shape}", f"{len(raw) - start} bytes"
+        raise DataError(str(path), expected, got, ["the file was cut short: fetch it again"])
     return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
 
 
@@ -127,51 +126,37 @@ def load(
         >>> len(splits.train), len(splits.valid), len(splits.test), splits.event_shape
         (1437, 180, 180, (64,))
     """
-    if binarize not in BINARIZE:
-        raise ArgumentError("binarize", f"one of {', '.join(BINARIZE)}", repr(binarize))
+    check_binarize(binarize)
     name = str(data)
     folder = Path(data_dir or os.environ.get("PVAE_DATA") or ".")
     if name in REMOTE and fetch:
         download(name, folder)
-    rest, held_out, levels = _read(name, folder)
-    rest = tuple(MappedRows(a) if isinstance(a, np.memmap) else a for a in rest)
-    rows = np.arange(len(rest[0]))
-    if shuffle:
-        rows = np.random.default_rng(seed).permutation(rows)
-    count = len(rows)
-    parts = {"train": rows}
+    arrays, own, levels = _read(name, folder)
+    rows = np.arange(len(arrays[0]))
+    left = np.random.default_rng(seed).permutation(rows) if shuffle else rows
+    rows_of = {}
     for part, amount in (("test", test), ("valid", valid)):
-        if part not in held_out:
-            parts["train"], parts[part] = _cut(parts["train"], part, amount, count)
+        if part not in own:
+            left, rows_of[part] = _cut(left, part, amount, len(rows))
+    rows_of["train"] = left
     scale = 1.0 if levels in (None, 2) or binarize == "none" else 1.0 / (levels - 1)
     fixed: Binarize = "static" if binarize == "dynamic" else binarize
 
-    def made(which: str, kind: Binarize, number: int) -> Data:
-        if which in held_out:
-            return Data(held_out[which], scale, kind, seed=seed + number)
-        chosen = parts[which]
-        return Data(tuple(a[chosen] for a in rest), scale, kind, seed=seed + number, origin=chosen)
+    def made(part: str, kind: Binarize, offset: int) -> Data:
+        index = rows_of.get(part)
+        chosen = own[part] if index is None else tuple(a[index] for a in arrays)
+        return Data(chosen, scale, kind, seed=seed + offset, origin=index)
 
-    return Splits(
-        name=name,
-        train=made("train", binarize, 0),
-        valid=made("valid", fixed, 1),
-        test=made("test", fixed, 2),
-        levels=2 if binarize != "none" else levels,
-        raw_levels=levels,
-    )
-
-
-Arrays = tuple[Any, ...]
+    parts = made("train", binarize, 0), made("valid", fixed, 1), made("test", fixed, 2)
+    return Splits(name, *parts, levels=levels if binarize == "none" else 2, raw_levels=levels)
 
 
 def _cut(
     rows: np.ndarray, where: str, amount: float | int | None, total: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Takes the last rows off: a number of them, or a part of all (a tenth, and at least one)."""
-    if amount is None:
-        count = max(1, round(0.1 * total))
-    else:
+    count = max(1, round(0.1 * total))
+    if amount is not None:
         amount = check_number(where, amount, minimum=0)
         count = round(amount * total) if amount < 1 else int(amount)
     if count >= len(rows):
@@ -180,34 +165,25 @@ def _cut(
     return rows[:keep], rows[keep:]
 
 
-def _read(name: str, folder: Path) -> tuple[Arrays, dict[str, Arrays], int | None]:
-    """The arrays of a data set, the parts that it has of its own, and its levels."""
+def _read(name: str, folder: Path) -> Parts:
     if name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         return (digits.data.astype(np.float32), digits.target), {}, 17
     if name in REMOTE:
-        images, labels, test_images, test_labels = (
-            read_idx(_find(folder / name, stem, name))
-            for stem in (
-                "train-images-idx3-ubyte",
-                "train-labels-idx1-ubyte",
-                "t10k-images-idx3-ubyte",
-                "t10k-labels-idx1-ubyte",
-            )
-        )
-        images, test_images = (i.reshape(len(i), 1, *i.shape[1:]) for i in (images, test_images))
-        return (images, labels), {"test": (test_images, test_labels)}, 256
+        files = [_find(folder / name, file.removesuffix(".gz"), name) for file in FILES]
+        x, y, test_x, test_y = map(read_idx, files)
+        return (x[:, None], y), {"test": (test_x[:, None], test_y)}, 256
     if name == "static_mnist":
-        packed = _read_npz(_find(folder, "binarized_mnist.npz", name))
-        parts = {
-            part: (np.unpackbits(packed[part], axis=1)[:, :784].reshape(-1, 1, 28, 28),)
+        packed = _read_numpy(_find(folder, "binarized_mnist.npz", name))
+        train, valid, test = (
+            (np.unpackbits(packed[part], axis=1)[:, :784].reshape(-1, 1, 28, 28),)
             for part in ("train", "valid", "test")
-        }
-        return parts.pop("train"), parts, 2
+        )
+        return train, {"valid": valid, "test": test}, 2
     if name == "freyfaces":
-        x = _read_npz(_find(folder, "freyfaces.npz", name))["x"]
+        x = _read_numpy(_find(folder, "freyfaces.npz", name))["x"]
         return (x.reshape(-1, 1, 28, 20),), {}, 256
     return _read_file(Path(name))
 
@@ -222,61 +198,49 @@ def _find(folder: Path, stem: str, name: str) -> Path:
     raise DataError(f"data set {name}", f"{stem} in {folder}", "no such file", fixes)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_numpy(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
+        if isinstance(loaded, np.ndarray):
+            return {"x": loaded}
+        with loaded as archive:
+            return dict(archive)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(str(path), "an .npz file of numbers", str(error).splitlines()[0]) from error
+        expected = f"an {path.suffix} file of numbers"
+        raise DataError(str(path), expected, str(error).splitlines()[0]) from error
 
 
-def _read_file(path: Path) -> tuple[Arrays, dict[str, Arrays], int | None]:
+def _read_file(path: Path) -> Parts:
     if not path.exists():
-        raise DataError(
-            "data", f"one of {', '.join(NAMES)}, or a file", f"'{path}', which doesn't exist"
-        )
-    held_out: dict[str, Arrays] = {}
-    if path.suffix == ".npz":
-        archive = _read_npz(path)
-        if "train" in archive:
-            arrays: Arrays = (archive["train"],)
-            held_out = {k: (archive[k],) for k in ("valid", "test") if k in archive}
-        elif "x" in archive:
-            arrays = (archive["x"], *([archive["y"]] if "y" in archive else []))
-        elif len(archive) == 1:
-            arrays = tuple(archive.values())
-        else:
-            raise DataError(
-                str(path), "an array 'x' (and 'y'), or 'train'", ", ".join(archive) or "nothing"
-            )
-    elif path.suffix == ".npy":
-        try:
-            arrays = (np.load(path, allow_pickle=False, mmap_mode="r"),)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(
-                str(path), "an .npy file of numbers", str(error).splitlines()[0]
-            ) from error
-    else:
-        arrays = (read_idx(path),)
-    x = arrays[0]
+        expected = f"one of {', '.join(NAMES)}, or a file"
+        raise DataError("data", expected, f"'{path}', which doesn't exist")
+    is_numpy = path.suffix in (".npy", ".npz")
+    arrays = _read_numpy(path) if is_numpy else {"x": read_idx(path)}
+    first = next((k for k in ("train", "x", *arrays) if k in arrays), "")
+    if first not in ("train", "x") and len(arrays) != 1:
+        got = ", ".join(arrays) or "nothing"
+        raise DataError(str(path), "an array 'x' (and 'y'), or 'train'", got)
+    x = arrays[first]
+    _check_layout(path, x)
+    own = [k for k in ("valid", "test") if first == "train" and k in arrays]
+    labels = [arrays["y"]] if first == "x" and "y" in arrays else []
+
+    def one(x: np.ndarray) -> Array:
+        x = x[:, None] if x.ndim == 3 else x  # rows of one-channel images
+        return MappedRows(x) if isinstance(x, np.memmap) else x
+
+    return (one(x), *labels), {k: (one(arrays[k]),) for k in own}, _levels(x)
+
+
+def _check_layout(path: Path, x: np.ndarray) -> None:
     if x.ndim < 2 or len(x) < 3:
-        raise DataError(
-            str(path),
-            "at least 3 rows of data, each with at least one axis",
-            f"shape {x.shape}",
-            ["x[:, None], for one number a row"] if x.ndim == 1 else [],
-        )
+        expected = "at least 3 rows of data, each with at least one axis"
+        fixes = ["x[:, None], for one number a row"] if x.ndim == 1 else []
+        raise DataError(str(path), expected, f"shape {x.shape}", fixes)
     if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
-        raise DataError(
-            str(path),
-            "images with channels first, (N, C, H, W)",
-            f"shape {x.shape}, with channels last",
-            ["np.moveaxis(x, -1, 1)"],
-        )
-    if x.ndim == 3:  # rows of one-channel images
-        arrays = (x[:, None], *arrays[1:])
-        held_out = {k: (v[0][:, None], *v[1:]) for k, v in held_out.items()}
-    return arrays, held_out, _levels(x)
+        got = f"shape {x.shape}, with channels last"
+        expected = "images with channels first, (N, C, H, W)"
+        raise DataError(str(path), expected, got, ["np.moveaxis(x, -1, 1)"])
 
 
 def _levels(x: np.ndarray) -> int | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,10 +18,14 @@ from pvae.randomness import derive_seed
 __all__ = ["Data", "LoaderSource", "Source", "as_source", "check_rows", "first_batch", "in_memory"]
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
-BINARIZE: tuple[Binarize, ...] = ("none", "threshold", "static", "dynamic")
+BINARIZE: tuple[Binarize, ...] = get_args(Binarize)
 Index = slice | np.ndarray | list[int]
-_BLOCK = 256
-"""Rows whose fixed binarisation is drawn together."""
+Batch = tuple[Tensor, ...]
+_BLOCK = 256  # rows whose fixed binarisation is drawn together
+_FILL = [
+    "drop the row",
+    "fill it with 0, and leave it out with a mask in model and guide (poutine.mask)",
+]
 
 
 class MappedRows:
@@ -45,10 +49,6 @@ class MappedRows:
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
         return np.asarray(self.array[self.index], dtype)
 
-    def reshape(self, *shape: int) -> MappedRows:
-        array = self.array.reshape(len(self.array), *shape[1:])
-        return MappedRows(array, self.index)  # type: ignore[arg-type]
-
     def min(self) -> float:
         return float(self.array.min())
 
@@ -57,6 +57,12 @@ class MappedRows:
 
 
 Array = np.ndarray | Tensor | MappedRows
+
+
+def check_binarize(kind: str) -> None:
+    """Refuses what is no kind of binarisation."""
+    if kind not in BINARIZE:
+        raise ArgumentError("binarize", f"one of {', '.join(BINARIZE)}", repr(kind))
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,7 @@ class Data:
     def __post_init__(self) -> None:
         if hasattr(self.arrays, "shape"):  # an array alone is no tuple of its rows
             object.__setattr__(self, "arrays", (self.arrays,))
-        if self.binarize not in BINARIZE:
-            raise ArgumentError("binarize", f"one of {', '.join(BINARIZE)}", repr(self.binarize))
+        check_binarize(self.binarize)
 
     def __len__(self) -> int:
         return len(self.arrays[0])
@@ -108,21 +113,14 @@ class Data:
         """The first array alone."""
         return replace(self, arrays=self.arrays[:1])
 
-    def reshape(self, event_shape: Sequence[int]) -> Data:
-        """The same data with events of another shape."""
-        first, *rest = self.arrays
-        return replace(self, arrays=(first.reshape(len(first), *event_shape), *rest))
-
-    def fixed(self, seed: int | None = None) -> Data:
+    def fixed(self) -> Data:
         """The same data, scaled and (also where that is dynamic) binarised once, as arrays."""
         first, *rest = self.arrays
         x = np.asarray(first, dtype=np.float32) * np.float32(self.scale)
         if self.binarize == "threshold":
             x = (x > 0.5).astype(np.float32)
         elif self.binarize != "none":
-            uniform = np.random.default_rng(self.seed if seed is None else seed).random(
-                x.shape, dtype=np.float32
-            )
+            uniform = np.random.default_rng(self.seed).random(x.shape, dtype=np.float32)
             x = (uniform < x).astype(np.float32)
         return Data((x, *rest), origin=self.origin)
 
@@ -141,14 +139,14 @@ class Source(ABC):
     """Whether `rows` draws from the generator it is given."""
 
     @abstractmethod
-    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The rows at ``index``, an integer tensor on the device."""
 
     def origin_of(self, row: int) -> int:
         """The number of a row where it came from, such as a file."""
         return row
 
-    def all(self, chunk: int = 4096) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    def all(self, chunk: int = 4096) -> Iterator[tuple[int, Batch]]:
         """All rows in order, in chunks, each with the number of its first row."""
         for start in range(0, self.num_rows, chunk):
             index = torch.arange(start, min(start + chunk, self.num_rows), device=self.device)
@@ -168,15 +166,15 @@ class ArraySource(Source):
             resident = size < 0.5 * torch.cuda.mem_get_info(device)[0]
         self.resident = resident
         on_device = self.data.arrays if resident else ()
-        self._tensors = [self._cast(_as_tensor(a).to(device), i) for i, a in enumerate(on_device)]
+        self._tensors = self._cast(_as_tensor(a).to(device) for a in on_device)
 
-    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The rows at ``index``; the first array scaled and binarised."""
         if self.resident:
             batch = [x.index_select(0, index) for x in self._tensors]
         else:
             host = index.cpu()
-            batch = [self._cast(self._send(a, host), i) for i, a in enumerate(self.data.arrays)]
+            batch = self._cast(self._send(a, host) for a in self.data.arrays)
         x = batch[0]
         if x.dtype in (torch.uint8, torch.bool):
             x = x.to(self.dtype)
@@ -206,33 +204,31 @@ class ArraySource(Source):
         return uniform
 
     def _send(self, array: Array, index: Tensor) -> Tensor:
-        rows = array[index] if isinstance(array, Tensor) else array[index.numpy()]
-        tensor = _as_tensor(rows)
+        tensor = _as_tensor(array[index] if isinstance(array, Tensor) else array[index.numpy()])
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
-    def _cast(self, tensor: Tensor, position: int) -> Tensor:
-        if tensor.is_floating_point():
-            return tensor.to(self.dtype)
-        if position > 0 and tensor.dtype == torch.uint8:
-            return tensor.long()  # labels
-        return tensor
+    def _cast(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        floats = [x.to(self.dtype) if x.is_floating_point() else x for x in tensors]
+        labels = [x.long() if x.dtype == torch.uint8 else x for x in floats[1:]]
+        return floats[:1] + labels
 
 
 class DatasetSource(Source):
     """A map-style torch ``Dataset``: items are fetched one by one and collated."""
 
-    def __init__(self, dataset: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, dataset: Dataset, device: torch.device, dtype: torch.dtype) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            fixes = ["a DataLoader around it"]
+            raise DataError("data", "a map-style dataset", type(dataset).__name__, fixes)
         self.dataset, self.device, self.dtype = dataset, device, dtype
-        self.num_rows = len(dataset)
+        self.num_rows = _check_length(len(dataset))
 
-    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The items at ``index``, collated."""
-        numbers = index.tolist()
-        fetch = getattr(self.dataset, "__getitems__", None)
-        items = fetch(numbers) if fetch else [self.dataset[i] for i in numbers]
-        return _as_batch(default_collate(items), self.device, self.dtype)
+        fetch = getattr(self.dataset, "__getitems__", lambda rows: [self.dataset[i] for i in rows])
+        return _as_batch(default_collate(fetch(index.tolist())), self.device, self.dtype)
 
 
 class LoaderSource(Source):
@@ -240,12 +236,13 @@ class LoaderSource(Source):
 
     exact = False
 
-    def __init__(self, loader: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, loader: DataLoader, device: torch.device, dtype: torch.dtype) -> None:
+        if not hasattr(loader.dataset, "__len__"):
+            raise DataError("data", "a dataset with a length", type(loader.dataset).__name__)
         self.loader, self.device, self.dtype = loader, device, dtype
-        self.num_batches = len(loader)
-        self.num_rows = len(loader.dataset)
+        self.num_batches, self.num_rows = len(loader), len(loader.dataset)
 
-    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Raises: a DataLoader has an order of its own."""
         raise ArgumentError("data", "rows by index", "a DataLoader", ["pass loader.dataset"])
 
@@ -254,7 +251,7 @@ class LoaderSource(Source):
         for batch in self.loader:
             yield _as_batch(batch, self.device, self.dtype)
 
-    def all(self, chunk: int = 4096) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    def all(self, chunk: int = 4096) -> Iterator[tuple[int, Batch]]:
         """One pass over the loader, whatever the chunk."""
         start = 0
         for batch in self.batches():
@@ -262,7 +259,7 @@ class LoaderSource(Source):
             start += len(batch[0])
 
 
-def first_batch(source: Source, num_rows: int) -> tuple[Tensor, ...]:
+def first_batch(source: Source, num_rows: int) -> Batch:
     """The first rows of a source; a ``DataLoader``'s first batch."""
     return next(source.all(min(num_rows, source.num_rows)))[1]
 
@@ -289,18 +286,14 @@ def _as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _as_batch(batch: object, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _as_batch(batch: object, device: torch.device, dtype: torch.dtype) -> Batch:
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
     if not all(isinstance(p, Tensor) for p in parts):
-        raise DataError(
-            "data",
-            "items that are tensors, or tuples of tensors",
-            f"{type(batch).__name__} of {', '.join(sorted({type(p).__name__ for p in parts}))}",
-            ["return (x, y) from the dataset", "a collate_fn that returns a tuple"],
-        )
-    return tuple(
-        p.to(device, dtype if p.is_floating_point() else p.dtype, non_blocking=True) for p in parts
-    )
+        got = f"{type(batch).__name__} of {', '.join(sorted({type(p).__name__ for p in parts}))}"
+        fixes = ["return (x, y) from the dataset", "a collate_fn that returns a tuple"]
+        raise DataError("data", "items that are tensors, or tuples of tensors", got, fixes)
+    dtypes = [dtype if p.is_floating_point() else p.dtype for p in parts]
+    return tuple(p.to(device, d, non_blocking=True) for p, d in zip(parts, dtypes, strict=True))
 
 
 def as_source(
@@ -322,15 +315,8 @@ def as_source(
     if isinstance(data, Source):
         return data
     if isinstance(data, DataLoader):
-        if not hasattr(data.dataset, "__len__"):
-            raise DataError("data", "a dataset with a length", type(data.dataset).__name__)
         return LoaderSource(data, device, dtype)
     if isinstance(data, Dataset):
-        if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
-            raise DataError(
-                "data", "a map-style dataset", type(data).__name__, ["a DataLoader around it"]
-            )
-        _check_length(len(data))
         return DatasetSource(data, device, dtype)
     if hasattr(data, "train") and hasattr(data, "valid"):
         raise DataError("data", "one part of a data set", type(data).__name__, ["data.train"])
@@ -343,10 +329,7 @@ def _checked(data: Data) -> Data:
     arrays = tuple(_as_array(a) for a in data.arrays)
     for i, array in enumerate(arrays):
         name = "data" if len(arrays) == 1 else f"data[{i}]"
-        if not isinstance(array, Tensor) and array.dtype.kind not in "biuf":
-            raise DataError(name, "real numbers", f"dtype {array.dtype}", ["array.astype(float)"])
-        if isinstance(array, Tensor) and array.is_complex():
-            raise DataError(name, "real numbers", f"dtype {array.dtype}")
+        _check_real(name, array)
         if array.ndim == 0:
             raise DataError(name, "an array with one row a datum", "a single number")
         if len(array) != len(arrays[0]):
@@ -355,13 +338,19 @@ def _checked(data: Data) -> Data:
     if data.binarize != "none":
         low, high = float(arrays[0].min()) * data.scale, float(arrays[0].max()) * data.scale
         if not (low >= 0 and high <= 1):
-            raise DataError(
-                "data",
-                f"values in [0, 1] after scaling by {data.scale:g}, to binarise them",
-                f"values from {low:g} to {high:g}",
-                ["scale=1 / 255, for bytes"],
-            )
+            expected = f"values in [0, 1] after scaling by {data.scale:g}, to binarise them"
+            got = f"values from {low:g} to {high:g}"
+            raise DataError("data", expected, got, ["scale=1 / 255, for bytes"])
     return replace(data, arrays=arrays)
+
+
+def _check_real(name: str, array: Array) -> None:
+    if isinstance(array, Tensor):
+        is_real, fixes = not array.is_complex(), ["x.real"]
+    else:
+        is_real, fixes = array.dtype.kind in "biuf", ["array.astype(float)"]
+    if not is_real:
+        raise DataError(name, "real numbers", f"dtype {array.dtype}", fixes)
 
 
 def _as_array(array: object) -> Array:
@@ -370,9 +359,10 @@ def _as_array(array: object) -> Array:
     return array if isinstance(array, (Tensor, np.ndarray, MappedRows)) else np.asarray(array)
 
 
-def _check_length(num_rows: int) -> None:
+def _check_length(num_rows: int) -> int:
     if num_rows == 0:
         raise DataError("data", "at least one row", "no rows", ["is the path or the filter right?"])
+    return num_rows
 
 
 def check_rows(
@@ -398,37 +388,23 @@ def check_rows(
         for i, part in enumerate(batch):
             name = where if len(batch) == 1 else f"{where}[{i}]"
             if part.is_floating_point():
-                _refuse(source, name, part, part.isfinite(), start, "finite values", _FILL)
+                _refuse(part, part.isfinite(), (source, start, name), "finite values", _FILL)
             if i == 0 and support is not None:
-                _refuse(source, name, part, support(part), start, describe, fixes)
+                _refuse(part, support(part), (source, start, name), describe, fixes)
         if isinstance(source, LoaderSource):
             return
 
 
-_FILL = [
-    "drop the row",
-    "fill it with 0, and leave it out with a mask in model and guide (poutine.mask)",
-]
-
-
 def _refuse(
-    source: Source,
-    name: str,
-    part: Tensor,
-    good: Tensor,
-    start: int,
-    expected: str,
-    fixes: Sequence[str],
+    part: Tensor, good: Tensor, at: tuple[Source, int, str], expected: str, fixes: Sequence[str]
 ) -> None:
+    """Names the first row where ``good`` is false; ``at``: its source, first row, and name."""
     if bool(good.all()):
         return
     good = good.reshape(good.shape + (1,) * (part.dim() - good.dim()))
     bad = ~good.expand(part.shape).reshape(len(part), -1)
     row = int(bad.any(1).nonzero()[0])
     value = part.reshape(len(part), -1)[row][bad[row]][0].item()
-    raise DataError(
-        f"{name}, row {source.origin_of(start + row)}",
-        expected,
-        f"{value:g} ({int(bad[row].sum())} such value(s) in this row)",
-        fixes,
-    )
+    got = f"{value:g} ({int(bad[row].sum())} such value(s) in this row)"
+    source, start, name = at
+    raise DataError(f"{name}, row {source.origin_of(start + row)}", expected, got, fixes)

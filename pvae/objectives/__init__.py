@@ -12,10 +12,9 @@ from pvae.objectives.aggregate import DIPVAE, TCVAE, FactorVAE, InfoVAE
 from pvae.objectives.base import Objective
 from pvae.objectives.elbo import ELBO, as_objective
 from pvae.objectives.gradients import RWS, STL, TVO, VIMCO
-from pvae.objectives.naming import named
 from pvae.objectives.rate import GECO, Capacity, FreeBits
 from pvae.objectives.state import ObjectiveState
-from pvae.objectives.table import table
+from pvae.objectives.table import named, table
 from pvae.objectives.weighted import CIWAE, CUBO, IWAE, PIWAE, DReG, MultiplyWeightedIWAE, Renyi
 
 __all__ = [

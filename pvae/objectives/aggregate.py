@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Independent
 from torch.nn import functional as F
 
 from pvae import randomness
@@ -21,7 +22,7 @@ from pvae.objectives.state import ObjectiveState, Training
 from pvae.pair import Structure
 from pvae.terms import SiteTerms, Terms
 
-__all__ = ["DIPVAE", "TCVAE", "FactorVAE", "InfoVAE", "log_density_matrix"]
+__all__ = ["DIPVAE", "TCVAE", "FactorVAE", "InfoVAE"]
 
 
 @dataclass(frozen=True)
@@ -43,47 +44,32 @@ class _Aggregate(Objective):
         self._site_of(structure)
 
     def _site_of(self, structure: Structure) -> str:
-        if self.site is not None and self.site in structure.latents:
-            return self.site
-        if self.site is not None or len(structure.latents) != 1:
+        sites = [name for name in structure.latents if self.site in (None, name)]
+        if len(sites) != 1:
+            fixes = [f"site='{name}'" for name in structure.latents[:2]]
             raise PairError(
-                type(self).__name__,
-                "one latent site",
-                f"{', '.join(structure.latents)}",
-                [f"site='{name}'" for name in structure.latents[:2]],
+                type(self).__name__, "one latent site", ", ".join(structure.latents), fixes
             )
-        return structure.latents[0]
+        return sites[0]
 
     def _codes(self, terms: Terms) -> tuple[SiteTerms, Tensor]:
         """The site, and its draws, ``(N, D)``."""
         site = terms.sites[self._site_of(terms.structure)]
-        mask = terms.guide_trace.nodes[site.name]["mask"]
-        if isinstance(mask, Tensor) or site.value is None or len(site.value[0]) < 2:
-            raise PairError(
-                f"{type(self).__name__} at site '{site.name}'",
-                "batches of at least two data, without a mask",
-                "a mask" if isinstance(mask, Tensor) else "one row",
-            )
+        has_mask = isinstance(terms.guide_trace.nodes[site.name]["mask"], Tensor)
+        if has_mask or site.value is None or len(site.value[0]) < 2:
+            where = f"{type(self).__name__} at site '{site.name}'"
+            got = "a mask" if has_mask else "one row"
+            raise PairError(where, "batches of at least two data, without a mask", got)
         return site, site.value[0].reshape(terms.num_rows, -1)
 
-
-def _is_independent(fn: Any) -> bool:
-    return not len(fn.event_shape) or isinstance(fn, torch.distributions.Independent)
-
-
-def log_density_matrix(site: SiteTerms) -> Tensor:
-    """log q(z_i | x_j) by dimension, shape ``(N, N, D)``: draw i under the guide of datum j."""
-    fn = site.guide
-    if not _is_independent(fn) or site.value is None:
-        raise UndefinedError(
-            f"density by dimension at site '{site.name}'",
-            "a guide with independent dimensions, made with .to_event(k)",
-            type(fn).__name__,
-            ["guides.MeanField", "objectives.InfoVAE, which needs draws alone"],
-        )
-    base = fn.base_dist if len(fn.event_shape) else fn
-    each = base.log_prob(site.value[0].unsqueeze(1))
-    return each.reshape(*each.shape[:2], -1)
+    def _require_independent(self, site: SiteTerms, words: str, *, is_known: bool = True) -> None:
+        fn = site.guide
+        is_independent = not len(fn.event_shape) or isinstance(fn, Independent)
+        if not (is_independent and is_known):
+            where = f"{type(self).__name__} at site '{site.name}'"
+            expected = f"a guide with independent dimensions{words}"
+            fixes = ["guides.MeanField", "objectives.InfoVAE, which needs draws alone"]
+            raise UndefinedError(where, expected, type(fn).__name__, fixes)
 
 
 @dataclass(frozen=True)
@@ -126,10 +112,13 @@ class TCVAE(_Aggregate):
 
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
-        site, _ = self._codes(terms)
+        site, z = self._codes(terms)
         assert site.log_q is not None  # noqa: S101
         assert site.log_p is not None  # noqa: S101
-        matrix = log_density_matrix(site)
+        self._require_independent(site, ", made with .to_event(k)")
+        fn = site.guide.base_dist if len(site.guide.event_shape) else site.guide
+        each = fn.log_prob(z.reshape(len(z), 1, *site.guide.event_shape))
+        matrix = each.reshape(len(z), len(z), -1)  # log q(z_i | x_j) by dimension, (N, N, D)
         weight = self._log_weights(terms, state).to(matrix)
         log_qz = (matrix.sum(2) + weight).logsumexp(1)
         log_product = (matrix + weight[..., None]).logsumexp(1).sum(1)
@@ -147,9 +136,8 @@ class TCVAE(_Aggregate):
         if size is None and terms.data_scale != 1:
             size = round(rows * terms.data_scale)
         if size is None:
-            raise ArgumentError(
-                "num_data", "the size of the data set", "None, outside fit", ["num_data=len(x)"]
-            )
+            expected, got = "the size of the data set", "None, outside fit"
+            raise ArgumentError("num_data", expected, got, ["num_data=len(x)"])
         if size < rows:
             raise ArgumentError("num_data", f"at least the batch's {rows}", f"{size}")
         if self.weights == "weighted":
@@ -171,8 +159,7 @@ class InfoVAE(_Aggregate):
 
     References:
         InfoVAE (Zhao et al., 2019), https://arxiv.org/abs/1706.02262
-        A Kernel Two-Sample Test (Gretton et al., 2012),
-        https://jmlr.org/papers/v13/gretton12a.html
+        A Kernel Two-Sample Test (Gretton et al., 2012), https://jmlr.org/papers/v13/gretton12a.html
 
     Arguments:
         alpha: :math:`\alpha`, at most 1.
@@ -238,19 +225,13 @@ class DIPVAE(_Aggregate):
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
         site, z = self._codes(terms)
-        fn = site.guide
-        independent = _is_independent(fn)
         try:
-            mean, variance = (v.reshape(z.shape) for v in (fn.mean, fn.variance))
+            moments = [v.reshape(z.shape) for v in (site.guide.mean, site.guide.variance)]
         except (NotImplementedError, AttributeError):
-            mean, independent = z, False
-        if not independent:
-            raise UndefinedError(
-                f"DIPVAE at site '{site.name}'",
-                "a guide with independent dimensions whose mean and variance are known",
-                type(fn).__name__,
-                ["guides.MeanField"],
-            )
+            moments = []
+        words = " whose mean and variance are known"
+        self._require_independent(site, words, is_known=bool(moments))
+        mean, variance = moments
         centred = mean - mean.mean(0)
         covariance = centred.T @ centred / len(z)
         if self.kind == 2:
@@ -266,13 +247,11 @@ class _Discriminator(ObjectiveState):
 
     def __init__(self, training: Training, size: int, objective: FactorVAE) -> None:
         super().__init__(training)
-        hidden = objective.hidden
         layers: list[nn.Module] = []
         with randomness.forked(objective.seed):
-            for before, after in pairwise([size, *hidden]):
+            for before, after in pairwise([size, *objective.hidden, 1]):
                 layers += [nn.Linear(before, after), nn.LeakyReLU(0.2)]
-            layers.append(nn.Linear(hidden[-1] if hidden else size, 1))
-        self.network = nn.Sequential(*layers).to(self.like)
+        self.network = nn.Sequential(*layers[:-1]).to(self.like)
         self.network.requires_grad_(requires_grad=False)
         parameters = self.network.parameters()
         self.optimizer = torch.optim.Adam(parameters, lr=objective.lr, betas=(0.5, 0.9))
@@ -308,9 +287,9 @@ class _Discriminator(ObjectiveState):
         """Also the optimiser's."""
         for i, p in enumerate(self.network.parameters()):
             start = f"optimizer.{i}."
-            found = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
             self.optimizer.state[p] = {
-                k: v.clone() if k == "step" else v.to(p, copy=True) for k, v in found.items()
+                k: v.clone() if k == "step" else v.to(p, copy=True) for k, v in own.items()
             }
         super().restore(tensors, step)
 
@@ -346,8 +325,8 @@ class FactorVAE(_Aggregate):
 
     def new_state(self, training: Training) -> ObjectiveState:
         """One with the classifier."""
-        shape = training.structure.shapes[self._site_of(training.structure)]
-        return _Discriminator(training, math.prod(shape), self)
+        shapes, site = training.structure.shapes, self._site_of(training.structure)
+        return _Discriminator(training, math.prod(shapes[site]), self)
 
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""

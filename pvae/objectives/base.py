@@ -1,4 +1,4 @@
-"""The abstract objective."""
+"""The abstract objectives: with one loss, and with one for the model and one for the guide."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pyro.infer import ELBO as PyroELBO
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.errors import ArgumentError, check_int
-from pvae.objectives.refusals import REFUSALS, Need
+from pvae.objectives.refusals import Need, check_needs
 from pvae.objectives.settings import Weight, as_annotated, hints, written
 from pvae.objectives.state import ObjectiveState, Training
 from pvae.pair import Pair, Structure, run_pair
@@ -21,7 +22,7 @@ from pvae.schedules import Schedule
 from pvae.terms import Terms, compute
 from pvae.types import Program
 
-__all__ = ["Objective", "PassOption"]
+__all__ = ["Objective", "PassOption", "TwoLosses"]
 
 PassOption = Literal["per_dimension", "stop_guide", "detach", "share_globals"]
 _Known = dict[tuple[Program, Program], tuple[Pair, ObjectiveState | None, set[int]]]
@@ -36,16 +37,8 @@ class Objective(PyroELBO):
     equality. What a field accepts is said by its annotation, see `pvae.objectives.settings`. Where
     it is a schedule, `value_at` has its value at the training step.
 
-    What an objective ``needs`` is named after what that refuses:
-
-    - ``"density"``: local latents with a point-mass guide, improper priors;
-    - ``"gradient"``: draws that can't be reparametrised;
-    - ``"local"``: sites outside the data plate;
-    - ``"own draws"``: latents of data that are drawn outside the data plate, all together;
-    - ``"unscaled"``: ``poutine.scale``, where a weight isn't a sum of log densities;
-    - ``"split"``: data and latents summed out together, so that no rate is known.
-
     Attributes:
+        needs: What a pair must have, of the table `pvae.objectives.refusals.NEEDS`.
         bound: ``"lower"``, ``"upper"``, or ``"none"``: what the value is of the evidence.
         couples_data: Whether the loss of a batch isn't the mean of its data's, so that several
             processes can't compute it in parts.
@@ -101,13 +94,13 @@ class Objective(PyroELBO):
         shown = [f"{name}={text}" for name, text in given.items() if text != default[name]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != _REMEMBERED}
 
     @property
     def num_draws(self) -> int:
-        """Draws from the guide for each datum, all together."""
-        return self.num_particles
+        """Draws from the guide for each datum, all together: K, or M K with M means of K."""
+        return self.num_particles * getattr(self, "num_means", 1)
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -122,11 +115,9 @@ class Objective(PyroELBO):
     def check(self, structure: Structure) -> None:
         """Refuses a pair that this objective can't be used with, and says why."""
         if self.plate is not None and self.plate not in structure.plates:
-            raise ArgumentError(
-                "plate", f"the pair's data plate, '{structure.plate}'", repr(self.plate)
-            )
-        for need in self.needs:
-            REFUSALS[need](type(self).__name__, structure)
+            expected = f"the pair's data plate, '{structure.plate}'"
+            raise ArgumentError("plate", expected, repr(self.plate))
+        check_needs(type(self).__name__, structure, *self.needs)
 
     @abstractmethod
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
@@ -142,9 +133,8 @@ class Objective(PyroELBO):
         """The state for one training; without lengths, for schedules that are in steps."""
         schedules = self.schedules
         if steps_per_epoch is not None and total_steps is not None:
-            schedules = {
-                name: s.resolve(steps_per_epoch, total_steps) for name, s in schedules.items()
-            }
+            lengths = steps_per_epoch, total_steps
+            schedules = {name: s.resolve(*lengths) for name, s in schedules.items()}
         return self.new_state(Training(schedules, structure, num_data))
 
     def new_state(self, training: Training) -> ObjectiveState:
@@ -153,9 +143,9 @@ class Objective(PyroELBO):
 
     def compute_terms(self, structure: Structure, batch: tuple[Tensor, ...]) -> Terms:
         """The terms that this objective needs."""
+        k, vectorize = self.num_draws, self.vectorize_particles
         options: dict[str, Any] = dict.fromkeys(self.pass_options, True)
-        options |= {"num_particles": self.num_draws, "vectorize": self.vectorize_particles}
-        return compute(structure, batch, **options)
+        return compute(structure, batch, num_particles=k, vectorize=vectorize, **options)
 
     def value_at(self, name: str, state: ObjectiveState) -> Tensor | float:
         """A setting at this step: a schedule's value, which later steps don't change; a number."""
@@ -192,7 +182,7 @@ class Objective(PyroELBO):
     # What Pyro's SVI, and the objective as a module, call
 
     def differentiable_loss(
-        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: object
     ) -> Tensor:
         """The plate-scaled loss as a scalar to differentiate.
 
@@ -204,13 +194,13 @@ class Objective(PyroELBO):
             loss.register_hook(lambda _: state.advance())
         return loss
 
-    def loss(self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any) -> float:
+    def loss(self, model: Program, guide: Program, *batch: Tensor, **kwargs: object) -> float:
         """The plate-scaled loss in nats; doesn't advance schedules."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *batch, **kwargs))
 
     def loss_and_grads(
-        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: object
     ) -> float:
         """The plate-scaled loss in nats; adds gradients, and so advances schedules."""
         loss = self.differentiable_loss(model, guide, *batch, **kwargs)
@@ -218,27 +208,20 @@ class Objective(PyroELBO):
         return float(loss.detach())
 
     def state_of(
-        self, model: Program, guide: Program, *batch: Tensor, **kwargs: Any
+        self, model: Program, guide: Program, *batch: Tensor, **kwargs: object
     ) -> ObjectiveState:
-        """The state of a pair's training in Pyro's own ``SVI``: its step, schedules, multiplier.
-
-        Arguments:
-            model: A Pyro program.
-            guide: Its guide.
-            batch: What they are called with; the first one shows what the pair is made of.
-            kwargs: As ``batch``.
-        """
+        """The state of a pair's training in Pyro's own ``SVI``: its step, schedules, multiplier."""
         return self._recall(model, guide, batch, kwargs)[1]
 
     def _recall(
-        self, model: Program, guide: Program, batch: tuple[Tensor, ...], kwargs: dict[str, Any]
+        self, model: Program, guide: Program, batch: tuple[Tensor, ...], kwargs: dict[str, object]
     ) -> tuple[Structure, ObjectiveState]:
         """What a pair is made of, and the state of its training, both remembered.
 
         The state is kept while some of the pair's parameters are those of before.
         """
         known: _Known = self.__dict__.setdefault(_REMEMBERED, {})
-        programs = _with_keywords(model, guide, kwargs)
+        programs = _with(kwargs, model, guide)
         if (model, guide) not in known:
             known[model, guide] = Pair(*programs, plate=self.plate), None, set()
         pair, state, before = known[model, guide]
@@ -254,19 +237,77 @@ class Objective(PyroELBO):
         return structure, state
 
     def _get_trace(
-        self, model: Program, guide: Program, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any]:
+        self, model: Program, guide: Program, args: tuple[Tensor, ...], kwargs: dict[str, object]
+    ) -> tuple[Trace, Trace]:
         """Traces of model and guide, scored, as Pyro's tools expect them."""
-        guide_trace, model_trace = run_pair(*_with_keywords(model, guide, kwargs), args)
+        guide_trace, model_trace = run_pair(*_with(kwargs, model, guide), args)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace
 
 
-def _with_keywords(
-    model: Program, guide: Program, kwargs: dict[str, Any]
-) -> tuple[Program, Program]:
+def _with(kwargs: dict[str, object], model: Program, guide: Program) -> tuple[Program, Program]:
     """Both programs with the keyword arguments that they are called with."""
     if not kwargs:
         return model, guide
     return functools.partial(model, **kwargs), functools.partial(guide, **kwargs)
+
+
+@dataclass(frozen=True)
+class TwoLosses(Objective):
+    """The abstract objective with one loss for the model and another for the guide.
+
+    Define `losses`.
+
+    Arguments:
+        shared: Whose loss moves parameters that model and guide share: ``"model"``, ``"guide"``,
+            or None to refuse them.
+        options: As in `Objective`.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("density", "unscaled", "local")
+
+    _: KW_ONLY
+    shared: Literal["model", "guide", None] = None
+
+    def check(self, structure: Structure) -> None:
+        """Also refuses parameters that both sides have, unless one is named."""
+        super().check(structure)
+        if self.shared is None:
+            check_needs(type(self).__name__, structure, "own parameters")
+
+    @abstractmethod
+    def losses(self, terms: Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
+        """The plate-scaled value, and the losses of model and guide; all scalars."""
+
+    def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
+        """The value, with the gradient of each side's loss for that side's parameters."""
+        value, of_model, of_guide = self.losses(terms, state)
+        if not torch.is_grad_enabled():
+            return value
+        structure = terms.structure
+        parameters: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        for side, loss in {"model": of_model, "guide": of_guide}.items():
+            own = [
+                structure.parameters[name]
+                for name, sides in structure.sides.items()
+                if (side in sides if len(sides) == 1 else side == self.shared)
+            ]
+            if own and loss.requires_grad:
+                gradients += torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)
+                parameters += own
+        return _WithGradients.apply(value.detach(), gradients, *parameters)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are given."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if g is None else outer * g for g in ctx.gradients)

@@ -16,11 +16,12 @@ from torch import Tensor
 from pvae.distributions import log_density_of_delta
 from pvae.errors import ArgumentError, PairError, check_int
 from pvae.objectives.base import Objective
-from pvae.objectives.refusals import REFUSALS
+from pvae.objectives.refusals import check_needs
 from pvae.objectives.settings import Weight
 from pvae.objectives.state import MovingAverage, ObjectiveState, Training
 from pvae.pair import Structure, is_penalty
 from pvae.terms import Terms
+from pvae.types import Site
 
 __all__ = ["ELBO", "as_objective"]
 
@@ -81,16 +82,13 @@ class ELBO(Objective):
         """Also refuses pairs for which these options aren't defined."""
         super().check(structure)
         if self.analytic_kl:
-            REFUSALS["gradient"]("ELBO(analytic_kl=True)", structure)
+            check_needs("ELBO(analytic_kl=True)", structure, "gradient")
         if self.baseline is not None:
-            REFUSALS["local"](f"ELBO(baseline='{self.baseline}')", structure)
-            REFUSALS["unscaled"](f"ELBO(baseline='{self.baseline}')", structure)
+            check_needs(f"ELBO(baseline='{self.baseline}')", structure, "local", "unscaled")
 
     def new_state(self, training: Training) -> ObjectiveState:
         """With a moving average, if that is the baseline."""
-        if self.baseline == "moving_average":
-            return MovingAverage(training)
-        return super().new_state(training)
+        return (MovingAverage if self.baseline == "moving_average" else ObjectiveState)(training)
 
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
@@ -144,35 +142,36 @@ def _analytic_less_sampled(terms: Terms) -> Tensor:
     latents = [n for n, s in terms.sites.items() if s.kind == "latent" and s.guide is not None]
     order = [n for n in of_model if n in latents]
     if [n for n in of_guide if n in latents] != order:
-        raise PairError(
-            "ELBO(analytic_kl=True)",
-            "latents in the same order in model and guide, each given those before it",
-            f"{', '.join(order)} in the model and {', '.join(latents)} in the guide",
-            ["analytic_kl=False"],
-        )
+        expected = "latents in the same order in model and guide, each given those before it"
+        got = f"{', '.join(order)} in the model and {', '.join(latents)} in the guide"
+        raise PairError("ELBO(analytic_kl=True)", expected, got, ["analytic_kl=False"])
     change = terms.like.new_zeros(())
     for name in latents:
-        q, p, site = of_guide[name], of_model[name], terms.sites[name]
-        numbers = not isinstance(q["scale"], Tensor) and not isinstance(p["scale"], Tensor)
-        same = q["scale"] is p["scale"] or (numbers and q["scale"] == p["scale"])
-        try:
-            kl = torch.distributions.kl_divergence(q["fn"], p["fn"])
-        except NotImplementedError:
-            continue
-        if not same or q["mask"] is not p["mask"] or log_density_of_delta(q["fn"]) is not None:
-            continue
-        assert site.scaled_log_q is not None  # noqa: S101
-        assert site.scaled_log_p is not None  # noqa: S101
-        exact = scale_and_mask(kl, scale=q["scale"], mask=q["mask"]).sum()
-        change = change + exact - (site.scaled_log_q - site.scaled_log_p).sum()
+        exact, site = _exact_rate(of_guide[name], of_model[name]), terms.sites[name]
+        if exact is not None:
+            assert site.scaled_log_q is not None  # noqa: S101
+            assert site.scaled_log_p is not None  # noqa: S101
+            change = change + exact - (site.scaled_log_q - site.scaled_log_p).sum()
     return change
+
+
+def _exact_rate(q: Site, p: Site) -> Tensor | None:
+    """The rate of a site, scaled and masked; None without a closed form or a common scale."""
+    numbers = not isinstance(q["scale"], Tensor) and not isinstance(p["scale"], Tensor)
+    same = q["scale"] is p["scale"] or (numbers and q["scale"] == p["scale"])
+    if not same or q["mask"] is not p["mask"] or log_density_of_delta(q["fn"]) is not None:
+        return None
+    try:
+        kl = torch.distributions.kl_divergence(q["fn"], p["fn"])
+    except NotImplementedError:
+        return None
+    return scale_and_mask(kl, scale=q["scale"], mask=q["mask"]).sum()
 
 
 def _needs_score(terms: Terms) -> bool:
     """Whether a guide site can't be reparametrised."""
-    return any(
-        not site.guide.has_rsample for site in terms.sites.values() if site.guide is not None
-    )
+    guides = [site.guide for site in terms.sites.values() if site.guide is not None]
+    return not all(fn.has_rsample for fn in guides)
 
 
 def _score_function(terms: Terms, beta: Tensor | float, factor: Tensor | float) -> Tensor:
@@ -184,37 +183,31 @@ def _score_function(terms: Terms, beta: Tensor | float, factor: Tensor | float) 
         Black Box Variational Inference (Ranganath et al., 2014), https://arxiv.org/abs/1401.0118
     """
     if terms.structure.enumerated:
-        raise PairError(
-            "ELBO",
-            "a guide that can be reparametrised beside latents that the model sums out",
-            "score-function sites in the guide, and enumerated "
-            + ", ".join(terms.structure.enumerated),
-            ["objective=pyro.infer.TraceEnum_ELBO()"],
-        )
+        expected = "a guide that can be reparametrised beside latents that the model sums out"
+        names = ", ".join(terms.structure.enumerated)
+        got = f"score-function sites in the guide, and enumerated {names}"
+        raise PairError("ELBO", expected, got, ["objective=pyro.infer.TraceEnum_ELBO()"])
     model_trace = prune_subsample_sites(terms.model_trace)
     guide_trace = prune_subsample_sites(terms.guide_trace)
     model_trace.compute_log_prob()
     guide_trace.compute_score_parts()
-    model_stacks, guide_stacks = get_plate_stacks(model_trace), get_plate_stacks(guide_trace)
     log_r, surrogate = MultiFrameTensor(), terms.like.new_zeros(())
-    for name, stack in model_stacks.items():
+    for name, stack in get_plate_stacks(model_trace).items():
         site = model_trace.nodes[name]
         weight = factor if is_penalty(site) else 1.0 if site["is_observed"] else beta
         log_r.add((stack, weight * site["log_prob"].detach()))
         surrogate = surrogate + weight * site["log_prob_sum"]
-    for name, stack in guide_stacks.items():
+    scores = []
+    for name, stack in get_plate_stacks(guide_trace).items():
         site = guide_trace.nodes[name]
         weight = factor if is_penalty(site) else beta
         log_r.add((stack, -weight * site["log_prob"].detach()))
-    for name, stack in guide_stacks.items():
-        site = guide_trace.nodes[name]
-        weight = factor if is_penalty(site) else beta
         _, score, entropy = site["score_parts"]
         if isinstance(entropy, Tensor):
             surrogate = surrogate - weight * entropy.sum()
         if isinstance(score, Tensor):
-            surrogate = surrogate + (log_r.sum_to(stack) * score).sum()
-    return surrogate
+            scores.append((stack, score))
+    return surrogate + sum((log_r.sum_to(stack) * score).sum() for stack, score in scores)
 
 
 def as_objective(objective: PyroELBO | None) -> PyroELBO:
@@ -225,10 +218,7 @@ def as_objective(objective: PyroELBO | None) -> PyroELBO:
         vectorize = True if objective.vectorize_particles else None
         return ELBO(objective.num_particles, vectorize_particles=vectorize)
     if not isinstance(objective, PyroELBO):
-        raise ArgumentError(
-            "objective",
-            "an instance of one of pyro.infer's ELBOs or of pvae.objectives",
-            repr(objective),
-            ["objectives.ELBO(beta=0.5)", "pyro.infer.TraceMeanField_ELBO()"],
-        )
+        expected = "an instance of one of pyro.infer's ELBOs or of pvae.objectives"
+        fixes = ["objectives.ELBO(beta=0.5)", "pyro.infer.TraceMeanField_ELBO()"]
+        raise ArgumentError("objective", expected, repr(objective), fixes)
     return objective

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from pvae.objectives.base import Objective
+from pvae.objectives.base import Objective, TwoLosses
 from pvae.objectives.settings import Weight
 from pvae.objectives.state import ObjectiveState
-from pvae.objectives.two_losses import TwoLosses
 from pvae.objectives.weighted import log_mean_exp, log_weights
 from pvae.terms import Terms
 
@@ -86,19 +84,13 @@ class VIMCO(Objective):
         """The plate-scaled loss in nats, a scalar to differentiate."""
         log_weight = terms.log_weight
         fixed = log_weight.detach()
-        value = log_mean_exp(fixed)
-        signal = value - _without_one(fixed)
+        value, k = log_mean_exp(fixed), len(fixed)
+        others = (fixed.sum(0) - fixed) / (k - 1)
+        own = torch.eye(k, dtype=torch.bool, device=fixed.device)[..., None]
+        replaced = torch.where(own, others[:, None], fixed[None])  # (K left out, K, N)
+        signal = value - log_mean_exp(replaced.transpose(0, 1))
         score = (signal * terms.log_q).sum(0) + (fixed.softmax(0) * log_weight).sum(0)
         return -self.total(terms, state, value + score - score.detach())
-
-
-def _without_one(log_weight: Tensor) -> Tensor:
-    """The bound with each weight replaced by the geometric mean of the others, ``(K, N)``."""
-    k = len(log_weight)
-    others = (log_weight.sum(0) - log_weight) / (k - 1)
-    own = torch.eye(k, dtype=torch.bool, device=log_weight.device)[..., None]
-    replaced = torch.where(own, others[:, None], log_weight[None])  # (K left out, K, N)
-    return replaced.logsumexp(1) - math.log(k)
 
 
 @dataclass(frozen=True)
@@ -117,9 +109,6 @@ class RWS(TwoLosses):
 
     References:
         Reweighted Wake-Sleep (Bornschein & Bengio, 2015), https://arxiv.org/abs/1406.2751
-
-    Arguments:
-        options: As in `TwoLosses`.
     """
 
     estimator = "self-normalised weights, two losses"
@@ -171,9 +160,8 @@ class TVO(Objective):
     @property
     def partition(self) -> list[float]:
         """The points, from 0 to 1."""
-        inner = range(self.num_partitions - 1)
-        rest = self.num_partitions - 1
-        return [0.0, *(self.first ** (1 - i / rest) for i in inner), 1.0]
+        inner = self.num_partitions - 1
+        return [0.0, *(self.first ** (1 - i / inner) for i in range(inner)), 1.0]
 
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""

@@ -64,12 +64,10 @@ class FreeBits(Objective):
             if site.kind != "latent" or site.log_p is None or site.log_q is None:
                 continue
             if log_density_of_delta(site.guide) is not None:
-                raise PairError(
-                    f"FreeBits at site '{site.name}'",
-                    "a density of q at that site",
-                    "a Delta, set to what another site has drawn, as autoguides do",
-                    ["a guide of your own", "objectives.ELBO(beta=Warmup(...))"],
-                )
+                got = "a Delta, set to what another site has drawn, as autoguides do"
+                fixes = ["a guide of your own", "objectives.ELBO(beta=Warmup(...))"]
+                where = f"FreeBits at site '{site.name}'"
+                raise PairError(where, "a density of q at that site", got, fixes)
             rest = rest - (site.log_q - site.log_p)
             rate = (site.log_q - site.log_p).mean()
             if site.log_q_dims is not None and site.log_p_dims is not None:

@@ -8,9 +8,15 @@ from typing import Literal
 from pvae.errors import PairError, oxford
 from pvae.pair import Structure
 
-__all__ = ["NEEDS", "REFUSALS", "Need", "refuse_shared"]
+__all__ = ["NEEDS", "Need", "check_needs"]
 
-Need = Literal["density", "gradient", "local", "own draws", "unscaled", "split"]
+Need = Literal["density", "gradient", "local", "own draws", "unscaled", "split", "own parameters"]
+
+
+def check_needs(name: str, structure: Structure, *needs: Need) -> None:
+    """Refuses a pair that hasn't what an objective needs."""
+    for need in needs:
+        NEEDS[need][1](name, structure)
 
 
 def _density(name: str, structure: Structure) -> None:
@@ -19,23 +25,17 @@ def _density(name: str, structure: Structure) -> None:
 
 
 def _gradient(name: str, structure: Structure) -> None:
-    if structure.not_reparametrised:
-        raise PairError(
-            name,
-            "guide sites that can be reparametrised",
-            f"{oxford(structure.not_reparametrised)}, whose draws have no gradient",
-            ["objectives.VIMCO, RWS or TVO", "objectives.ELBO, with score-function gradients"],
-        )
+    if sites := structure.not_reparametrised:
+        got = f"{oxford(sites)}, whose draws have no gradient"
+        fixes = ["objectives.VIMCO, RWS or TVO", "objectives.ELBO, with score-function gradients"]
+        raise PairError(name, "guide sites that can be reparametrised", got, fixes)
 
 
 def _local(name: str, structure: Structure) -> None:
-    if structure.global_sites:
-        raise PairError(
-            name,
-            "sites inside the data plate alone",
-            f"global site(s) {oxford(structure.global_sites)}",
-            ["objectives.ELBO or IWAE, which know what they share"],
-        )
+    if sites := structure.global_sites:
+        fixes = ["objectives.ELBO or IWAE, which know what they share"]
+        expected = "sites inside the data plate alone"
+        raise PairError(name, expected, f"global site(s) {oxford(sites)}", fixes)
 
 
 def _own_draws(name: str, structure: Structure) -> None:
@@ -50,18 +50,21 @@ def _own_draws(name: str, structure: Structure) -> None:
 
 
 def _unscaled(name: str, structure: Structure) -> None:
-    if structure.removed_scales:
-        site, scale = next(iter(structure.removed_scales.items()))
-        raise PairError(
-            name,
-            "no poutine.scale: a weight under a logarithm can't be scaled",
-            f"a scale of {scale:g} at site '{site}'",
-            ["beta and other weights in the objective", "objectives.ELBO, which has the scale"],
-        )
+    for site, scale in structure.removed_scales.items():
+        got = f"a scale of {scale:g} at site '{site}'"
+        fixes = ["beta and other weights in the objective", "objectives.ELBO, which has the scale"]
+        expected = "no poutine.scale: a weight under a logarithm can't be scaled"
+        raise PairError(name, expected, got, fixes)
 
 
-def refuse_shared(name: str, structure: Structure) -> None:
-    """Refuses parameters that model and guide share."""
+def _split(name: str, structure: Structure) -> None:
+    if sites := structure.enumerated:
+        fixes = ["objectives.ELBO()", "a guide for them"]
+        expected = "no latents that the model sums out"
+        raise PairError(f"{name}, which weighs the rate", expected, oxford(sites), fixes)
+
+
+def _own_parameters(name: str, structure: Structure) -> None:
     if structure.shared:
         raise PairError(
             f"{name}, which has one loss for the model and another for the guide",
@@ -71,31 +74,13 @@ def refuse_shared(name: str, structure: Structure) -> None:
         )
 
 
-def _split(name: str, structure: Structure) -> None:
-    if structure.enumerated:
-        raise PairError(
-            f"{name}, which weighs the rate",
-            "no latents that the model sums out",
-            oxford(structure.enumerated),
-            ["objectives.ELBO()", "a guide for them"],
-        )
-
-
-REFUSALS: dict[Need, Callable[[str, Structure], None]] = {
-    "density": _density,
-    "gradient": _gradient,
-    "local": _local,
-    "own draws": _own_draws,
-    "unscaled": _unscaled,
-    "split": _split,
+NEEDS: dict[Need, tuple[str, Callable[[str, Structure], None]]] = {
+    "density": ("a density of q", _density),
+    "gradient": ("reparametrised draws", _gradient),
+    "local": ("local sites alone", _local),
+    "own draws": ("no joint draw of all data", _own_draws),
+    "unscaled": ("no poutine.scale", _unscaled),
+    "split": ("nothing summed out", _split),
+    "own parameters": ("no shared parameters", _own_parameters),
 }
-
-NEEDS: dict[Need, str] = {
-    "density": "a density of q",
-    "gradient": "reparametrised draws",
-    "local": "local sites alone",
-    "own draws": "no joint draw of all data",
-    "unscaled": "no poutine.scale",
-    "split": "nothing summed out",
-}
-"""Each need in the words of the table of objectives."""
+"""Each need in the words of `pvae.objectives.table`, and what refuses a pair without it."""

@@ -17,7 +17,7 @@ Positive = Annotated[float, {"above": 0}]
 Weight = Annotated[float | Schedule, {"minimum": 0}]
 
 
-def hints(kind: type) -> Mapping[str, Any]:
+def hints(kind: type) -> Mapping[str, object]:
     """A class's annotations; those of its base where they name what a function alone knows."""
     for base in kind.__mro__:
         with contextlib.suppress(NameError):

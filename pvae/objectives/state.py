@@ -15,17 +15,11 @@ __all__ = ["MovingAverage", "ObjectiveState", "Training"]
 
 
 class Training(NamedTuple):
-    """The training that a state is for.
+    """The training that a state is for."""
 
-    Attributes:
-        schedules: By name, lengths in steps.
-        structure: What the pair is made of.
-        num_data: Size of the data set; None if it isn't known.
-    """
-
-    schedules: dict[str, Schedule]
+    schedules: dict[str, Schedule]  # by name, lengths in steps
     structure: Structure
-    num_data: int | None = None
+    num_data: int | None = None  # None if it isn't known
 
 
 class ObjectiveState(nn.Module):
@@ -35,9 +29,6 @@ class ObjectiveState(nn.Module):
     compiled anew when they change. Subclasses keep more, in buffers and parameters, which a
     checkpoint saves: `surrogate` leaves one tensor in ``measured``, and `advance`, which training
     steps alone call, learns from it.
-
-    Arguments:
-        training: What it is for.
     """
 
     def __init__(self, training: Training) -> None:
@@ -82,12 +73,7 @@ class ObjectiveState(nn.Module):
 
 
 class MovingAverage(ObjectiveState):
-    """A state with the moving average of a number that each step measures.
-
-    Arguments:
-        training: What it is for.
-        decay: What an older value counts, a step later.
-    """
+    """The moving average of a number that each step measures; ``decay``: what older ones count."""
 
     average: Tensor
     started: Tensor

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from pvae.objectives import aggregate, elbo, gradients, rate, weighted
-from pvae.objectives.base import Objective
+from pvae.objectives.base import Objective, TwoLosses
 from pvae.objectives.refusals import NEEDS
-from pvae.objectives.two_losses import TwoLosses
+from pvae.shelf import Shelf
 
-__all__ = ["ALL", "Table", "table"]
+__all__ = ["ALL", "Table", "named", "table"]
 
 ALL: tuple[type[Objective], ...] = tuple(
     kind
@@ -20,6 +21,14 @@ ALL: tuple[type[Objective], ...] = tuple(
     if isinstance(kind, type) and issubclass(kind, Objective) and kind.__name__ in module.__all__
 )
 """In the order in which their modules define them."""
+
+named: Shelf[Callable[..., Objective]] = Shelf("objective")
+"""``named("dreg")()`` is a `DReG` with its defaults. One that can't be made without an argument, as
+`Capacity` and `GECO`, has no name."""
+
+for _kind in ALL:
+    if all(p.default is not p.empty for p in inspect.signature(_kind).parameters.values()):
+        named.put(_kind.__name__.lower())(_kind)
 
 BOUNDS = {
     "lower": "lower bound",
@@ -34,8 +43,7 @@ SPECIAL = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One objective: its name, what it is, and what it needs of a pair."""
 
     name: str
@@ -43,7 +51,7 @@ class Row:
     bound: str
     particles: int
     estimator: str
-    needs: tuple[str, ...]
+    needs: Sequence[str]
     source: str
 
 
@@ -54,9 +62,8 @@ class Table(list[Row]):
         head = ("objective", "what it is", "bound", "draws", "gradient", "needs", "source")
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in self:
-            needs = ", ".join(row.needs) or "any pair"
-            cells = (f"`{row.name}`", row.what, row.bound, str(row.particles), row.estimator)
-            lines.append("| " + " | ".join((*cells, needs, row.source)) + " |")
+            cells = row._replace(name=f"`{row.name}`", needs=", ".join(row.needs) or "any pair")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -77,7 +84,7 @@ def _row(kind: type[Objective]) -> Row:
     text = inspect.getdoc(kind) or ""
     paper = re.search(r"References:.*?\(([^()]+),\s+(\d{4})\),\s+(https://\S+)", text, re.DOTALL)
     author, year, url = ("", "", "") if paper is None else paper.groups()
-    split = ("no shared parameters",) if issubclass(kind, TwoLosses) else ()
+    needs = (*kind.needs, *(("own parameters",) if issubclass(kind, TwoLosses) else ()))
     bound = kind.bound if isinstance(kind.bound, str) else "lower"
     return Row(
         kind.__name__,
@@ -85,6 +92,6 @@ def _row(kind: type[Objective]) -> Row:
         SPECIAL.get(kind.__name__, BOUNDS[bound]),
         kind.num_particles * getattr(kind, "num_means", 1),
         kind.estimator,
-        (*(NEEDS[n] for n in kind.needs), *split),
+        [NEEDS[need][0] for need in needs],
         f"{author} {year}, {url}",
     )

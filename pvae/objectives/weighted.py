@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from pvae.objectives.base import Objective
+from pvae.objectives.base import Objective, TwoLosses
 from pvae.objectives.state import ObjectiveState
-from pvae.objectives.two_losses import TwoLosses
 from pvae.terms import Terms
 
 __all__ = ["CIWAE", "CUBO", "IWAE", "PIWAE", "DReG", "MultiplyWeightedIWAE", "Renyi"]
@@ -67,9 +66,6 @@ class IWAE(_Weighted):
     References:
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
 
-    Arguments:
-        options: As in `Objective`.
-
     Example:
         >>> IWAE(50)
         IWAE(num_particles=50)
@@ -106,11 +102,6 @@ class MultiplyWeightedIWAE(_Weighted):
     num_particles: int = 2
     _: KW_ONLY
     num_means: Annotated[int, {"minimum": 1}] = 4
-
-    @property
-    def num_draws(self) -> int:
-        """M K."""
-        return self.num_means * self.num_particles
 
     def bound_of(self, log_weight: Tensor) -> Tensor:
         """The mean over M of the log mean over K."""
@@ -157,8 +148,7 @@ class Renyi(_Weighted):
     biased down, so that it bounds nothing.
 
     References:
-        Renyi Divergence Variational Inference (Li & Turner, 2016),
-        https://arxiv.org/abs/1602.02311
+        Renyi Divergence Variational Inference (Li & Turner, 2016), https://arxiv.org/abs/1602.02311
 
     Arguments:
         alpha: The order.
@@ -207,11 +197,6 @@ class PIWAE(TwoLosses):
     _: KW_ONLY
     num_means: Annotated[int, {"minimum": 1}] = 4
 
-    @property
-    def num_draws(self) -> int:
-        """M K."""
-        return self.num_means * self.num_particles
-
     def losses(self, terms: Terms, state: ObjectiveState) -> tuple[Tensor, Tensor, Tensor]:
         """Minus the bound of all draws, twice, and minus the mean of the others."""
         loss = -self.total(terms, state, log_mean_exp(terms.log_weight))
@@ -236,9 +221,6 @@ class DReG(TwoLosses):
     References:
         Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al.,
         2019), https://arxiv.org/abs/1810.04152
-
-    Arguments:
-        options: As in `TwoLosses`.
     """
 
     needs = ("density", "gradient", "unscaled", "local")
@@ -264,12 +246,10 @@ class CUBO(TwoLosses):
         \nabla_q E_q[w^n] = (1 - n)\, E_q[w^n \nabla \log q(z | x)]
 
     Its guide covers the posterior where `ELBO`'s stays inside. Of K draws, the logarithm is biased
-    down, and by much where weights vary: no bound. ``form="exp"`` is unbiased, in value and
-    gradient, but it isn't in nats, overflows unless ``reference`` is near log p(x), and counts
-    rows that are masked out. Gradients are by the score function (self-normalised in the
-    logarithm): the way through the draws would lower the estimate by taking them where weights
-    are small. The model learns by the importance-weighted bound of the same draws, as an upper
-    bound can't be maximised.
+    down, by much where weights vary: no bound. ``form="exp"`` is unbiased, but isn't in nats,
+    overflows unless ``reference`` is near log p(x), and counts rows that are masked out. Gradients
+    are by the score function: the way through the draws would lower the estimate by taking them
+    where weights are small. The model learns by the importance-weighted bound of the same draws.
 
     References:
         Variational Inference via Chi Upper Bound Minimization (Dieng et al., 2017),
