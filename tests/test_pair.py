@@ -353,3 +353,119 @@ def test_an_option_that_is_the_pairs_says_so() -> None:
         bounds.elbo(vae(), x_of(), plate="data")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="did you mean max_rows="):
         bounds.elbo(vae(), x_of(), maxrows=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_pyro_modules_in_functions_run_with_pyros_local_names(local: bool) -> None:
+    """Networks of one name in model and guide are two, and each is trained."""
+
+    class Decoder(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(Q, D)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(Q), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(1), obs=x)
+
+    class Encoder(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(D, 2 * Q)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                loc, log_scale = self.net(x).chunk(2, -1)
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    with pyro.settings.context(module_local_params=local):
+        decoder, encoder, x = Decoder(), Encoder(), x_of()
+        pair = Pair(decoder, encoder)
+        if local:
+            pair = Pair(lambda x: decoder(x), lambda x: encoder(x))
+        before = [p.detach().clone() for m in (decoder, encoder) for p in m.parameters()]
+        pvae.fit(pair, x, epochs=2, progress=False, engine="eager")
+        after = [p for m in (decoder, encoder) for p in m.parameters()]
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_it_is_forgotten_when_a_setting_of_the_program_changes() -> None:
+    """A global latent that a flag turns on makes the bound one of the whole data set."""
+
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.has_mean, self.rows = False, "data"
+
+        def model(self, x: Tensor) -> None:
+            loc = pyro.sample("m", dist.Normal(x.new_tensor(0.0), 1.0)) if self.has_mean else 0.0
+            with pyro.plate(self.rows, len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+                pyro.sample("x", dist.Normal(loc + z, 1.0), obs=x[:, 0])
+
+        def guide(self, x: Tensor) -> None:
+            if self.has_mean:
+                pyro.sample("m", dist.Normal(x.new_tensor(0.0), 1.0))
+            with pyro.plate(self.rows, len(x)):
+                pyro.sample("z", dist.Normal(x[:, 0] / 2, 0.5**0.5))
+
+    programs, x = Switched(), x_of()
+    pair = Pair(programs.model, programs.guide)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0]).mean()
+    torch.testing.assert_close(bounds.elbo(pair, x).mean, float(exact))
+    programs.rows = "rows"
+    torch.testing.assert_close(bounds.elbo(pair, x).mean, float(exact))
+    programs.has_mean = True
+    assert bounds.elbo(pair, x, 20).global_sites == ("m",)
+
+
+def test_a_batch_whose_parts_change_in_place_is_looked_at_again() -> None:
+    def model(x: Tensor, options: dict[str, bool]) -> None:
+        with pyro.plate("data", len(x)):
+            if options["two"]:
+                pyro.sample("w", dist.Normal(x.new_tensor(0.0), 1.0))
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x: Tensor, options: dict[str, bool]) -> None:
+        with pyro.plate("data", len(x)):
+            for name in ("z", "w") if options["two"] else ("z",):
+                pyro.sample(name, dist.Normal(x[:, 0] / 2, 0.5**0.5))
+
+    pair, options = Pair(model, guide), {"two": False}
+    assert pair.inspect((x_of(), options)).latents == ("z",)
+    options["two"] = True
+    assert pair.inspect((x_of(), options)).latents == ("w", "z")
+
+
+def test_networks_of_training_alone_and_fixed_features_are_not_odd() -> None:
+    """The one is used by a penalty, which evaluation leaves out; the other isn't to be trained."""
+
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.norm = nn.Linear(Q, D), nn.BatchNorm1d(Q)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(Q), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(1), obs=x)
+                if self.training:
+                    pyro.factor("penalty", -self.norm(z).square().sum(-1))
+
+    fixed, network = nn.Linear(D, D), nn.Linear(D, 2 * Q)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("network", network)
+        with torch.no_grad():
+            features = fixed(x)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = network(features).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    model = Penalised()
+    assert Pair(model, guide).inspect(x_of()).oddities == ()
+    assert model.training
+    assert model.norm.running_mean is not None
+    assert not model.norm.running_mean.any()  # a look leaves no trace

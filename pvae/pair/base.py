@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.errors import ArgumentError, PairError, warn
 from pvae.pair.probe import inspect_pair
-from pvae.pair.running import as_batch, first_floating, modules_reached, tensors_of
+from pvae.pair.running import (
+    as_batch,
+    first_floating,
+    modules_reached,
+    settings_of,
+    tensors_of,
+)
 from pvae.pair.structure import Structure
 from pvae.types import Program
 
@@ -180,7 +186,8 @@ class Pair:
         reached = [id(m) for p in programs for m in modules_reached(p)]
         store = dict(pyro.get_param_store().named_parameters())
         stored = [(name, id(store[name])) for name in structure.parameters if name in store]
-        return self.plate, reached, stored, [_module_state(m) for m in modules]
+        settings = repr([settings_of(program) for program in programs])
+        return self.plate, reached, stored, settings, [_module_state(m) for m in modules]
 
 
 PairLike = Pair | tuple[Callable[..., object], Callable[..., object]]
@@ -227,7 +234,11 @@ def _signature(part: object) -> object:
         return tuple(part.shape), part.dtype, part.device
     if isinstance(part, (bool, int, float, str, type(None))):
         return type(part), part
-    return id(part)
+    if isinstance(part, (tuple, list)):
+        return type(part), *map(_signature, part)
+    if isinstance(part, dict):
+        return dict, *((_signature(k), _signature(v)) for k, v in part.items())
+    return object()  # what may change unseen is looked at each time
 
 
 def _module_state(module: nn.Module) -> object:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pvae.errors import oxford
+from pvae.errors import PvaeError, oxford
 from pvae.pair.messages import log_prob_of, sample_sites
 from pvae.pair.running import Networks
 from pvae.types import Program
@@ -46,26 +47,57 @@ class Parameters:
         for side in ("guide", "model"):
             for site in traces[side].nodes.values():
                 if site["type"] == "param":
-                    self._add(site["name"], site["value"].unconstrained(), side)
-        active = _with_gradient(networks, run)
+                    value = site["value"]
+                    if hasattr(value, "unconstrained"):  # with module_local_params some have none
+                        value = value.unconstrained()
+                    self._add(site["name"], value, side)
+        self._active = active = self._with_gradient(networks, run)
         used = active | {*map(id, self.by_name.values())} | {*networks.ran}
         reached = [root for root in networks.reached if _has_any(used, root)]
         modules = (*_inner(networks.roots), *networks.ran.values(), *_inner(reached))
         self.modules = tuple(dict.fromkeys(modules))
-        self.oddities = (*self._unannounced(stored), *_idle(networks, active))
+        idle = _idle_modules(networks, active)
+        if idle:  # are they of training alone?
+            with networks.in_training(), suppress(PvaeError):
+                run()
+            idle = _idle_modules(networks, active)
+        self.oddities = (*self._unannounced(stored), *_idle(idle))
 
     def _add(self, name: str, tensor: Tensor, side: str) -> None:
         if tensor.requires_grad:
+            if self.by_name.get(name, tensor) is not tensor:  # two modules with local names
+                name = f"{side}.{name}"
             known = self._names.setdefault(id(tensor), name)
             self.by_name.setdefault(known, tensor)
             self.sides[known] = self.sides.get(known, frozenset()) | {side}
+
+    def _with_gradient(
+        self, networks: Networks, run: Callable[[], tuple[Trace, Trace]]
+    ) -> set[int]:
+        """Parameters on which a density or draw depends, of those that no call or program tells."""
+        modules = _inner([*networks.roots, *networks.reached, *networks.ran.values()])
+        asked = [
+            p
+            for m in dict.fromkeys(modules)
+            for p in _trainable(m)
+            if id(m) not in networks.ran or id(p) not in self._names
+        ]
+        if not asked:
+            return set()
+        with torch.enable_grad():
+            total = sum(part.sum() for trace in run() for part in _draws_and_densities(trace))
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return set()
+        asked = [*dict.fromkeys(asked)]
+        gradients = torch.autograd.grad(total, asked, allow_unused=True)
+        return {id(p) for p, g in zip(asked, gradients, strict=True) if g is not None}
 
     def _unannounced(self, stored: Mapping[str, Tensor]) -> list[str]:
         missing = {
             f"{type(m).__name__}.{name}": parameter.shape
             for m in self.modules
             for name, parameter in m.named_parameters(recurse=False)
-            if parameter.requires_grad and id(parameter) not in self._names
+            if id(parameter) in self._active and id(parameter) not in self._names
         }
         shapes = {*missing.values()}
         taken = [n for n, p in self.by_name.items() if n in stored and p.shape in shapes]
@@ -96,32 +128,20 @@ def _has_any(used: set[int], root: nn.Module) -> bool:
     return any(id(thing) in used for thing in (*root.modules(), *root.parameters()))
 
 
-def _idle(networks: Networks, active: set[int]) -> list[str]:
-    """What of the programs' own modules nothing uses."""
+def _idle_modules(networks: Networks, active: set[int]) -> list[str]:
+    """Names of the programs' own modules that nothing uses."""
     modules = [named for root in networks.roots for named in root.named_modules()]
     not_run = [(name, _trainable(m)) for name, m in modules if id(m) not in networks.ran]
-    idle = [name for name, own in not_run if own and active.isdisjoint(map(id, own))]
+    return [name for name, own in not_run if own and active.isdisjoint(map(id, own))]
+
+
+def _idle(idle: list[str]) -> list[str]:
     if not idle:
         return []
     return [
         f"Nothing in the pair uses the parameters of {oxford(idle[:4])}, which "
         "belong to it, on this batch, so training leaves them as they are."
     ]
-
-
-def _with_gradient(networks: Networks, run: Callable[[], tuple[Trace, Trace]]) -> set[int]:
-    """Parameters of modules that were not called, but that some density or draw depends on."""
-    modules = _inner([*networks.roots, *networks.reached])
-    not_run = [p for m in modules if id(m) not in networks.ran for p in _trainable(m)]
-    asked = [*dict.fromkeys(not_run)]
-    if not asked:
-        return set()
-    with torch.enable_grad():
-        total = sum(part.sum() for trace in run() for part in _draws_and_densities(trace))
-    if not isinstance(total, Tensor) or not total.requires_grad:
-        return set()
-    gradients = torch.autograd.grad(total, asked, allow_unused=True)
-    return {id(p) for p, g in zip(asked, gradients, strict=True) if g is not None}
 
 
 def _draws_and_densities(trace: Trace) -> Iterable[Tensor]:

@@ -28,11 +28,13 @@ __all__ = [
     "num_rows_of",
     "probing",
     "run_pair",
+    "settings_of",
     "tensors_of",
 ]
 
 Batch = tuple[Any, ...]
 R = TypeVar("R")
+_PLAIN = (bool, int, float, str)
 
 
 def as_batch(batch: object) -> Batch:
@@ -106,23 +108,41 @@ class Networks:
         self.reached = [m for m in reached.values() if not any(m is root for root in self.roots)]
         self.ran: dict[int, nn.Module] = {}
         self._modes: dict[int, tuple[nn.Module, bool]] = {}
+        self._mode = False
         for root in (*self.roots, *self.reached):
             for module in root.modules():
-                self._evaluate(module)
+                self._switch(module)
 
     def note(self, module: nn.Module, *_: object) -> None:
         """Called before a module runs."""
         self.ran.setdefault(id(module), module)
-        self._evaluate(module)
+        self._switch(module)
 
     def restore(self) -> None:
         """Gives every module its own mode back."""
         for module, training in self._modes.values():
             module.training = training
 
-    def _evaluate(self, module: nn.Module) -> None:
+    @contextmanager
+    def in_training(self) -> Iterator[None]:
+        """Training mode for a while; buffers, such as running means, are as before after it."""
+        modules = [module for module, _ in self._modes.values()]
+        buffers = [(m, n, b, b.clone()) for m in modules for n, b in m.named_buffers(recurse=False)]
+        self._mode = True
+        for module in modules:
+            self._switch(module)
+        try:
+            yield
+        finally:
+            self._mode = False
+            for module, _ in self._modes.values():
+                module.training = False
+            for module, name, buffer, before in buffers:
+                setattr(module, name, buffer.copy_(before))
+
+    def _switch(self, module: nn.Module) -> None:
         self._modes.setdefault(id(module), (module, module.training))
-        module.training = False
+        module.training = self._mode
 
 
 @contextmanager
@@ -158,12 +178,41 @@ def modules_reached(program: object) -> list[nn.Module]:
         >>> modules_reached(lambda x: network.forward(x))
         [Linear(in_features=2, out_features=1, bias=True)]
     """
-    visited: dict[int, object] = {}
+    reached = _reached_by(program)
+    return [thing for thing in reached if isinstance(thing, nn.Module) and thing is not program]
+
+
+def settings_of(program: object) -> list[object]:
+    """Numbers, flags and words that a program or its modules hold, and may ask as they run.
+
+    Example:
+        >>> network = torch.nn.Dropout(0.5)
+        >>> settings_of(lambda x, scale=2.0, network=network: network(scale * x))
+        [2.0, 'p', 0.5, 'inplace', False]
+    """
+    settings: list[object] = []
+    for thing in _reached_by(program):
+        if isinstance(thing, nn.Module):
+            for module in thing.modules():
+                for name, value in vars(module).items():
+                    if isinstance(value, _PLAIN) and name != "training" and name[0] != "_":
+                        settings += [name, value]
+        elif isinstance(thing, _PLAIN):
+            settings.append(thing)
+    return settings
+
+
+def _reached_by(program: object) -> list[object]:
+    """What a program holds, and what that holds, down to modules; the program comes first."""
+    reached: list[object] = []
+    visited: set[int] = set()
 
     def visit(thing: object) -> None:
-        if id(thing) in visited:
-            return
-        visited[id(thing)] = thing
+        if not isinstance(thing, _PLAIN):
+            if id(thing) in visited:
+                return
+            visited.add(id(thing))
+        reached.append(thing)
         if isinstance(thing, nn.Module):
             if thing is not program:
                 return
@@ -172,7 +221,7 @@ def modules_reached(program: object) -> list[nn.Module]:
             visit(part)
 
     visit(program)
-    return [m for m in visited.values() if isinstance(m, nn.Module) and m is not program]
+    return reached
 
 
 def _parts_of(thing: object) -> Iterator[object]:
@@ -202,10 +251,10 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[object]:
 
 
 def _globals_of(code: types.CodeType, names: dict[str, object]) -> Iterator[object]:
-    """Modules, and functions of the same file, that a function's code names."""
+    """Modules, numbers, and functions of the same file, that a function's code names."""
     for value in map(names.get, code.co_names):
         is_ours = isinstance(value, types.FunctionType) and value.__globals__ is names
-        if is_ours or isinstance(value, nn.Module):
+        if is_ours or isinstance(value, (nn.Module, *_PLAIN)):
             yield value
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
