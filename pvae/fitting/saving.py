@@ -29,8 +29,12 @@ def save_checkpoint(training: Training, path: Path | None = None) -> None:
     if path is None and training.settings.folder is None:
         return
     states = training.world.gather(randomness.get_state())
-    if not training.world.is_first:
-        return
+    if training.world.is_first:
+        checkpoint.save(path or training.settings.checkpoint_file, _snapshot(training, states))
+
+
+def _snapshot(training: Training, states: list[dict[str, Tensor]]) -> checkpoint.Checkpoint:
+    """A training as a checkpoint; ``states`` are those of each process's generators."""
     stepper, progress = training.stepper, training.progress
     saved = checkpoint.Checkpoint()
     saved.add("param", training.structure.parameters)
@@ -52,7 +56,7 @@ def save_checkpoint(training: Training, path: Path | None = None) -> None:
         "environment": checkpoint.environment(training.structure.device),
         "job": job(),
     }
-    checkpoint.save(path or training.settings.checkpoint_file, saved)
+    return saved
 
 
 def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
