@@ -353,7 +353,7 @@ def command(folder: Path, *arguments: str) -> None:
 
     append = History.append
 
-    def append_or_die(self: History, record: Record) -> None:
+    def append_or_die(self: list[Record], record: Record) -> None:
         if record["epoch"] == 1 and distributed.current().rank == 1:
             _die(folder / "died")
         append(self, record)
