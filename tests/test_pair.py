@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -469,3 +470,8 @@ def test_networks_of_training_alone_and_fixed_features_are_not_odd() -> None:
     assert model.training
     assert model.norm.running_mean is not None
     assert not model.norm.running_mean.any()  # a look leaves no trace
+
+
+def test_a_seed_may_be_an_integer_of_numpys() -> None:
+    pair, x = vae(), x_of()
+    assert bounds.elbo(pair, x, seed=np.int64(3)).mean == bounds.elbo(pair, x, seed=3).mean
