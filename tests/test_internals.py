@@ -316,7 +316,8 @@ def private(path: Path) -> list[str]:
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.endswith("__")
+    """Named tuples have documented methods that begin so, as their fields mustn't."""
+    return name.startswith("_") and not name.endswith("__") and name not in ("_replace", "_asdict")
 
 
 def defined(path: Path) -> set[str]:
