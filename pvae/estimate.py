@@ -32,7 +32,7 @@ _KINDS: dict[BoundKind, str] = {
 _FEW = 5  # draws
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Estimate:
     r"""An estimate of a quantity, one value for each datum or each draw, and of its mean.
 

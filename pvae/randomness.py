@@ -26,6 +26,7 @@ def derive_seed(*keys: int) -> int:
 
 def set_seed(seed: int) -> None:
     """Seeds torch (on every device), NumPy's global generator and Python's."""
+    seed = int(seed)  # Python's own takes no integer of NumPy's
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  the global generator is what user code may draw from
     random.seed(seed)

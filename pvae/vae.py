@@ -182,7 +182,7 @@ class VAE(Pair, nn.Module):
         """The sampling algorithm: draw z from the prior, decode it. No encoder is used.
 
         Arguments:
-            num_samples: N, how many.
+            num_samples: N, how many data are drawn (not K draws for each datum).
             context: Labels and the like, N of each.
             mean: Return the likelihood's mean instead of a draw of x. A grid of means looks
                 smoother than what the model says that data look like.
@@ -212,31 +212,31 @@ class VAE(Pair, nn.Module):
             return self._by_rows(drawn, (torch.arange(num_samples), *arrays), max_rows)
 
     def encode(
-        self, x: object, *context: object, num_samples: int | None = None, max_rows: int = 8192
+        self, x: object, *context: object, num_particles: int | None = None, max_rows: int = 8192
     ) -> Tensor:
         """The latent of each datum.
 
         Arguments:
             x: Data, shape ``(N, *event_shape)``.
             context: Labels and the like, N of each.
-            num_samples: S draws from q(z | x); None for its mean, which is deterministic.
+            num_particles: K draws from q(z | x); None for its mean, which is deterministic.
             max_rows: Bound on the rows in the networks at once.
 
         Returns:
             Shape ``(N, *latent_shape)``, or ``(S, N, *latent_shape)``, on the pair's device.
         """
-        encoded = partial(_drawn, LATENT, self.guide.posterior, num_samples)
-        return self._by_rows(encoded, self._tensors(x, *context), max_rows, num_samples)
+        encoded = partial(_drawn, LATENT, self.guide.posterior, num_particles)
+        return self._by_rows(encoded, self._tensors(x, *context), max_rows, num_particles)
 
     def decode(
-        self, z: object, *context: object, num_samples: int | None = None, max_rows: int = 8192
+        self, z: object, *context: object, num_particles: int | None = None, max_rows: int = 8192
     ) -> Tensor:
         """The data that a latent stands for.
 
         Arguments:
             z: Latents, shape ``(..., *latent_shape)``.
             context: Labels and the like.
-            num_samples: S draws from p(x | z); None for its mean.
+            num_particles: K draws from p(x | z); None for its mean.
             max_rows: Counted along the first axis; with a context only where z has two axes.
 
         Returns:
@@ -245,18 +245,18 @@ class VAE(Pair, nn.Module):
         batch = self._tensors(z, *context)
         if context and batch[0].dim() > 2:  # the first axis may be one of draws
             max_rows = max(check_int("max_rows", max_rows), len(batch[0]))
-        decoded = partial(_drawn, OBSERVED, self.model.likelihood, num_samples)
-        return self._by_rows(decoded, batch, max_rows, num_samples)
+        decoded = partial(_drawn, OBSERVED, self.model.likelihood, num_particles)
+        return self._by_rows(decoded, batch, max_rows, num_particles)
 
     def reconstruct(
-        self, x: object, *context: object, num_samples: int | None = None, max_rows: int = 8192
+        self, x: object, *context: object, num_particles: int | None = None, max_rows: int = 8192
     ) -> Tensor:
         """Each datum encoded and decoded: p(x | z)'s mean at q(z | x)'s mean.
 
         Arguments:
             x: Data, shape ``(N, *event_shape)``.
             context: Labels and the like, N of each.
-            num_samples: S draws of z instead of its mean, each decoded to a mean of x.
+            num_particles: K draws of z instead of its mean, each decoded to a mean of x.
             max_rows: Counted for each draw.
 
         Returns:
@@ -264,10 +264,10 @@ class VAE(Pair, nn.Module):
         """
 
         def rebuilt(*batch: Tensor) -> Tensor:
-            z = _drawn(LATENT, self.guide.posterior, num_samples, *batch)
+            z = _drawn(LATENT, self.guide.posterior, num_particles, *batch)
             return _drawn(OBSERVED, self.model.likelihood, None, z, *batch[1:])
 
-        return self._by_rows(rebuilt, self._tensors(x, *context), max_rows, num_samples)
+        return self._by_rows(rebuilt, self._tensors(x, *context), max_rows, num_particles)
 
     def _tensors(self, *arrays: object) -> tuple[Tensor, ...]:
         """Arrays as tensors on the pair's device, floating ones in its type."""
@@ -282,11 +282,11 @@ class VAE(Pair, nn.Module):
         function: Callable[..., Tensor],
         arrays: tuple[Tensor, ...],
         max_rows: int,
-        num_samples: int | None = None,
+        num_particles: int | None = None,
     ) -> Tensor:
         """The function of arrays with a common first axis, some rows at a time, in evaluation mode.
 
-        With ``num_samples``, what it returns has an axis of draws before that of rows.
+        With ``num_particles``, what it returns has an axis of draws before that of rows.
         """
         check_int("max_rows", max_rows)
         lengths = {len(a) if a.dim() else None for a in arrays}
@@ -296,21 +296,21 @@ class VAE(Pair, nn.Module):
                 return function(*arrays)
             starts = range(0, size, max_rows)
             parts = [function(*(a[i : i + max_rows] for a in arrays)) for i in starts]
-            return torch.cat(parts, 0 if num_samples is None else 1)
+            return torch.cat(parts, 0 if num_particles is None else 1)
 
 
 def _drawn(
-    site: str, conditional: Conditional, num_samples: int | None, *context: Tensor
+    site: str, conditional: Conditional, num_particles: int | None, *context: Tensor
 ) -> Tensor:
     """Draws of a distribution given a context; its mean where no number of them is given."""
     fn = conditional(*context)
-    if num_samples is not None:
-        return fn(torch.Size([check_int("num_samples", num_samples)]))
+    if num_particles is not None:
+        return fn(torch.Size([check_int("num_particles", num_particles)]))
     mean = mean_of(fn)
     if mean is None:
         expected, fixes = (
             "a distribution whose mean is known",
-            ["num_samples=100, and the mean over them"],
+            ["num_particles=100, and the mean over them"],
         )
         raise UndefinedError(f"site '{site}'", expected, type(fn).__name__, fixes)
     return mean

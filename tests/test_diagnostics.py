@@ -183,3 +183,10 @@ def test_which_site(device: torch.device) -> None:
     with pytest.raises(UndefinedError, match="site='z2'"):
         diagnostics.active_units((model, guide), batch)
     assert diagnostics.active_units((model, guide), batch, site="z1").shape == (2,)
+
+
+def test_one_check_is_asked_for_by_its_name() -> None:
+    vae = pvae.recipes.vae(6, 2, hidden=(4,))
+    x = torch.rand(20, 6).round()
+    one = pvae.diagnose(vae, x, checks="codes").findings()
+    assert one == pvae.diagnose(vae, x, checks=["codes"]).findings()

@@ -239,3 +239,10 @@ def test_a_number_has_the_digits_that_its_error_leaves(
     value: float, error: float | None, text: str
 ) -> None:
     assert with_error(value, error, "nats") == text
+
+
+def test_estimates_can_be_looked_for_in_a_list() -> None:
+    """Two estimates are equal if they are one: equality of tensors has no single answer."""
+    a, b = (Estimate("bound", torch.tensor([-1.0, -2.0])) for _ in range(2))
+    assert [a, b].index(b) == 1
+    assert a != b

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import pvae
 from pvae import VAE, Pair, bounds, diagnostics, guides, latent, likelihoods, priors, testing
-from pvae.errors import ArgumentError, ContractError, PairError, PvaeWarning
+from pvae.errors import ArgumentError, ContractError, DataError, PairError, PvaeWarning
 from pvae.pair import as_pair
 
 D, Q, N = 6, 2, 12
@@ -469,3 +470,16 @@ def test_networks_of_training_alone_and_fixed_features_are_not_odd() -> None:
     assert model.training
     assert model.norm.running_mean is not None
     assert not model.norm.running_mean.any()  # a look leaves no trace
+
+
+def test_a_seed_may_be_an_integer_of_numpys() -> None:
+    pair, x = vae(), x_of()
+    assert bounds.elbo(pair, x, seed=np.int64(3)).mean == bounds.elbo(pair, x, seed=3).mean  # type: ignore[arg-type]
+
+
+def test_data_are_checked_again_for_another_likelihood() -> None:
+    pair, source = vae(), pvae.data.as_source(x_of(), dtype=torch.float64)
+    bounds.elbo(pair, source)
+    pair.model.likelihood = likelihoods.Bernoulli(nn.Linear(Q, D), D)
+    with pytest.raises(DataError, match="row 0"):
+        bounds.elbo(pair, source)

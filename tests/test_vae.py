@@ -157,8 +157,8 @@ def test_rows_go_through_the_networks_some_at_a_time(device: torch.device) -> No
             assert max(rows) == 5
         rows.clear()
         assert pair.sample(N, *labels, max_rows=5).shape == (N, D)
-        assert pair.encode(x, *labels, num_samples=2, max_rows=5).shape == (2, N, Q)
-        assert pair.reconstruct(x, *labels, num_samples=2, max_rows=5).shape == (2, N, D)
+        assert pair.encode(x, *labels, num_particles=2, max_rows=5).shape == (2, N, Q)
+        assert pair.reconstruct(x, *labels, num_particles=2, max_rows=5).shape == (2, N, D)
         assert max(rows) == 5
     with pytest.raises(ArgumentError, match="max_rows"):
         pair.encode(x, *labels, max_rows=0)
@@ -190,10 +190,10 @@ def test_codes_are_deterministic_by_default(device: torch.device) -> None:
     torch.testing.assert_close(pair.encode(x), pair.guide.posterior(x).mean)
     torch.testing.assert_close(pair.reconstruct(x), pair.decode(pair.encode(x)))
     assert not pair.encode(x).requires_grad
-    assert pair.encode(x, num_samples=4).shape == (4, N, Q)
-    assert pair.reconstruct(x, num_samples=4).shape == (4, N, D)
-    assert pair.decode(pair.encode(x), num_samples=4).shape == (4, N, D)
-    assert (pair.encode(x, num_samples=2)[0] != pair.encode(x, num_samples=2)[0]).any()
+    assert pair.encode(x, num_particles=4).shape == (4, N, Q)
+    assert pair.reconstruct(x, num_particles=4).shape == (4, N, D)
+    assert pair.decode(pair.encode(x), num_particles=4).shape == (4, N, D)
+    assert (pair.encode(x, num_particles=2)[0] != pair.encode(x, num_particles=2)[0]).any()
 
 
 def test_codes_come_from_evaluation_mode(device: torch.device) -> None:
@@ -226,9 +226,9 @@ def test_a_guide_whose_mean_isnt_known_says_so(device: torch.device) -> None:
         flow,
     ).to(device)
     x = data(device).float()
-    with pytest.raises(UndefinedError, match="num_samples"):
+    with pytest.raises(UndefinedError, match="num_particles"):
         pair.encode(x)
-    assert pair.encode(x, num_samples=3).shape == (3, N, Q)
+    assert pair.encode(x, num_particles=3).shape == (3, N, Q)
     assert pair.sample(4).shape == (4, D)
     SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x)
     torch.set_default_dtype(torch.float64)
@@ -255,7 +255,7 @@ def test_labels_reach_all_three(device: torch.device) -> None:
     assert all(moved(before, pair).values())
     assert pair.sample(N, y).shape == (N, D)
     assert (pair.encode(x, y) != pair.encode(x, (y + 1) % 3)).any()
-    assert pair.reconstruct(x, y, num_samples=2).shape == (2, N, D)
+    assert pair.reconstruct(x, y, num_particles=2).shape == (2, N, D)
     recipe = recipes.vae(D, Q, num_classes=3, hidden=(8,)).to(device)
     check_pair(recipe, (x, y))
 

@@ -307,8 +307,12 @@ class Config(BaseModel):
                 raise ValueError("no table of names and values")
         except (OSError, ValueError) as error:
             expected = "the config.json of a run, or a JSON or TOML file with the same names"
-            fixes = ["pvae train --out DIR first, then the folder DIR"]
-            fixes += ["of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python"]
+            fixes = ["--config runs/a/config.json, of a run that pvae train wrote"]
+            if path.name == "config.json":
+                fixes = [
+                    "pvae train --out DIR first, then the folder DIR",
+                    "of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python",
+                ]
             actual = f"{type(error).__name__}: {error}"
             raise CheckpointError(str(path), expected, actual, fixes) from error
         for name in ("resolved", "job"):  # which say what came of it

@@ -49,6 +49,10 @@ class MappedRows:
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
         return np.asarray(self.array[self.index], dtype)
 
+    def reshape(self, *shape: int) -> MappedRows:
+        array = self.array.reshape(len(self.array), *shape[1:])
+        return MappedRows(array, self.index)  # type: ignore[arg-type]
+
     def min(self) -> float:
         return float(self.array.min())
 
@@ -108,6 +112,11 @@ class Data:
         """The rows at ``index`` (a slice or integers)."""
         origin = None if self.origin is None else self.origin[index]
         return replace(self, arrays=tuple(a[index] for a in self.arrays), origin=origin)
+
+    def reshape(self, event_shape: Sequence[int]) -> Data:
+        """The same data with events of another shape."""
+        first, *rest = self.arrays
+        return replace(self, arrays=(first.reshape(len(first), *event_shape), *rest))
 
     def unlabelled(self) -> Data:
         """The first array alone."""

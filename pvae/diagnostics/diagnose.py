@@ -145,7 +145,7 @@ def diagnose(
     Arguments:
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; held out, if there are any.
-        checks: Names of `CHECKS`.
+        checks: Names of `CHECKS`, or one of them.
         num_data: N, rows that are looked at, drawn from the data; all, where there are fewer, or
             for None.
         num_particles: K, draws from the guide for each, at least 25 for ``"importance"``.
@@ -159,7 +159,7 @@ def diagnose(
         >>> diagnose(vae, torch.rand(50, 4).round(), checks=["elbo"]).findings()[0].name
         'ELBO'
     """
-    asked = list(dict.fromkeys(checks))
+    asked = list(dict.fromkeys([checks] if isinstance(checks, str) else checks))
     if unknown := [name for name in asked if name not in CHECKS]:
         raise ArgumentError("checks", f"some of {oxford(CHECKS)}", oxford(unknown))
     check_int("num_data", 2 if num_data is None else num_data, minimum=2)

@@ -103,12 +103,10 @@ class Pair:
             return known[key][0]
         structure = inspect_pair(self.model, self.guide, batch, self.plate)
         said = {text for old, _ in known.values() for text in old.oddities}
-        state = self._state(structure)
-        if len(known) > _KEPT:
+        if len(known) > _KEPT or any(then != self._state(old) for old, then in known.values()):
             known.clear()
-        for old in [k for k, (_, then) in known.items() if then != state]:
-            del known[old]
-        known[key] = structure, state
+            self.checked_sources.clear()
+        known[key] = structure, self._state(structure)
         for text in structure.oddities:
             if text not in said:
                 warn(text)
