@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping
-from typing import ParamSpec, TypedDict, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypedDict, TypeVar, cast
 
 import torch
+from tqdm import tqdm
 
 from pvae.errors import ArgumentError, check_int
 
-__all__ = ["Options", "checked_options", "tool"]
+__all__ = ["Options", "checked_options", "progress_bar", "tool"]
 
 
 class Options(TypedDict, total=False):
@@ -60,6 +61,13 @@ def checked_options(given: Mapping[str, object]) -> Options:
     if not isinstance(options["progress"], bool):
         raise ArgumentError("progress", "True or False", repr(options["progress"]))
     return options
+
+
+def progress_bar(
+    steps: Iterable[Any] | None = None, *, title: str | None, shown: bool, **settings: object
+) -> tqdm:
+    """The bar of work that takes longer than a second; it goes away when the work is done."""
+    return tqdm(steps, desc=title, disable=not shown, leave=False, delay=1.0, **settings)
 
 
 P = ParamSpec("P")

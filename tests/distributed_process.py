@@ -358,7 +358,7 @@ def command(folder: Path, *arguments: str) -> None:
             _die(folder / "died")
         append(self, record)
 
-    History.append = append_or_die  # type: ignore[method-assign, assignment]
+    History.append = append_or_die  # type: ignore[method-assign]
     sys.argv = ["pvae", *arguments]
     main()
 

@@ -146,7 +146,7 @@ def verdict(result, name):
 # %%
 good = Gaussian(nn.Linear(3, 2))
 fit = fitted(good)
-whole = fit.diagnose()
+whole = fit.diagnose(progress=False)
 print(whole)
 print(f"the exact gap: {exact_gap(good):.4f} nats")
 assert not [line for line in whole.findings() if line.verdict == "bad"]
@@ -162,7 +162,7 @@ plots.learning_curve(diagnostics.learning_curve(fit.history))
 # %%
 narrow = Gaussian(nn.Linear(3, 2))
 fit = fitted(narrow, o.ELBO(beta=0.25))
-print(fit.diagnose(checks=["elbo", "importance", "sbc", "tarp"]))
+print(fit.diagnose(checks=["elbo", "importance", "sbc", "tarp"], progress=False))
 print(f"the exact gap: {exact_gap(narrow):.3f} nats")
 
 # %% [markdown]
@@ -173,7 +173,7 @@ print(f"the exact gap: {exact_gap(narrow):.3f} nats")
 # %%
 found = diagnostics.importance((model, narrow), x)
 show(found, "k-hat above 0.7", "gap, at least")
-ranks = diagnostics.sbc((model, narrow), x)
+ranks = diagnostics.sbc((model, narrow), x, progress=False)
 show(ranks, "SBC p-value")
 assert verdict(found, "k-hat above 0.7") != "good"
 assert verdict(ranks, "SBC p-value") == "bad"
@@ -187,7 +187,7 @@ plots.calibration(ranks)
 # %%
 repaired = Gaussian(nn.Linear(3, 2))
 fitted(repaired)
-ranks = diagnostics.sbc((model, repaired), x)
+ranks = diagnostics.sbc((model, repaired), x, progress=False)
 show(diagnostics.importance((model, repaired), x), "k-hat above 0.7", "gap, at least")
 show(ranks, "SBC p-value")
 assert verdict(ranks, "SBC p-value") != "bad"
@@ -202,9 +202,9 @@ assert beside(ranks, repaired)
 # %%
 shifted = Gaussian(nn.Sequential(nn.BatchNorm1d(3, momentum=0.001), nn.Linear(3, 2)))
 fit = fitted(shifted)
-print(fit.diagnose(checks=["elbo", "importance", "sbc"]))
+print(fit.diagnose(checks=["elbo", "importance", "sbc"], progress=False))
 print(f"the exact gap: {exact_gap(shifted):.3f} nats")
-ranks = diagnostics.sbc((model, shifted), x)
+ranks = diagnostics.sbc((model, shifted), x, progress=False)
 print([ranks.shape_of(column) for column in range(2)])
 assert beside(ranks, shifted)
 assert verdict(ranks, "SBC p-value") == "bad"
@@ -217,7 +217,7 @@ assert any("too high" in ranks.shape_of(d) or "too low" in ranks.shape_of(d) for
 # %%
 repaired = Gaussian(nn.Sequential(nn.BatchNorm1d(3, momentum=0.1), nn.Linear(3, 2)))
 fitted(repaired)
-ranks = diagnostics.sbc((model, repaired), x)
+ranks = diagnostics.sbc((model, repaired), x, progress=False)
 show(ranks, "SBC p-value")
 print(f"the exact gap: {exact_gap(repaired):.3f} nats")
 assert verdict(ranks, "SBC p-value") != "bad"
@@ -262,9 +262,9 @@ def marginals(x):
         pyro.sample("z", dist.Normal(mean, covariance.diagonal().sqrt()).to_event(1))
 
 
-one_by_one = diagnostics.sbc((model, marginals), x)
-together = diagnostics.tarp((model, marginals), x)
-repaired = diagnostics.tarp((model, good), x)
+one_by_one = diagnostics.sbc((model, marginals), x, progress=False)
+together = diagnostics.tarp((model, marginals), x, progress=False)
+repaired = diagnostics.tarp((model, good), x, progress=False)
 show(one_by_one, "SBC p-value")
 show(together, "TARP p-value")
 print("repaired, with a full covariance:")
@@ -292,8 +292,8 @@ def trained(objective):
 
 
 collapsed, revived = trained(o.ELBO(beta=30.0)), trained(o.FreeBits(floor=0.2))
-before = diagnostics.surgery(collapsed, held_out)
-after = diagnostics.surgery(revived, held_out)
+before = diagnostics.surgery(collapsed, held_out, progress=False)
+after = diagnostics.surgery(revived, held_out, progress=False)
 for result in (before, after):
     show(result, "rate", "information", "collapsed units")
     print()
@@ -363,7 +363,7 @@ small = recipes.vae(64, 1, hidden=(64,))
 pvae.fit(small, digits[:1500], epochs=15, lr=3e-3, progress=False)
 table = bounds.compare(
     {
-        name: bounds.evidence(pair, held_out, 200)
+        name: bounds.evidence(pair, held_out, 200, progress=False)
         for name, pair in {"8 latents": revived, "1 latent": small, "collapsed": collapsed}.items()
     }
 )
@@ -379,7 +379,7 @@ assert "8 latents" in str(table).splitlines()[1]
 # %%
 ink = {"mean ink": lambda x: x.sum(1).mean(), "sd of ink": lambda x: x.sum(1).std()}
 for name, pair in {"8 latents": revived, "collapsed": collapsed}.items():
-    replicated = diagnostics.predictive(pair, held_out, ink, num_particles=100)
+    replicated = diagnostics.predictive(pair, held_out, ink, num_particles=100, progress=False)
     print(name, *replicated.findings(), sep="\n")
 assert [line.verdict for line in replicated.findings()][1] == "look"
 
@@ -390,7 +390,7 @@ assert [line.verdict for line in replicated.findings()][1] == "look"
 # named dimensions, for every plot and table that ArviZ has.
 
 # %%
-tree = export.to_arviz((model, good), x[:20], num_particles=500)
+tree = export.to_arviz((model, good), x[:20], num_particles=500, progress=False)
 print(list(tree.children))
 means = torch.as_tensor(tree["posterior"]["z"].mean(("chain", "draw")).to_numpy())
 with torch.no_grad():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pvae.bounds.weights import require_local
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
+from pvae.options import progress_bar
 from pvae.pair import Batch, Structure, as_batch
 from pvae.simulate import Simulation, simulate_batch
 from pvae.terms.chunks import chunks_of
@@ -222,8 +223,8 @@ def densities(
     structure, source, max_rows = evaluation.structure, evaluation.source, evaluation.max_rows
     chunks = chunks_of(source, structure, num_particles, max_rows)
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    hidden = not (title and evaluation.progress)
-    bar = tqdm(total=1.0, desc=title, bar_format=shown, disable=hidden)
+    is_shown = bool(title) and evaluation.progress
+    bar = progress_bar(total=1.0, title=title, shown=is_shown, bar_format=shown)
     with evaluating(structure.modules), bar:
         yield ((rows, LatentDensity(structure, b, given)) for rows, _, b, given in chunks), bar
 

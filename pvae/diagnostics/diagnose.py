@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pvae import terms
 from pvae.diagnostics.checks import CHECKS, DEFAULT, Lines, Subject
@@ -19,7 +18,7 @@ from pvae.diagnostics.importance import FEWEST, Importance
 from pvae.diagnostics.learning import LearningCurve, Record, learning_curve
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, check_number, oxford
-from pvae.options import Options, tool
+from pvae.options import Options, progress_bar, tool
 from pvae.pair import PairLike
 
 if TYPE_CHECKING:
@@ -169,7 +168,7 @@ def diagnose(
         evaluation, chosen = _some(evaluation.in_memory(), num_data)
     subject = Subject(evaluation, num_particles, bin_width)
     diagnosis = Diagnosis({}, {}, {}, evaluation.num_rows, chosen)
-    for name in tqdm(asked, desc="diagnose", disable=not evaluation.progress, leave=False):
+    for name in progress_bar(asked, title="diagnose", shown=evaluation.progress):
         started = time.perf_counter()
         try:
             result = CHECKS[name][1](subject)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from pvae.diagnostics.factors import (
     MEANINGS,
@@ -23,6 +22,7 @@ from pvae.diagnostics.factors import (
 from pvae.diagnostics.result import Finding, Result, Verdict
 from pvae.diagnostics.thresholds import CHANCE
 from pvae.errors import check_int
+from pvae.options import progress_bar
 
 __all__ = ["Disentanglement", "disentanglement"]
 
@@ -134,7 +134,7 @@ def disentanglement(
         )
 
     own, values = scores(z, v), []
-    for i in trange(num_replicates + 3, desc="disentanglement", disable=not progress):
+    for i in progress_bar(range(num_replicates + 3), title="disentanglement", shown=progress):
         order = random.permutation(len(z))
         half = order[: len(z) // 2]
         pairing = (z[half], v[half]) if i < num_replicates else (z[order], v)

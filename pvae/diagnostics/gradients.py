@@ -13,7 +13,6 @@ from typing import Unpack
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
-from tqdm.auto import trange
 
 from pvae import terms
 from pvae.diagnostics.result import Finding, Result
@@ -21,7 +20,7 @@ from pvae.engine import Backup
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.modes import in_mode
 from pvae.objectives import ELBO, Objective, as_objective
-from pvae.options import Options, tool
+from pvae.options import Options, progress_bar, tool
 from pvae.pair import PairLike, Structure, as_pair
 
 __all__ = ["GradientNoise", "ObjectiveComparison", "compare_objectives", "gradient_noise"]
@@ -253,8 +252,8 @@ def _compared(
             undo.callback(backup.restore)
             undo.enter_context(in_mode(structure.modules, training=True))
             owners = _owners(batch, structure)
-            hidden = not evaluation.progress
-            for _ in trange(num_repeats, desc="gradients", disable=hidden, leave=False):
+            shown = evaluation.progress
+            for _ in progress_bar(range(num_repeats), title="gradients", shown=shown):
                 for taker in takers.values():
                     taker.take(num_repeats)
     first = statistics.median(next(iter(takers.values())).times)

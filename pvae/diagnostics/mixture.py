@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pvae import terms
 from pvae.data import first_batch
 from pvae.errors import UndefinedError, oxford
 from pvae.modes import evaluating
+from pvae.options import progress_bar
 from pvae.pair import mask_of, probing
 
 __all__ = ["Draws", "Mixture", "draw", "require_mixture", "score_mixture", "sum_of"]
@@ -146,7 +146,7 @@ def score_mixture(evaluation: terms.Evaluation, own: Draws, max_rows: int | None
     sums = []
     with evaluating(evaluation.structure.modules):
         starts = range(0, k * n, size)
-        for start in tqdm(starts, disable=not evaluation.progress, desc="q(z)", unit="chunk"):
+        for start in progress_bar(starts, title="q(z)", unit="chunk", shown=evaluation.progress):
             chosen = {name: value[start : start + size] for name, value in values.items()}
             own_rows = torch.arange(start, min(start + size, k * n), device=own.log_q.device) % n
             parts = [

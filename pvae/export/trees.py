@@ -10,7 +10,6 @@ import torch
 from arviz_base import dict_to_dataset
 from arviz_stats import loo_approximate_posterior
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 from xarray import Dataset, DataTree
 
 import pvae
@@ -18,7 +17,7 @@ from pvae import diagnostics
 from pvae.diagnostics.importance import FEWEST
 from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, oxford
 from pvae.export.plan import GROUPS, Plan, Variable, fill, require_whole
-from pvae.options import Options, tool
+from pvae.options import Options, progress_bar, tool
 from pvae.pair import PairLike, Structure
 from pvae.simulate import Simulation, draws
 from pvae.terms import prepared
@@ -139,8 +138,8 @@ def _arrays(plan: Plan) -> dict[tuple[str, str], np.ndarray]:
     arrays: dict[tuple[str, str], np.ndarray] = {}
     for origin, variables, count in plan.runs():
         passes = draws(plan.evaluation, count, origin, mean=plan.mean, score=True)
-        hidden = not plan.evaluation.progress
-        with tqdm(total=count, desc=origin, unit="draw", disable=hidden) as bar:
+        shown = plan.evaluation.progress
+        with progress_bar(total=count, title=origin, unit="draw", shown=shown) as bar:
             arrays |= fill(variables, _counted(passes, bar))
     return arrays
 

@@ -17,6 +17,7 @@ from pvae import randomness
 from pvae.conditional import Conditional, as_conditional
 from pvae.errors import ArgumentError, DataError, TrainingError, check_int, check_number
 from pvae.latent.coding import as_matrix
+from pvae.options import progress_bar
 from pvae.types import Dist
 
 __all__ = ["fit_density"]
@@ -91,7 +92,7 @@ def fit_density(
     check_int("num_steps", num_steps)
     check_int("batch_size", batch_size)
     check_number("lr", lr, above=0)
-    bar = tqdm(range(num_steps), desc="density", unit="step", disable=not progress)
+    bar = progress_bar(range(num_steps), title="density", unit="step", shown=progress)
     with randomness.forked(seed), torch.enable_grad():
         _train(density, codes, noise, bar, batch_size, lr)
     return density.requires_grad_(requires_grad=False).eval()

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import torch
 from pyro import distributions as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from pvae.distributions import base_of
 from pvae.errors import UndefinedError, check_choice, check_int, oxford
 from pvae.modes import evaluating
+from pvae.options import progress_bar
 from pvae.pair import is_inside
 from pvae.simulate.ancestral import Origin, Simulation, no_guide, require_proper, simulate_batch
 from pvae.terms import Evaluation, draw_globals, first_rows, stream
@@ -143,8 +143,8 @@ class Replicates:
         num_rows = len(self.observed)
         parts: list[Tensor] = []
         passes = draws(self.evaluation, num_particles, _origin(self.kind))
-        hidden = not self.evaluation.progress
-        with tqdm(total=num_particles, desc="replicates", unit="draw", disable=hidden) as bar:
+        shown = self.evaluation.progress
+        with progress_bar(total=num_particles, title="replicates", unit="draw", shown=shown) as bar:
             for chosen, rows, run in passes:
                 parts.append(run.value(self.site))
                 if rows.stop < num_rows:

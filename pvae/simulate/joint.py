@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pvae.errors import UndefinedError, check_int, oxford
 from pvae.modes import evaluating
+from pvae.options import progress_bar
 from pvae.pair import Structure, mask_of
 from pvae.simulate.ancestral import Simulation, simulate_batch
 from pvae.terms import Evaluation, draw_guide, only_site, stream
@@ -45,8 +45,8 @@ class JointDraws:
             each = torch.cat([_flat(sites[name].value, 2) for name in self.sites], 2)
             return each.movedim(1, 2)
 
-        total, hidden = len(self.latents) * num_particles, not self.evaluation.progress
-        with tqdm(total=total, disable=hidden, unit="draw") as bar:
+        total, shown = len(self.latents) * num_particles, self.evaluation.progress
+        with progress_bar(total=total, title="ranks", unit="draw", shown=shown) as bar:
             for rows, draws in stream(self.evaluation, num_particles, run=run):
                 if not bool(draws.isfinite().all()):
                     expected = "finite draws of the guide"
