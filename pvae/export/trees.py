@@ -10,6 +10,7 @@ import torch
 from arviz_base import dict_to_dataset
 from arviz_stats import loo_approximate_posterior
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 from xarray import Dataset, DataTree
 
 import pvae
