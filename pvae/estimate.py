@@ -45,11 +45,11 @@ class Estimate:
     Attributes:
         name: What it is.
         values: Shape ``(N,)`` by datum, ``(S,)`` by draw, the batch shape by distribution.
-        variances: Of each value over draws, of the same shape; None where it isn't known.
+        variances: Variance of each value over draws, of the same shape; None where it isn't known.
         by: What has a value of its own: ``"datum"``, ``"draw"`` or ``"distribution"``.
         num_data: N.
         num_particles: K, draws for each datum; None where the values are exact.
-        unit: Of the values.
+        unit: Unit of the values.
         kind: What it is of log p(x): see `BoundKind`.
         distortion: :math:`-E_q[\log p(x | z)]`, an estimate like this one, or None.
         rate: :math:`E_q[\log q(z | x) - \log p(z)]`, likewise.

@@ -121,7 +121,7 @@ def two_sample_test(
         y: The other, shape ``(M, D)``.
         kernel: As in `mmd`; None for `median_kernel` of all points.
         num_permutations: The p-value is at least 1 / (this + 1).
-        seed: Of the permutations; the caller's generators are left as they are.
+        seed: Seed of the permutations; the caller's generators are left as they are.
 
     Example:
         >>> x = torch.arange(20.0)[:, None]

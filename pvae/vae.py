@@ -186,8 +186,8 @@ class VAE(Pair, nn.Module):
             context: Labels and the like, N of each.
             mean: Return the likelihood's mean instead of a draw of x. A grid of means looks
                 smoother than what the model says that data look like.
-            seed: Of the draws, which then leave the caller's generators as they are; None to draw
-                from these.
+            seed: Seed of the draws, which then leave the caller's generators as they are; None to
+                draw from these.
             max_rows: Bound on the rows in the networks at once.
 
         Returns:

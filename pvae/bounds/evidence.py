@@ -164,8 +164,8 @@ def evidence(
         method: How to estimate, as above.
         ais: Settings of the annealing; None for the defaults of `AIS`.
         local: Settings of the fit of q to each datum; None for the defaults of `LocalFit`.
-        family: Of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in unconstrained
-            coordinates; ``"flow"``, splines that start from that Gaussian.
+        family: Family of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in
+            unconstrained coordinates; ``"flow"``, splines that start from that Gaussian.
         order: The order n of the chi upper bound, above 1.
         num_global: Number of draws of latents outside the data plate, where there are any.
         engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with

@@ -112,7 +112,7 @@ def load(
         binarize: ``"none"``, ``"threshold"``, ``"static"`` or ``"dynamic"`` (see `Data`).
         valid: Validation data: a number of rows, or a part below 1. Default: a tenth.
         test: Test data likewise, where the data set has none of its own.
-        seed: Of the split and of fixed binarisation.
+        seed: Seed of the split and of fixed binarisation.
         shuffle: Whether rows are shuffled before they are split; otherwise the last ones are
             taken for test and validation.
         fetch: Download the data set if it isn't in the folder.

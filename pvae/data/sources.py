@@ -79,7 +79,7 @@ class Data:
         binarize: ``"none"``; ``"threshold"`` at one half; ``"static"``, each value drawn once as
             Bernoulli(scaled value); ``"dynamic"``, drawn anew for every training batch, and fixed
             for evaluation.
-        seed: Of the fixed draws.
+        seed: Seed of the fixed draws.
         origin: Numbers of the rows where they came from, for error messages; None if they are
             numbered as they are.
 

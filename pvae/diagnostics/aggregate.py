@@ -31,12 +31,12 @@ class AggregatedPosterior(Result):
     Attributes:
         draws: From q(z | x), one for each of n data, flattened latents side by side, ``(n, D)``.
         prior: From the model, on the same rows' context, ``(n, D)``.
-        names: Of the D dimensions.
+        names: Names of the D dimensions.
         joint: The two-sample test of all dimensions together (`pvae.mmd.two_sample_test`).
         ks: The Kolmogorov-Smirnov distance of each dimension, ``(D,)``.
         ks_p: Its p-values, times D (Bonferroni).
-        correlation: Of the draws, ``(D, D)``; NaN for a dimension that is constant.
-        mean_correlation: Of the means of q(z | x); None where they aren't known.
+        correlation: Correlation of the draws, ``(D, D)``; NaN for a dimension that is constant.
+        mean_correlation: Correlation of the means of q(z | x); None where they aren't known.
     """
 
     draws: Tensor
@@ -112,7 +112,7 @@ def aggregated_posterior(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_rows: n at most; the test holds (2 n, 2 n) numbers.
-        num_permutations: Of the kernel test; 1 more is its p-value's denominator.
+        num_permutations: Permutations of the kernel test; 1 more is its p-value's denominator.
         site: The latent; None for all of them.
         options: As in `pvae.options.Options`.
 

@@ -45,7 +45,7 @@ def active_units(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         site: The latent; None if the pair has one.
-        threshold: Of the variance; the paper's is 0.01.
+        threshold: Threshold of the variance; the paper's is 0.01.
         num_particles: Draws for the mean, where it isn't known.
         options: As in `pvae.options.Options`.
 

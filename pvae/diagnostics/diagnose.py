@@ -148,9 +148,9 @@ def diagnose(
         num_data: N, rows that are looked at, drawn from the data; all, where there are fewer, or
             for None.
         num_particles: K, draws from the guide for each, at least 25 for ``"importance"``.
-        bin_width: Of the bins that data were rounded to, 1 for counts and classes: with it
+        bin_width: Width of the bins that data were rounded to, 1 for counts and classes: with it
             ``"evidence"`` has a line in bits per dimension (see `bits_per_dimension`).
-        history: Of the training, one row an epoch, as `Fit.history` is.
+        history: History of the training, one row an epoch, as `Fit.history` is.
         options: As in `pvae.options.Options`.
 
     Example:

@@ -101,7 +101,7 @@ def disentanglement(
         num_trees: As for `dci`.
         num_replicates: Halves for the standard errors.
         max_rows: Rows that are used, chosen at random.
-        seed: Of all that is random.
+        seed: Seed of all that is random.
         progress: Whether a bar is shown.
 
     Raises:

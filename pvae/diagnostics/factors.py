@@ -41,7 +41,7 @@ class Score(Result):
     """A score of codes against factors, in double precision, on the CPU.
 
     Attributes:
-        name: Of the score.
+        name: Name of the score.
         value: The score.
         parts: What it is the mean of, one for each factor or each dimension; see the function.
         matrix: The relation of each of d dimensions with each of f factors, ``(d, f)``.
@@ -143,7 +143,7 @@ def sap(codes: ArrayLike, factors: ArrayLike, *, seed: int = 0) -> Score:
     Arguments:
         codes: Shape ``(N, d)``, d at least 2.
         factors: As for `mig`, each class on at least 4 rows.
-        seed: Of the split of rows in two halves.
+        seed: Seed of the split of rows in two halves.
 
     Returns:
         The gaps by factor, ``(f,)``, and S, ``(d, f)``.
@@ -200,8 +200,8 @@ def dci(codes: ArrayLike, factors: ArrayLike, *, num_trees: int = 20, seed: int 
     Arguments:
         codes: Shape ``(N, d)``, d at least 2.
         factors: As for `sap`, f at least 2.
-        num_trees: Of each forest.
-        seed: Of forests and the split of rows in two halves.
+        num_trees: Number of trees of each forest.
+        seed: Seed of forests and the split of rows in two halves.
 
     Returns:
         D, from dimensions ``(d,)``; C and I, from factors ``(f,)``; the matrix is R, ``(d, f)``.
@@ -255,10 +255,11 @@ def factor_vae_score(
     Arguments:
         codes: Shape ``(N, d)``, d at least 2. A dimension that is constant doesn't vote.
         factors: As for `sap`, f at least 2.
-        bins: Of equal width, for continuous factors. Those with one row are never fixed.
+        bins: Number of bins of equal width, for continuous factors. Those with one row are never
+            fixed.
         num_votes: For each factor, half of them to give dimensions their factors.
         batch_size: Rows of a batch, drawn with replacement.
-        seed: Of votes.
+        seed: Seed of votes.
 
     Returns:
         The accuracies by factor, ``(f,)``, and the further votes, as counts, ``(d, f)``.
@@ -314,9 +315,9 @@ def irs(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20, quantile: float
     Arguments:
         codes: Shape ``(N, d)``, d at least 2. A dimension that is constant has no weight.
         factors: As for `mig`.
-        bins: Of equal width, for continuous factors. Codes vary within them, so that the score of
-            a perfect code is about 1 - 1 / bins.
-        quantile: Of Q, above 0 and at most 1; 1 is the maximum.
+        bins: Number of bins of equal width, for continuous factors. Codes vary within them, so
+            that the score of a perfect code is about 1 - 1 / bins.
+        quantile: Quantile of Q, above 0 and at most 1; 1 is the maximum.
 
     Returns:
         The scores by dimension, ``(d,)``, and all of them, ``(d, f)``.

@@ -32,8 +32,8 @@ class Gap(Result):
     with q the guide's and q* the best of its family for each datum.
 
     Attributes:
-        log_weights: Of draws from each q, ``(K, N)``: ``"guide"``, ``"own"`` (q*), ``"full_rank"``
-            and ``"flow"``, the last three fitted to each datum.
+        log_weights: Log weights of draws from each q, ``(K, N)``: ``"guide"``, ``"own"`` (q*),
+            ``"full_rank"`` and ``"flow"``, the last three fitted to each datum.
         evidence: log p(x). Where it is from the fitted q it keeps the influence of each draw, as
             its noise cancels in part where it is compared with an ELBO.
         instead: Why q* is of the full-rank Gaussians and not of the guide's own family, or nothing.

@@ -32,7 +32,7 @@ class Moments:
 
     Attributes:
         mean: Shape ``(P,)``.
-        variance: Of one draw, ``(P,)``.
+        variance: Variance of one draw, ``(P,)``.
         traces: `total_variance` from each of G groups of R / G draws alone, ``(G,)``.
         num_repeats: R.
     """
@@ -82,8 +82,8 @@ class GradientNoise(Result):
     Attributes:
         objective: Its name.
         parameters: By name.
-        sides: Of all parameters of ``"model"`` and of ``"guide"``.
-        sites: Of the parameters that a site's distribution has, by ``"site (side)"``.
+        sides: Moments of all parameters of ``"model"`` and of ``"guide"``.
+        sites: Moments of the parameters that a site's distribution has, by ``"site (side)"``.
         seconds: Time of a gradient, median: processor time, or on CUDA the clock's.
         step_ratio: The same over the first objective's, where several are compared.
     """

@@ -101,7 +101,7 @@ class Importance(Result):
 
     Attributes:
         log_weights: Shape ``(K, N)`` in nats.
-        khat: Of each datum, shape ``(N,)``; NaN or infinite as `khat` has it.
+        khat: k-hat of each datum, shape ``(N,)``; NaN or infinite as `khat` has it.
         tolerance: Standard deviation of log weights up to which they count as constant.
         rows: Which rows of the data these are, ``(N,)``; None for all of them.
     """

@@ -36,9 +36,9 @@ class LearningCurve(Result):
         name: The history's column.
         values: It, shape ``(E,)``, in nats.
         window: Epochs at the end to which the line is fitted, W.
-        slope: Of the line, in nats an epoch.
+        slope: Slope of the line, in nats an epoch.
         se_slope: Its standard error, widened for what neighbouring epochs have in common.
-        correlation: Of the noise of neighbouring epochs, 0 where it is negative.
+        correlation: Correlation of the noise of neighbouring epochs, 0 where it is negative.
         p_rise: How often noise alone rises as much, at most.
         noise: Standard deviation of an epoch's value around the curve.
         drop: How far the last epochs are below the best ones, in nats; at most 0 if they aren't.

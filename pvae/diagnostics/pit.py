@@ -31,8 +31,8 @@ class PIT(Result):
         site: The observed site.
         values: u, shape ``(N, *event_shape)`` or what the statistic makes of it, on the CPU; NaN
             where masked out.
-        p_values: Of uniformity over data (Kolmogorov-Smirnov), shape ``values.shape[1:]``; None
-            where u isn't uniform even under the model.
+        p_values: p-values of uniformity over data (Kolmogorov-Smirnov), shape
+            ``values.shape[1:]``; None where u isn't uniform even under the model.
         reason: Why there are no p-values; empty if there are.
         num_particles: S, draws of each datum.
     """
@@ -132,8 +132,8 @@ def pit(
         data: An array, tensor, tuple of them, data set or source.
         kind: Where the latents of a draw come from; see `predictive`. For a regression with
             global latents ``"mixed"`` on held-out data is the posterior predictive's calibration.
-        statistic: Of each datum: a function of data ``(N, *event_shape)`` to ``(N,)`` or
-            ``(N, d)``, whose values are transformed in the place of x; None for x itself.
+        statistic: A statistic of each datum: a function of data ``(N, *event_shape)`` to ``(N,)``
+            or ``(N, d)``, whose values are transformed in the place of x; None for x itself.
         site: The observed site; None if there is one.
         num_particles: S, draws of each datum.
         options: As in `pvae.options.Options`.

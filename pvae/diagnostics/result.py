@@ -30,7 +30,7 @@ class Finding:
         name: What it is, in the field's words.
         value: The number.
         error: Its standard error; None where it has none, or isn't known.
-        unit: Of value and error, such as ``"nats"``; empty for none.
+        unit: Unit of value and error, such as ``"nats"``; empty for none.
         verdict: Whether it is as it should be, by `pvae.diagnostics.thresholds`.
         meaning: What the number says, in a clause.
         advice: What to do next; empty where nothing is to be done.

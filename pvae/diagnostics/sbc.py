@@ -44,7 +44,7 @@ class SBC(_Ranks):
     Attributes:
         ranks: Number of the guide's draws below the latent, 0 to L, shape ``(S, D)``.
         num_particles: L.
-        names: Of the D dimensions.
+        names: Names of the D dimensions.
         tests: Whether ranks are uniform.
         levels: What central intervals should cover, shape ``(C,)``. Their ends are draws, so that
             these are the nearest multiples of 2 / (L + 1) to what was asked for.
@@ -101,7 +101,7 @@ class TARP(_Ranks):
         ranks: Number of the guide's draws nearer to the reference than the latent is, 0 to L,
             shape ``(S,)``.
         num_particles: L.
-        names: Of the tests' only column.
+        names: Names of the tests' only column.
         tests: Whether the coverage is the level at all of them, as one column.
         levels: Credibility levels, shape ``(P,)``.
         coverage: How often the latent is within the ball that has so much of q, shape ``(P,)``.
@@ -168,7 +168,7 @@ def sbc(
         data: An array, tensor, tuple of them, data set or source.
         num_simulations: S.
         num_particles: L, draws of q for each; L + 1 with many divisors makes even bins.
-        levels: Of central intervals, whose coverage is counted.
+        levels: Levels of central intervals, whose coverage is counted.
         site: The latent; None for all of them.
         arguments: By observed site, the place of its data among the arguments; needed where the
             model changes its data before it observes them.

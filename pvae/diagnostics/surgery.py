@@ -202,7 +202,7 @@ def surgery(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source; at least two rows.
         num_particles: K, draws for each datum; at least 2 for standard errors over draws.
-        threshold: Of a collapsed dimension, in nats and in units of z squared.
+        threshold: Threshold of a collapsed dimension, in nats and in units of z squared.
         options: As in `pvae.options.Options`.
 
     Returns:

@@ -51,8 +51,8 @@ def compile_function(function: Callable[..., T], example: tuple[Tensor, ...]) ->
     The function is run twice, with all its effects. Gradients have to be taken inside.
 
     Arguments:
-        function: Of tensors, to a tensor, or to a named tuple of tensors, dictionaries of
-            tensors, and None; may change tensors in place.
+        function: A function of tensors, to a tensor, or to a named tuple of tensors, dictionaries
+            of tensors, and None; may change tensors in place.
         example: What to run it on.
 
     Raises:

@@ -33,7 +33,7 @@ class Measured(NamedTuple):
 
     Attributes:
         parts: All of `PARTS` but the last, per datum.
-        gradients: Of the loss, by the name of the parameter; those that have one.
+        gradients: Gradients of the loss, by the name of the parameter; those that have one.
         densities: Log densities by site and program, not all finite where the loss isn't.
     """
 
@@ -51,9 +51,9 @@ class Monitor:
         device: Where steps run.
 
     Attributes:
-        sums: Of each of `PARTS` times the step's rows, and of the rows.
-        loss: Of the last step.
-        number: Of the step that runs.
+        sums: Sums of each of `PARTS` times the step's rows, and of the rows.
+        loss: Loss of the last step.
+        number: Number of the step that runs.
         failed: Whether a step has failed.
         failed_at: The number of the first one.
         may_look: Whether values may be read where that costs nothing.
@@ -76,10 +76,10 @@ class Monitor:
         """Adds a step to the sums, and says whether it is good, as a tensor on the device.
 
         Arguments:
-            measured: Of the step.
+            measured: What the step measured.
             num_rows: How many data its parts are means of.
-            norms: Of each parameter's gradient.
-            norm: Of the whole gradient.
+            norms: Norm of each parameter's gradient.
+            norm: Norm of the whole gradient.
         """
         parts, densities = measured.parts, measured.densities
         row = torch.cat([parts, norm[None], norm.new_ones(1)]).to(torch.float64) * num_rows

@@ -34,7 +34,7 @@ class PassResult(NamedTuple):
     Attributes:
         ok: Whether it is good, and so may be followed by an update.
         measured: What the objective's state is to learn from, if anything.
-        gradients: Of the loss by the name of the parameter, clipped.
+        gradients: Gradients of the loss by the name of the parameter, clipped.
     """
 
     ok: Tensor
@@ -50,7 +50,7 @@ class Passes:
         structure, objective, state, clip_norm, precision, per_datum, world: As of `Stepper`.
         monitor: Judges each pass.
         moving: The buffers that a pass changes, where it is known, as while one is recorded.
-        names: Of the parameters that the last pass had gradients of.
+        names: Names of the parameters that the last pass had gradients of.
         has_penalties: Whether the last pass had any.
     """
 

@@ -34,7 +34,7 @@ class Repeated:
     Where it is compiled, the graph is compared with the function first, on the same draws.
 
     Arguments:
-        function: Of a hashable value, which the graph takes as it is, and of tensors.
+        function: A function of a hashable value, which the graph takes as it is, and of tensors.
         calls: How many calls there will be.
         dtype: What it computes in.
         engine: ``"eager"``, ``"compiled"``, or ``"auto"``.

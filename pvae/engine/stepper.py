@@ -67,8 +67,8 @@ class Stepper:
     Attributes:
         parameters: What is trained.
         passes: A step but for its update.
-        loss: Of the last step, on the device.
-        sums: Of what steps measured since `reset`, on the device.
+        loss: Loss of the last step, on the device.
+        sums: Sums of what steps measured since `reset`, on the device.
     """
 
     def __init__(

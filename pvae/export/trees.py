@@ -82,7 +82,7 @@ def to_arviz(
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
         num_particles: S, draws.
-        groups: Of `GROUPS`; None for all that have a meaning for the pair.
+        groups: Some of `GROUPS`; None for all that have a meaning for the pair.
         mean: Predictive groups have the means of p(x | z) instead of draws.
         coords: Coordinates by dimension, such as ``{"data": names}``.
         dims: Names of a site's event dimensions, such as ``{"z": ["unit"]}``.

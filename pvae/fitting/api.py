@@ -91,7 +91,7 @@ def fit(
             had.
         precision: ``"full"``, the pair's own type; or ``"bf16"``, for pairs in float32:
             networks compute in bfloat16, densities in float32.
-        seed: Of the order of data, of draws, and of dynamic binarisation.
+        seed: Seed of the order of data, of draws, and of dynamic binarisation.
         folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``.
         resume: Continue from the folder's checkpoint, if there is one. The result is bit for bit
             that of a training that was never stopped, on the same machine, versions and threads.

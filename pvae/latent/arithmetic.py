@@ -220,8 +220,8 @@ def precision_at_k(labels: object, gallery_labels: object, indices: Tensor) -> T
     """How many of a code's k nearest have its label, as a share of k; the mean is the usual number.
 
     Arguments:
-        labels: Of the codes, shape ``(N,)``.
-        gallery_labels: Of the gallery, shape ``(M,)``.
+        labels: Labels of the codes, shape ``(N,)``.
+        gallery_labels: Labels of the gallery, shape ``(M,)``.
         indices: From `nearest`, shape ``(N, k)``.
 
     Returns:

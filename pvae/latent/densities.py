@@ -51,13 +51,14 @@ def fit_density(
 
     Arguments:
         codes: Shape ``(N, d)``.
-        kind: Of density.
-        num_components: Of the mixture.
+        kind: Kind of density.
+        num_components: Number of components of the mixture.
         ridge: Variance of the noise.
         num_steps: Training steps.
         batch_size: Codes a step.
         lr: Learning rate, which falls to 0 along a cosine.
-        seed: Of the mixture's start and of training; the caller's generators are left as they are.
+        seed: Seed of the mixture's start and of training; the caller's generators are left as they
+            are.
         progress: Show a progress bar of the training.
 
     Returns:

@@ -128,7 +128,7 @@ def sample(
             left out. None for one a row.
         site: What is returned, observed or latent; None if the model observes one site.
         mean: Observed sites have their distribution's mean instead of a draw.
-        seed: Of the draws; the caller's generators are left as they are.
+        seed: Seed of the draws; the caller's generators are left as they are.
 
     Returns:
         Shape ``(N, *event_shape)``, on the model's device; from a model that draws a subsample of

@@ -311,7 +311,7 @@ class FactorVAE(_Aggregate):
         gamma: Weight of the total correlation.
         hidden: Widths of the classifier's hidden layers.
         lr: Its learning rate (of Adam).
-        seed: Of its initial weights.
+        seed: Seed of its initial weights.
         options: As in `Objective`, and ``site``, the latent where there are several.
     """
 

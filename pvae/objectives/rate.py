@@ -152,7 +152,7 @@ class GECO(Objective):
     Arguments:
         tolerance: :math:`\kappa`, in nats a datum.
         speed: :math:`\nu`, for a nat and a step.
-        decay: Of the constraint's moving average.
+        decay: Decay of the constraint's moving average.
         options: As in `Objective`.
     """
 
