@@ -335,6 +335,8 @@ def test_the_limit_of_a_vae_without_noise_is_the_autoencoder(device: torch.devic
                 z = network(ae.guide.posterior)(x)
                 return z, z
 
+        for parameter in ae.parameters():
+            parameter.requires_grad = False  # a network in a closure isn't trained
         noisy = VAE(priors.Flat(Q), ae.model.likelihood, guides.MeanField(Code(), Q, scale))
         found = bounds.elbo(noisy, x, 4000)
         assert found.distortion is not None

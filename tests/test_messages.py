@@ -294,7 +294,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
     ),
     "evidence of an autoencoder": (
         lambda: bounds.evidence(recipes.ae(D, Q), binary()),
-        "evidence by importance sampling",
+        "evidence",
         "a guide with a density; got a point mass (Delta) at site 'z'",
         "a stochastic guide",
     ),

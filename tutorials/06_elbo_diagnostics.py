@@ -236,6 +236,7 @@ fitted(mean_field)
 
 def independent(x):
     """The same q, as a distribution that `gap` can read the family from."""
+    pyro.module("independent", mean_field)
     q = mean_field.q(x)
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(q.mean, q.stddev).to_event(1))

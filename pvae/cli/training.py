@@ -18,7 +18,7 @@ import typer
 
 import pvae
 from pvae.cli.common import Device, app, option, summary
-from pvae.errors import ArgumentError, CheckpointError, PvaeWarning, UndefinedError
+from pvae.errors import ArgumentError, CheckpointError, PairError, PvaeWarning, UndefinedError
 
 if TYPE_CHECKING:
     from pvae.config import Config
@@ -182,8 +182,9 @@ def _train(
     with pvae.randomness.forked(config.seed):
         vae = config.build(splits)
     where, dtype = vae.place(device)
-    test = as_source(splits.test.unlabelled(), where, dtype)
-    pvae.terms.check_data(vae.inspect_source(test), test, "test data")
+    train, test = (as_source(d.unlabelled(), where, dtype) for d in (splits.train, splits.test))
+    with contextlib.suppress(PairError):  # which the training says of its own data
+        pvae.terms.check_data(vae.inspect_source(train), test, "test data")
     with written(config, folder, splits, vae) if world.is_first else contextlib.nullcontext():
         run = pvae.fit(
             vae,

@@ -122,15 +122,17 @@ def check_overcomplete(structure: Structure, source: Source) -> None:
     try:
         with evaluating(structure.modules), randomness.forked():
             clean, of_model = run_pair(structure.model, structure.guide, batch)
+        code, data = (
+            sum(math.prod(of_model.nodes[name]["fn"].event_shape) for name in names)
+            for names in (points, structure.observed)
+        )
+        if code < data:
+            return
         with trying(structure):
             trained = run_pair(structure.model, structure.guide, batch)
     except PvaeError:  # training will say so
         return
-    code, data = (
-        sum(math.prod(of_model.nodes[name]["fn"].event_shape) for name in names)
-        for names in (points, structure.observed)
-    )
-    if code >= data and not _is_regularised(points, clean, *trained):
+    if not _is_regularised(points, clean, *trained):
         warn(
             f"The code has {code} entries, the data have {data}: an autoencoder can learn the "
             "identity, and nothing here keeps it from that. A smaller latent_dim, a sparse or "
