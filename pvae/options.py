@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pvae.errors import ArgumentError, check_int
 
-__all__ = ["Options", "checked_options", "progress_bar", "tool"]
+__all__ = ["DELAY", "Options", "checked_options", "progress_bar", "tool"]
 
 
 class Options(TypedDict, total=False):
@@ -67,8 +67,11 @@ def progress_bar(
     steps: Iterable[Any] | None = None, *, title: str | None, shown: bool, **settings: object
 ) -> tqdm:
     """The bar of work that takes longer than a second; it goes away when the work is done."""
-    return tqdm(steps, desc=title, disable=not shown, leave=False, delay=1.0, **settings)
+    return tqdm(steps, desc=title, disable=not shown, leave=False, delay=DELAY, **settings)
 
+
+DELAY = 1.0
+"""Seconds of work after which a progress bar comes up."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pvae
 from pvae import VAE, bounds, guides, likelihoods, priors
 from pvae.bounds.hmc import Path, adapt, pilot_length, transition
 from pvae.bounds.weights import WeightSums
@@ -320,15 +321,19 @@ def test_an_interrupt_leaves_everything_as_it_was(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_bar_is_on_stderr_and_arrives(
-    device: torch.device, capsys: pytest.CaptureFixture[str]
+def test_the_bar_is_on_stderr_and_comes_late(
+    device: torch.device, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, pair, x = poor(device)
     ais = bounds.AIS(num_temperatures=3, num_leapfrog=1)
+    monkeypatch.setattr(pvae.options, "DELAY", 1000.0)
+    bounds.bdmc(pair, x, 3, ais=ais, max_rows=18)
+    assert capsys.readouterr().err == ""  # work of less than that
+    monkeypatch.setattr(pvae.options, "DELAY", 0.0)
     bounds.bdmc(pair, x, 3, ais=ais, max_rows=18)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "annealing: 100%" in captured.err
+    assert "annealing:   0%" in captured.err
 
 
 # --- weights, and the upper bound
