@@ -20,10 +20,11 @@ from pvae.diagnostics.importance import Importance, importance, khat
 from pvae.diagnostics.learning import LearningCurve, learning_curve
 from pvae.diagnostics.pit import PIT, pit
 from pvae.diagnostics.predictive import PredictiveCheck, Statistic, predictive
-from pvae.diagnostics.result import Finding, Result, Verdict
-from pvae.diagnostics.sbc import SBC, TARP, sbc, tarp
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.sbc import SBC, sbc
 from pvae.diagnostics.surgery import Surgery, surgery
-from pvae.diagnostics.thresholds import Threshold, table
+from pvae.diagnostics.tarp import TARP, tarp
+from pvae.diagnostics.thresholds import Threshold, Verdict, table
 from pvae.diagnostics.uniformity import Uniformity
 
 __all__ = [

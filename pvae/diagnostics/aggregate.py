@@ -11,8 +11,8 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from pvae import terms
-from pvae.diagnostics.result import Finding, Result, Verdict
-from pvae.diagnostics.thresholds import DISTANCE, P_VALUE
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import DISTANCE, P_VALUE, Verdict
 from pvae.errors import UndefinedError, check_int
 from pvae.latent.coding import means_and_noise
 from pvae.mmd import TwoSampleTest, two_sample_test

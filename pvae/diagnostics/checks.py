@@ -17,8 +17,9 @@ from pvae.diagnostics.gradients import gradient_noise
 from pvae.diagnostics.importance import importance
 from pvae.diagnostics.predictive import predictive
 from pvae.diagnostics.result import Finding, Result
-from pvae.diagnostics.sbc import sbc, tarp
+from pvae.diagnostics.sbc import sbc
 from pvae.diagnostics.surgery import COLLAPSE_ADVICE, DISTORTION, RATE, surgery
+from pvae.diagnostics.tarp import tarp
 from pvae.diagnostics.thresholds import ACTIVITY, COLLAPSED, LOOSE
 from pvae.errors import UndefinedError
 from pvae.estimate import Estimate

@@ -19,8 +19,8 @@ from pvae.diagnostics.factors import (
     mig,
     sap,
 )
-from pvae.diagnostics.result import Finding, Result, Verdict
-from pvae.diagnostics.thresholds import CHANCE
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import CHANCE, Verdict
 from pvae.errors import check_int
 from pvae.options import progress_bar
 

@@ -13,8 +13,8 @@ from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor
 
-from pvae.diagnostics.result import Finding, Result, Verdict
-from pvae.diagnostics.thresholds import CURVE, FALL, HIDDEN
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import CURVE, FALL, HIDDEN, Verdict
 from pvae.errors import UndefinedError, check_number
 
 __all__ = ["LearningCurve", "Record", "learning_curve"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pvae import terms
-from pvae.diagnostics.result import Finding, Result, Verdict
-from pvae.diagnostics.thresholds import P_VALUE, REPLICATES
+from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import P_VALUE, REPLICATES, Verdict
 from pvae.errors import ArgumentError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike

@@ -6,17 +6,15 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from pvae.diagnostics.thresholds import P_VALUE, Verdict
 from pvae.estimate import Estimate, with_error
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["Finding", "Result", "Verdict", "said_once"]
-
-Verdict = Literal["good", "look", "bad", "none"]
-"""``"look"`` is worth a look, ``"none"`` a number by which nothing is judged."""
+__all__ = ["Finding", "Result", "said_once"]
 
 _MARKS: dict[Verdict, str] = {"good": "+", "look": "?", "bad": "!", "none": " "}
 _COLOURS: dict[Verdict, str] = {"good": "green", "look": "darkorange", "bad": "crimson"}
@@ -34,6 +32,8 @@ class Finding:
         verdict: Whether it is as it should be, by `pvae.diagnostics.thresholds`.
         meaning: What the number says, in a clause.
         advice: What to do next; empty where nothing is to be done.
+        p_value: How often the verdict is a false alarm, at most, corrected for all tests of the
+            line's result; None where it is no test's.
 
     Example:
         >>> print(Finding("k-hat above 0.7", 0.31, 0.02, "", "bad", "q is too narrow", "widen it"))
@@ -48,6 +48,19 @@ class Finding:
     verdict: Verdict = "none"
     meaning: str = ""
     advice: str = ""
+    p_value: float | None = None
+
+    @classmethod
+    def of_test(cls, name: str, p_value: float, meaning: str, advice: str) -> Finding:
+        """A p-value, judged by how small it is; with advice only where it is.
+
+        Example:
+            >>> Finding.of_test("SBC p-value", 0.4, "ranks are uniform", "a richer guide").verdict
+            'good'
+        """
+        verdict = P_VALUE.verdict(p_value)
+        advice = "" if verdict == "good" else advice
+        return cls(name, p_value, None, "", verdict, meaning, advice, p_value)
 
     @classmethod
     def of(

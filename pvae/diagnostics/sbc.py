@@ -1,10 +1,10 @@
-"""Whether a guide's draws are as likely as they look: SBC by dimension, TARP jointly."""
+"""Whether a guide's draws are as likely as they look: ranks by dimension, and jointly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -13,16 +13,18 @@ from pvae import terms
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import P_VALUE
 from pvae.diagnostics.uniformity import Uniformity, ranked, uniformity
-from pvae.errors import ArgumentError, check_choice, check_int, check_number
+from pvae.errors import ArgumentError, check_int, check_number
 from pvae.options import Options, tool
 from pvae.pair import PairLike
-from pvae.simulate import JointDraws, draw_jointly
+from pvae.simulate import draw_jointly
 
-__all__ = ["SBC", "TARP", "sbc", "tarp"]
+__all__ = ["SBC", "Ranks", "sbc"]
 
 
 @dataclass(frozen=True, repr=False)
-class _Ranks(Result):
+class Ranks(Result):
+    """What both tests of ranks have."""
+
     ranks: Tensor
     num_particles: int
     names: tuple[str, ...]
@@ -38,7 +40,7 @@ class _Ranks(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class SBC(_Ranks):
+class SBC(Ranks):
     r"""Ranks of simulated latents among the guide's draws.
 
     Attributes:
@@ -46,6 +48,11 @@ class SBC(_Ranks):
         num_particles: L.
         names: Names of the D dimensions.
         tests: Whether ranks are uniform.
+        joint_ranks: Ranks of (z, x) among (z', x) with the guide's draws z', by `quantity`,
+            shape ``(S,)``; None where one site of several is looked at.
+        joint: Whether these are uniform, as one column.
+        quantity: By what number pairs are ranked: log p(x, z) - log q(z | x); or log p(x, z), where
+            log q of a given z isn't known.
         levels: What central intervals should cover, shape ``(C,)``. Their ends are draws, so that
             these are the nearest multiples of 2 / (L + 1) to what was asked for.
         coverage: What they do cover, shape ``(C, D)``.
@@ -53,6 +60,15 @@ class SBC(_Ranks):
     """
 
     coverage_se: Tensor
+    joint_ranks: Tensor | None = None
+    joint: Uniformity | None = None
+    quantity: str = ""
+
+    @property
+    def p_value(self) -> float:
+        """That q is exact: the lesser p-value of both tests, times their number."""
+        p_values = [test.p_value for test in (self.tests, self.joint) if test is not None]
+        return min(1.0, len(p_values) * min(p_values))
 
     def pit(self, seed: int = 0) -> Tensor:
         """Ranks as numbers that are uniform on (0, 1) if q is exact, shape ``(S, D)``.
@@ -74,61 +90,41 @@ class SBC(_Ranks):
         return "q is too low" if shift > 0 else "q is too high"
 
     def findings(self) -> list[Finding]:
-        """Uniformity over all dimensions, and the coverage that is furthest off."""
+        """Uniformity by dimension and jointly, and the coverage that is furthest off."""
         tests, count = self.tests, len(self.names)
-        verdict = P_VALUE.verdict(tests.p_value)
-        meaning, advice = f"the ranks of {count} dimension(s) are as an exact q's", ""
-        if verdict != "good":
+        several = 1 + (self.joint is not None)
+        p_value, advice = min(1.0, several * tests.p_value), ""
+        meaning = f"the ranks of {count} dimension(s) are as an exact q's"
+        if P_VALUE.verdict(p_value) != "good":
             bad = int((tests.p_values <= P_VALUE.look).sum())
             worst = f"{self.names[tests.worst]}: {self.shape_of(tests.worst)}"
             meaning = f"{worst}; {bad} of {count} dimensions are off"
-            advice = "a richer guide or encoder; train it longer"
+            advice = _ADVICE
         off = (self.coverage - self.levels[:, None]).abs() / self.coverage_se.clamp(min=1e-12)
         level, column = divmod(int(off.argmax()), count)
         covered = float(self.coverage[level, column]), float(self.coverage_se[level, column])
         interval = f"{float(self.levels[level]):.0%} of q({self.names[column]} | x)"
         return [
-            Finding("SBC p-value", tests.p_value, None, "", verdict, meaning, advice),
+            Finding.of_test("SBC p-value", p_value, meaning, advice),
+            *self._joint_finding(several),
             Finding("coverage", *covered, meaning=f"of z in the central {interval}, furthest off"),
         ]
 
+    def _joint_finding(self, several: int) -> list[Finding]:
+        if self.joint is None:
+            return []
+        p_value, advice = min(1.0, several * self.joint.p_value), ""
+        meaning = f"the ranks of {self.quantity} are as an exact q's"
+        if P_VALUE.verdict(p_value) != "good":
+            meaning = f"by {self.quantity} draws of q can be told from the posterior's"
+            advice = _ADVICE
+            if P_VALUE.verdict(min(1.0, several * self.tests.p_value)) == "good":
+                meaning += ", perhaps by how dimensions depend on each other"
+                advice = "a guide with dependence (a flow): diagnostics.gap says what that gains"
+        return [Finding.of_test("joint SBC p-value", p_value, meaning, advice)]
 
-@dataclass(frozen=True, repr=False)
-class TARP(_Ranks):
-    """Coverage of the joint posterior, in balls around reference points.
 
-    Attributes:
-        ranks: Number of the guide's draws nearer to the reference than the latent is, 0 to L,
-            shape ``(S,)``.
-        num_particles: L.
-        names: Names of the tests' only column.
-        tests: Whether the coverage is the level at all of them, as one column.
-        levels: Credibility levels, shape ``(P,)``.
-        coverage: How often the latent is within the ball that has so much of q, shape ``(P,)``.
-    """
-
-    def findings(self) -> list[Finding]:
-        """The test, and the coverage that is furthest from its level."""
-        tests, worst = self.tests, int((self.coverage - self.levels).abs().argmax())
-        verdict, level = P_VALUE.verdict(tests.p_value), float(self.levels[worst])
-        meaning, advice = "balls around reference points cover what they should", ""
-        if verdict != "good":
-            meaning = self._shape(float(tests.shift[0]), float(tests.spread[0]))
-            advice = "diagnostics.sbc; where it finds nothing, a guide with dependence (a flow)"
-        covered, error = float(self.coverage[worst]), (level * (1 - level) / len(self.ranks)) ** 0.5
-        balls = f"of z in balls that hold {level:.0%} of q, furthest off"
-        return [
-            Finding("TARP p-value", tests.p_value, None, "", verdict, meaning, advice),
-            Finding("joint coverage", covered, error, meaning=balls),
-        ]
-
-    @staticmethod
-    def _shape(shift: float, spread: float) -> str:
-        if abs(shift) > max(3, abs(spread)):
-            return "q is too narrow, or off" if shift > 0 else "q is too wide"
-        if abs(spread) > 3:
-            return f"q is too {'narrow' if spread > 0 else 'wide'}, in some directions at least"
-        return "q and the posterior differ, perhaps in how dimensions depend on each other"
+_ADVICE = "a richer guide or encoder; train it longer"
 
 
 @tool
@@ -147,17 +143,25 @@ def sbc(
 
     Draws :math:`z, x \sim p(z) p(x | z)` from the model itself, and the rank of each entry of z
     among L draws of :math:`q(z | x)`. If q is the model's posterior, ranks are uniform on
-    0, ..., L, for any model. The guide isn't fitted again. That ranks are uniform doesn't show
-    that q is exact: the prior in q's place passes, and so does a q whose dimensions should be
-    correlated and aren't; `tarp` is for these.
+    0, ..., L, for any model. The guide isn't fitted again. Ranks of single dimensions don't show
+    that q is exact: the prior in q's place has uniform ones, and so has a q whose dimensions should
+    be correlated and aren't. So pairs (z, x) are ranked, too, among the draws with the same x, by
+
+    .. math:: \log p(x, z) - \log q(z | x)
+
+    which is constant for an exact q, and for any other larger at draws of the posterior than at
+    those of q. Of all test quantities this tells the two apart best, and idle dimensions don't
+    enter it. Where log q of a given z isn't known (auxiliary sites, a flow without an inverse) it
+    is log p(x, z).
 
     The question is whether q inverts the model, not whether the model fits the data. Of the data,
     the context alone is used (labels and whatever else isn't observed), a random row a simulation.
     Values that are equal, as of discrete latents, are ranked by chance.
 
     Ranks are tested by chi-squared over bins and by their distribution function with its
-    simultaneous band. p-values are corrected for both tests and all D dimensions (Bonferroni); the
-    verdict is "look" up to 0.05 and "bad" up to 0.001, which is how often an exact q gets it.
+    simultaneous band. p-values are corrected for both tests and all D dimensions, those of the
+    findings for both kinds of ranks, too (Bonferroni); the verdict is "look" up to 0.05 and "bad"
+    up to 0.001, which is how often an exact q gets it.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration
@@ -188,14 +192,26 @@ def sbc(
     check_int("num_particles", num_particles, minimum=2)
     cuts = _cuts(levels, num_particles)
     with terms.prepared(pair, data, options, "sbc") as evaluation:
-        joint = draw_jointly("sbc", evaluation, num_simulations, site=site, arguments=arguments)
-        ranks = ranked(joint.latents, joint.of_guide(num_particles))
+        scored = site is None or evaluation.structure.latents == (site,)
+        drawn = draw_jointly(
+            "sbc", evaluation, num_simulations, site=site, arguments=arguments, scored=scored
+        )
+        own = drawn.latents
+        if drawn.scores is not None:
+            own = torch.cat([own, drawn.scores[:, None]], 1)
+        ranks = ranked(own, drawn.of_guide(num_particles))
+    joint_ranks = ranks[:, -1] if scored else None
+    ranks = ranks[:, : len(drawn.names)]
     inside = torch.stack([(ranks >= a) & (ranks <= num_particles - a) for a in cuts]).double()
     coverage = inside.mean(1).cpu()
     nominal = 1 - 2 * torch.tensor(cuts, dtype=torch.float64) / (num_particles + 1)
     error = (nominal * (1 - nominal) / len(ranks)).sqrt()[:, None].expand_as(coverage)
     tests = uniformity(ranks, num_particles)
-    return SBC(ranks, num_particles, joint.names, tests, nominal, coverage, error)
+    known = (ranks, num_particles, drawn.names, tests, nominal, coverage, error)
+    if drawn.score is None or joint_ranks is None:
+        return SBC(*known)
+    joint = uniformity(joint_ranks[:, None], num_particles)
+    return SBC(*known, joint_ranks, joint, drawn.score.name)
 
 
 def _cuts(levels: Sequence[float], num_particles: int) -> list[int]:
@@ -206,83 +222,3 @@ def _cuts(levels: Sequence[float], num_particles: int) -> list[int]:
         check_number("levels", level, above=0, below=1)
     cuts = [round((1 - level) / 2 * (num_particles + 1)) for level in levels]
     return sorted({max(1, min(a, num_particles // 2)) for a in cuts}, reverse=True)
-
-
-@tool
-def tarp(
-    pair: PairLike,
-    data: object,
-    *,
-    num_simulations: int = 1000,
-    num_particles: int = 99,
-    reference: Literal["data", "prior"] = "data",
-    site: str | None = None,
-    arguments: Mapping[str, int] | None = None,
-    **options: Unpack[Options],
-) -> TARP:
-    r"""Tests of accuracy with random points: expected coverage of the joint posterior.
-
-    For :math:`z, x \sim p(z) p(x | z)` from the model, a reference point r and L draws
-    :math:`z_l \sim q(z | x)`, it counts how many draws are nearer to r than z is. If q is the
-    model's posterior, this rank is uniform, whatever r is, as long as z and r are independent
-    given x. If it is uniform for every r that may depend on x, q is the posterior; so the
-    reference matters for what is found, never for how often an exact q is blamed.
-
-    - ``"data"``: r is the latent of another, independent simulation, the one whose x is nearest.
-      It depends on x, so that a guide that ignores x is found.
-    - ``"prior"``: r is any other latent of the model. The prior in q's place then passes.
-
-    Distances are Euclidean, of latents divided by their standard deviations under the model.
-
-    References:
-        Sampling-Based Accuracy Testing of Posterior Estimators for General Inference
-        (Lemos et al., 2023), https://arxiv.org/abs/2302.03026
-
-    Arguments:
-        pair: A model and its guide.
-        data: As in `sbc`.
-        num_simulations: S; as many again are made for reference points.
-        num_particles: L, draws of q for each.
-        reference: Where reference points come from.
-        site: The latent; None for all of them together.
-        arguments: As in `sbc`.
-        options: As in `pvae.options.Options`.
-
-    Raises:
-        UndefinedError: As in `sbc`.
-        PairError: If x can't be put back into the batch.
-
-    Example:
-        >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
-        >>> tarp(vae, torch.zeros(1, 4), num_simulations=50, num_particles=9).ranks.shape
-        torch.Size([50])
-    """
-    check_int("num_particles", num_particles, minimum=2)
-    check_choice("reference", reference, ("data", "prior"))
-    with terms.prepared(pair, data, options, "tarp") as evaluation:
-        joint, others = (
-            draw_jointly("tarp", evaluation, num_simulations, site=site, arguments=arguments)
-            for _ in range(2)
-        )
-        scale = others.latents.std(0)
-        scale = torch.where(scale > 0, scale, 1.0)
-        points = others.latents
-        if reference == "data":
-            points = points[_nearest(joint, others, evaluation.max_rows)]
-        own = _distance(joint.latents, points, scale)
-        drawn = joint.of_guide(num_particles)
-        ranks = ranked(own, ((rows, _distance(z, points[rows], scale)) for rows, z in drawn))
-    tests = uniformity(ranks[:, None], num_particles)
-    names = ("all latents together",)
-    return TARP(ranks, num_particles, names, tests, tests.points, tests.ecdf[:, 0])
-
-
-def _distance(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    return ((a - b) / scale).square().sum(-1)
-
-
-def _nearest(joint: JointDraws, others: JointDraws, max_rows: int) -> Tensor:
-    """For each simulation, which of the others has the nearest data."""
-    rows = max(1, max_rows // len(others.observed))
-    parts = [torch.cdist(x, others.observed).argmin(1) for x in joint.observed.split(rows)]
-    return torch.cat(parts)

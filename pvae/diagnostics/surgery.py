@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pvae import terms
 from pvae.diagnostics.mixture import Draws, Mixture, draw, require_mixture, score_mixture, sum_of
-from pvae.diagnostics.result import Finding, Result, Verdict
+from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import (
     ACTIVITY,
     COLLAPSED,
     INFORMATION,
     MARGINAL_KL,
     MARGINAL_SHARE,
+    Verdict,
 )
 from pvae.errors import UndefinedError, check_int, check_number, oxford
 from pvae.estimate import Estimate

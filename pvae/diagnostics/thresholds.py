@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from pvae.diagnostics.result import Verdict
+from typing import Literal
 
 __all__ = [
     "ACTIVITY",
@@ -25,8 +24,13 @@ __all__ = [
     "REPLICATES",
     "UNRELIABLE",
     "Threshold",
+    "Verdict",
     "table",
 ]
+
+
+Verdict = Literal["good", "look", "bad", "none"]
+"""``"look"`` is worth a look, ``"none"`` a number by which nothing is judged."""
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,71 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pvae.errors import UndefinedError, check_int, oxford
+from pvae.errors import PvaeError, UndefinedError, check_int, oxford
 from pvae.modes import evaluating
 from pvae.options import progress_bar
-from pvae.pair import Structure, mask_of
-from pvae.simulate.ancestral import Simulation, simulate_batch
-from pvae.terms import Evaluation, draw_guide, only_site, stream
+from pvae.pair import Batch, Structure, mask_of
+from pvae.simulate.ancestral import Simulation, no_guide, simulate_batch
+from pvae.terms import Evaluation, Terms, compute, draw_guide, only_site, stream
 
 __all__ = [
     "JointDraws",
+    "Score",
     "draw_jointly",
     "flat_values",
     "names_of_dimensions",
     "random_rank",
     "require_rows",
 ]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of (z, x), by which draws of the posterior and of q can be told apart.
+
+    It is log p(x, z) - log q(z | x), which is constant if q is exact; or log p(x, z) where log q of
+    a given z isn't known. Numbers are rounded, so that what differs by rounding alone is equal.
+    """
+
+    is_weight: bool
+    step: float
+
+    @property
+    def name(self) -> str:
+        """What it is, in symbols."""
+        return "log p(x, z) - log q(z | x)" if self.is_weight else "log p(x, z)"
+
+    def of(self, terms: Terms) -> Tensor:
+        """Of the latents of a pass, ``(K, N)``."""
+        value = terms.log_weight if self.is_weight else terms.log_joint
+        return (value.double() / self.step).round().nan_to_num(nan=-math.inf) * self.step
+
+    @classmethod
+    def of_simulated(
+        cls, structure: Structure, batch: Batch, latents: Mapping[str, Tensor], step: float | None
+    ) -> tuple[Score, Tensor]:
+        """The score that a pair has, and its values ``(N,)`` for the latents of simulated data."""
+        is_weight, terms = not (structure.auxiliary or structure.fed), None
+        if is_weight:
+            try:
+                terms = compute(structure, batch, given=latents)
+            except (PvaeError, NotImplementedError):  # a flow that has no inverse
+                is_weight = False
+        if terms is None:
+            terms = compute(replace(structure, guide=no_guide), batch, given=latents)
+        if step is None:
+            size = terms.log_joint.abs().nan_to_num(0.0, 0.0, 0.0).median()
+            step = max(1e-3, 10 * torch.finfo(size.dtype).eps * float(size))
+        score = cls(is_weight, step)
+        return score, score.of(terms)[0]
 
 
 @dataclass(frozen=True)
@@ -36,19 +79,29 @@ class JointDraws:
     sites: tuple[str, ...]  # of the latents
     observed: Tensor  # flattened simulated data, shape (S, E)
     evaluation: Evaluation  # the pair, and the batches in which these are the data
+    score: Score | None = None
+    scores: Tensor | None = None  # of these (z, x), shape (S,)
 
     def of_guide(self, num_particles: int) -> Iterator[tuple[slice, Tensor]]:
-        """K draws of the guide for each simulated datum: rows, and some of them, (k, n, D)."""
+        """K draws of the guide for each simulated datum: rows, and some of them, (k, n, D).
+
+        Their scores are one more column, where these draws have any.
+        """
+        score = self.score
 
         def run(structure: Structure, batch: tuple[Tensor, ...], **options: Any) -> Tensor:
-            sites = draw_guide(structure, batch, **options)
-            each = torch.cat([_flat(sites[name].value, 2) for name in self.sites], 2)
+            if score is None:
+                sites, scores = draw_guide(structure, batch, **options), []
+            else:
+                terms = compute(structure, batch, **options)
+                sites, scores = terms.sites, [score.of(terms).unsqueeze(2)]
+            each = torch.cat([*(_flat(sites[name].value, 2) for name in self.sites), *scores], 2)
             return each.movedim(1, 2)
 
         total, shown = len(self.latents) * num_particles, self.evaluation.progress
         with progress_bar(total=total, title="ranks", unit="draw", shown=shown) as bar:
             for rows, draws in stream(self.evaluation, num_particles, run=run):
-                if not bool(draws.isfinite().all()):
+                if not bool(draws[:, : len(self.names)].isfinite().all()):
                     expected = "finite draws of the guide"
                     raise UndefinedError("ranks among draws", expected, "NaN or infinity")
                 yield rows, draws.movedim(2, 1)
@@ -68,6 +121,7 @@ def draw_jointly(
     *,
     site: str | None,
     arguments: Mapping[str, int] | None,
+    scored: bool = False,
 ) -> JointDraws:
     """Draws (z, x) from a model, and puts x into the arguments that the data came from.
 
@@ -83,7 +137,9 @@ def draw_jointly(
         sites = (only_site(where, "latent of the data", sites, site),)
     chosen = torch.randint(source.num_rows, (num_simulations,), device=source.device)
     parts: list[tuple[Tensor, ...]] = []
-    with evaluating(structure.modules):
+    scores: list[Tensor] = []
+    score: Score | None = None
+    with evaluating(structure.modules), torch.no_grad():
         for rows in chosen.split(evaluation.max_rows):
             run = simulate_batch(structure, source.rows(rows), where=where)
             filled = run.put_back(arguments or {})
@@ -92,8 +148,14 @@ def draw_jointly(
                 names = names_of_dimensions(run, sites)
             data = flat_values(run, structure.observed).to(structure.dtype)
             parts.append((flat_values(run, sites), data, *filled))
+            if scored:
+                given = {name: run.traces[0].nodes[name]["value"] for name in structure.latents}
+                step = None if score is None else score.step
+                score, own = Score.of_simulated(structure, filled, given, step)
+                scores.append(own)
     latents, observed, *whole = (torch.cat(part) for part in zip(*parts, strict=True))
-    return JointDraws(latents, names, sites, observed, evaluation.on(tuple(whole)))
+    on, own_scores = evaluation.on(tuple(whole)), torch.cat(scores) if scored else None
+    return JointDraws(latents, names, sites, observed, on, score, own_scores)
 
 
 def require_rows(where: str, structure: Structure) -> None:
