@@ -40,15 +40,19 @@ class Estimate:
     would differ on other data of the same kind; the one over draws,
     :math:`\sqrt{\sum_n \mathrm{var}_n} / N`, on the same data with other draws. Either is NaN where
     it isn't known. With ``by="draw"`` the values are totals over the data set, one for each of S
-    joint draws of what all data share: these have an error over draws alone.
+    joint draws of what all data share, and with ``by="data set"`` there is one value, of all data:
+    these have an error over draws alone.
 
     Attributes:
         name: What it is.
-        values: Shape ``(N,)`` by datum, ``(S,)`` by draw, the batch shape by distribution.
+        values: Shape ``(N,)`` by datum, ``(S,)`` by draw, ``(1,)`` by data set, the batch shape by
+            distribution.
         variances: Variance of each value over draws, of the same shape; None where it isn't known.
-        by: What has a value of its own: ``"datum"``, ``"draw"`` or ``"distribution"``.
+        by: What has a value of its own: ``"datum"``, ``"draw"``, ``"data set"`` or
+            ``"distribution"``.
         num_data: N.
-        num_particles: K, draws for each datum; None where the values are exact.
+        num_particles: K, draws for each datum, or S, for the data set; None where the values are
+            exact.
         unit: Unit of the values.
         kind: What it is of log p(x): see `BoundKind`.
         distortion: :math:`-E_q[\log p(x | z)]`, an estimate like this one, or None.
@@ -70,7 +74,7 @@ class Estimate:
     name: str
     values: Tensor
     variances: Tensor | None = None
-    by: Literal["datum", "draw", "distribution"] = "datum"
+    by: Literal["datum", "draw", "data set", "distribution"] = "datum"
     num_data: int = 0
     num_particles: int | None = 1
     unit: str = "nats"
@@ -84,7 +88,7 @@ class Estimate:
     influence: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.by != "draw":
+        if not self.is_whole:
             object.__setattr__(self, "num_data", self.values.numel())
         if self.variances is not None:
             return
@@ -126,6 +130,11 @@ class Estimate:
         )
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is one number of the whole data set, and none of single data."""
+        return self.by in ("draw", "data set")
+
+    @property
     def total(self) -> float:
         """The sum over the data set."""
         return float(self.values.mean() if self.by == "draw" else self.values.sum())
@@ -158,7 +167,7 @@ class Estimate:
     @property
     def per_datum(self) -> Tensor:
         """The values, shape ``(N,)``; refused with sites that belong to no single datum."""
-        if self.by != "draw":
+        if not self.is_whole:
             return self.values
         actual = f"global site(s) {', '.join(self.global_sites)}" if self.global_sites else "draws"
         expected = "a pair whose sites are all inside the data plate"
@@ -205,17 +214,19 @@ class Estimate:
         lines, k = [_KINDS[self.kind]], self.num_particles or 1
         if k > 1:
             middle, least = float(ess.median()), float(ess.min())
-            lines.append(f"ESS: median {middle:.3g} of {k}, least {least:.3g}")
+            shown = f"median {middle:.3g} of {k}, least {least:.3g}"
+            lines.append(f"ESS: {f'{middle:.3g} of {k}' if self.is_whole else shown}")
             if few := int((ess < min(_FEW, k / 2)).sum()):
-                shown = f"{few} of {self.num_data} data rest on a few draws"
-                lines.append(f"{shown}: they are too low, by more than the error over draws says")
+                shown = f"{few} of {self.num_data} data rest on a few draws: they are"
+                shown = "it rests on a few draws: it is" if self.is_whole else shown
+                lines.append(f"{shown} too low, by more than the error over draws says")
         return lines
 
     @property
     def headline(self) -> str:
         """Mean and standard errors on one line."""
         name, n, k = self.name, self.num_data, self.num_particles
-        if self.by == "draw":
+        if self.is_whole:
             sites = ", ".join(self.global_sites)
             total = f"{self.total:.2f}{_known(' +- {:.2g} over draws', self.se_total)} {self.unit}"
             with_sites = f", with global site(s) {sites}" if sites else ""

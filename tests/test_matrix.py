@@ -314,7 +314,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "iwae_curve": WEIGHTS,
     "bdmc": {**WEIGHTS, **DISCRETE, "subsampling": "data of site 'x': .* got none"},
     "gap": {**WEIGHTS, **DISCRETE, **MASKED},
-    "khat": WEIGHTS,
+    "khat": {**POINT, **IMPROPER},
     "sbc": JOINT,
     "tarp": JOINT,
     "surgery": WEIGHTS,

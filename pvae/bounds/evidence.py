@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.bounds.annealing import AIS, annealed
+from pvae.bounds.joint import JointWeights, joint_weights, num_draws
 from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
 from pvae.bounds.weights import Sums, WeightSums, facts, require_evidence
 from pvae.engine import Asked, Repeated
@@ -17,7 +18,7 @@ from pvae.errors import ArgumentError, check_choice, check_int, check_number
 from pvae.estimate import Estimate
 from pvae.options import Options, tool
 from pvae.pair import Batch, PairLike, Structure
-from pvae.terms import Evaluation, Terms, compute, draw_globals, prepared, stream
+from pvae.terms import Evaluation, Terms, compute, prepared, stream
 
 __all__ = ["elbo", "evidence"]
 
@@ -58,7 +59,7 @@ def elbo(
         structure = evaluation.structure
         name = _NAMES[structure.quantity]
         if structure.global_sites:
-            return _with_globals(name, evaluation, k, 1)
+            return _with_globals(name, evaluation, joint_weights(evaluation, k, 1))
         sums, is_split = Sums(), True
         for rows, terms in stream(evaluation, k):
             is_split = not terms.is_joint
@@ -84,17 +85,11 @@ def _parts(terms: Terms, *, is_split: bool) -> Tensor:
     return torch.stack([log_weight, log_weight.square(), *split]).double().sum(1)
 
 
-def _with_globals(name: str, evaluation: Evaluation, num_global: int, num_local: int) -> Estimate:
+def _with_globals(name: str, evaluation: Evaluation, joint: JointWeights) -> Estimate:
     """The data set's bound: each draw of what is outside the data plate is shared by all data."""
-    totals = []
-    for _ in range(num_global):
-        given, first = draw_globals(evaluation)
-        weights = WeightSums()
-        for rows, terms in stream(evaluation, num_local, given):
-            weights.add(rows, weights.reduce(terms.log_weight))
-        local = weights.estimate(name, num_local, evaluation.structure)
-        totals.append((first.global_log_p[0] - first.global_log_q[0]).double() + local.total)
-    return replace(local, values=torch.stack(totals), variances=None, ess=None, by="draw")
+    draws, about = joint.log_weights, facts(evaluation.structure)
+    count = len(draws)
+    return Estimate(name, draws, by="draw", num_data=joint.num_data, num_particles=count, **about)
 
 
 Method = Literal["importance", "local", "ais", "cubo"]
@@ -113,7 +108,7 @@ def evidence(
     local: LocalFit | None = None,
     family: Family = "full_rank",
     order: float = 2.0,
-    num_global: int = 16,
+    num_global: int | None = None,
     engine: Asked = "auto",
     **options: Unpack[Options],
 ) -> Estimate:
@@ -143,10 +138,15 @@ def evidence(
     of K draws is too low on average, and where weights vary by much it is even below log p(x), so
     it is no certain upper bound. Where it rises with K, the draws are too few.
 
-    With sites g outside the data plate there is no evidence of one datum; the result is the bound
-    for the data set,
-    :math:`E_{q(g)}[\log p(g) - \log q(g) + \sum_n \log \tfrac1K \sum_k w_{nk}(g)]`, by
-    importance sampling.
+    With sites g outside the data plate there is no evidence of one datum; the result is that of
+    the data set, by importance sampling over S joint draws,
+
+    .. math::
+        \log \tfrac1S \sum_{s=1}^S \frac{p(g_s)}{q(g_s)}
+        \prod_n \tfrac1K \sum_{k=1}^K w_{nk}(g_s), \quad g_s \sim q(g)
+
+    a lower bound on average, too. With latents of data K local draws are nested in each of the S;
+    their noise adds up over data. Without any, all draws are of g, and K has no meaning beside S.
 
     References:
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
@@ -160,14 +160,16 @@ def evidence(
     Arguments:
         pair: A model and its guide.
         data: An array, tensor, tuple of them, data set or source.
-        num_particles: K, draws or chains for each datum; None for 1000 draws or 16 chains.
+        num_particles: K, draws or chains for each datum; None for 1000 draws or 16 chains, and for
+            20 draws within each of the S. Where there is nothing local to draw, it is S.
         method: How to estimate, as above.
         ais: Settings of the annealing; None for the defaults of `AIS`.
         local: Settings of the fit of q to each datum; None for the defaults of `LocalFit`.
         family: Family of that q: ``"own"``, the guide's; ``"full_rank"``, a Gaussian in
             unconstrained coordinates; ``"flow"``, splines that start from that Gaussian.
         order: The order n of the chi upper bound, above 1.
-        num_global: Number of draws of latents outside the data plate, where there are any.
+        num_global: S, draws of latents outside the data plate; None for 200, or 4000 where all
+            latents are outside, and fewer for many data or looped particles, at least 50.
         engine: ``"eager"``; ``"compiled"``, where the pass over a chunk of data is one graph, with
             the same draws; ``"auto"``, compiled where that pays. Fits and annealing are eager.
         options: As in `pvae.options.Options`.
@@ -189,7 +191,7 @@ def evidence(
     check_choice("family", family, FAMILIES)
     _check_settings(method, ais=ais, local=local)
     k = check_int("num_particles", _DRAWS[method] if num_particles is None else num_particles)
-    check_int("num_global", num_global)
+    check_int("num_global", 1 if num_global is None else num_global)
     check_number("order", order, above=1)
     with prepared(pair, data, options, "evidence") as evaluation:
         if method == "ais":
@@ -202,10 +204,21 @@ def evidence(
             name = f"chi upper bound of order {order:g}, estimate"
             found = _weighed(WeightSums(order), evaluation, k, engine).estimate(name, k, structure)
             return replace(found, kind="estimate")
-        name = f"{'log joint' if structure.points else 'evidence'}, IWAE-{k}"
         if structure.global_sites:
-            return _with_globals(name, evaluation, num_global, k)
-        return _weighed(WeightSums(), evaluation, k, engine).estimate(name, k, structure)
+            return _of_joint_draws(evaluation, num_global, num_particles)
+        weights = _weighed(WeightSums(), evaluation, k, engine)
+        return weights.estimate(f"evidence, IWAE-{k}", k, structure)
+
+
+def _of_joint_draws(
+    evaluation: Evaluation, num_global: int | None, num_particles: int | None
+) -> Estimate:
+    """By importance sampling; with a shared point mass there is no weight, but a log joint."""
+    structure = evaluation.structure
+    joint = joint_weights(evaluation, *num_draws(evaluation, num_global, num_particles))
+    if structure.points:
+        return _with_globals(f"log joint, {joint.name}", evaluation, joint)
+    return joint.evidence(structure)
 
 
 def _check_settings(method: str, **settings: object) -> None:

@@ -83,9 +83,19 @@ def require_local(structure: Structure, what: str) -> None:
     """Refuses a quantity of single data where a site that has a density is outside the plate."""
     if structure.global_sites:
         expected = "a pair whose sites are all inside the data plate"
-        fixes = ["bounds.evidence(..., method='importance'), for the data set"]
+        fixes = [
+            "bounds.evidence(pair, x), of the data set",
+            "diagnostics.importance(pair, x).log_weights, of joint draws",
+        ]
         actual = f"global site {oxford(structure.global_sites)}"
         raise UndefinedError(f"{what} of single data", expected, actual, fixes)
+
+
+def require_whole(what: str, structure: Structure, num_rows: int) -> None:
+    """Refuses some of the data where all that global latents are conditioned on are needed."""
+    if structure.is_scaled and structure.full_size != num_rows:
+        expected = f"all {structure.full_size} data, on which global latents are conditioned"
+        raise UndefinedError(what, expected, f"{num_rows} of them", ["the whole data set"])
 
 
 class Facts(TypedDict):

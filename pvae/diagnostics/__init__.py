@@ -16,7 +16,7 @@ from pvae.diagnostics.gradients import (
     compare_objectives,
     gradient_noise,
 )
-from pvae.diagnostics.importance import Importance, importance, khat
+from pvae.diagnostics.importance import Importance, JointImportance, importance, khat
 from pvae.diagnostics.learning import LearningCurve, learning_curve
 from pvae.diagnostics.pit import PIT, pit
 from pvae.diagnostics.predictive import PredictiveCheck, Statistic, predictive
@@ -43,6 +43,7 @@ __all__ = [
     "Gap",
     "GradientNoise",
     "Importance",
+    "JointImportance",
     "LearningCurve",
     "ObjectiveComparison",
     "PredictiveCheck",

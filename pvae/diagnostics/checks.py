@@ -63,6 +63,12 @@ class Subject:
         shared = {"max_rows": on.max_rows, "seed": on.seed, "progress": on.progress}
         return check(on.pair, on.source, **shared, **options)
 
+    @property
+    def draws(self) -> dict[str, int]:
+        """How many draws weights are of; those of joint draws decide it by what they cost."""
+        is_joint = bool(self.evaluation.structure.global_sites)
+        return {} if is_joint else {"num_particles": self.num_particles}
+
     @cached_property
     def elbo(self) -> Estimate:
         """The ELBO, or what is in its place, of a few draws a datum."""
@@ -114,7 +120,7 @@ def _evidence(subject: Subject) -> Lines:
     if width is not None:
         reasons = {"bits per dimension": "there is no evidence to count"}
     try:
-        evidence = subject.run(bounds.evidence, num_particles=subject.num_particles)
+        evidence = subject.run(bounds.evidence, **subject.draws)
     except UndefinedError as error:
         return Lines([], reasons={"evidence": str(error.actual)} | reasons)
     lines = [_of_evidence(evidence, subject.elbo)]
@@ -190,7 +196,7 @@ _EXACT = 256  # entries of a code up to which its Jacobian is taken whole
 CHECKS: dict[str, tuple[str, Callable[[Subject], Result]]] = {
     "elbo": ("the bound", _elbo),
     "evidence": ("the bound", _evidence),
-    "importance": ("the bound", lambda s: s.run(importance, num_particles=s.num_particles)),
+    "importance": ("the bound", lambda s: s.run(importance, **s.draws)),
     "gap": ("the bound", lambda s: s.run(gap)),
     "ais": ("the bound", _annealing),
     "sbc": ("the posterior", lambda s: s.run(sbc, num_simulations=500)),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae import bounds
+from pvae.bounds.weights import require_local
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import GAP
 from pvae.errors import ArgumentError, UndefinedError, check_int
@@ -218,6 +219,7 @@ def gap(
     """
     check_int("num_particles", num_particles, minimum=2)
     with prepared(pair, data, options, "gap") as evaluation:
+        require_local(evaluation.structure, "the gap")
         evaluation = evaluation.in_memory()  # a loader may shuffle, and all need the same rows
         guides = bounds.log_weights(evaluation.pair, evaluation.source, num_particles, **options)
         _check(guides, evidence)

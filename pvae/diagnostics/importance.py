@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Unpack
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pvae import bounds
+from pvae.bounds.joint import JointWeights, is_nested, joint_weights, num_draws
+from pvae.bounds.weights import require_evidence, require_whole, weights_by_chunk
 from pvae.diagnostics.result import Finding, Result
-from pvae.diagnostics.thresholds import KHAT, UNRELIABLE
-from pvae.errors import DataError, check_int, check_number
+from pvae.diagnostics.thresholds import JOINT_GAP, JOINT_KHAT, KHAT, NOISE, UNRELIABLE
+from pvae.errors import DataError, check_int, check_number, oxford
 from pvae.estimate import Estimate
 from pvae.options import Options, tool
-from pvae.pair import PairLike, as_pair
-from pvae.terms import prepared
+from pvae.pair import PairLike, Structure, as_pair
+from pvae.terms import Evaluation, prepared
 
-__all__ = ["Importance", "importance", "khat"]
+__all__ = ["Importance", "JointImportance", "importance", "khat"]
 
 FEWEST = 25
 """Draws from which there are enough in the tail, five."""
@@ -207,16 +209,92 @@ class Importance(Result):
         ]
 
 
+@dataclass(frozen=True, repr=False)
+class JointImportance(Importance):
+    """What the weights of joint draws say of a guide whose latents all data share.
+
+    Its ``log_weights`` have shape ``(S, 1)`` and are of the whole data set, as are k-hat, ELBO and
+    evidence.
+
+    Attributes:
+        joint: The weights, with their noise over local draws.
+        sites: The global latents.
+        richer: What to put in the guide's place.
+    """
+
+    joint: JointWeights = field(kw_only=True)
+    sites: tuple[str, ...] = field(kw_only=True)
+    richer: str = field(kw_only=True)
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation in nats of a log weight over its local draws."""
+        return math.sqrt(float(self.joint.noise.mean()))
+
+    @property
+    def title(self) -> str:
+        """How many joint draws there are."""
+        return f"Importance weights of all {self.joint.num_data} data, {self.joint.name}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing more."""
+        return ()
+
+    def findings(self) -> list[Finding]:
+        """What it means, line by line."""
+        of = f"of {len(self.log_weights)} joint draws of {oxford(self.sites)}"
+        lines = [] if self.joint.num_particles == 1 else [self._of_noise()]
+        if bool(self.is_exact.all()):
+            meaning = f"{of}: constant weights, q is the posterior"
+            lines.append(Finding("exact", 1.0, None, "", "good", meaning))
+        elif bool(self.khat.isnan().all()):
+            lines.append(Finding("no tail", 1.0, meaning=f"{of}: weights that repeat, no k-hat"))
+        else:
+            shape, error = float(self.khat), float(self.se_khat)
+            verdict = JOINT_KHAT.verdict(shape)
+            narrow = "" if verdict == "good" else ": q is too narrow somewhere"
+            advice = "" if verdict == "good" else self.richer
+            known = error if math.isfinite(error) else None
+            lines.append(Finding("joint k-hat", shape, known, "", verdict, of + narrow, advice))
+        size = float(self.ess) / len(self.log_weights)
+        meaning = "ESS / S, the share of joint draws that count"
+        return [*lines, self._of_gap(), Finding("effective draws", size, meaning=meaning)]
+
+    def _of_gap(self) -> Finding:
+        value, error = self.gap.total, self.gap.se_total
+        verdict = JOINT_GAP.verdict(value - 2 * error)
+        meaning = "evidence - ELBO of the data set; too low, if anything"
+        advice = "" if verdict == "good" else self.richer
+        known = error if math.isfinite(error) else None
+        return Finding("joint gap, at least", value, known, "nats", verdict, meaning, advice)
+
+    def _of_noise(self) -> Finding:
+        verdict = NOISE.verdict(self.noise)
+        meaning = f"sd of a log weight over its {self.joint.num_particles} local draws"
+        advice = "diagnostics.importance(pair, x, num_particles=200): more local draws"
+        advice = "" if verdict == "good" else advice
+        return Finding("local noise", self.noise, None, "nats", verdict, meaning, advice)
+
+
 @tool
 def importance(
-    pair: PairLike, data: object, *, num_particles: int = 1000, **options: Unpack[Options]
+    pair: PairLike,
+    data: object,
+    *,
+    num_particles: int | None = None,
+    num_global: int | None = None,
+    **options: Unpack[Options],
 ) -> Importance:
-    r"""How well the guide does as a proposal for each datum's posterior.
+    r"""How well the guide does as a proposal for each datum's posterior, or for the data set's.
 
     From one set of log weights, :math:`\log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} | x_n)`:
     k-hat of each datum, the effective sample size, the ELBO, the evidence, and the gap between
     them, :math:`\log \tfrac1K \sum_k w_{kn} - \tfrac1K \sum_k \log w_{kn}`, an estimate of
     KL(q || p(z | x)) that is low on average.
+
+    With latents that all data share, there is one weight of the data set for each of S joint
+    draws, as `bounds.evidence` has it, with K local draws nested in each, and one k-hat.
 
     References:
         Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018),
@@ -224,23 +302,67 @@ def importance(
 
     Arguments:
         pair: A model and its guide.
-        data: An array, tensor, tuple of them, data set or source.
-        num_particles: K, draws for each datum, at least 25; from 1000 on k-hat is to about 0.2.
+        data: An array, tensor, tuple of them, data set or source; with latents that all data
+            share, all data that the guide was fitted to.
+        num_particles: K, draws for each datum, at least 25; from 1000 on, which is the default,
+            k-hat is to about 0.2. With global latents as in `bounds.evidence`.
+        num_global: S, joint draws, at least 25; as in `bounds.evidence`.
         options: As in `pvae.options.Options`.
 
     Raises:
-        UndefinedError: Where there are no weights of single data, as `bounds.log_weights` says.
+        UndefinedError: With point-mass guides or improper priors; with global latents, if there are
+            only some of the data.
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> importance(vae, torch.zeros(5, 4), num_particles=50).khat.shape
         torch.Size([5])
     """
-    check_int("num_particles", num_particles, minimum=FEWEST)
-    pair = as_pair(pair, "importance")
-    log_weights = bounds.log_weights(pair, data, num_particles, **options)
-    with prepared(pair, data, options, "importance") as evaluation:
-        rounding = torch.finfo(evaluation.structure.dtype).eps
+    check_int("num_global", FEWEST if num_global is None else num_global, minimum=FEWEST)
+    with prepared(as_pair(pair, "importance"), data, options, "importance") as evaluation:
+        structure = evaluation.structure
+        check_int("num_particles", _fewest(structure, num_particles), minimum=FEWEST)
+        if structure.global_sites:
+            return _of_joint_draws(evaluation, num_global, num_particles)
+        require_evidence(structure, "importance weights")
+        weights = torch.cat(list(weights_by_chunk(evaluation, num_particles or 1000)), 1)
+    tolerance = _tolerance(weights, structure)
+    return Importance(weights, khat(weights, tolerance), tolerance)
+
+
+def _fewest(structure: Structure, num_particles: int | None) -> int:
+    """What has to be enough for a tail: K, where weights are of K draws."""
+    return (
+        FEWEST
+        if num_particles is None or (structure.global_sites and is_nested(structure))
+        else num_particles
+    )
+
+
+def _tolerance(log_weights: Tensor, structure: Structure) -> float:
     size = float(log_weights[log_weights.isfinite()].abs().median())
-    tolerance = max(1e-3, 10 * rounding * size)
-    return Importance(log_weights, khat(log_weights, tolerance), tolerance)
+    return max(1e-3, 10 * torch.finfo(structure.dtype).eps * size)
+
+
+def _of_joint_draws(
+    evaluation: Evaluation, num_global: int | None, num_particles: int | None
+) -> JointImportance:
+    structure = evaluation.structure
+    structure.require_density("importance weights", shared=True)
+    structure.require_proper("importance weights")
+    require_whole("importance weights", structure, evaluation.num_rows)
+    joint = joint_weights(evaluation, *num_draws(evaluation, num_global, num_particles))
+    weights, sites = joint.log_weights[:, None], structure.global_latents
+    tolerance = _tolerance(weights, structure)
+    shape = khat(weights, tolerance)
+    richer = _RICHER.get(type(poutine.unwrap(structure.guide)).__name__, _DEPENDENT)
+    return JointImportance(weights, shape, tolerance, joint=joint, sites=sites, richer=richer)
+
+
+_DEPENDENT = (
+    "pvae.fit((model, pyro.infer.autoguide.AutoMultivariateNormal(model)), x), a guide whose "
+    "latents depend on one another, or AutoLowRankMultivariateNormal; or pyro.infer.NUTS"
+)
+_CURVED = "pvae.fit((model, pyro.infer.autoguide.AutoIAFNormal(model)), x); or pyro.infer.NUTS"
+_RICHER = dict.fromkeys(("AutoMultivariateNormal", "AutoIAFNormal"), _CURVED)
+"""By class of guide, what is worth trying; `_DEPENDENT` for all others."""

@@ -16,10 +16,13 @@ __all__ = [
     "GAP",
     "HIDDEN",
     "INFORMATION",
+    "JOINT_GAP",
+    "JOINT_KHAT",
     "KHAT",
     "LOOSE",
     "MARGINAL_KL",
     "MARGINAL_SHARE",
+    "NOISE",
     "P_VALUE",
     "REPLICATES",
     "UNRELIABLE",
@@ -103,6 +106,30 @@ UNRELIABLE = Threshold(
     f"above k-hat {KHAT} averages don't settle (Vehtari et al., 2024); one datum in twenty, or in "
     "four",
     "importance",
+)
+JOINT_KHAT = Threshold(
+    "Pareto k-hat of the joint weights of a data set, where latents are shared by all data",
+    0.5,
+    KHAT,
+    "weights have no finite variance from 0.5 on, and averages don't settle from 0.7 on "
+    "(Vehtari et al., 2024; Yao et al., 2018)",
+    "importance, with global latents",
+)
+JOINT_GAP = Threshold(
+    "evidence less ELBO of a data set by joint weights, less two standard errors, nats",
+    0.5,
+    1.0,
+    "KL(q \\|\\| p(g \\| x)), at least: a nat is a correlation of 0.93 that independent latents "
+    "miss, or a standard deviation four times too small",
+    "importance, with global latents",
+)
+NOISE = Threshold(
+    "standard deviation of a joint weight's log over its local draws, nats",
+    1.0,
+    3.0,
+    "from a nat on it is the nested estimates, not the draws of global latents, that weights rest "
+    "on",
+    "importance, with global latents",
 )
 GAP = Threshold(
     "amortisation gap or approximation gap, nats a datum",

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pvae.data import Source
+from pvae.bounds.weights import require_whole
 from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.pair import Structure, is_inside
 from pvae.simulate import Origin, Simulation, check_generative, draws
 from pvae.terms import Evaluation, Terms
 from pvae.types import Program, Site
 
-__all__ = ["GROUPS", "Plan", "Variable", "fill", "require_whole"]
+__all__ = ["GROUPS", "Plan", "Variable", "fill"]
 
 GROUPS = (
     "posterior",
@@ -198,7 +198,7 @@ class Plan:
         structure = self.structure
         is_sum = bool(structure.global_sites)
         if is_sum:
-            require_whole("sample_stats", structure, self.evaluation.source)
+            require_whole("sample_stats", structure, self.evaluation.num_rows)
         if structure.points:
             self.left_out["log_q"] = f"a point mass has no density: {oxford(structure.points)}"
         if structure.quantity != "elbo":
@@ -222,13 +222,6 @@ class Plan:
         for place in set(names) - observed:
             parts = [batch[place].cpu() for _, batch in self.evaluation.source.all()]
             self.constants[names[place]] = torch.cat(parts).numpy()
-
-
-def require_whole(what: str, structure: Structure, source: Source) -> None:
-    """Refuses some of the data where all that global latents are conditioned on are needed."""
-    if structure.is_scaled and structure.full_size != source.num_rows:
-        expected = f"all {structure.full_size} data, on which global latents are conditioned"
-        raise UndefinedError(what, expected, f"{source.num_rows} of them", ["the whole data set"])
 
 
 def _terms(run: Simulation) -> Terms:

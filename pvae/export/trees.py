@@ -15,9 +15,10 @@ from xarray import Dataset, DataTree
 
 import pvae
 from pvae import diagnostics
+from pvae.bounds.weights import require_whole
 from pvae.diagnostics.importance import FEWEST
 from pvae.errors import ArgumentError, UndefinedError, check_int, check_number, oxford
-from pvae.export.plan import GROUPS, Plan, Variable, fill, require_whole
+from pvae.export.plan import GROUPS, Plan, Variable, fill
 from pvae.options import Options, progress_bar, tool
 from pvae.pair import PairLike, Structure
 from pvae.simulate import Simulation, draws
@@ -288,7 +289,7 @@ def loo(
         evaluation = evaluation.in_memory()
         structure = evaluation.structure
         _require_global(structure)
-        require_whole("loo", structure, evaluation.source)
+        require_whole("loo", structure, evaluation.num_rows)
     tree = to_arviz(
         evaluation.pair,
         evaluation.source,

@@ -115,16 +115,19 @@ class Structure:
         """By what a plate-scaled sum over a batch is divided to be per datum."""
         return self.full_size if self.is_scaled else num_rows
 
-    def require_density(self, what: str) -> None:
-        """Refuses a quantity that needs a density of q where a local latent is a point mass."""
-        local_points = [name for name in self.latents if name in self.points]
-        if local_points:
+    def require_density(self, what: str, *, shared: bool = False) -> None:
+        """Refuses a quantity that needs a density of q where a local latent is a point mass.
+
+        With ``shared`` those outside the data plate need one, too.
+        """
+        needed = self.latents + self.global_latents * shared
+        if points := [name for name in needed if name in self.points]:
             fixes = [
                 "read the reconstruction log p(x | z) instead: bounds.elbo(...).distortion",
                 "a stochastic guide, such as guides.MeanField",
                 "an ex-post density on the codes, for sampling",
             ]
-            actual = f"a point mass (Delta) at site {oxford(local_points)}"
+            actual = f"a point mass (Delta) at site {oxford(points)}"
             raise UndefinedError(what, "a guide with a density", actual, fixes)
 
     def require_proper(self, what: str) -> None:

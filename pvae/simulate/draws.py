@@ -17,8 +17,7 @@ from pvae.modes import evaluating
 from pvae.options import progress_bar
 from pvae.pair import is_inside
 from pvae.simulate.ancestral import Origin, Simulation, no_guide, require_proper, simulate_batch
-from pvae.terms import Evaluation, draw_globals, first_rows, stream
-from pvae.terms.passes import can_vectorize
+from pvae.terms import Evaluation, draw_globals, first_rows, fits_particles, stream
 from pvae.types import Dist
 
 __all__ = ["CheckKind", "Replicates", "check_generative", "draws"]
@@ -43,8 +42,7 @@ def draws(
     run = partial(simulate_batch, origin=origin, mean=mean, score=score)
     at_once = max(1, min(num_draws, evaluation.max_rows // evaluation.num_rows))
     if at_once > 1:  # the first rows say whether particles can be vectorised
-        with evaluating(evaluation.structure.modules):
-            can_vectorize(evaluation.structure, first_rows(evaluation))
+        fits_particles(evaluation)
     done = 0
     while done < num_draws:
         k = min(at_once, num_draws - done)
@@ -60,12 +58,13 @@ def _draw_globals(
     evaluation: Evaluation, num_draws: int, origin: Origin
 ) -> tuple[dict[str, Tensor], int]:
     """Draws of what is outside the data plate, and how many there are; see `draw_globals`."""
-    if origin == "prior":
+    is_prior = origin == "prior"
+    if is_prior:
         require_proper(evaluation.structure)
         structure = replace(evaluation.structure, guide=no_guide, enumerated=())
         evaluation = replace(evaluation, structure=structure)
-    given, terms = draw_globals(evaluation, num_draws)
-    return given, terms.num_particles
+    drawn = draw_globals(evaluation, num_draws, of_model=is_prior)
+    return drawn.given, drawn.count
 
 
 def check_generative(

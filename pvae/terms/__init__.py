@@ -7,7 +7,7 @@ chunks of bounded memory.
 
 from pvae.distributions import mean_of
 from pvae.pair import Structure, only_site
-from pvae.terms.chunks import draw_globals, first_rows, stream
+from pvae.terms.chunks import draw_globals, first_rows, fits_particles, stream
 from pvae.terms.evaluation import Evaluation, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
@@ -23,6 +23,7 @@ __all__ = [
     "draw_globals",
     "draw_guide",
     "first_rows",
+    "fits_particles",
     "mean_of",
     "only_site",
     "prepared",

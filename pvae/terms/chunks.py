@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pvae.data import Source, first_batch
+from pvae.data import LoaderSource, Source, first_batch
 from pvae.errors import PairError
 from pvae.modes import evaluating
 from pvae.pair import Batch, Structure
 from pvae.terms.evaluation import Evaluation
-from pvae.terms.passes import compute
-from pvae.terms.result import Terms
+from pvae.terms.passes import can_vectorize, compute, draw_guide
+from pvae.terms.result import SiteTerms
 
-__all__ = ["chunks_of", "draw_globals", "first_rows", "stream"]
+__all__ = ["GlobalDraws", "chunks_of", "draw_globals", "first_rows", "fits_particles", "stream"]
 
 
 def stream(
@@ -103,20 +104,82 @@ def first_rows(evaluation: Evaluation) -> Batch:
     return first_batch(source, source.num_rows if whole else structure.tied_to or 128)
 
 
-def draw_globals(evaluation: Evaluation, num_draws: int = 1) -> tuple[dict[str, Tensor], Terms]:
-    """Draws of what is outside the data plate, in the form in which they can be given.
-
-    Those of several particles can be given only to as many vectorised ones, so where particles
-    are looped it is one; the terms, which are of the first rows, say how many.
-    """
+def fits_particles(evaluation: Evaluation) -> bool:
+    """Whether several particles go through the pair at once, found out on the first rows."""
     structure = evaluation.structure
     with evaluating(structure.modules):
-        terms = compute(structure, first_rows(evaluation), num_particles=num_draws).passes[0]
-    k, given = terms.num_particles, dict[str, Tensor]()
-    for name, site in terms.sites.items():
+        return can_vectorize(structure, first_rows(evaluation))
+
+
+@dataclass(frozen=True)
+class GlobalDraws:
+    """Draws of what is outside the data plate.
+
+    Attributes:
+        given: Values by site, in the form in which they can be given.
+        count: How many they are.
+        log_q: The log density of each, ``(count,)``.
+    """
+
+    given: dict[str, Tensor]
+    count: int
+    log_q: Tensor
+
+
+def draw_globals(
+    evaluation: Evaluation, num_draws: int = 1, *, of_model: bool = False
+) -> GlobalDraws:
+    """Draws of what is outside the data plate.
+
+    They are the guide's, by a pass of the guide alone; with ``of_model`` the pair has a guide that
+    leaves them to the model. Those of several particles can be given only to as many vectorised
+    ones, so where particles are looped it is one. A guide that reads the data has all of them, up
+    to ``max_rows``; where there are more, one whose draws depend on which rows it has is refused.
+    """
+    structure, source = evaluation.structure, evaluation.source
+    k = num_draws if num_draws == 1 or fits_particles(evaluation) else 1
+    is_whole = source.num_rows <= evaluation.max_rows and not isinstance(source, LoaderSource)
+    batch = first_batch(source, source.num_rows) if is_whole else first_rows(evaluation)
+    with evaluating(structure.modules):
+        run = compute(structure, batch, num_particles=k).sites if of_model else None
+        sites = run or draw_guide(structure, batch, num_particles=k)
+    given: dict[str, Tensor] = {}
+    for name, site in sites.items():
         if not site.is_local and site.is_drawn and site.draws is not None:
             event_dim = len((site.guide or site.model).event_shape)
             padding = structure.nesting + event_dim + 1 - site.draws.dim()
             shape = (k, *(1,) * padding, *site.draws.shape[1:])
             given[name] = site.draws.reshape(shape) if k > 1 else site.draws[0]
-    return given, terms
+    log_q = _log_q(sites, k)
+    if not is_whole and not of_model:
+        _check_blind(evaluation, given, k, log_q)
+    return GlobalDraws(given, k, log_q)
+
+
+def _log_q(sites: Mapping[str, SiteTerms], k: int) -> Tensor:
+    outside = [s.log_q for s in sites.values() if not s.is_local and s.kind != "penalty"]
+    parts = [part.double() for part in outside if part is not None]
+    return torch.stack(parts).sum(0) if parts else torch.zeros(k, dtype=torch.float64)
+
+
+def _check_blind(
+    evaluation: Evaluation, given: Mapping[str, Tensor], k: int, log_q: Tensor
+) -> None:
+    """Refuses, once looked at, draws of what all data share whose density other rows change."""
+    structure = evaluation.structure
+    if structure.subsample_size is not None or structure.tied_to is not None:
+        return
+    if "reads_rows" not in structure.notes:
+        other = first_batch(evaluation.source, 64)
+        with evaluating(structure.modules):
+            again = _log_q(draw_guide(structure, other, num_particles=k, given=given), k)
+        off = (again - log_q).abs().max() / log_q.abs().max().clamp(min=1.0)
+        structure.notes["reads_rows"] = not bool(off <= _SAME)
+    if structure.notes["reads_rows"]:
+        rows, most = evaluation.num_rows, evaluation.max_rows
+        expected = "draws of global latents that don't depend on which rows the guide is given"
+        actual = f"a guide that reads the data, {rows} rows of which max_rows={most} are at once"
+        raise PairError("guide", expected, actual, [f"max_rows={rows}"])
+
+
+_SAME = 1e-4
