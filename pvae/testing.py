@@ -188,7 +188,7 @@ def check_pair(pair: PairLike, batch: object, *, tolerance: float = 1e-4) -> Non
         if not structure.enumerated:
             _check_elbo(batch, structure, tolerance)
         compute(structure, batch, num_particles=2)
-        if structure.tied_to is None and structure.subsample_size is None:
+        if structure.takes_any_rows:
             _check_independence(batch, structure, tolerance)
     with evaluating(structure.modules), torch.enable_grad(), randomness.forked(seed=0):
         _require_gradients(_loss(structure, batch), structure.parameters)
@@ -218,14 +218,17 @@ def _check_elbo(batch: Batch, structure: Structure, tolerance: float) -> None:
 
 def _check_independence(batch: Batch, structure: Structure, tolerance: float) -> None:
     whole = compute(structure, batch)
-    half = len(batch[0]) // 2
+    half = structure.num_rows_of(batch) // 2
     given = {}
     for name, site in whole.sites.items():
         if site.is_drawn and site.draws is not None:
             value = site.draws[0]
-            given[name] = value.narrow(site.data_axis - 1, 0, half) if site.is_local else value
+            axis = site.data_axis if site.is_local else None
+            given[name] = value if axis is None else value.narrow(axis - 1, 0, half)
+    pairs = zip(batch, structure.axes, strict=True)
+    first = tuple(b if axis is None else b.narrow(axis, 0, half) for b, axis in pairs)
     try:
-        part = compute(structure, tuple(b[:half] for b in batch), given=given)
+        part = compute(structure, first, given=given)
     except PvaeError:  # a plate of fixed size
         return
     both = (whole.log_weight[:, :half], part.log_weight)

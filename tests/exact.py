@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
@@ -38,6 +38,7 @@ class Exact:
         means: Posterior means by local latent site, ``(N, *event_shape)``.
         rate: KL(q(z | x) || p(z)) of each datum, ``(N,)``.
         marginal: Mean and standard deviation of each entry of x under the model, ``(N, D)``.
+        num_data: N; 1 where the whole data set is one datum.
     """
 
     pair: Pair
@@ -46,6 +47,7 @@ class Exact:
     means: dict[str, Tensor]
     rate: Tensor | None = None
     marginal: tuple[Tensor, Tensor] | None = None
+    num_data: int = N
 
 
 def variance() -> Tensor:
@@ -403,6 +405,34 @@ def autoguide() -> Exact:
     return Exact(Pair(model, guide), (x,), evidence, {})
 
 
+def no_plate() -> Exact:
+    """One latent for the whole data set, which no plate counts: it is one datum."""
+    x = data()
+    precision = 1 + N * WEIGHT.square().sum(0) / SIGMA**2
+    mean = (x @ WEIGHT).sum(0) / SIGMA**2 / precision
+
+    class Model(Generate):
+        def forward(self, x: Tensor) -> None:
+            z = pyro.sample("z", dist.Normal(torch.zeros(Q), 1.0).to_event(1))
+            loc = self.decoder(z)[..., None, :].expand(*z.shape[:-1], *x.shape)
+            pyro.sample("x", dist.Normal(loc, SIGMA).to_event(2), obs=x)
+
+    class Guide(Infer):
+        def forward(self, x: Tensor) -> None:
+            of_all = variance() * precision  # over the precision with one datum
+            scale = self.log_scale.exp() / of_all**0.5
+            pyro.sample("z", dist.Normal(self.encoder(x).sum(0) / of_all, scale).to_event(1))
+
+    noise = WEIGHT @ WEIGHT.T
+    both = torch.ones(N, N).kron(noise) + SIGMA**2 * torch.eye(N * D)
+    evidence = dist.MultivariateNormal(torch.zeros(N * D), both).log_prob(x.flatten())
+    q, p = dist.Normal(mean, precision**-0.5), dist.Normal(torch.zeros(Q), 1.0)
+    rate = torch.distributions.kl_divergence(q, p).sum()
+    found = Exact(Pair(Model(), Guide()), (x,), evidence[None], {"z": mean[None]}, rate[None])
+    sd = marginal_of()[1]
+    return replace(found, marginal=(torch.zeros(1, N, D), sd[None]), num_data=1)
+
+
 def point() -> Exact:
     """An autoencoder: its guide is a point mass, at the posterior's mean."""
     likelihood = likelihoods.Gaussian(Generate().decoder, D, sigma=SIGMA)
@@ -436,6 +466,7 @@ KINDS: dict[str, Callable[[], Exact]] = {
         discrete,
         global_latent,
         autoguide,
+        no_plate,
         point,
         improper,
     )

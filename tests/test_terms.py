@@ -501,27 +501,23 @@ def test_two_plates_of_the_batchs_length_are_asked_about(device: torch.device) -
         Pair(model, guide, plate="data").inspect((x,))
 
 
-def test_a_sequential_plate_is_refused(device: torch.device) -> None:
+def test_a_site_outside_the_plate_that_reads_what_is_inside_is_refused(
+    device: torch.device,
+) -> None:
+    """Its density belongs to no datum, and none of the others has one of its own."""
+    total = torch.tensor(1.0, device=device)
+
     def model(x: Tensor) -> None:
-        for i in pyro.plate("data", len(x)):
-            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
-            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i, 0])
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(pairs.Q), x.new_ones(pairs.Q)).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., :1], 1.0).expand(x.shape).to_event(1), obs=x)
+        pyro.sample("total", dist.Normal(z.sum((-2, -1)), 1.0), obs=total)
 
-    def guide(x: Tensor) -> None:
-        for i in pyro.plate("data", len(x)):
-            pyro.sample(f"z{i}", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
-
-    with pytest.raises(PairError, match="only the sequential plate") as error:
-        Pair(model, guide).inspect((pairs.data(3, device).cpu(),))
-    assert "instead of 'for i in pyro.plate" in str(error.value)
-
-
-def test_no_plate_is_refused(device: torch.device) -> None:
-    def program(x: Tensor) -> None:
-        pyro.sample("z", dist.Normal(x.new_zeros(3), x.new_ones(3)).to_event(1))
-
-    with pytest.raises(PairError, match="no plate at all"):
-        Pair(program, program).inspect((pairs.data(3, device),))
+    _, guide, (x,) = pairs.functions(device)
+    with pytest.raises(PairError, match="depends on them, while the site is outside") as error:
+        Pair(model, guide).inspect((x,))
+    assert "plate=False" in str(error.value)
+    assert not Pair(model, guide, plate=False).inspect((x,)).has_plate
 
 
 def test_a_latent_without_a_guide_is_refused_by_name(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
 from pvae.bounds.weights import WeightSums, require_evidence
+from pvae.data import joined
 from pvae.errors import check_choice, check_int, check_number
 from pvae.estimate import Estimate, with_error
 from pvae.options import Options, tool
@@ -278,4 +279,4 @@ def bdmc(
     )
     inverse = reverse.estimate(f"{name} reversed", k, structure)
     upper = replace(inverse, values=-inverse.values, variances=None, kind="upper")
-    return Sandwich(lower, upper, tuple(map(torch.cat, zip(*batches, strict=True))))
+    return Sandwich(lower, upper, joined(batches, structure.axes))

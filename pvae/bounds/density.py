@@ -21,7 +21,7 @@ from pvae.bounds.weights import require_local
 from pvae.errors import PairError, UndefinedError, oxford
 from pvae.modes import evaluating
 from pvae.options import progress_bar
-from pvae.pair import Batch, Structure, as_batch
+from pvae.pair import Batch, Structure, as_batch, rows_from
 from pvae.simulate import Simulation, simulate_batch
 from pvae.terms.chunks import chunks_of
 from pvae.terms.evaluation import Evaluation
@@ -41,7 +41,7 @@ class _Site:
     transform: Transform  # unconstrained -> support
     shape: tuple[int, ...]  # of one datum, unconstrained
     columns: slice
-    axis: int  # of the data, in a value with particles first
+    axis: int | None  # of the data, in a value with particles first
     num_plates: int  # dimensions of a value that plates take
 
 
@@ -192,7 +192,7 @@ class LatentDensity:
         transform = biject_to(support)
         shape = tuple(transform.inv(value).shape[2:])
         columns = slice(self.num_dims, self.num_dims + math.prod(shape))
-        num_plates = value.dim() - 1 - len(self.structure.shapes[name])
+        num_plates = value.dim() - 1 - len(self.structure.shapes[name])  # the one datum's, too
         self._sites.append(_Site(name, transform, shape, columns, site.data_axis, num_plates))
         self.num_dims = columns.stop
 
@@ -203,8 +203,8 @@ class LatentDensity:
         """Values in the layout that the programs have them in: particles first, if many."""
         given = {}
         for site in self._sites:
-            value = values[site.name].movedim(1, site.axis)
-            between = (1,) * (self.structure.nesting - site.num_plates)
+            value = rows_from(1, site.axis, values[site.name])
+            between = (1,) * (self.structure.nesting - site.num_plates + (site.axis is None))
             shape = value.shape[:1] + between + value.shape[1:]
             given[site.name] = value.reshape(shape) if len(value) > 1 else value[0]
         return given

@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 
 from pvae.bounds.density import LatentDensity
 from pvae.errors import UndefinedError
+from pvae.pair import rows_from, rows_to
 from pvae.terms import Terms, compute
 from pvae.types import Dist
 
@@ -125,18 +126,19 @@ class _Sites:
 
     def __init__(self, density: LatentDensity, sites: dict[str, Dist]) -> None:
         self.density, self.sites = density, sites
-        dim = density.structure.dim  # the data's axis, after one of particles
-        self.axes = {name: 1 + len(fn.batch_shape) + dim for name, fn in sites.items()}
+        axis_in = density.structure.axis_in  # the data's axis, after one of particles
+        self.axes = {name: axis_in(1 + len(fn.batch_shape)) for name, fn in sites.items()}
 
     def rsample(self, shape: tuple[int]) -> Tensor:
         sites, axes = self.sites.items(), self.axes
-        return self.density.flatten({n: f.rsample(shape).movedim(axes[n], 1) for n, f in sites})
+        drawn = {name: rows_to(1, axes[name], fn.rsample(shape)) for name, fn in sites}
+        return self.density.flatten(drawn)
 
     def log_prob(self, u: Tensor) -> Tensor:
         total = self.density.log_det(u)
         for name, value in self.density.values(u).items():
             axis = self.axes[name]
-            log_prob = self.sites[name].log_prob(value.movedim(1, axis)).movedim(axis, 1)
+            log_prob = rows_to(1, axis, self.sites[name].log_prob(rows_from(1, axis, value)))
             total = total + log_prob.reshape(*u.shape[:2], -1).sum(-1)
         return total
 

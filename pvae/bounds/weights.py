@@ -111,11 +111,16 @@ def facts(structure: Structure) -> Facts:
     return {
         "kind": "lower" if structure.quantity == "elbo" else "none",
         "global_sites": structure.global_sites,
-        "remarks": tuple(
-            f"left out: poutine.scale of {scale:g} at site '{site}'"
-            for site, scale in structure.removed_scales.items()
-        ),
+        "remarks": left_out(structure),
     }
+
+
+def left_out(structure: Structure) -> tuple[str, ...]:
+    """What of a pair is in no density, and what its one datum is, a line each."""
+    scales = structure.removed_scales.items()
+    lines = [f"left out: poutine.scale of {scale:g} at site '{site}'" for site, scale in scales]
+    whole = "no plate counts the data: the one datum is the whole data set"
+    return (*lines, *([] if structure.has_plate else [whole]))
 
 
 class Sums:

@@ -8,6 +8,7 @@ from pvae.data.batches import Batches
 from pvae.data.readers import Splits, load, read_idx
 from pvae.data.remote import download
 from pvae.data.sources import (
+    Axes,
     Data,
     LoaderSource,
     Source,
@@ -15,10 +16,13 @@ from pvae.data.sources import (
     check_rows,
     first_batch,
     in_memory,
+    joined,
+    num_rows_of,
 )
 from pvae.data.toys import LinearGaussian, principal_components
 
 __all__ = [
+    "Axes",
     "Batches",
     "Data",
     "LinearGaussian",
@@ -30,7 +34,9 @@ __all__ = [
     "download",
     "first_batch",
     "in_memory",
+    "joined",
     "load",
+    "num_rows_of",
     "principal_components",
     "read_idx",
 ]

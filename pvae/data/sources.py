@@ -15,7 +15,21 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from pvae.errors import ArgumentError, DataError
 from pvae.randomness import derive_seed
 
-__all__ = ["Data", "LoaderSource", "Source", "as_source", "check_rows", "first_batch", "in_memory"]
+__all__ = [
+    "Axes",
+    "Data",
+    "LoaderSource",
+    "Source",
+    "as_source",
+    "check_rows",
+    "first_batch",
+    "in_memory",
+    "joined",
+    "num_rows_of",
+]
+
+Axes = tuple[int | None, ...]
+"""The axis that counts the rows in each entry of a batch; None where all rows share the entry."""
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 BINARIZE: tuple[Binarize, ...] = get_args(Binarize)
@@ -134,6 +148,20 @@ class Data:
         return Data((x, *rest), origin=self.origin)
 
 
+def num_rows_of(batch: Sequence[Any], axes: Axes | None = None) -> int:
+    """Rows of a batch, whose first axes count them unless other axes are given.
+
+    Where no entry has rows of its own, all of them together are one row.
+
+    Example:
+        >>> num_rows_of((torch.zeros(5, 40), torch.zeros(40)), (1, 0))
+        40
+    """
+    axes = axes if axes is not None else (0,) * len(batch)
+    pairs = zip(batch, axes, strict=False)
+    return next((part.shape[axis] for part, axis in pairs if axis is not None), 1)
+
+
 class Source(ABC):
     """The abstract source: ``rows(index)`` is a batch, a tuple of tensors on the device.
 
@@ -143,9 +171,27 @@ class Source(ABC):
 
     num_rows: int
     device: torch.device
+    axes: Axes | None = None
+    """Where the rows are in each entry of a batch; None for the first axis of each."""
     exact = True
     random = False
     """Whether `rows` draws from the generator it is given."""
+
+    def along(self, axes: Axes) -> Source:
+        """The same data with their rows along these axes, which a pair's data plate counts.
+
+        Rows that are fetched by index stand first in a batch: all of them can be one row, that of
+        a pair without a data plate, but no other axis can count them.
+
+        Raises:
+            DataError: If the rows can't be along other axes.
+        """
+        if axes and all(axis is None for axis in axes):
+            return WholeSource(self)
+        if all(axis in (0, None) for axis in axes):
+            return self
+        fixes = ["the data as arrays or tensors", "the plate's data first in each entry"]
+        raise DataError("data", "rows along the first axis", f"rows along axes {axes}", fixes)
 
     @abstractmethod
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
@@ -165,10 +211,19 @@ class Source(ABC):
 class ArraySource(Source):
     """Arrays: on the device as a whole where they fit there, otherwise gathered on the host."""
 
-    def __init__(self, data: Data, device: torch.device, dtype: torch.dtype) -> None:
+    axes: Axes
+
+    def __init__(
+        self, data: Data, device: torch.device, dtype: torch.dtype, axes: Axes | None = None
+    ) -> None:
         self.data = data.fixed() if data.binarize == "static" else data
-        self.num_rows, self.device, self.dtype = len(data), device, dtype
+        self.device, self.dtype = device, dtype
+        self.axes = (0,) * len(data.arrays) if axes is None else axes
+        self.num_rows = num_rows_of(data.arrays, self.axes)
         self.random = self.data.binarize == "dynamic"
+        if self.random and self.axes[0] != 0:
+            expected = "data whose first axis counts them, for binarize='dynamic'"
+            raise DataError("data", expected, f"rows along axis {self.axes[0]}", ["'static'"])
         resident = not any(isinstance(a, MappedRows) for a in self.data.arrays)
         if device.type == "cuda" and resident:
             size = sum(a.nbytes for a in self.data.arrays)
@@ -179,11 +234,17 @@ class ArraySource(Source):
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The rows at ``index``; the first array scaled and binarised."""
+        if not self.data.arrays:
+            return ()
         if self.resident:
-            batch = [x.index_select(0, index) for x in self._tensors]
+            batch = [
+                x if axis is None else x.index_select(axis, index)
+                for x, axis in zip(self._tensors, self.axes, strict=True)
+            ]
         else:
             host = index.cpu()
-            batch = self._cast(self._send(a, host) for a in self.data.arrays)
+            pairs = zip(self.data.arrays, self.axes, strict=True)
+            batch = self._cast(self._send(a, host, axis) for a, axis in pairs)
         x = batch[0]
         if x.dtype in (torch.uint8, torch.bool):
             x = x.to(self.dtype)
@@ -212,8 +273,18 @@ class ArraySource(Source):
             uniform[here] = drawn[index[here] % _BLOCK]
         return uniform
 
-    def _send(self, array: Array, index: Tensor) -> Tensor:
-        tensor = _as_tensor(array[index] if isinstance(array, Tensor) else array[index.numpy()])
+    def along(self, axes: Axes) -> Source:
+        """The same arrays, with their rows along these axes."""
+        if axes == self.axes:
+            return self
+        return as_source(self.data, self.device, self.dtype, axes)
+
+    def _send(self, array: Array, index: Tensor, axis: int | None) -> Tensor:
+        if axis == 0 or isinstance(array, MappedRows):  # of which another axis is read whole
+            tensor = _as_tensor(array[index] if isinstance(array, Tensor) else array[index.numpy()])
+        else:
+            tensor = _as_tensor(array)
+            tensor = tensor if axis is None else tensor.index_select(axis, index)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
@@ -240,16 +311,52 @@ class DatasetSource(Source):
         return _as_batch(default_collate(fetch(index.tolist())), self.device, self.dtype)
 
 
+class WholeSource(Source):
+    """All rows of a source as one, for a pair whose data no plate counts."""
+
+    num_rows = 1
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.device, self.exact = source, source.device, source.exact
+        self.axes = (None,) * len(first_batch(source, 1))
+
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
+        """All of them, whatever the index, which can be nothing but 0."""
+        return self.source.rows(torch.arange(self.source.num_rows, device=self.device), generator)
+
+    def along(self, axes: Axes) -> Source:
+        """Back to the source that this is of."""
+        return self if axes == self.axes else self.source.along(axes)
+
+
 class LoaderSource(Source):
     """A user's own ``DataLoader``: its batches, in its order, epoch by epoch."""
 
     exact = False
 
-    def __init__(self, loader: DataLoader, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        loader: DataLoader,
+        device: torch.device,
+        dtype: torch.dtype,
+        axes: Axes | None = None,
+    ) -> None:
         if not hasattr(loader.dataset, "__len__"):
             raise DataError("data", "a dataset with a length", type(loader.dataset).__name__)
-        self.loader, self.device, self.dtype = loader, device, dtype
+        self.loader, self.device, self.dtype, self.axes = loader, device, dtype, axes
         self.num_batches, self.num_rows = len(loader), len(loader.dataset)
+        if axes and all(axis is None for axis in axes):
+            self.num_rows = 1
+            if self.num_batches > 1:
+                expected = "one batch of all data, for a pair whose data no plate counts"
+                fixes = ["pass loader.dataset", "a data plate: with pyro.plate('data', len(x))"]
+                raise DataError("data", expected, f"{self.num_batches} batches", fixes)
+
+    def along(self, axes: Axes) -> Source:
+        """The same loader, in whose batches the rows are along these axes."""
+        if axes == (self.axes or (0,) * len(axes)):
+            return self
+        return LoaderSource(self.loader, self.device, self.dtype, axes)
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Raises: a DataLoader has an order of its own."""
@@ -265,7 +372,7 @@ class LoaderSource(Source):
         start = 0
         for batch in self.batches():
             yield start, batch
-            start += len(batch[0])
+            start += num_rows_of(batch, self.axes)
 
 
 def first_batch(source: Source, num_rows: int) -> Batch:
@@ -277,9 +384,15 @@ def in_memory(source: Source) -> Source:
     """The same data, to be read more than once in one order: a ``DataLoader`` is read out."""
     if not isinstance(source, LoaderSource):
         return source
-    columns = zip(*source.batches(), strict=True)
-    data = Data(tuple(torch.cat(column) for column in columns))
-    return as_source(data, source.device, source.dtype)
+    data = Data(joined(source.batches(), source.axes))
+    return as_source(data, source.device, source.dtype, source.axes)
+
+
+def joined(batches: Iterable[Batch], axes: Axes | None = None) -> Batch:
+    """One batch with the rows of several; what all rows share is the first one's."""
+    columns = [*zip(*batches, strict=True)]
+    parts = zip(columns, axes or (0,) * len(columns), strict=True)
+    return tuple(c[0] if axis is None else torch.cat(c, axis) for c, axis in parts)
 
 
 def _as_tensor(array: Array) -> Tensor:
@@ -306,7 +419,10 @@ def _as_batch(batch: object, device: torch.device, dtype: torch.dtype) -> Batch:
 
 
 def as_source(
-    data: object, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    data: object,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    axes: Axes | Literal["any"] | None = None,
 ) -> Source:
     """Turns data into a `Source`.
 
@@ -316,34 +432,52 @@ def as_source(
         device: Where batches are wanted.
         dtype: What floating numbers are cast to; bytes and booleans in the first array, too.
             Bytes in other arrays are labels and become integers; all else stays as it is.
+        axes: The axis that counts the rows in each array, None for one that all rows share; left
+            out, the first axis of each. ``"any"`` is for a look at what a pair makes of them: where
+            first axes differ, all arrays together are one row.
 
     Raises:
         DataError: If the data are empty, of unequal lengths, or not numbers.
     """
     device = torch.device(device)
+    known = None if axes == "any" else axes
     if isinstance(data, Source):
-        return data
+        return data if known is None else data.along(known)
     if isinstance(data, DataLoader):
-        return LoaderSource(data, device, dtype)
+        return LoaderSource(data, device, dtype, known)
     if isinstance(data, Dataset):
-        return DatasetSource(data, device, dtype)
+        source = DatasetSource(data, device, dtype)
+        return source if known is None else source.along(known)
     if hasattr(data, "train") and hasattr(data, "valid"):
         raise DataError("data", "one part of a data set", type(data).__name__, ["data.train"])
     if not isinstance(data, Data):
         data = Data(tuple(data) if isinstance(data, (tuple, list)) else (data,))
-    return ArraySource(_checked(data), device, dtype)
+    if axes == "any" and not _is_even(data):
+        known = (None,) * len(data.arrays)
+    return ArraySource(_checked(data, known), device, dtype, known)
 
 
-def _checked(data: Data) -> Data:
-    arrays = tuple(_as_array(a) for a in data.arrays)
-    for i, array in enumerate(arrays):
+def _is_even(data: Data) -> bool:
+    """Whether there are arrays, all with a first axis of one length."""
+    shapes = [tuple(np.shape(a)) for a in data.arrays]
+    return len({shape[:1] for shape in shapes}) == 1 and shapes[0] != ()
+
+
+def _checked(data: Data, axes: Axes | None) -> Data:
+    rows = None if data.arrays or axes is not None else 0
+    axes = (0,) * len(data.arrays) if axes is None else axes
+    arrays = tuple(_as_array(a, axis) for a, axis in zip(data.arrays, axes, strict=True))
+    for i, (array, axis) in enumerate(zip(arrays, axes, strict=True)):
         name = "data" if len(arrays) == 1 else f"data[{i}]"
         _check_real(name, array)
-        if array.ndim == 0:
+        if axis is None:
+            continue
+        if array.ndim <= axis:
             raise DataError(name, "an array with one row a datum", "a single number")
-        if len(array) != len(arrays[0]):
-            raise DataError(name, f"{len(arrays[0])} rows, like data[0]", f"{len(array)} rows")
-    _check_length(len(arrays[0]) if arrays else 0)
+        rows = array.shape[axis] if rows is None else rows
+        if array.shape[axis] != rows:
+            raise DataError(name, f"{rows} rows, like data[0]", f"{array.shape[axis]} rows")
+    _check_length(1 if rows is None else rows)
     if data.binarize != "none":
         low, high = float(arrays[0].min()) * data.scale, float(arrays[0].max()) * data.scale
         if not (low >= 0 and high <= 1):
@@ -362,8 +496,8 @@ def _check_real(name: str, array: Array) -> None:
         raise DataError(name, "real numbers", f"dtype {array.dtype}", fixes)
 
 
-def _as_array(array: object) -> Array:
-    if isinstance(array, np.memmap) and array.ndim:
+def _as_array(array: object, axis: int | None) -> Array:
+    if isinstance(array, np.memmap) and array.ndim and axis == 0:
         return MappedRows(array)
     return array if isinstance(array, (Tensor, np.ndarray, MappedRows)) else np.asarray(array)
 
@@ -394,26 +528,37 @@ def check_rows(
         DataError: Naming the array, the first offending row, and its value.
     """
     for start, batch in source.all():
-        for i, part in enumerate(batch):
-            name = where if len(batch) == 1 else f"{where}[{i}]"
+        axes = source.axes or (0,) * len(batch)
+        for i, (part, axis) in enumerate(zip(batch, axes, strict=True)):
+            at = (source, start, where if len(batch) == 1 else f"{where}[{i}]", axis)
             if part.is_floating_point():
-                _refuse(part, part.isfinite(), (source, start, name), "finite values", _FILL)
+                _refuse(part, part.isfinite(), at, "finite values", _FILL)
             if i == 0 and support is not None:
-                _refuse(part, support(part), (source, start, name), describe, fixes)
+                _refuse(part, support(part), at, describe, fixes)
         if isinstance(source, LoaderSource):
             return
 
 
 def _refuse(
-    part: Tensor, good: Tensor, at: tuple[Source, int, str], expected: str, fixes: Sequence[str]
+    part: Tensor,
+    good: Tensor,
+    at: tuple[Source, int, str, int | None],
+    expected: str,
+    fixes: Sequence[str],
 ) -> None:
-    """Names the first row where ``good`` is false; ``at``: its source, first row, and name."""
+    """Names the first row where ``good`` is false.
+
+    ``at``: the source, its first row, the entry's name, and the axis of its rows.
+    """
     if bool(good.all()):
         return
-    good = good.reshape(good.shape + (1,) * (part.dim() - good.dim()))
-    bad = ~good.expand(part.shape).reshape(len(part), -1)
+    source, start, name, axis = at
+    good = good.reshape(good.shape + (1,) * (part.dim() - good.dim())).expand(part.shape)
+    if axis is None:
+        got = f"{part[~good][0].item():g} ({int((~good).sum())} such value(s))"
+        raise DataError(name, expected, got, fixes)
+    bad, part = (~good).movedim(axis, 0), part.movedim(axis, 0)
+    bad, part = bad.reshape(len(bad), -1), part.reshape(len(part), -1)
     row = int(bad.any(1).nonzero()[0])
-    value = part.reshape(len(part), -1)[row][bad[row]][0].item()
-    got = f"{value:g} ({int(bad[row].sum())} such value(s) in this row)"
-    source, start, name = at
+    got = f"{part[row][bad[row]][0].item():g} ({int(bad[row].sum())} such value(s) in this row)"
     raise DataError(f"{name}, row {source.origin_of(start + row)}", expected, got, fixes)

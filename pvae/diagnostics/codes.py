@@ -17,7 +17,7 @@ from pvae.jacobian import squared_jacobian_norm
 from pvae.latent.coding import means_and_noise
 from pvae.modes import evaluating
 from pvae.options import Options, tool
-from pvae.pair import PairLike
+from pvae.pair import PairLike, rows_from, rows_to
 
 __all__ = ["active_units", "hoyer", "near_zero", "sensitivity"]
 
@@ -134,7 +134,7 @@ def sensitivity(
     with terms.prepared(pair, data, options, "sensitivity") as evaluation:
         structure = evaluation.structure
         name = terms.only_site("sensitivity", "latent of the data", structure.latents, site)
-        if structure.subsample_size is not None or structure.tied_to is not None:
+        if structure.has_plate and not structure.takes_any_rows:
             raise UndefinedError(
                 "sensitivity",
                 "a pair that runs on any rows it is given",
@@ -142,18 +142,22 @@ def sensitivity(
                 ["pyro.plate(name, len(x)), with no subsample"],
             )
 
+        axis = structure.axes[0] if structure.axes else None
+
         def code(x: Tensor, context: Sequence[Tensor]) -> Tensor:
-            fn = poutine.trace(structure.guide).get_trace(x, *context).nodes[name]["fn"]
+            batch = rows_from(0, axis, x), *context
+            fn = poutine.trace(structure.guide).get_trace(*batch).nodes[name]["fn"]
             mean = terms.mean_of(fn)
             if mean is None:
                 expected = "a distribution whose mean is known"
                 raise UndefinedError(f"site '{name}'", expected, type(fn).__name__)
-            return mean.movedim(structure.dim - len(fn.event_shape), 0)
+            return rows_to(0, structure.axis_in(mean.dim() - len(fn.event_shape)), mean)
 
         squares = []
         with evaluating(structure.modules):
             for _, (x, *context) in evaluation.source.all(evaluation.max_rows):
                 x = x if x.is_floating_point() else x.to(structure.dtype)
                 encode = functools.partial(code, context=context)
-                squares.append(squared_jacobian_norm(encode, x, num_probes=num_probes))
+                rows = rows_to(0, axis, x)
+                squares.append(squared_jacobian_norm(encode, rows, num_probes=num_probes))
     return torch.cat(squares).sqrt()

@@ -270,7 +270,7 @@ class _Gradients:
     ) -> None:
         objective.check(structure)
         self.objective, self.structure, self.batch = objective, structure, batch
-        self.state = objective.make_state(structure, len(batch[0]))
+        self.state = objective.make_state(structure, structure.num_rows_of(batch))
         self.sums: dict[str, Sums] = {}
         self.times: list[float] = []
 

@@ -90,7 +90,7 @@ class Passes:
         own = measure(batch) if batch else Measured(first.new_zeros(len(PARTS) - 1), {}, {})
         with torch.no_grad():
             gradients = self._complete(own.gradients)
-            rows = len(batch[0]) if batch else 0
+            rows = self.structure.num_rows_of(batch) if batch else 0
             total, [parts, *means] = self.world.mean(rows, [own.parts, *gradients.values()])
         shared = Measured(parts, dict(zip(gradients, means, strict=True)), own.densities)
         return self._judge(buffers, shared, total)
@@ -138,7 +138,7 @@ class Passes:
         Some add their gradients to those that parameters have, which are none before a step.
         """
         model, guide = self.structure.model, self.structure.guide
-        self._num_rows = self.structure.subsample_size or len(batch[0])
+        self._num_rows = self.structure.subsample_size or self.structure.num_rows_of(batch)
         divisor = self.structure.divisor(self._num_rows) if self.per_datum else 1
         if hasattr(objective, "differentiable_loss"):
             loss = objective.differentiable_loss(model, guide, *batch) / divisor

@@ -75,6 +75,7 @@ class Plan:
     mean: bool = field(kw_only=True)  # whether predictive groups have means in place of draws
     variables: list[Variable] = field(default_factory=list)  # what is filled from draws
     constants: dict[str, np.ndarray] = field(default_factory=dict)  # what no site observes
+    shared: set[str] = field(default_factory=set)  # of these, what isn't of single data
     left_out: dict[str, str] = field(default_factory=dict)  # why a group or variable isn't there
     examples: dict[Origin, Simulation] = field(default_factory=dict)  # one draw for first rows
 
@@ -160,8 +161,9 @@ class Plan:
         """Names of what follows draws and rows: of other plates, then of the event."""
         name = node["name"]
         event_dim = len(node["fn"].event_shape)
-        depth = rank - event_dim + is_local
-        places = [d for d in range(-depth, 0) if not (is_local and d == self.structure.dim)]
+        has_rows = is_local and self.structure.has_plate
+        depth = rank - event_dim + has_rows
+        places = [d for d in range(-depth, 0) if not (has_rows and d == self.structure.dim)]
         plates = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
         own = [plates.get(d, f"{name}_plate_{-d}") for d in places]
         event = self.dims.get(name, [f"{name}_dim_{i}" for i in range(event_dim)])
@@ -211,7 +213,14 @@ class Plan:
                 self.variables.append(replace(stat, outside=once))
 
     def _observed_data(self) -> None:
+        run = self._example("posterior")
+        made = [name for name, site in run.observed.items() if not site.places]  # of no entry
+        if made:
+            *_, again = next(draws(replace(self.evaluation, max_rows=1024), 1, "posterior"))
         for name in self.structure.observed:
+            if name in made and not torch.equal(run.data(name), again.data(name)):
+                expected, actual = "data that no latent changes", "data that depend on the draws"
+                raise UndefinedError(f"observed data of site '{name}'", expected, actual)
             self._add_site("observed_data", name, "posterior", _data(name), None)
 
     def _constant_data(self) -> None:
@@ -220,8 +229,11 @@ class Plan:
         observed = {place for site in run.observed.values() for place in site.places}
         names = dict(zip(range(len(run.batch)), _names(self.structure.model), strict=False))
         for place in set(names) - observed:
+            axis, name = self.structure.axes[place], names[place]
             parts = [batch[place].cpu() for _, batch in self.evaluation.source.all()]
-            self.constants[names[place]] = torch.cat(parts).numpy()
+            whole = parts[0] if axis is None else torch.cat(parts, axis).movedim(axis, 0)
+            self.constants[name] = whole.numpy()
+            self.shared |= {name} if axis is None else set()
 
 
 def _terms(run: Simulation) -> Terms:

@@ -187,7 +187,8 @@ def _tree(
         with_draws = some[0].num_draws is not None
         groups[group] = _dataset(data, dims, coords, attributes, with_draws=with_draws)
     if plan.constants:
-        dims = {k: [*rows, *_dims(k, a.ndim - 1)] for k, a in plan.constants.items()}
+        own = {k: () if k in plan.shared else rows for k in plan.constants}
+        dims = {k: [*own[k], *_dims(k, a.ndim - len(own[k]))] for k, a in plan.constants.items()}
         constants = _dataset(plan.constants, dims, coords, attributes, with_draws=False)
         groups["constant_data"] = constants
     if khat is not None:

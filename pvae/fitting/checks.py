@@ -22,7 +22,14 @@ from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
 from pvae.pair import Structure, is_penalty, run_pair
 
-__all__ = ["check_batches", "check_objective", "check_overcomplete", "check_pair", "trying"]
+__all__ = [
+    "check_batches",
+    "check_objective",
+    "check_overcomplete",
+    "check_pair",
+    "check_whole",
+    "trying",
+]
 
 
 def check_batches(structure: Structure, source: Source, batch_size: int, world: World) -> None:
@@ -33,6 +40,23 @@ def check_batches(structure: Structure, source: Source, batch_size: int, world: 
         _check_minibatches(structure, source.num_rows, batch_size)
     if 1 in _sizes(source.num_rows, batch_size, world):
         _check_one_row(structure, source, batch_size)
+
+
+def check_whole(structure: Structure, source: Source, batch_size: int | None) -> None:
+    """Refuses minibatches where no plate counts the data: all of them are one datum."""
+    if structure.has_plate or batch_size is None or isinstance(source, LoaderSource):
+        return
+    rows = max((len(part) for part in first_batch(source, 1) if part.dim()), default=1)
+    if batch_size < rows:
+        raise PairError(
+            "batch_size",
+            "all data in one batch: no plate of the pair counts them, so they are one datum",
+            f"batches of {batch_size}, of arrays with {rows} rows",
+            [
+                "batch_size=None",
+                "with pyro.plate('data', len(x)): around what belongs to single rows",
+            ],
+        )
 
 
 def _sizes(num_rows: int, batch_size: int, world: World) -> set[int]:

@@ -5,18 +5,24 @@ from __future__ import annotations
 from pyro.infer import ELBO as PyroELBO
 
 from pvae import checkpoint, distributed, randomness
-from pvae.data import Batches, LoaderSource, Source, as_source, check_rows, first_batch
+from pvae.data import Batches, LoaderSource, Source, as_source, first_batch
 from pvae.distributed import World
 from pvae.engine import Engine, Stepper, choose, make_optimizer
-from pvae.errors import ArgumentError, PairError, warn
-from pvae.fitting.checks import check_batches, check_objective, check_overcomplete, check_pair
+from pvae.errors import ArgumentError, warn
+from pvae.fitting.checks import (
+    check_batches,
+    check_objective,
+    check_overcomplete,
+    check_pair,
+    check_whole,
+)
 from pvae.fitting.processes import agree, check_parts, warn_if_apart
 from pvae.fitting.saving import restore
 from pvae.fitting.settings import Settings
 from pvae.fitting.training import Training
 from pvae.objectives import Objective, as_objective
 from pvae.pair import Pair, Structure
-from pvae.terms import check_data
+from pvae.terms import check_data, look_at
 
 __all__ = ["set_up"]
 
@@ -55,20 +61,13 @@ def _look_at(
 ) -> tuple[Structure, Source, Source | None]:
     """Looks at pair and data together, on the device, and refuses what can't be trained."""
     where, dtype = pair.place(settings.device, data)
-    source = as_source(data, where, dtype)
-    num_rows = min(settings.batch_size or source.num_rows, source.num_rows)
-    try:
-        structure = pair.inspect_source(source, num_rows)
-    except PairError:
-        check_rows(source)  # was it the data?
-        raise
+    structure, source = look_at(pair, data, where, dtype, settings.batch_size)
     check_pair(structure, objective)
-    source = as_source(data, structure.device, structure.dtype)
     check_data(structure, source)
     check_overcomplete(structure, source)
     if valid is None:
         return structure, source, None
-    validation = as_source(valid, structure.device, structure.dtype)
+    validation = as_source(valid, structure.device, structure.dtype, structure.axes)
     check_data(structure, validation, "valid")
     pair.checked_sources.add(validation)
     return structure, source, validation
@@ -79,6 +78,7 @@ def _make_batches(
 ) -> Batches:
     """The data cut into batches, on which the pair can be trained."""
     rows = settings.batch_size
+    check_whole(structure, source, rows)
     if rows is None or structure.subsample_size is not None:
         rows = source.num_rows
     # With one batch an epoch the order is no matter, but to parameters of single rows.

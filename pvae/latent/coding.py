@@ -12,7 +12,7 @@ from torch import Tensor
 from pvae.data import as_source, check_rows
 from pvae.errors import DataError, UndefinedError, check_int
 from pvae.options import Options, tool
-from pvae.pair import PairLike
+from pvae.pair import PairLike, rows_to
 from pvae.terms import Evaluation, Terms, mean_of, only_site, prepared, stream
 
 __all__ = ["as_matrix", "codes", "means_and_noise"]
@@ -117,7 +117,7 @@ def _means(terms: Terms, site: str) -> Tensor:
         mean = mean_of(one.sites[site].guide)
         shape = [-1 if i == axis else size for i, size in enumerate(draws.shape)]
         each = draws if mean is None else mean.reshape(shape)
-        means.append(each.movedim(axis, 1)[:, : terms.num_rows])  # the mean is of all rows
+        means.append(rows_to(1, axis, each)[:, : terms.num_rows])  # the mean is of all rows
     return torch.cat(means)
 
 

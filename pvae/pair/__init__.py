@@ -7,8 +7,8 @@ Parts build pairs, tools work on them.
 from pvae.pair.base import Pair, PairLike, as_pair
 from pvae.pair.messages import is_penalty, mask_of
 from pvae.pair.observed import Observed, observed_sites
-from pvae.pair.running import Batch, as_batch, num_rows_of, probing, run_pair
-from pvae.pair.structure import Structure, is_inside, only_site
+from pvae.pair.running import Batch, as_batch, probing, run_pair
+from pvae.pair.structure import Structure, is_inside, only_site, rows_from, rows_to
 
 __all__ = [
     "Batch",
@@ -21,9 +21,10 @@ __all__ = [
     "is_inside",
     "is_penalty",
     "mask_of",
-    "num_rows_of",
     "observed_sites",
     "only_site",
     "probing",
+    "rows_from",
+    "rows_to",
     "run_pair",
 ]

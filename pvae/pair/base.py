@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.errors import ArgumentError, PairError, warn
+from pvae.pair.plates import PlateName
 from pvae.pair.probe import inspect_pair
 from pvae.pair.running import (
     as_batch,
@@ -43,7 +44,10 @@ class Pair:
         model: A Pyro program: a module, a function or a method, called as ``model(*batch)``.
         guide: Its guide, called as ``guide(*batch)``.
         plate: Name of the plate that counts the data, where its length, which is that of the
-            batch, doesn't tell.
+            batch's first axis, doesn't tell. The data may be counted along another axis, as in
+            time-major batches, and entries without an axis of its length are shared by all. False
+            where no plate counts them: all data are one datum then, as they are for a pair without
+            plates.
 
     Raises:
         ArgumentError: If one of them can't be called.
@@ -63,9 +67,9 @@ class Pair:
 
     model: Any
     guide: Any
-    plate: str | None = None
+    plate: PlateName = None
 
-    def __init__(self, model: Program, guide: Program, *, plate: str | None = None) -> None:
+    def __init__(self, model: Program, guide: Program, *, plate: PlateName = None) -> None:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program) or isinstance(program, type):
                 expected = "a Pyro program: a function, a method or a module"
@@ -75,7 +79,7 @@ class Pair:
         self.model, self.guide, self.plate = model, guide, plate
 
     def __repr__(self) -> str:
-        plate = "" if self.plate is None else f", plate='{self.plate}'"
+        plate = "" if self.plate is None else f", plate={self.plate!r}"
         return f"Pair({_named(self.model)}, {_named(self.guide)}{plate})"
 
     def __getstate__(self) -> dict[str, object]:
@@ -86,12 +90,11 @@ class Pair:
         """What the pair is made of, by one traced batch, in evaluation mode; remembered.
 
         Arguments:
-            batch: What model and guide are called with: a tuple, or one tensor; the first
-                tensor's first axis counts the data.
+            batch: What model and guide are called with: a tuple, or one tensor.
 
         Raises:
-            PairError: If model and guide don't match, there is no data plate or more than one
-                candidate, a latent of the model has no guide, or data stand outside the plate.
+            PairError: If model and guide don't match, there is more than one candidate for the data
+                plate, a latent of the model has no guide, or data stand outside the plate.
 
         Warns:
             PvaeWarning: Once, of what is odd about the pair's parameters.
@@ -123,18 +126,26 @@ class Pair:
         autoguide = poutine.unwrap(self.guide)
         if isinstance(autoguide, AutoGuide) and getattr(autoguide, "prototype_trace", None) is None:
             self.inspect(first_batch(source, source.num_rows))
+        structure = self._inspect_first(source, num_rows)
+        if structure.axes != (source.axes or (0,) * len(structure.axes)):  # rows along other axes
+            source = source.along(structure.axes)
+            structure = self._inspect_first(source, num_rows)
+        if structure.subsample_size is not None and num_rows < source.num_rows:
+            return self.inspect(first_batch(source, source.num_rows))
+        return structure
+
+    def _inspect_first(self, source: Source, num_rows: int) -> Structure:
+        """By the first rows; by all, where those don't run and all do, as they have to be there."""
         try:
-            structure = self.inspect(first_batch(source, num_rows))
+            return self.inspect(first_batch(source, num_rows))
         except PairError:
             if source.device.type == "cpu" and num_rows < source.num_rows:
                 with contextlib.suppress(PairError):
                     whole = self.inspect(first_batch(source, source.num_rows))
-                    if whole.subsample_size is not None or whole.tied_to is not None:
+                    takes_all = whole.subsample_size is not None or whole.tied_to is not None
+                    if takes_all or whole.axes != source.axes:
                         return whole
             raise
-        if structure.subsample_size is not None and num_rows < source.num_rows:
-            return self.inspect(first_batch(source, source.num_rows))
-        return structure
 
     def home(self, data: object = None) -> Tensor:
         """A floating tensor that is where the pair is; of the data, where it has none itself."""

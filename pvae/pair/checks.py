@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pvae.errors import PairError, oxford, warn
 from pvae.pair.messages import infer_of, is_factor, is_penalty, log_prob_of
-from pvae.pair.plates import Sites
+from pvae.pair.plates import DataPlate, Sites
 from pvae.types import Site
 
-__all__ = ["check_locality", "check_sites", "check_with_pyro"]
+__all__ = ["check_apart", "check_locality", "check_sites", "check_with_pyro"]
 
 SWAPPED = "model and guide in this order: are they swapped?"
 
@@ -45,9 +48,9 @@ def _check_unguided(name: str, site: Site, sites: Sites) -> None:
         ]
         actual = f"the guide's sites: {_names(sites.guided)}"
         raise PairError(f"site '{name}'", "a site of that name in the guide", actual, fixes)
-    plates = [f.name for f in site["cond_indep_stack"]]
-    if plates != [sites.data_plate.name]:
-        expected = f"the data plate '{sites.data_plate.name}' and no other around it"
+    plates, own = [f.name for f in site["cond_indep_stack"]], sites.data_plate
+    if plates != ([own.name] if own else []):
+        expected = f"the data plate '{own.name}' and no other around it" if own else "no plate"
         actual = f"plates: {_names(plates)}"
         raise PairError(f"enumerated site '{name}'", expected, actual, ["a guide for it"])
 
@@ -100,41 +103,92 @@ def _is_scored(site: Site) -> bool:
     return True
 
 
-def check_locality(sites: Sites, rows: int | None, fewer: Trace | None) -> None:
+def check_locality(sites: Sites, fewer: Trace | None) -> None:
     """Refuses latents and data that stand outside the data plate and belong inside."""
-    plate = sites.data_plate.name
+    plate = sites.data_plate
+    if plate is None:
+        return
     for name, site in sites.in_model.items():
         inside = sites.is_inside(site)
         if site["is_observed"]:
-            if rows is not None and rows > 1 and _has_rows(site, rows, fewer):
-                _check_observed(site, sites, rows)
+            if plate.rows > 1 and _has_rows(site, plate.rows, fewer):
+                _check_observed(site, plate, inside=inside)
         elif name in sites.guided and sites.is_inside(sites.guided[name]) != inside:
-            expected = f"the data plate '{plate}' around it in model and guide alike"
+            expected = f"the data plate '{plate.name}' around it in model and guide alike"
             actual = f"in the {'model' if inside else 'guide'} alone"
-            fixes = [f"with pyro.plate('{plate}', ...) in both"]
+            fixes = [f"with pyro.plate('{plate.name}', ...) in both"]
             raise PairError(f"latent '{name}'", expected, actual, fixes)
 
 
+def check_apart(sites: Sites, run: Callable[[], tuple[Trace, Trace]]) -> None:
+    """Refuses sites outside the data plate whose densities depend on latents inside it.
+
+    No datum has terms of its own then. It is seen by gradients, so not of discrete latents.
+    """
+    plate = sites.data_plate
+    outside = sites.outside(s["name"] for s in sites.all if not is_penalty(s))
+    local = {name for name, site in sites.guided.items() if sites.is_inside(site)}
+    if plate is None or not outside or not local:
+        return
+    leaves = _Leaves(local)
+    with torch.enable_grad(), leaves:
+        for trace in run():
+            for name in outside:
+                if name not in trace.nodes or not leaves.values:
+                    continue
+                density = log_prob_of(trace.nodes[name]).sum()
+                if not density.requires_grad:
+                    continue
+                every = torch.autograd.grad(
+                    density, leaves.values, allow_unused=True, retain_graph=True
+                )
+                if any(g is not None for g in every):
+                    fixes = [
+                        f"the pyro.sample('{name}', ...) indented into the plate",
+                        "pvae.Pair(model, guide, plate=False), where all data are one datum",
+                    ]
+                    expected = f"a density apart from the latents in the data plate '{plate.name}'"
+                    actual = "one that depends on them, while the site is outside of it"
+                    raise PairError(f"site '{name}'", expected, actual, fixes)
+
+
+class _Leaves(Messenger):
+    """Cuts the draws of some sites off what they were made of, so that gradients end there."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names, self.values = names, list[Tensor]()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        is_new = not any(value is known for known in self.values)
+        if msg["name"] in self.names and is_new and value.is_floating_point():
+            msg["value"] = value.detach().requires_grad_()
+            self.values.append(msg["value"])
+
+
 def _has_rows(site: Site, rows: int, fewer: Trace | None) -> bool:
-    """Whether the first axis counts the data: it is as long as the batch, also as a shorter one."""
-    value, name = site["value"], site["name"]
-    if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != rows:
-        return False
-    if fewer is None or name not in fewer.nodes:
-        return True
-    return fewer.nodes[name]["value"].shape[0] == rows - 1
+    """Whether an axis counts the data: it is as long as the batch, also as a shorter one."""
+    shape = site["value"].shape if isinstance(site["value"], Tensor) else ()
+    if fewer is None or site["name"] not in fewer.nodes:
+        return rows in shape[: max(1, len(shape) - len(site["fn"].event_shape))]
+    other = fewer.nodes[site["name"]]["value"].shape
+    both = zip(shape, other, strict=False)
+    return len(shape) == len(other) and any(pair == (rows, rows - 1) for pair in both)
 
 
-def _check_observed(site: Site, sites: Sites, rows: int) -> None:
-    event_shape, plate = tuple(site["fn"].event_shape), sites.data_plate
+def _check_observed(site: Site, plate: DataPlate, *, inside: bool) -> None:
+    event_shape = tuple(site["fn"].event_shape)
     is_event = site["value"].dim() - len(event_shape) < -plate.dim
-    inside = sites.is_inside(site)
     if is_event or not inside:
-        expected = f"the data plate '{plate.name}' around it: it has {rows} rows, like the batch"
+        expected = (
+            f"the data plate '{plate.name}' around it: it has {plate.rows} rows, like the batch"
+        )
         whole = f"event_shape {event_shape}, which holds them all"
         fixes = [
             f"the pyro.sample('{site['name']}', ...) indented into the plate",
             ".to_event(k) for the axes of one datum alone",
+            "pvae.Pair(model, guide, plate=False), where all data are one datum",
         ]
         actual = whole if inside else "outside of it"
         raise PairError(f"observed site '{site['name']}'", expected, actual, fixes)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pvae.data import Axes
 from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.pair.messages import infer_of, is_factor, mask_of, sample_sites
 from pvae.pair.running import Batch
@@ -27,7 +29,8 @@ class Observed:
     Attributes:
         name: The site.
         data: What it observes, the data's axis first, shape ``(N, ...)``.
-        axis: The axis of the data in the program; None for a site outside the data plate.
+        axis: The axis of the data in the program; None for a site outside the data plate, and
+            where there is none.
         mask: Which entries count, of the shape that a value has in the program; None if all do.
         places: Where in the batch the data stand: as they are, reshaped, or of another type.
         is_itself: Whether they are that entry of the batch itself, and not only equal to it.
@@ -61,11 +64,13 @@ def observed_sites(structure: Structure, trace: Trace, batch: Batch) -> dict[str
         if not site["is_observed"] or is_factor(site):
             continue
         data, axis = torch.as_tensor(infer_of(site).get(DATA, site["value"])), None
-        if is_inside(structure, site):
-            axis = max(0, data.dim() - len(site["fn"].event_shape) + structure.dim)
+        if structure.has_plate and is_inside(structure, site):
+            axis = max(0, structure.axis_in(data.dim() - len(site["fn"].event_shape)) or 0)
             data = data.movedim(axis, 0) if data.dim() else data
-        itself = tuple(i for i, part in enumerate(batch) if _is_view(part, data))
-        equal = tuple(i for i, part in enumerate(batch) if _is_equal(part, data, rows))
+        parts = [_rows_first(part, at) for part, at in zip(batch, structure.axes, strict=False)]
+        itself = tuple(i for i, part in enumerate(parts) if _is_view(part, data))
+        equal = tuple(i for i, part in enumerate(parts) if _is_equal(part, data, rows))
+        data = data if structure.has_plate else data.unsqueeze(0)
         observed[site["name"]] = Observed(
             site["name"], data, axis, mask_of(site), itself or equal, bool(itself), rows
         )
@@ -77,12 +82,14 @@ def put_back(
     observed: Mapping[str, Observed],
     values: Mapping[str, Tensor],
     batch: Batch,
+    axes: Axes,
     places: Mapping[str, int] | None = None,
 ) -> Batch:
     """The batch with other data: each site's value in place of what the site observes.
 
-    ``values`` are as the program has them; ``places`` are the user's ``arguments=``, the places in
-    the batch that can't be told, and None where the tool has no such option.
+    ``values`` are as the program has them, and ``axes`` count the rows in the batch. ``places``
+    are the user's ``arguments=``, the places in the batch that can't be told, and None where the
+    tool has no such option.
 
     Raises:
         ArgumentError: If there is no such site or place.
@@ -101,7 +108,10 @@ def put_back(
             shared = f"'{name}' and another, which share argument {at}"
             raise UndefinedError(where, "observed sites with an argument each", shared)
         value = values[name] if site.axis is None else values[name].movedim(site.axis, 0)
-        filled[at] = value.reshape(batch[at].shape).to(batch[at].dtype)
+        axis = axes[at]
+        like = _rows_first(batch[at], axis)
+        value = value.reshape(like.shape).to(like.dtype)
+        filled[at] = value.movedim(0, axis) if axis else value
     return tuple(filled)
 
 
@@ -112,6 +122,11 @@ def _unplaced(where: str, site: Observed, *, can_ask: bool) -> UndefinedError:
     fixes = ["obs=x, with x as the model was given it", by_hand][: 1 + can_ask]
     actual = equal if len(site.places) > 1 else "none"
     return UndefinedError(f"{where}: data of site '{site.name}'", expected, actual, fixes)
+
+
+def _rows_first(part: Any, axis: int | None) -> Any:
+    """An entry of a batch with the axis of its rows first."""
+    return part.movedim(axis, 0) if axis else part
 
 
 def _is_view(part: object, data: Tensor) -> bool:

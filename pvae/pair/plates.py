@@ -4,26 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
+from torch import Tensor
 
 from pvae.errors import PairError, oxford
 from pvae.pair.messages import in_plates, sample_sites
+from pvae.pair.running import Batch
 from pvae.types import Site
 
-__all__ = ["DataPlate", "Sites"]
+__all__ = ["DataPlate", "PlateName", "Sites"]
+
+PlateName = str | Literal[False] | None
+"""Of the plate that counts the data: its name, False where none does, None to find it out."""
 
 
 @dataclass(frozen=True)
 class DataPlate:
-    """The plate that counts the data; model and guide may call it by different names."""
+    """The plate that counts the data; model and guide may call it by different names.
+
+    ``rows`` is the number of rows that it has in the batch: its size, or, where it draws a
+    subsample by itself, its full size.
+    """
 
     name: str
     plates: frozenset[str]
     dim: int
     size: int
     full_size: int
+    rows: int
 
 
 class Sites:
@@ -36,11 +47,12 @@ class Sites:
         all: The guide's and then the model's.
         latents: Names of those that the model draws, and the guide too.
         unguided: Names of those that the model alone draws.
-        data_plate: The plate that is named, or else the only one that has the batch's length.
+        data_plate: The plate that is named, or else the only one that has the batch's length; None
+            where no plate counts the data, which are one datum then.
     """
 
     def __init__(
-        self, model_trace: Trace, guide_trace: Trace, rows: int | None, plate: str | None
+        self, model_trace: Trace, guide_trace: Trace, batch: Batch, plate: PlateName
     ) -> None:
         self.in_model = {s["name"]: s for s in sample_sites(model_trace)}
         self.in_guide = {s["name"]: s for s in sample_sites(guide_trace)}
@@ -49,11 +61,17 @@ class Sites:
         drawn = [n for n, s in self.in_model.items() if not s["is_observed"]]
         self.latents = [name for name in drawn if name in self.guided]
         self.unguided = [name for name in drawn if name not in self.guided]
-        self.data_plate = _data_plate(self, rows, plate)
+        self.data_plate = None if plate is False else _data_plate(self, batch, plate)
 
     def is_inside(self, site: Site) -> bool:
-        """Whether a site is inside the data plate."""
-        return in_plates(self.data_plate.plates, site)
+        """Whether a site is inside the data plate; without one all are of the one datum."""
+        return self.data_plate is None or in_plates(self.data_plate.plates, site)
+
+    @property
+    def nesting(self) -> int:
+        """Number of dimensions that plates take, that of the one datum included."""
+        frames = (f for s in self.all for f in s["cond_indep_stack"] if f.vectorized)
+        return max((-f.dim for f in frames), default=0) + (self.data_plate is None)
 
     def outside(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of the names whose sites, in model and guide, are outside the data plate."""
@@ -61,7 +79,7 @@ class Sites:
         return tuple(dict.fromkeys(name for name in names if name not in inside))
 
 
-def _data_plate(sites: Sites, rows: int | None, plate: str | None) -> DataPlate:
+def _data_plate(sites: Sites, batch: Batch, plate: str | None) -> DataPlate | None:
     in_model = _frames(sites.in_model.values(), sites.all)
     in_guide = _frames(sites.in_guide.values(), sites.all)
     frames = in_guide | in_model
@@ -77,10 +95,12 @@ def _data_plate(sites: Sites, rows: int | None, plate: str | None) -> DataPlate:
             raise PairError("plate", expected, f"{plate!r}; the plates are: {_words(frames)}")
         chosen = frames[plate]
     else:
-        candidates = _of_length(frames, rows)
+        candidates = _of_length(frames, batch)
         candidates.sort(key=lambda f: f.name not in in_model)
+        if not candidates and not _with_a_length_in(frames, batch):
+            return None
         if len(candidates) != 1 and not (len(candidates) == 2 and is_same(*candidates)):
-            raise _undecided(candidates, frames, sites.all, rows)
+            raise _undecided(candidates, frames, batch)
         chosen = candidates[0]
     names = {chosen.name} | {f.name for f in frames.values() if is_same(f, chosen)}
     for frame in (*in_model.values(), *in_guide.values()):
@@ -91,7 +111,22 @@ def _data_plate(sites: Sites, rows: int | None, plate: str | None) -> DataPlate:
                 f"{chosen.full_size} and {frame.full_size}",
                 [f"pyro.plate('{frame.name}', N, subsample_size=len(x)) in both"],
             )
-    return DataPlate(chosen.name, frozenset(names), chosen.dim, chosen.size, chosen.full_size)
+    size, full_size = chosen.size, chosen.full_size
+    rows = full_size if _draws_its_rows(chosen, batch) else size
+    return DataPlate(chosen.name, frozenset(names), chosen.dim, size, full_size, rows)
+
+
+def _draws_its_rows(frame: Frame, batch: Batch) -> bool:
+    """Whether a plate draws a subsample of the batch, which has its full size and not its size."""
+    first = _shapes(batch)[:1]
+    if first and first[0][0] in (frame.size, frame.full_size):
+        return first[0][0] != frame.size
+    sizes = {size for shape in _shapes(batch) for size in shape}
+    return frame.size not in sizes and frame.full_size in sizes
+
+
+def _shapes(batch: Batch) -> list[tuple[int, ...]]:
+    return [tuple(part.shape) for part in batch if isinstance(part, Tensor) and part.dim()]
 
 
 def _frames(of_program: Iterable[Site], sites: list[Site]) -> dict[str, Frame]:
@@ -109,34 +144,39 @@ def _filled_size(frame: Frame, sites: list[Site]) -> int:
     return max([1, *(shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim)])
 
 
-def _of_length(frames: dict[str, Frame], rows: int | None) -> list[Frame]:
-    if rows is None:
-        expected = "a tensor with a row for each datum, or plate=NAME"
-        fixes = ["the data as the first argument of model and guide"]
-        raise PairError("batch", expected, "no tensor with rows", fixes)
-    by_size = [f for f in frames.values() if f.size == rows]
-    return by_size or [f for f in frames.values() if f.full_size == rows]
+def _of_length(frames: dict[str, Frame], batch: Batch) -> list[Frame]:
+    """The plates of the length of the first entry, or else of another, that has one."""
+    for length in dict.fromkeys(shape[0] for shape in _shapes(batch)):
+        by_size = [f for f in frames.values() if f.size == length]
+        found = by_size or [f for f in frames.values() if f.full_size == length]
+        if found:
+            return found
+    return []
+
+
+def _with_a_length_in(frames: dict[str, Frame], batch: Batch) -> bool:
+    """Whether some plate has the length of some axis, and so may count the data along it."""
+    sizes = {size for shape in _shapes(batch) for size in shape}
+    return any(not sizes.isdisjoint({f.size, f.full_size}) for f in frames.values())
 
 
 def _words(frames: dict[str, Frame]) -> str:
     return ", ".join(f"'{name}' of size {f.size}" for name, f in frames.items()) or "none"
 
 
-def _undecided(
-    candidates: list[Frame], frames: dict[str, Frame], sites: list[Site], rows: int | None
-) -> PairError:
+def _undecided(candidates: list[Frame], frames: dict[str, Frame], batch: Batch) -> PairError:
+    rows = len(next(part for part in batch if isinstance(part, Tensor) and part.dim()))
     if candidates:
         fixes = [f"plate='{candidates[0].name}'", "a batch of another length"]
         names = oxford(f.name for f in candidates)
         return PairError("data plate", f"one plate with the batch's length {rows}", names, fixes)
-    vectorised = "with pyro.plate('data', len(x)): z = pyro.sample('z', ...)"
-    fixes, actual = [f"{vectorised}, in model and guide"], "no plate at all"
-    if sequential := {f.name for s in sites for f in s["cond_indep_stack"] if not f.vectorized}:
-        fixes = [f"{vectorised}, instead of 'for i in pyro.plate(...)'"]
-        actual = f"only the sequential plate(s) {oxford(sequential)}"
-    elif frames:
-        fixes.insert(0, "plate=NAME, for a plate of another length")
-        actual = f"plates: {_words(frames)}"
+    name = next(iter(frames))
+    fixes = [
+        f"pvae.Pair(model, guide, plate='{name}'), where it counts the data along another axis",
+        "pvae.Pair(model, guide, plate=False), where no plate counts them: all are one datum",
+        "with pyro.plate('data', len(x)): z = pyro.sample('z', ...), in model and guide",
+    ]
+    actual = f"plates: {_words(frames)}"
     return PairError(
         "data plate", f"a vectorised plate of the batch's length {rows}", actual, fixes
     )

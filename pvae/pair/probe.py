@@ -11,12 +11,12 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.distributions import is_improper, log_density_of_delta
-from pvae.errors import PvaeError
-from pvae.pair.checks import check_locality, check_sites, check_with_pyro
-from pvae.pair.messages import is_factor, is_penalty, plate_scale, sample_sites
+from pvae.pair.checks import check_apart, check_locality, check_sites, check_with_pyro
+from pvae.pair.messages import is_factor, is_penalty, plate_scale
 from pvae.pair.parameters import Parameters
-from pvae.pair.plates import Sites
-from pvae.pair.running import Batch, first_floating, num_rows_of, probing, run_pair, tensors_of
+from pvae.pair.plates import DataPlate, PlateName, Sites
+from pvae.pair.rows import find_rows
+from pvae.pair.running import Batch, first_floating, probing, run_pair, tensors_of
 from pvae.pair.structure import Structure
 from pvae.types import Program, Site
 
@@ -26,41 +26,33 @@ RERUNS = 3
 
 
 def inspect_pair(
-    model: Program, guide: Program, batch: Batch, plate: str | None = None
+    model: Program, guide: Program, batch: Batch, plate: PlateName = None
 ) -> Structure:
     """Traces one batch of a pair, in evaluation mode and on copies of the generators.
 
     As `Pair.inspect`, which remembers what is found.
     """
-    rows = num_rows_of(batch)
     stored = dict(pyro.get_param_store().named_parameters())
     with probing((model, guide)) as networks:
         guide_trace, model_trace = run_pair(model, guide, batch)
         again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
-        fewer = None if rows is None or rows < 2 else _with_rows(model, guide, batch, rows - 1)
+        sites = Sites(model_trace, guide_trace, batch, plate)
+        axes, fewer = find_rows(sites, batch, lambda other: run_pair(model, guide, other)[1])
         programs = {"model": model, "guide": guide}
         traces = {"model": model_trace, "guide": guide_trace}
         parameters = Parameters(
             programs, networks, traces, stored, lambda: run_pair(model, guide, batch)
         )
-    sites = Sites(model_trace, guide_trace, rows, plate)
-    check_sites(sites)
-    check_with_pyro(model_trace, guide_trace)
-    check_locality(sites, rows, fewer)
-    data_plate, is_tied = sites.data_plate, rows is not None and rows > 1 and fewer is None
-    is_whole = data_plate.size == (rows or data_plate.size)
+        check_sites(sites)
+        check_with_pyro(model_trace, guide_trace)
+        check_locality(sites, fewer)
+        check_apart(sites, lambda: run_pair(model, guide, batch))
     tensors = (*parameters.by_name.values(), *tensors_of(parameters.modules), *batch)
     return Structure(
         model=model,
         guide=guide,
-        plate=data_plate.name,
-        plates=data_plate.plates,
-        dim=data_plate.dim,
-        nesting=max(-f.dim for s in sites.all for f in s["cond_indep_stack"] if f.vectorized),
-        subsample_size=None if is_whole else data_plate.size,
-        full_size=data_plate.full_size,
-        is_scaled=data_plate.full_size != data_plate.size,
-        tied_to=rows if is_tied else None,
+        **_rows(sites, fewer),
+        axes=axes,
         **_latents(sites, again),
         observed=_where(sites.in_model.values(), _is_data),
         auxiliary=_where(sites.guided.values(), lambda s: s["name"] not in sites.in_model),
@@ -74,6 +66,21 @@ def inspect_pair(
         anchor=first_floating(tensors),
         oddities=parameters.oddities,
     )
+
+
+def _rows(sites: Sites, fewer: Trace | None) -> dict[str, Any]:
+    """What counts the data, as `Structure` has it; without a plate, a row of all of them."""
+    plate = sites.data_plate or DataPlate("dataset", frozenset(), -sites.nesting, 1, 1, 1)
+    return {
+        "plate": plate.name,
+        "plates": plate.plates,
+        "dim": plate.dim,
+        "nesting": sites.nesting,
+        "subsample_size": None if plate.size == plate.rows else plate.size,
+        "full_size": plate.full_size,
+        "is_scaled": plate.full_size != plate.size,
+        "tied_to": plate.rows if plate.rows > 1 and fewer is None else None,
+    }
 
 
 def _latents(sites: Sites, again: list[Trace]) -> dict[str, Any]:
@@ -97,26 +104,6 @@ def _where(sites: Iterable[Site], holds: Callable[[Site], bool]) -> tuple[str, .
 
 def _is_data(site: Site) -> bool:
     return site["is_observed"] and not is_factor(site)
-
-
-def _with_rows(model: Program, guide: Program, batch: Batch, rows: int) -> Trace | None:
-    """The model's trace on fewer rows; None if the pair doesn't run on them.
-
-    One with parameters for each row doesn't, for example: it draws as many as before.
-    """
-    fewer = tuple(b[:rows] if isinstance(b, Tensor) and b.dim() else b for b in batch)
-    try:
-        trace = run_pair(model, guide, fewer)[1]
-    except PvaeError:
-        return None
-    return trace if all(map(_fills_its_plates, sample_sites(trace))) else None
-
-
-def _fills_its_plates(site: Site) -> bool:
-    shape = site["value"].shape if isinstance(site["value"], Tensor) else ()
-    batch = tuple(shape)[: len(shape) - len(site["fn"].event_shape)]
-    frames = [f for f in site["cond_indep_stack"] if f.vectorized and -f.dim <= len(batch)]
-    return all(batch[f.dim] in (1, f.size) or f.size < 0 for f in frames)
 
 
 def _is_point(name: str, sites: Sites, again: list[Trace]) -> bool:

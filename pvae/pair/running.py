@@ -25,7 +25,6 @@ __all__ = [
     "as_batch",
     "first_floating",
     "modules_reached",
-    "num_rows_of",
     "probing",
     "run_pair",
     "settings_of",
@@ -42,11 +41,6 @@ def as_batch(batch: object) -> Batch:
     if isinstance(batch, Iterable) and not isinstance(batch, Tensor):
         return tuple(batch)
     return (batch,)
-
-
-def num_rows_of(batch: Batch) -> int | None:
-    """Length of the first tensor; None if there is none."""
-    return next((len(b) for b in batch if isinstance(b, Tensor) and b.dim()), None)
 
 
 def run_pair(

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvae.data import Axes, num_rows_of
 from pvae.errors import UndefinedError, oxford
 from pvae.pair.messages import in_plates
 from pvae.types import Program, Site
 
-__all__ = ["Structure", "is_inside", "only_site"]
+__all__ = ["Structure", "is_inside", "only_site", "rows_from", "rows_to"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,11 @@ class Structure:
     Attributes:
         model: The model.
         guide: The guide.
-        plate: Name of the data plate.
-        plates: All its names; model and guide may differ.
+        plate: Name of the data plate; where there is none, of the one row that all data are.
+        plates: All its names; model and guide may differ. Empty where no plate counts the data.
         dim: Its dimension, counted from the right.
         nesting: Number of dimensions that plates take.
+        axes: The axis that counts the data in each entry of the batch; None where all share it.
         subsample_size: Rows that the pair draws by itself; None if it takes the batch as it is.
         full_size: The data plate's full size.
         is_scaled: Whether the plate's size is larger than the batch's, so that Pyro scales it up.
@@ -57,6 +59,7 @@ class Structure:
     plates: frozenset[str]
     dim: int
     nesting: int
+    axes: Axes
     subsample_size: int | None
     full_size: int
     is_scaled: bool
@@ -79,6 +82,27 @@ class Structure:
     anchor: Tensor
     oddities: tuple[str, ...]
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_plate(self) -> bool:
+        """Whether a plate counts the data. Else they are one datum, which every site is of.
+
+        Its one row stands left of all plates, in a dimension that no site has.
+        """
+        return bool(self.plates)
+
+    def num_rows_of(self, batch: Sequence[Any]) -> int:
+        """Rows of a batch, along the axes that count the data."""
+        return num_rows_of(batch, self.axes)
+
+    def axis_in(self, batch_dim: int) -> int | None:
+        """The axis of the data in a tensor with so many batch dimensions; None without a plate."""
+        return batch_dim + self.dim if self.has_plate else None
+
+    @property
+    def takes_any_rows(self) -> bool:
+        """Whether the pair runs on any rows that it is given, of which there may be many."""
+        return self.has_plate and self.subsample_size is None and self.tied_to is None
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -139,8 +163,18 @@ class Structure:
 
 
 def is_inside(structure: Structure, site: Site) -> bool:
-    """Whether a site is inside the data plate."""
-    return in_plates(structure.plates, site)
+    """Whether a site is inside the data plate; without one, every site is of the one datum."""
+    return not structure.has_plate or in_plates(structure.plates, site)
+
+
+def rows_to(place: int, axis: int | None, tensor: Tensor) -> Tensor:
+    """A tensor whose axis of data is brought to a place; without one, it is one row there."""
+    return tensor.unsqueeze(place) if axis is None else tensor.movedim(axis, place)
+
+
+def rows_from(place: int, axis: int | None, tensor: Tensor) -> Tensor:
+    """The inverse of `rows_to`."""
+    return tensor.squeeze(place) if axis is None else tensor.movedim(place, axis)
 
 
 def only_site(where: str, what: str, names: Sequence[str], chosen: str | None) -> str:

@@ -15,7 +15,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pvae.errors import UndefinedError, check_choice, oxford
-from pvae.pair import Batch, Observed, Structure, as_batch, is_inside, mask_of, run_pair
+from pvae.pair import (
+    Batch,
+    Observed,
+    Structure,
+    as_batch,
+    is_inside,
+    mask_of,
+    rows_to,
+    run_pair,
+)
 from pvae.pair.messages import is_factor, is_penalty, sample_sites, score
 from pvae.pair.observed import DATA, observed_sites, put_back
 from pvae.terms import Terms, compute, mean_of
@@ -177,7 +186,7 @@ class Simulation:
         """
         observed = self.observed
         values = {name: self.traces[0].nodes[name]["value"] for name in observed}
-        return put_back(self.where, observed, values, self.batch, places)
+        return put_back(self.where, observed, values, self.batch, self.structure.axes, places)
 
     def check_unfed(self, filled: Batch) -> None:
         """Refuses a model that reads its data besides observing them.
@@ -213,7 +222,7 @@ class Simulation:
         value = value.reshape(self.per_pass, *plates, *fn.event_shape)
         if not is_inside(self.structure, site):
             return value
-        return value.movedim(1 + own + self.structure.dim, 1)[:, : self.num_rows]
+        return rows_to(1, self.structure.axis_in(1 + own), value)[:, : self.num_rows]
 
 
 def simulate_batch(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.data import joined
 from pvae.errors import PvaeError, UndefinedError, check_int, oxford
 from pvae.modes import evaluating
 from pvae.options import progress_bar
@@ -136,7 +137,8 @@ def draw_jointly(
     if site is not None:
         sites = (only_site(where, "latent of the data", sites, site),)
     chosen = torch.randint(source.num_rows, (num_simulations,), device=source.device)
-    parts: list[tuple[Tensor, ...]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
+    batches: list[Batch] = []
     scores: list[Tensor] = []
     score: Score | None = None
     with evaluating(structure.modules), torch.no_grad():
@@ -147,15 +149,18 @@ def draw_jointly(
                 run.check_unfed(filled)
                 names = names_of_dimensions(run, sites)
             data = flat_values(run, structure.observed).to(structure.dtype)
-            parts.append((flat_values(run, sites), data, *filled))
+            parts.append((flat_values(run, sites), data))
+            batches.append(filled)
             if scored:
                 given = {name: run.traces[0].nodes[name]["value"] for name in structure.latents}
                 step = None if score is None else score.step
                 score, own = Score.of_simulated(structure, filled, given, step)
                 scores.append(own)
-    latents, observed, *whole = (torch.cat(part) for part in zip(*parts, strict=True))
-    on, own_scores = evaluation.on(tuple(whole)), torch.cat(scores) if scored else None
-    return JointDraws(latents, names, sites, observed, on, score, own_scores)
+    latents, observed = (torch.cat(part) for part in zip(*parts, strict=True))
+    on = evaluation.on(joined(batches, structure.axes))
+    return JointDraws(
+        latents, names, sites, observed, on, score, torch.cat(scores) if scored else None
+    )
 
 
 def require_rows(where: str, structure: Structure) -> None:
@@ -169,11 +174,13 @@ def require_rows(where: str, structure: Structure) -> None:
             f"global site(s) {oxford(outside)}" if outside else "no latent with a guide",
             ["the pair with its global latents fixed, such as by pyro.condition in both"],
         )
-    if structure.subsample_size is not None or structure.tied_to is not None:
+    if not structure.takes_any_rows:
         raise UndefinedError(
             where,
             "a pair that runs on any rows it is given",
-            "one that subsamples its data, or runs on one number of rows alone",
+            "one that subsamples its data, or runs on one number of rows alone"
+            if structure.has_plate
+            else "one whose data no plate counts: all are one datum",
             ["pyro.plate(name, len(x)), with no subsample"],
         )
 

@@ -8,7 +8,7 @@ chunks of bounded memory.
 from pvae.distributions import mean_of
 from pvae.pair import Structure, only_site
 from pvae.terms.chunks import draw_globals, first_rows, fits_particles, stream
-from pvae.terms.evaluation import Evaluation, prepared
+from pvae.terms.evaluation import Evaluation, look_at, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
 from pvae.terms.support import check_data
@@ -24,6 +24,7 @@ __all__ = [
     "draw_guide",
     "first_rows",
     "fits_particles",
+    "look_at",
     "mean_of",
     "only_site",
     "prepared",

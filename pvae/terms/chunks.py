@@ -50,7 +50,7 @@ def stream(
             evaluation.source, structure, num_particles, max_rows
         ):
             values = {**(given or {}), **indices}
-            size = structure.subsample_size or len(batch[0])
+            size = structure.subsample_size or structure.num_rows_of(batch)
             at_once = max(1, min(num_particles, max_rows // size))
             for done in range(0, num_particles, at_once):
                 k = min(at_once, num_particles - done)
@@ -79,7 +79,7 @@ def chunks_of(
     if size is None:
         at_once = max(1, min(1024, max_rows // num_particles))
         for start, batch in source.all(at_once):
-            yield slice(start, start + len(batch[0])), None, batch, {}
+            yield slice(start, start + structure.num_rows_of(batch)), None, batch, {}
         return
     if size > total and not is_subsampled:
         expected = f"at least {size} rows, the only length that the pair runs on"

@@ -92,7 +92,7 @@ class Collector:
             self.sites[name] = SiteTerms(name, kind, is_local, draws, axis)
         return self.sites[name]
 
-    def _draws(self, site: Site, *, is_local: bool) -> tuple[Tensor, int]:
+    def _draws(self, site: Site, *, is_local: bool) -> tuple[Tensor, int | None]:
         """The value with particles first, without plates that it isn't in; its axis of data."""
         value: Tensor = site["value"]
         batch = value.dim() - len(site["fn"].event_shape)
@@ -104,7 +104,7 @@ class Collector:
             plates = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
             own = max((-f.dim for f in plates), default=0)
             draws = value.reshape(value.shape[:1] + value.shape[batch - own :])
-        return draws, 1 + own + self.structure.dim if is_local else 1
+        return draws, self.structure.axis_in(1 + own) if is_local else 1
 
     def _both(self, site: Site, raw: Tensor) -> tuple[Tensor, Tensor]:
         """A log density without scales, and with all of them."""
@@ -141,7 +141,8 @@ class Collector:
     def _dims(self, site: Site) -> Tensor:
         fn, value = site["fn"], site["value"]
         frames = [f.name for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
-        alone = len(frames) == 1 and frames[0] in self.structure.plates
+        plates = self.structure.plates
+        alone = len(frames) == 1 and frames[0] in plates if plates else not frames
         if not (isinstance(fn, torch.distributions.Independent) and alone):
             what = f"terms per dimension at site '{site['name']}'"
             expected = (
@@ -156,8 +157,7 @@ class Collector:
         if isinstance(mask, Tensor):
             mask = mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)
         each = scale_and_mask(each, mask=mask)
-        rows = value.shape[value.dim() - len(fn.event_shape) + self.structure.dim]
-        return each.reshape(self.num_particles, rows, *fn.event_shape)
+        return each.reshape(self.num_particles, -1, *fn.event_shape)
 
     def _sum_out(self) -> bool:
         """Sums out enumerated latents with everything that depends on them, datum by datum.

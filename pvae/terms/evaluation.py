@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 from pvae import randomness
 from pvae.data import LoaderSource, Source, as_source, check_rows, in_memory
 from pvae.errors import PairError
@@ -13,7 +15,7 @@ from pvae.options import checked_options
 from pvae.pair import Batch, Pair, PairLike, Structure, as_pair
 from pvae.terms.support import check_data
 
-__all__ = ["Evaluation", "prepared"]
+__all__ = ["Evaluation", "look_at", "prepared"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Evaluation:
 
     def on(self, batch: Batch) -> Evaluation:
         """The same pair on other data."""
-        return replace(self, source=as_source(batch, self.structure.device, self.structure.dtype))
+        structure = self.structure
+        source = as_source(batch, structure.device, structure.dtype, structure.axes)
+        return replace(self, source=source)
 
 
 @contextmanager
@@ -74,16 +78,30 @@ def prepared(
         yield Evaluation(pair, structure, source, *rest)
 
 
+def look_at(
+    pair: Pair, data: object, device: torch.device, dtype: torch.dtype, num_rows: int | None = 128
+) -> tuple[Structure, Source]:
+    """What a pair is made of, by some rows of data or all, and the data as a source where it is.
+
+    Their rows are along the axes that the pair's data plate counts.
+
+    Raises:
+        DataError: If the data aren't numbers, or not finite.
+        PairError: If pair and data don't fit each other.
+    """
+    source = as_source(data, device, dtype, axes="any")
+    try:
+        structure = pair.inspect_source(source, num_rows or source.num_rows)
+    except PairError:
+        check_rows(as_source(data, device, dtype))  # was it the data?
+        raise
+    return structure, as_source(data, structure.device, structure.dtype, structure.axes)
+
+
 def _structure_of(pair: Pair, data: object) -> tuple[Structure, Source]:
     """What a pair is made of, by data, and the data as a source on its device, checked once."""
     like = pair.home(data)
-    source = as_source(data, like.device, like.dtype)
-    try:
-        structure = pair.inspect_source(source)
-    except PairError:
-        check_rows(source)  # was it the data?
-        raise
-    source = as_source(data, structure.device, structure.dtype)
+    structure, source = look_at(pair, data, like.device, like.dtype)
     if source not in pair.checked_sources:
         check_data(structure, source)
         if not isinstance(source, LoaderSource):

@@ -19,7 +19,7 @@ from pvae import randomness
 from pvae.errors import PairError, UndefinedError, check_int, oxford, warn
 from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_capturing_graph
-from pvae.pair import Batch, Structure, as_batch, is_inside, num_rows_of, probing, run_pair
+from pvae.pair import Batch, Structure, as_batch, is_inside, probing, run_pair
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
@@ -141,7 +141,7 @@ def score_guide(
         actual = f"other sites: {oxford(others)}" if others else "inner plates, or an AutoMessenger"
         fixes = ["pyro.sample(latent, q) for each latent, with .to_event(k) for axes of one datum"]
         raise UndefinedError("log q(z | x) of given z", expected, actual, fixes)
-    count, rows = len(next(iter(values.values()))), num_rows_of(batch) or 1
+    count, rows = len(next(iter(values.values()))), structure.num_rows_of(batch)
 
     def score(part: slice) -> dict[str, SiteTerms]:
         given = {name: value[part].unsqueeze(1) for name, value in values.items()}

@@ -14,7 +14,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.errors import UndefinedError
-from pvae.pair import Structure
+from pvae.pair import Structure, rows_to
 from pvae.types import Dist
 
 __all__ = ["SiteTerms", "Terms", "joined", "stack"]
@@ -37,7 +37,7 @@ class SiteTerms:
             ``"penalty"`` (a marked factor), or ``"enumerated"`` (sites summed out together).
         is_local: Whether it is inside the data plate.
         draws: Its value as the programs see it, particles first; None for enumerated ones.
-        data_axis: The axis of ``draws`` that counts the data.
+        data_axis: The axis of ``draws`` that counts the data; None where no plate does.
         model: The model's distribution; where particles were looped, the last one's.
         guide: The guide's distribution; likewise.
         log_p: The model's log density.
@@ -52,7 +52,7 @@ class SiteTerms:
     kind: Kind
     is_local: bool
     draws: Tensor | None = None
-    data_axis: int = 1
+    data_axis: int | None = 1
     model: Dist = None
     guide: Dist = None
     log_p: Tensor | None = None
@@ -72,7 +72,7 @@ class SiteTerms:
         """The value, shape ``(K, N, ...)`` inside the data plate and ``(K, ...)`` outside."""
         if self.draws is None or not self.is_local:
             return self.draws
-        return self.draws.movedim(self.data_axis, 1)
+        return rows_to(1, self.data_axis, self.draws)
 
     def scaled(self, pick: Pick) -> list[Tensor | None]:
         """What the site has of a part of the plate-scaled objective."""
@@ -87,7 +87,7 @@ class SiteTerms:
         """Keeps the first rows of what is inside the data plate."""
         if not self.is_local:
             return
-        if self.draws is not None:
+        if self.draws is not None and self.data_axis is not None:
             self.draws = self.draws.narrow(self.data_axis, 0, count)
         for key in PER_DATUM:
             tensor = getattr(self, key)
