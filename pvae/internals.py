@@ -56,6 +56,12 @@ DETERMINISTIC = "_deterministic"
 ENUMERATE_DIM = "_enumerate_dim"
 """Key in a site's ``infer`` of the dimension that Pyro has enumerated it along."""
 
+ENUMERATE_SYMBOL = "_enumerate_symbol"
+"""Key in a site's ``infer`` of that dimension's symbol, once its trace's have symbols."""
+
+DIM_TO_SYMBOL = "_dim_to_symbol"
+"""Key in a site's ``infer`` of all symbols by dimension, likewise."""
+
 
 def mask_of(fn: MaskedDistribution) -> Tensor | bool:
     """The mask that ``fn.mask(...)`` was given, which no public attribute has."""

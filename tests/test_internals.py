@@ -72,9 +72,12 @@ def enumerate_dim() -> None:
     def model() -> None:
         pyro.sample("z", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
 
-    node = poutine.trace(model).get_trace().nodes["z"]
-    assert node["infer"][internals.ENUMERATE_DIM] == -2
-    assert node["value"].shape == (3, 1)
+    trace = poutine.trace(model).get_trace()
+    infer = trace.nodes["z"]["infer"]
+    assert infer[internals.ENUMERATE_DIM] == -2
+    assert trace.nodes["z"]["value"].shape == (3, 1)
+    trace.symbolize_dims()
+    assert infer[internals.DIM_TO_SYMBOL] == {-2: infer[internals.ENUMERATE_SYMBOL]}
 
 
 def mask() -> None:

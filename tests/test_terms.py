@@ -918,6 +918,7 @@ def test_values_have_data_second_whatever_the_plates(device: torch.device) -> No
 
 
 def test_a_guides_wish_to_be_enumerated_is_answered(device: torch.device) -> None:
+    """Where Pyro lists no states it is drawn."""
     model, _, (x,) = pairs.discrete(device)
 
     def guide(x: Tensor) -> None:
@@ -926,5 +927,6 @@ def test_a_guides_wish_to_be_enumerated_is_answered(device: torch.device) -> Non
             fn = dist.Bernoulli(logits=logits).to_event(1)
             pyro.sample("z", fn, infer={"enumerate": "parallel"})
 
-    with pytest.warns(PvaeWarning, match="TraceEnum_ELBO"):
-        Pair(model, guide).inspect((x,))
+    with pytest.warns(PvaeWarning, match="and is drawn: Pyro lists no states"):
+        structure = Pair(model, guide).inspect((x,))
+    assert structure.guide_states == ()

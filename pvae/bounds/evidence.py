@@ -61,7 +61,7 @@ def elbo(
         if structure.global_sites:
             return _with_globals(name, evaluation, joint_weights(evaluation, k, 1))
         sums, is_split = Sums(), True
-        for rows, terms in stream(evaluation, k):
+        for rows, terms in stream(evaluation, k, states="averaged"):
             is_split = not terms.is_joint
             sums.add(rows, _parts(terms, is_split=is_split))
     values, square, likelihood, rate = sums.all / k
@@ -235,7 +235,8 @@ def _weighed(
     structure = evaluation.structure
 
     def reduced(k: int, *batch: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
-        return weights.reduce(compute(structure, batch, num_particles=k, given=given).log_weight)
+        terms = compute(structure, batch, num_particles=k, states="summed", given=given)
+        return weights.reduce(terms.log_weight)
 
     calls = -(-evaluation.num_rows * num_particles // evaluation.max_rows)
     repeated = Repeated(reduced, calls, structure.dtype, engine)

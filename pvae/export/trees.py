@@ -252,9 +252,10 @@ def loo(
     ArviZ (PSIS); its Pareto k of each datum says where that isn't enough. It is computed by
     ``arviz.loo_approximate_posterior`` on an export.
 
-    With latents of data there is no such number: log p(x_n | z_n) at z_n from q(z | x_n) has seen
-    x_n, and leaving it out would leave z_n without data. `pvae.bounds.evidence` on held-out data
-    is the predictive density then.
+    States of a datum that the model sums out, as a mixture's assignments, are no draws, and stay
+    in its density. With latents of data there is no such number: log p(x_n | z_n) at z_n from
+    q(z | x_n) has seen x_n, and leaving it out would leave z_n without data.
+    `pvae.bounds.evidence` on held-out data is the predictive density then.
 
     References:
         Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
@@ -307,7 +308,7 @@ def loo(
 
 
 def _require_global(structure: Structure) -> None:
-    if local := (*structure.latents, *structure.enumerated):
+    if local := structure.latents:
         raise UndefinedError(
             "loo",
             "a pair whose latents are all outside the data plate",

@@ -14,13 +14,13 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pvae.distributions import log_density_of_delta
-from pvae.errors import ArgumentError, PairError, check_int
+from pvae.errors import ArgumentError, PairError, check_int, oxford
 from pvae.objectives.base import Objective
 from pvae.objectives.refusals import check_needs
 from pvae.objectives.settings import Weight
 from pvae.objectives.state import MovingAverage, ObjectiveState, Training
 from pvae.pair import Structure, is_penalty
-from pvae.terms import Terms
+from pvae.terms import Terms, compute
 from pvae.types import Site
 
 __all__ = ["ELBO", "as_objective"]
@@ -53,6 +53,9 @@ class ELBO(Objective):
         baseline: What is subtracted from the signal of score-function gradients, datum by datum:
             ``"leave_one_out"``, the mean over the other particles; ``"moving_average"``, over
             earlier steps; None for Pyro's way, without any.
+        states: What becomes of discrete sites that the guide marks with ``infer={"enumerate":
+            "parallel"}``: ``"averaged"``, the expectation over their states is exact, as in
+            Pyro's ``TraceEnum_ELBO``; ``"drawn"``, as in its ``Trace_ELBO``.
         options: As in `Objective`; ``penalty_weight`` is c.
 
     Example:
@@ -67,6 +70,7 @@ class ELBO(Objective):
     beta: Weight = 1.0
     analytic_kl: bool = False
     baseline: Literal["leave_one_out", "moving_average", None] = None
+    states: Literal["averaged", "drawn"] = "averaged"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +85,13 @@ class ELBO(Objective):
     def check(self, structure: Structure) -> None:
         """Also refuses pairs for which these options aren't defined."""
         super().check(structure)
+        drawn = [n for n in structure.not_reparametrised if n not in structure.guide_states]
+        if self.states == "averaged" and structure.guide_states and drawn:
+            expected = (
+                f"a mark for all discrete sites of the guide, as {oxford(structure.guide_states)}"
+            )
+            fixes = ["objectives.ELBO(states='drawn')", "objective=pyro.infer.TraceEnum_ELBO()"]
+            raise PairError("ELBO", expected, f"{oxford(drawn)} without one", fixes)
         if self.analytic_kl:
             check_needs("ELBO(analytic_kl=True)", structure, "gradient")
         if self.baseline is not None:
@@ -89,6 +100,11 @@ class ELBO(Objective):
     def new_state(self, training: Training) -> ObjectiveState:
         """With a moving average, if that is the baseline."""
         return (MovingAverage if self.baseline == "moving_average" else ObjectiveState)(training)
+
+    def compute_terms(self, structure: Structure, batch: tuple[Tensor, ...]) -> Terms:
+        """The terms that this objective needs."""
+        k, vectorize = self.num_particles, self.vectorize_particles
+        return compute(structure, batch, num_particles=k, vectorize=vectorize, states=self.states)
 
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
@@ -116,9 +132,10 @@ class ELBO(Objective):
         """The score function times the signal less its baseline; its value is 0."""
         score = terms.like.new_zeros(terms.num_particles, terms.num_rows)
         for name in terms.structure.not_reparametrised:
-            log_q = terms.sites[name].log_q
-            assert log_q is not None  # noqa: S101
-            score = score + log_q
+            site = terms.sites[name]
+            if site.draws is not None:  # not averaged over
+                assert site.log_q is not None  # noqa: S101
+                score = score + site.log_q
         with torch.no_grad():
             signal = terms.log_joint - beta * terms.log_q
             if self.beta != 1.0:
@@ -170,8 +187,10 @@ def _exact_rate(q: Site, p: Site) -> Tensor | None:
 
 def _needs_score(terms: Terms) -> bool:
     """Whether a guide site can't be reparametrised."""
-    guides = [site.guide for site in terms.sites.values() if site.guide is not None]
-    return not all(fn.has_rsample for fn in guides)
+    drawn = [
+        site for site in terms.sites.values() if site.guide is not None and site.draws is not None
+    ]
+    return not all(site.guide.has_rsample for site in drawn)
 
 
 def _score_function(terms: Terms, beta: Tensor | float, factor: Tensor | float) -> Tensor:
@@ -216,7 +235,7 @@ def as_objective(objective: PyroELBO | None) -> PyroELBO:
         return ELBO()
     if type(objective) is Trace_ELBO:
         vectorize = True if objective.vectorize_particles else None
-        return ELBO(objective.num_particles, vectorize_particles=vectorize)
+        return ELBO(objective.num_particles, states="drawn", vectorize_particles=vectorize)
     if not isinstance(objective, PyroELBO):
         expected = "an instance of one of pyro.infer's ELBOs or of pvae.objectives"
         fixes = ["objectives.ELBO(beta=0.5)", "pyro.infer.TraceMeanField_ELBO()"]

@@ -13,7 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
-from pvae.errors import PairError, oxford, warn
+from pvae.errors import PairError, oxford
 from pvae.pair.messages import infer_of, is_factor, is_penalty, log_prob_of
 from pvae.pair.plates import DataPlate, Sites
 from pvae.types import Site
@@ -30,7 +30,7 @@ def check_sites(sites: Sites) -> None:
         fixes, expected = [SWAPPED, "drop obs= in the guide"], "draws, as a guide makes them"
         raise PairError(f"guide site '{data[0]}'", expected, "observed data", fixes)
     for name in sites.unguided:
-        _check_unguided(name, sites.in_model[name], sites)
+        _check_unguided(name, sites.in_model[name], sites.guided)
     for name, site in sites.guided.items():
         _check_guided(name, site, sites.in_model)
     if not any(s["is_observed"] and not is_penalty(s) for s in sites.in_model.values()):
@@ -39,20 +39,15 @@ def check_sites(sites: Sites) -> None:
         raise PairError("model", expected, actual, [SWAPPED])
 
 
-def _check_unguided(name: str, site: Site, sites: Sites) -> None:
+def _check_unguided(name: str, site: Site, guided: dict[str, Site]) -> None:
     if infer_of(site).get("enumerate") != "parallel":
         fixes = [
             f"pyro.sample('{name}', ...) in the guide",
             "infer={'enumerate': 'parallel'} in the model, to sum a discrete latent out",
             "obs=..., if it is data",
         ]
-        actual = f"the guide's sites: {_names(sites.guided)}"
+        actual = f"the guide's sites: {_names(guided)}"
         raise PairError(f"site '{name}'", "a site of that name in the guide", actual, fixes)
-    plates, own = [f.name for f in site["cond_indep_stack"]], sites.data_plate
-    if plates != ([own.name] if own else []):
-        expected = f"the data plate '{own.name}' and no other around it" if own else "no plate"
-        actual = f"plates: {_names(plates)}"
-        raise PairError(f"enumerated site '{name}'", expected, actual, ["a guide for it"])
 
 
 def _check_guided(name: str, site: Site, in_model: dict[str, Site]) -> None:
@@ -66,11 +61,6 @@ def _check_guided(name: str, site: Site, in_model: dict[str, Site]) -> None:
         fixes = ["drop it from the guide", "call the model without that data"]
         expected = "a latent in the model, as it is in the guide"
         raise PairError(f"site '{name}'", expected, "observed data", fixes)
-    if infer.get("enumerate") == "parallel":
-        warn(
-            f"Site '{name}' of the guide asks to be enumerated, but is drawn here. "
-            "objective=pyro.infer.TraceEnum_ELBO() enumerates it."
-        )
 
 
 def _names(names: Iterable[str]) -> str:

@@ -48,7 +48,8 @@ class Sites:
         latents: Names of those that the model draws, and the guide too.
         unguided: Names of those that the model alone draws.
         data_plate: The plate that is named, or else the only one that has the batch's length; None
-            where no plate counts the data, which are one datum then.
+            where no plate counts the data, or all share a state that is summed out. They are one
+            datum then.
     """
 
     def __init__(
@@ -62,6 +63,14 @@ class Sites:
         self.latents = [name for name in drawn if name in self.guided]
         self.unguided = [name for name in drawn if name not in self.guided]
         self.data_plate = None if plate is False else _data_plate(self, batch, plate)
+        shared = [name for name in self.unguided if not self.is_inside(self.in_model[name])]
+        if shared and plate:
+            expected = f"states of each datum in the plate '{plate}': under shared ones no datum is"
+            fixes = ["pvae.Pair(model, guide, plate=False), where all data are one datum"]
+            actual = f"{oxford(shared)} outside of it"
+            raise PairError("data plate", f"{expected} a term by itself", actual, fixes)
+        if shared:
+            self.data_plate = None
 
     def is_inside(self, site: Site) -> bool:
         """Whether a site is inside the data plate; without one all are of the one datum."""

@@ -11,8 +11,9 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.distributions import is_improper, log_density_of_delta
+from pvae.errors import warn
 from pvae.pair.checks import check_apart, check_locality, check_sites, check_with_pyro
-from pvae.pair.messages import is_factor, is_penalty, plate_scale
+from pvae.pair.messages import infer_of, is_factor, is_penalty, plate_scale
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, PlateName, Sites
 from pvae.pair.rows import find_rows
@@ -94,12 +95,27 @@ def _latents(sites: Sites, again: list[Trace]) -> dict[str, Any]:
         "points": frozenset(name for name in sites.latents if _is_point(name, sites, again)),
         "improper": _where(drawn, lambda s: is_improper(s["fn"])),
         "enumerated": tuple(sites.unguided),
+        "guide_states": _listed(sites),
         "fed": tuple(name for name in sites.latents if name in fed and name not in outside),
     }
 
 
 def _where(sites: Iterable[Site], holds: Callable[[Site], bool]) -> tuple[str, ...]:
     return tuple(site["name"] for site in sites if holds(site))
+
+
+def _listed(sites: Sites) -> tuple[str, ...]:
+    """Guide sites that are marked to be enumerated; none, if there is one that can't be."""
+    marked = _where(sites.guided.values(), lambda s: infer_of(s).get("enumerate") == "parallel")
+    for name in marked:
+        site = sites.guided[name]
+        if not site["fn"].has_enumerate_support or infer_of(site).get("num_samples") is not None:
+            warn(
+                f"Site '{name}' of the guide asks to be enumerated, and is drawn: Pyro lists no "
+                f"states of it. Its axes in plates, in place of .to_event(k), can be enumerated."
+            )
+            return ()
+    return marked
 
 
 def _is_data(site: Site) -> bool:

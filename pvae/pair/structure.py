@@ -41,6 +41,7 @@ class Structure:
         points: Latents whose guide is a point mass, which has no density.
         improper: Latents whose prior is improper, so that there is no evidence.
         enumerated: Latents that the model sums out.
+        guide_states: Discrete latents of the guide that it marks to be enumerated.
         fed: Latents of data that the guide draws at another site, and sets to what that gave.
         removed_scales: ``poutine.scale`` factors by site, which no evidence contains.
         not_reparametrised: Sites of the guide whose draws have no gradient.
@@ -72,6 +73,7 @@ class Structure:
     points: frozenset[str]
     improper: tuple[str, ...]
     enumerated: tuple[str, ...]
+    guide_states: tuple[str, ...]
     fed: tuple[str, ...]
     removed_scales: dict[str, float]
     not_reparametrised: tuple[str, ...]

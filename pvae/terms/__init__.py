@@ -11,10 +11,12 @@ from pvae.terms.chunks import draw_globals, first_rows, fits_particles, stream
 from pvae.terms.evaluation import Evaluation, look_at, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
+from pvae.terms.states import GuideStates
 from pvae.terms.support import check_data
 
 __all__ = [
     "Evaluation",
+    "GuideStates",
     "SiteTerms",
     "Structure",
     "Terms",

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import operator
-
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -16,6 +12,7 @@ from pvae.internals import ENUMERATE_DIM
 from pvae.pair import Structure, is_inside, is_penalty
 from pvae.pair.messages import is_factor, plate_scale, score
 from pvae.terms.result import Kind, SiteTerms, Terms
+from pvae.terms.states import Factor, States
 from pvae.types import Site
 
 __all__ = ["PARTICLES", "Collector"]
@@ -33,14 +30,21 @@ def _kind_of(site: Site, unless_factor: Kind) -> Kind:
 class Collector:
     """Reduces the sites of a pass to shape (K, N) or (K,)."""
 
-    def __init__(self, structure: Structure, num_particles: int, per_dimension: bool) -> None:  # noqa: FBT001
+    def __init__(
+        self,
+        structure: Structure,
+        num_particles: int,
+        *,
+        per_dimension: bool = False,
+        states: States | None = None,
+    ) -> None:
         self.structure, self.num_particles = structure, num_particles
-        self.per_dimension = per_dimension
+        self.per_dimension, self.states = per_dimension, states
         self.vectorized = num_particles > 1
         self.rank = structure.nesting + self.vectorized
         self.axis = self.rank + structure.dim  # of the data, in a log density of full rank
         self.sites: dict[str, SiteTerms] = {}
-        self.summed_out: list[tuple[Site, Tensor]] = []
+        self.summed_out: list[Factor] = []
         self.num_rows = 0
         self.data_scale = 1.0
         self.like: Tensor | None = None
@@ -49,9 +53,15 @@ class Collector:
         """Takes in a site of the guide."""
         kind = _kind_of(site, "latent" if in_model else "auxiliary")
         raw = log_density_of_delta(site["fn"])
+        raw = score(site) if raw is None else raw
+        if self._is_summed_out(site, raw, in_model=False):
+            # a state's own probability cancels in the weight, of which factors are no part
+            if ENUMERATE_DIM not in site["infer"] and not is_factor(site):
+                self.summed_out.append((site, scale_and_mask(-raw, mask=site["mask"])))
+            return
         entry = self._entry(site, kind)
         entry.guide = site["fn"]
-        entry.log_q, entry.scaled_log_q = self._both(site, score(site) if raw is None else raw)
+        entry.log_q, entry.scaled_log_q = self._both(site, raw)
         if self.per_dimension and kind == "latent" and entry.is_local:
             entry.log_q_dims = self._dims(site)
 
@@ -63,8 +73,10 @@ class Collector:
             actual = "a mask, whose padding would count"
             raise PairError(f"site '{site['name']}'", expected, actual, fixes)
         raw = score(site)
-        if raw.dim() > self.rank and self.structure.enumerated:
-            self.summed_out.append((site, raw))
+        if self._is_summed_out(site, raw):
+            # states' probabilities sum to 1 where they are masked out, too
+            mask = None if ENUMERATE_DIM in site["infer"] else site["mask"]
+            self.summed_out.append((site, scale_and_mask(raw, mask=mask)))
             return
         kind = _kind_of(site, "observed" if site["is_observed"] else "latent")
         entry = self._entry(site, kind)
@@ -72,6 +84,14 @@ class Collector:
         entry.log_p, entry.scaled_log_p = self._both(site, raw)
         if self.per_dimension and kind == "latent" and entry.is_local:
             entry.log_p_dims = self._dims(site)
+
+    def _is_summed_out(self, site: Site, raw: Tensor, *, in_model: bool = True) -> bool:
+        """Whether a log density is over states that are summed out."""
+        if self.states is None or raw.dim() <= self.rank:
+            return False
+        if not in_model:
+            return self.states.of_guide == "summed"
+        return not self.states.are_averaged(site, raw)
 
     def terms(self) -> Terms:
         """What has been taken in, enumerated latents summed out."""
@@ -92,10 +112,12 @@ class Collector:
             self.sites[name] = SiteTerms(name, kind, is_local, draws, axis)
         return self.sites[name]
 
-    def _draws(self, site: Site, *, is_local: bool) -> tuple[Tensor, int | None]:
+    def _draws(self, site: Site, *, is_local: bool) -> tuple[Tensor | None, int | None]:
         """The value with particles first, without plates that it isn't in; its axis of data."""
         value: Tensor = site["value"]
         batch = value.dim() - len(site["fn"].event_shape)
+        if batch > self.rank:
+            return None, 1  # it is another one in each state
         if not self.vectorized:
             draws, own = value.unsqueeze(0), batch
         elif batch < self.rank:  # data, which are the same for all particles
@@ -110,6 +132,8 @@ class Collector:
         """A log density without scales, and with all of them."""
         is_local = self.sites[site["name"]].is_local
         masked = scale_and_mask(raw, mask=site["mask"])
+        if self.states is not None and masked.dim() > self.rank:
+            masked = self.states.mean(site, masked)
         scale = site["scale"]
         keep = plate_scale(site, without=self.structure.plates)
         kept = masked if keep == 1.0 else masked * keep
@@ -160,55 +184,42 @@ class Collector:
         return each.reshape(self.num_particles, -1, *fn.event_shape)
 
     def _sum_out(self) -> bool:
-        """Sums out enumerated latents with everything that depends on them, datum by datum.
+        """Sums out states with everything that depends on them.
 
         Returns:
             Whether data and latents are summed out together, so that they have no parts.
         """
-        sites = [site for site, _ in self.summed_out]
-        scale = self._common_scale(sites)
-        parts = [self._without_plates(site, raw) for site, raw in self.summed_out]
-        total = functools.reduce(operator.add, parts)
+        assert self.states is not None  # noqa: S101
+        linked = self.states.sum_out(self.summed_out)
+        return max([self._put_together(sites, left) for sites, left in linked])
+
+    def _put_together(self, sites: list[Site], left: Tensor) -> bool:
+        """Takes in sites that share states as one; returns whether it has data and latents."""
+        keep, scale = self._common_scale(sites)
+        names = [site["name"] for site in sites]
         for site in sites:
             if site["name"] in self.sites:
                 self.sites[site["name"]].model = site["fn"]
-        rest = [s["is_observed"] for s in sites if s["name"] not in self.structure.enumerated]
-        kind: Kind = "enumerated" if any(rest) or not rest else "latent"
-        entry = SiteTerms("+".join(s["name"] for s in sites), kind, is_local=True)
-        summed = total.logsumexp(tuple(range(total.dim() - self.rank)))
-        entry.log_p = self._reduce(summed, entry.name, is_local=True)
-        entry.scaled_log_p = entry.log_p * scale
+        rest = {s["is_observed"] for s in sites if ENUMERATE_DIM not in s["infer"]}
+        kind: Kind = "latent" if rest == {False} else "enumerated"
+        is_local = all(is_inside(self.structure, site) for site in sites)
+        entry = SiteTerms("+".join(names), kind, is_local)
         self.sites[entry.name] = entry
-        return len({*rest}) > 1
+        summed = self._reduce(left, entry.name, is_local=is_local)
+        entry.log_p = summed if keep == 1.0 else summed * keep
+        entry.scaled_log_p = summed * scale
+        return len(rest) > 1
 
-    def _without_plates(self, site: Site, raw: Tensor) -> Tensor:
-        """A log density whose plates, but those of particles and data, are summed."""
-        masked, mask = scale_and_mask(raw, mask=site["mask"]), site["mask"]
-        if site["name"] in self.structure.enumerated and mask is not None and mask is not True:
-            # where a latent is masked out, its states count as one, not as many
-            count = masked.shape[masked.dim() + site["infer"][ENUMERATE_DIM]]
-            masked_out = torch.as_tensor(mask, device=masked.device).logical_not()
-            masked = masked - masked_out.to(masked.dtype) * math.log(count)
-        extra = masked.dim() - self.rank
-        kept = [*range(extra), extra + self.axis] + [extra] * self.vectorized
-        out = [i for i in range(masked.dim()) if i not in kept]
-        return masked.sum(out, keepdim=True) if out else masked
+    def _common_scale(self, sites: list[Site]) -> tuple[float, float]:
+        """The scale of sites summed out together, without and with that of the data plate.
 
-    def _common_scale(self, sites: list[Site]) -> float:
-        """The scale of sites summed out together: inside a logarithm there can be only one."""
-        names = ", ".join(s["name"] for s in sites)
+        Inside a logarithm there can be only one.
+        """
         scales = [s["scale"] for s in sites]
-        has_one = not any(isinstance(s, Tensor) for s in scales) and len({*scales}) == 1
-        if not has_one or any(plate_scale(s, self.structure.plates) != 1.0 for s in sites):
+        keeps = {plate_scale(s, self.structure.plates) for s in sites}
+        if any(isinstance(s, Tensor) for s in scales) or len({*scales}) > 1 or len(keeps) > 1:
+            names = ", ".join(s["name"] for s in sites)
             where, expected = f"sites {names}, summed out together", "one common scale, a number"
-            fixes = [
-                "no poutine.scale and no subsampled inner plate there",
-                "a guide for the latent",
-            ]
+            fixes = ["poutine.scale around all of them, or around none", "a guide for the latent"]
             raise PairError(where, expected, f"scales {', '.join(map(str, scales))}", fixes)
-        enumerated = [s for s in sites if s["name"] in self.structure.enumerated]
-        dims = [s["infer"].get(ENUMERATE_DIM) for s in enumerated]
-        if len({*dims}) != len(dims):
-            actual, fixes = f"a shared one in {names}", ["no pyro.markov around them"]
-            raise PairError("enumerated sites", "one dimension each", actual, fixes)
-        return scales[0]
+        return keeps.pop(), scales[0]

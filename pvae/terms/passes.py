@@ -23,6 +23,7 @@ from pvae.pair import Batch, Structure, as_batch, is_inside, probing, run_pair
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
+from pvae.terms.states import GuideStates, States
 from pvae.types import Program
 
 __all__ = ["can_vectorize", "compute", "draw_guide", "in_particles", "score_guide"]
@@ -73,6 +74,7 @@ def compute(
     stop_guide: bool = False,
     detach: bool = False,
     share_globals: bool = False,
+    states: GuideStates = "drawn",
     given: Mapping[str, Tensor] | None = None,
 ) -> Terms:
     """Runs guide and replayed model once, in the mode that they are in, and returns their terms.
@@ -92,6 +94,9 @@ def compute(
             with the guide's parameters stopped.
         detach: Draws have no gradient, so that that of log q is the score function.
         share_globals: All particles have one draw of what is outside the data plate.
+        states: What becomes of states that the guide marks to be enumerated: one is drawn;
+            ``"averaged"``, all log densities are means over them; ``"summed"``, the log weight,
+            and it alone, has them summed out.
         given: Values of guide sites, and of the data plate's indices, that aren't to be drawn.
 
     Raises:
@@ -106,7 +111,7 @@ def compute(
         given = _draw_globals(structure, batch, detach=detach) | dict(given or {})
 
     def one_pass(k: int) -> Terms:
-        return _one_pass(structure, batch, k, given, per_dimension, stop_guide, detach)
+        return _one_pass(structure, batch, k, given, per_dimension, stop_guide, detach, states)
 
     if num_particles == 1 or vectorize:
         return one_pass(num_particles)
@@ -179,7 +184,7 @@ def _guide_pass(
 ) -> dict[str, SiteTerms]:
     program = in_particles(structure.guide, structure, num_particles, given)
     trace, _ = run_pair(structure.model, program, batch, model_too=False)
-    collect = Collector(structure, num_particles, per_dimension)
+    collect = Collector(structure, num_particles, per_dimension=per_dimension)
     for site in sample_sites(trace):
         collect.guide(site, in_model=site["name"] not in structure.auxiliary)
     return collect.sites
@@ -248,18 +253,26 @@ def _one_pass(
     per_dimension: bool = False,  # noqa: FBT001, FBT002
     stop_guide: bool = False,  # noqa: FBT001, FBT002
     detach: bool = False,  # noqa: FBT001, FBT002
+    of_guide: GuideStates = "drawn",
 ) -> Terms:
-    def wrapped(program: Program) -> Program:
-        return in_particles(program, structure, num_particles, given)
+    rank = structure.nesting + (num_particles > 1)
+    is_listed = of_guide != "drawn" and bool(structure.guide_states)
 
-    guide, model = wrapped(structure.guide), wrapped(structure.model)
-    if structure.enumerated:
-        rank = structure.nesting + (num_particles > 1)
-        model = poutine.enum(model, first_available_dim=-rank - 1)
+    def wrapped(program: Program, first: int | None, *, is_listed: bool) -> Program:
+        program = in_particles(program, structure, num_particles, None)
+        program = poutine.enum(program, first_available_dim=first) if is_listed else program
+        return _Given(given)(program) if given else program
+
+    guide = wrapped(structure.guide, -rank - 1, is_listed=is_listed)
+    # the model's states go on where the guide's have left off
+    first, has_states = None if is_listed else -rank - 1, is_listed or bool(structure.enumerated)
+    model = wrapped(structure.model, first, is_listed=has_states)
     before = randomness.get_state() if stop_guide and not is_capturing_graph() else None
     with _Detached() if detach else contextlib.nullcontext():
         guide_trace, model_trace = run_pair(model, guide, batch)
-    collect = Collector(structure, num_particles, per_dimension)
+    traces = guide_trace, model_trace
+    states = States(structure, *traces, rank, of_guide) if has_states else None
+    collect = Collector(structure, num_particles, per_dimension=per_dimension, states=states)
     for site in sample_sites(guide_trace):
         collect.guide(site, in_model=site["name"] in model_trace.nodes)
     for site in sample_sites(model_trace):
@@ -297,7 +310,7 @@ def _score_stopped(
     structure = terms.structure
     drawn = [s for s in terms.guide_trace.nodes.values() if s["type"] == "sample"]
     values = {s["name"]: s["value"].view_as(s["value"]) for s in drawn if not s["is_observed"]}
-    collect = Collector(structure, terms.num_particles, per_dimension=False)
+    collect = Collector(structure, terms.num_particles)
     with (
         _stopped(structure.parameters.values()),
         _statistics_kept(structure),
