@@ -308,8 +308,8 @@ def crossed(x: Tensor) -> None:
 
 def test_states_in_crossed_plates_are_refused_by_site() -> None:
     """Pyro can't eliminate them either."""
-    with pytest.raises(PairError, match=r"states at .*a.*expected .*nested plates"):
-        bounds.elbo(Pair(crossed, nothing, plate="rows"), noise(3, 2))
+    with pytest.raises(PairError, match=r"states at .*'a'.*expected states in nested plates"):
+        bounds.elbo((crossed, nothing), noise(3, 2))
 
 
 # Capture and recapture: alive or not along time, between detections that are seen
