@@ -8,7 +8,7 @@ stands in `pvae.engine.compiler`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,19 @@ __all__ = [
     "InverseTransform",
     "Norm",
     "can_skip_on_device",
+    "count_as_stepped",
     "forget_values",
     "fused_adam",
+    "guess_plates",
     "has_step_hooks",
     "import_compiler",
     "mask_of",
     "multiply",
+    "network_parts",
+    "network_state",
     "norms",
     "version",
+    "waiting_states",
 ]
 
 # Modules. Libraries derive layers of their own from these, so that naming torch's public layers
@@ -48,6 +53,21 @@ Convolution = nn.modules.conv._ConvNd
 """All convolutions, transposed ones among them."""
 
 
+def network_parts(module: nn.Module) -> list[object]:
+    """A module's own parameters, buffers, modules and hooks, which no public method has as such."""
+    hooks = module._forward_pre_hooks, module._forward_hooks
+    return [module._parameters, module._buffers, module._modules, *hooks]
+
+
+def network_state(modules: Iterable[nn.Module]) -> list[object]:
+    """What modules consist of, and which of their parameters are trained, to be compared fast."""
+    state: list[object] = []
+    for module in modules:
+        own = module._parameters.values()
+        state += [*module._modules.values(), *own, *(p.requires_grad for p in own if p is not None)]
+    return state
+
+
 # Pyro's sites and distributions
 
 DETERMINISTIC = "_deterministic"
@@ -61,6 +81,14 @@ ENUMERATE_SYMBOL = "_enumerate_symbol"
 
 DIM_TO_SYMBOL = "_dim_to_symbol"
 """Key in a site's ``infer`` of all symbols by dimension, likewise."""
+
+
+def guess_plates(loss: Any, *programs_and_arguments: Any) -> None:
+    """Runs a pair once to count its plates, as Pyro's vectorised ELBOs do before their first loss.
+
+    That run moves the generators, so that a training has Pyro's draws only after it.
+    """
+    loss._guess_max_plate_nesting(*programs_and_arguments)
 
 
 def mask_of(fn: MaskedDistribution) -> Tensor | bool:
@@ -97,6 +125,17 @@ def version(tensor: Tensor) -> int:
 def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step is left out where ``optimizer.found_inf`` says so on the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tells a scheduler of rates that its optimiser has made a step, which another one makes."""
+    setattr(optimizer, "_opt_called", True)  # noqa: B010
+
+
+def waiting_states(optim: Any) -> dict[str, Any]:
+    """States that a ``PyroOptim`` was given for parameters that it hasn't met yet, by name."""
+    states: dict[str, Any] = optim._state_waiting_to_be_consumed
+    return states
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:

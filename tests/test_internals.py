@@ -188,6 +188,50 @@ def messengers() -> None:
     assert called == ["before z", "after z"]
 
 
+def networks() -> None:
+    """What a module consists of; a replaced part, and one that is frozen, show."""
+    net = nn.BatchNorm1d(2)
+    whole = nn.Sequential(net, nn.ReLU())
+    parts = internals.network_parts(whole)
+    assert whole[0] in list(parts[2].values())  # type: ignore[attr-defined]
+    assert net.running_mean in list(internals.network_parts(net)[1].values())  # type: ignore[attr-defined]
+    before = internals.network_state([whole, net])
+    net.weight.requires_grad_(requires_grad=False)
+    assert internals.network_state([whole, net]) != before
+    net.weight.requires_grad_(requires_grad=True)
+    whole[1] = nn.Tanh()
+    assert internals.network_state([whole, net])[1] is not before[1]
+
+
+def schedulers() -> None:
+    """A scheduler that is told so doesn't warn of an optimiser that makes no step itself."""
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    internals.count_as_stepped(optimizer)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def waiting() -> None:
+    optim = pyro.optim.Adam({"lr": 0.1})
+    optim.set_state({"w": {"lr": 1.0}})
+    assert internals.waiting_states(optim) == {"w": {"lr": 1.0}}
+
+
+def guessing() -> None:
+    """Pyro's vectorised ELBO runs the pair once more, at first."""
+    runs: list[int] = []
+
+    def model(x: Tensor) -> None:
+        runs.append(1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    loss = pyro.infer.Trace_ELBO(vectorize_particles=True)
+    internals.guess_plates(loss, model, lambda x: None, (torch.zeros(3),), {})
+    assert (runs, loss.max_plate_nesting) == ([1], 1)
+
+
 def compiler() -> None:
     """What optimisers import once there is one, in a fresh process."""
     code = """
@@ -204,7 +248,7 @@ assert "torch._dynamo" in before and set(sys.modules) == before
 
 CHECKS: list[Callable[[], None]] = [
     deterministic, enumerate_dim, mask, inverse, cache, version, hooks, skipping, adam, many,
-    messengers, compiler,
+    messengers, networks, schedulers, waiting, guessing, compiler,
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@
 
 from pvae.engine.compiler import UncompilableError, compile_function
 from pvae.engine.monitor import PARTS, Failure
+from pvae.engine.of_pyro import OptimizerOfPyro
 from pvae.engine.optimizers import Backup, OptimizerLike, make_optimizer
 from pvae.engine.precision import PRECISIONS, Precision
 from pvae.engine.repeated import Repeated
@@ -21,6 +22,7 @@ __all__ = [
     "Engine",
     "Failure",
     "OptimizerLike",
+    "OptimizerOfPyro",
     "Precision",
     "Repeated",
     "Stepper",

@@ -30,7 +30,7 @@ def make_optimizer(
     """
     settings = {} if lr is None else {"lr": lr}
     made: torch.optim.Optimizer | None = None
-    with contextlib.suppress(TypeError, RuntimeError):
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
         made = factory(parameters, **settings, fused=True)
     try:
         made = made or factory(parameters, **settings)
@@ -38,7 +38,7 @@ def make_optimizer(
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError("its step needs a closure that evaluates the loss again")
         return made
-    except (TypeError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         fixes = ["torch.optim.Adam", "functools.partial(torch.optim.SGD, momentum=0.9)"]
         expected = "a torch optimiser class, called with (parameters, lr=...)"
         raise ArgumentError("optimizer", expected, f"{factory!r}: {error}", fixes) from error
@@ -51,7 +51,10 @@ def update(optimizer: torch.optim.Optimizer, ok: Tensor, parameters: Sequence[Te
             optimizer.step()
     elif can_skip_on_device(optimizer):
         setattr(optimizer, "found_inf", (~ok).to(torch.float32))  # noqa: B010
+        groups = optimizer.param_groups
+        optimizer.param_groups = _merged(groups)
         optimizer.step()
+        optimizer.param_groups = groups
     else:
         states = optimizer.state.values()
         tensors = [v for s in states for v in s.values() if isinstance(v, Tensor)]
@@ -68,15 +71,27 @@ def _adam(optimizer: torch.optim.Optimizer) -> bool:
     """
     if not _is_plain(optimizer):
         return False
-    moved = [[p for p in g["params"] if p.grad is not None] for g in optimizer.param_groups]
+    groups = _merged(optimizer.param_groups)
+    moved = [[p for p in g["params"] if p.grad is not None] for g in groups]
     states = [[optimizer.state[p] for p in parameters] for parameters in moved]
     if not all(map(all, states)):
         return False
-    for group, parameters, own in zip(optimizer.param_groups, moved, states, strict=True):
+    for group, parameters, own in zip(groups, moved, states, strict=True):
         is_decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
         if parameters:
             fused_adam(parameters, own, group, is_decoupled=is_decoupled)
     return True
+
+
+def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups, those of equal settings as one, for fewer and larger kernels."""
+    if len(groups) == 1:
+        return groups
+    merged: dict[tuple[object, ...], dict[str, Any]] = {}
+    for group in groups:
+        settings = tuple(value for name, value in group.items() if name != "params")
+        merged.setdefault(settings, {**group, "params": []})["params"].extend(group["params"])
+    return list(merged.values())
 
 
 def _is_plain(optimizer: torch.optim.Optimizer) -> bool:

@@ -7,12 +7,14 @@ did is undone on the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.infer import ELBO as PyroELBO
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.distributed import World
@@ -23,6 +25,7 @@ from pvae.errors import ArgumentError, PairError, oxford
 from pvae.internals import multiply, norms
 from pvae.objectives import Objective, ObjectiveState
 from pvae.pair import Structure
+from pvae.pair.parameters import unconstrained
 from pvae.sites import without_announcements
 
 __all__ = ["PassResult", "Passes"]
@@ -47,11 +50,13 @@ class Passes:
     """Runs passes of a pair, and keeps track of what they change.
 
     Attributes:
-        structure, objective, state, clip_norm, precision, per_datum, world: As of `Stepper`.
+        structure, objective, state, clip_norm, precision, per_datum, world, late: As of `Stepper`.
         monitor: Judges each pass.
         moving: The buffers that a pass changes, where it is known, as while one is recorded.
         names: Names of the parameters that the last pass had gradients of.
         has_penalties: Whether the last pass had any.
+        announced: Parameters, by identity, that the last pass announced; known only with ``late``.
+        value: What one of Pyro's objectives returned, a number or a tuple of them.
     """
 
     structure: Structure
@@ -62,6 +67,7 @@ class Passes:
     precision: Precision
     per_datum: bool
     world: World
+    late: Callable[[str, Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -75,6 +81,8 @@ class Passes:
         self.moving: list[Tensor] | None = None
         self.names: list[str] = []
         self.has_penalties, self._num_rows = False, 0
+        self.announced: set[int] = set()
+        self.value: object = None
         self._agreed: list[str] | None = None  # parameters with a gradient in any process
 
     def run(self, *batch: Tensor) -> PassResult:
@@ -113,6 +121,9 @@ class Passes:
         narrow = mixed(self.structure) if is_narrow else contextlib.nullcontext()
         with without_announcements(), narrow:
             terms = objective.compute_terms(self.structure, batch)
+        if self.late is not None:
+            traces = [(p.guide_trace, p.model_trace) for p in terms.passes]
+            self._note({"guide": [g for g, _ in traces], "model": [m for _, m in traces]})
         if is_narrow:
             check_densities(terms)
         self._num_rows, self.has_penalties = terms.num_rows, terms.has_penalties
@@ -140,28 +151,49 @@ class Passes:
         model, guide = self.structure.model, self.structure.guide
         self._num_rows = self.structure.subsample_size or self.structure.num_rows_of(batch)
         divisor = self.structure.divisor(self._num_rows) if self.per_datum else 1
-        if hasattr(objective, "differentiable_loss"):
-            loss = objective.differentiable_loss(model, guide, *batch) / divisor
-            gradients = self._differentiate(loss)
-        else:
-            value = objective.loss_and_grads(model, guide, *batch)
-            if not isinstance(value, (float, int, Tensor)):
-                actual = f"{type(objective).__name__}, which returns a {type(value).__name__}"
-                fixes = ["pyro.infer.SVI with it, and a loop of your own"]
-                raise ArgumentError("objective", "one that returns one loss", actual, fixes)
-            loss = torch.as_tensor(value, dtype=torch.float64) / divisor
-            given = {n: p.grad for n, p in self.parameters.items()}
-            gradients = {n: g.div_(divisor) for n, g in given.items() if g is not None}
+        with poutine.trace(param_only=True) as capture:
+            self.value = objective.loss_and_grads(model, guide, *batch)
+        if self.late is not None:
+            self._note({"guide": [capture.trace]})
+        loss = self._one_loss(objective, self.value) / divisor
+        given = {n: p.grad for n, p in self.parameters.items()}
+        gradients = {n: g.div_(divisor) for n, g in given.items() if g is not None}
         parts = loss.new_full((len(PARTS) - 1,), float("nan"), device=self.structure.device)
-        parts[0] = loss.detach()
+        parts[0] = loss
         return Measured(parts, gradients, {})
+
+    def _one_loss(self, objective: PyroELBO, value: object) -> Tensor:
+        """What is one number of a loss: the sum of several, which only Pyro's own interface has."""
+        several = value if isinstance(value, tuple) and self.late is not None else (value,)
+        if not all(isinstance(one, (float, int, Tensor)) for one in several):
+            actual = f"{type(objective).__name__}, which returns a {type(value).__name__}"
+            fixes = ["pvae.SVI or pyro.infer.SVI with it, and a loop of your own"]
+            raise ArgumentError("objective", "one that returns one loss", actual, fixes)
+        tensors = [torch.as_tensor(one).detach().to(torch.float64) for one in several]
+        return torch.stack(tensors).sum()
+
+    def _note(self, traces: Mapping[str, Iterable[Trace]]) -> None:
+        """Takes up the parameters that programs announced and that weren't known."""
+        assert self.late is not None  # noqa: S101
+        known, self.announced = {*map(id, self.parameters.values())}, set()
+        for side, own in traces.items():
+            for site in (site for trace in own for site in trace.nodes.values()):
+                if site["type"] != "param":
+                    continue
+                parameter = unconstrained(site["value"])
+                self.announced.add(id(parameter))
+                if id(parameter) not in known and parameter.requires_grad:
+                    known.add(id(parameter))
+                    self.structure.take_up(site["name"], parameter, side)
+                    self.late(site["name"], parameter)
 
     def _differentiate(self, loss: Tensor) -> dict[str, Tensor]:
         """Gradients of the parameters that have one, by name."""
-        if not loss.requires_grad or not self.parameters:
+        asked = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        if not loss.requires_grad or not asked:
             return {}
-        gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
-        named = zip(self.parameters, gradients, strict=True)
+        gradients = torch.autograd.grad(loss, [*asked.values()], allow_unused=True)
+        named = zip(asked, gradients, strict=True)
         return {name: g for name, g in named if g is not None}
 
     def _complete(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,21 +213,23 @@ class Passes:
     def _judge(self, buffers: Backup, measured: Measured, num_rows: int | Tensor) -> PassResult:
         """Says whether a pass is good, undoes it if not, clips its gradients, adds to the sums."""
         gradients, is_recorded = measured.gradients, self.moving is not None
-        if not gradients:
+        if not gradients and any(p.requires_grad for p in self.parameters.values()):
             fixes = [
                 "does the guide sample from a distribution made of its parameters?",
                 "pyro.clear_param_store(), if pyro.module had other modules by these names",
             ]
             expected = "a loss that depends on its parameters"
             raise ArgumentError("pair", expected, "no parameter with a gradient", fixes)
-        if is_recorded:  # one by one, for a compiler to fuse
+        if not gradients:  # as where nothing is to be trained
+            each = measured.parts.new_zeros(0)
+        elif is_recorded:  # one by one, for a compiler to fuse
             each = torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])
         else:
             each = norms([*gradients.values()])
         norm = torch.linalg.vector_norm(each)
         ok = self.monitor.judge(measured, num_rows, each, norm)
         buffers.restore_unless(ok, may_wait=not is_recorded)
-        if self.clip_norm is not None:
+        if self.clip_norm is not None and gradients:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             clipped = multiply([*gradients.values()], factor)
             gradients = dict(zip(gradients, clipped, strict=True))

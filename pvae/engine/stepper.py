@@ -63,10 +63,12 @@ class Stepper:
         per_datum: Whether the loss is divided by the data plate's full size.
         world: The processes that share each batch. Each computes loss and gradients on its own
             rows; their means over all rows are what every process then goes on with.
+        late: Called with the name and the tensor of a parameter that a later batch announces
+            first, which is trained from then on; None where such parameters stay as they are.
 
     Attributes:
-        parameters: What is trained.
         passes: A step but for its update.
+        moved: Parameters, by identity, that have had a gradient.
         loss: Loss of the last step, on the device.
         sums: Sums of what steps measured since `reset`, on the device.
     """
@@ -83,18 +85,24 @@ class Stepper:
         precision: Precision = "full",
         per_datum: bool = True,
         world: World | None = None,
+        late: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         self.structure, self.objective, self.state = structure, objective, state
         self.optimizer, self.world = optimizer, world or World()
-        self.parameters = list(structure.parameters.values())
+        self.moved: set[int] = set()
         self._monitor = Monitor(structure.device)
         self.loss, self.sums = self._monitor.loss, self._monitor.sums
         given = structure, objective, state, self._monitor, clip_norm
-        self.passes = Passes(*given, precision, per_datum, self.world)
+        self.passes = Passes(*given, precision, per_datum, self.world, late)
         self._whole = CompiledPass(self.passes, self.passes.run)
         self._own_rows = CompiledPass(self.passes, self.passes.measure)
         self._captured: CapturedStep | None = None
         self.engine = engine
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.structure.parameters.values())
 
     @property
     def engine(self) -> Engine:
@@ -149,8 +157,14 @@ class Stepper:
 
     def _update(self, result: PassResult) -> PassResult:
         """The optimiser's step, where the pass is good."""
+        announced = self.passes.announced
         for name, parameter in self.structure.parameters.items():
-            parameter.grad = result.gradients.get(name)
+            gradient = result.gradients.get(name)
+            if gradient is not None:
+                self.moved.add(id(parameter))
+            elif id(parameter) in announced and id(parameter) in self.moved:
+                gradient = torch.zeros_like(parameter)  # as Pyro's SVI leaves it: momentum goes on
+            parameter.grad = gradient
         update(self.optimizer, result.ok, self.parameters)
         return result
 

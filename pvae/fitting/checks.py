@@ -20,7 +20,7 @@ from pvae.engine import Backup
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
-from pvae.pair import Structure, is_penalty, run_pair
+from pvae.pair import Structure, is_penalty, put_back, run_pair
 
 __all__ = [
     "check_batches",
@@ -128,10 +128,16 @@ def check_objective(
 
 @contextmanager
 def trying(structure: Structure) -> Iterator[None]:
-    """Training mode, which leaves no trace: modes, buffers and generators are put back."""
+    """Training mode, which leaves no trace: modes, buffers, generators and counters go back."""
     backup = Backup([b for m in structure.modules for b in m.buffers(recurse=False)])
+    before = put_back((structure.model, structure.guide))
     try:
-        with in_mode(structure.modules, training=True), randomness.forked(), torch.no_grad():
+        with (
+            before,
+            in_mode(structure.modules, training=True),
+            randomness.forked(),
+            torch.no_grad(),
+        ):
             yield
     finally:
         backup.restore()
@@ -144,7 +150,11 @@ def check_overcomplete(structure: Structure, source: Source) -> None:
         return
     batch = first_batch(source, 8)
     try:
-        with evaluating(structure.modules), randomness.forked():
+        with (
+            put_back((structure.model, structure.guide)),
+            evaluating(structure.modules),
+            randomness.forked(),
+        ):
             clean, of_model = run_pair(structure.model, structure.guide, batch)
         code, data = (
             sum(math.prod(of_model.nodes[name]["fn"].event_shape) for name in names)

@@ -7,7 +7,7 @@ Parts build pairs, tools work on them.
 from pvae.pair.base import Pair, PairLike, as_pair
 from pvae.pair.messages import is_penalty, mask_of
 from pvae.pair.observed import Observed, observed_sites
-from pvae.pair.running import Batch, as_batch, probing, run_pair
+from pvae.pair.running import Batch, as_batch, probing, put_back, run_pair
 from pvae.pair.structure import Structure, is_inside, only_site, rows_from, rows_to
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "observed_sites",
     "only_site",
     "probing",
+    "put_back",
     "rows_from",
     "rows_to",
     "run_pair",

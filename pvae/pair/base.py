@@ -21,6 +21,7 @@ from pvae.pair.running import (
     as_batch,
     first_floating,
     modules_reached,
+    root_of,
     settings_of,
     tensors_of,
 )
@@ -183,14 +184,14 @@ class Pair:
 
     def _modules_of(self) -> list[nn.Module]:
         """The programs that are modules, and the modules that the others reach."""
-        programs = (self.model, self.guide)
+        programs = (root_of(self.model), root_of(self.guide))
         own = [[p] if isinstance(p, nn.Module) else modules_reached(p) for p in programs]
         return [module for modules in own for module in modules]
 
     def _state(self, structure: Structure) -> object:
         """What a structure is right for: networks, parameters, and whether these are trainable."""
         programs = (self.model, self.guide)
-        roots = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+        roots = [m for p in map(root_of, programs) if isinstance(p, nn.Module) for m in p.modules()]
         modules = dict.fromkeys((*roots, *structure.modules))
         reached = [id(m) for p in programs for m in modules_reached(p)]
         store = dict(pyro.get_param_store().named_parameters())

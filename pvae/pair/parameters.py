@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pvae.errors import PvaeError, oxford
 from pvae.pair.messages import log_prob_of, sample_sites
-from pvae.pair.running import Networks
+from pvae.pair.running import Networks, root_of
 from pvae.types import Program
 
-__all__ = ["Parameters"]
+__all__ = ["Parameters", "unconstrained"]
 
 
 class Parameters:
@@ -41,16 +41,14 @@ class Parameters:
         self.sides: dict[str, frozenset[str]] = {}
         self._names: dict[int, str] = {}
         for side, program in programs.items():
-            if isinstance(program, nn.Module):
-                for name, parameter in program.named_parameters():
+            root = root_of(program)
+            if isinstance(root, nn.Module):
+                for name, parameter in root.named_parameters():
                     self._add(f"{side}.{name}", parameter, side)
         for side in ("guide", "model"):
             for site in traces[side].nodes.values():
                 if site["type"] == "param":
-                    value = site["value"]
-                    if hasattr(value, "unconstrained"):  # with module_local_params some have none
-                        value = value.unconstrained()
-                    self._add(site["name"], value, side)
+                    self._add(site["name"], unconstrained(site["value"]), side)
         self._active = active = self._with_gradient(networks, run)
         used = active | {*map(id, self.by_name.values())} | {*networks.ran}
         reached = [root for root in networks.reached if _has_any(used, root)]
@@ -114,6 +112,12 @@ class Parameters:
                 "model or guide a module that holds the network."
             ]
         return []
+
+
+def unconstrained(value: Tensor) -> Tensor:
+    """The tensor that is trained, of a ``param`` site's value, or the value where it is that."""
+    reference: Callable[[], Tensor] | None = getattr(value, "unconstrained", None)
+    return value if reference is None else reference()  # with module_local_params some have none
 
 
 def _inner(roots: Iterable[nn.Module]) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from pvae.pair.messages import infer_of, is_factor, is_penalty, plate_scale
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, PlateName, Sites
 from pvae.pair.rows import find_rows
-from pvae.pair.running import Batch, first_floating, probing, run_pair, tensors_of
+from pvae.pair.running import Batch, first_floating, probing, put_back, run_pair, tensors_of
 from pvae.pair.structure import Structure
 from pvae.types import Program, Site
 
@@ -36,18 +36,20 @@ def inspect_pair(
     stored = dict(pyro.get_param_store().named_parameters())
     with probing((model, guide)) as networks:
         guide_trace, model_trace = run_pair(model, guide, batch)
-        again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
-        sites = Sites(model_trace, guide_trace, batch, plate)
-        axes, fewer = find_rows(sites, batch, lambda other: run_pair(model, guide, other)[1])
-        programs = {"model": model, "guide": guide}
-        traces = {"model": model_trace, "guide": guide_trace}
-        parameters = Parameters(
-            programs, networks, traces, stored, lambda: run_pair(model, guide, batch)
-        )
-        check_sites(sites)
-        check_with_pyro(model_trace, guide_trace)
-        check_locality(sites, fewer)
-        check_apart(sites, lambda: run_pair(model, guide, batch))
+        with put_back((model, guide)):
+            again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
+            sites = Sites(model_trace, guide_trace, batch, plate)
+            axes, fewer = find_rows(sites, batch, lambda other: run_pair(model, guide, other)[1])
+        with put_back((model, guide)):
+            programs = {"model": model, "guide": guide}
+            traces = {"model": model_trace, "guide": guide_trace}
+            parameters = Parameters(
+                programs, networks, traces, stored, lambda: run_pair(model, guide, batch)
+            )
+            check_sites(sites)
+            check_with_pyro(model_trace, guide_trace)
+            check_locality(sites, fewer)
+            check_apart(sites, lambda: run_pair(model, guide, batch))
     tensors = (*parameters.by_name.values(), *tensors_of(parameters.modules), *batch)
     return Structure(
         model=model,

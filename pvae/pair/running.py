@@ -17,21 +17,28 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeError
+from pvae.pair.held import Held
 from pvae.types import Program
 
 __all__ = [
     "Batch",
     "Networks",
     "as_batch",
+    "called_by",
     "first_floating",
+    "flatten",
     "modules_reached",
     "probing",
+    "put_back",
+    "rebuild",
+    "root_of",
     "run_pair",
     "settings_of",
     "tensors_of",
 ]
 
 Batch = tuple[Any, ...]
+Spec = tuple[Any, ...] | None
 R = TypeVar("R")
 _PLAIN = (bool, int, float, str)
 
@@ -41,6 +48,55 @@ def as_batch(batch: object) -> Batch:
     if isinstance(batch, Iterable) and not isinstance(batch, Tensor):
         return tuple(batch)
     return (batch,)
+
+
+def flatten(part: object, leaves: list[Any]) -> Spec:
+    """Appends what is in containers, and returns how it was contained: None for a leaf.
+
+    Example:
+        >>> leaves = []
+        >>> spec = flatten((1, {"a": [2, 3]}), leaves)
+        >>> leaves, rebuild(spec, iter(leaves))
+        ([1, 2, 3], (1, {'a': [2, 3]}))
+    """
+    if isinstance(part, (tuple, list)) and type(part) in (tuple, list):
+        return type(part).__name__, *(flatten(inner, leaves) for inner in part)
+    if isinstance(part, dict) and type(part) is dict:
+        return "dict", tuple(part), *(flatten(inner, leaves) for inner in part.values())
+    leaves.append(part)
+    return None
+
+
+def rebuild(spec: Spec, leaves: Iterator[Any]) -> Any:
+    """What `flatten` took apart, of other leaves."""
+    if spec is None:
+        return next(leaves)
+    kind, *inner = spec
+    if kind == "dict":
+        names, *inner = inner
+        return dict(zip(names, (rebuild(s, leaves) for s in inner), strict=True))
+    parts = [rebuild(s, leaves) for s in inner]
+    return tuple(parts) if kind == "tuple" else parts
+
+
+def called_by(spec: Spec, program: Program) -> Program:
+    """The program, called with the leaves of its arguments: of a tuple and a dictionary."""
+    return functools.partial(_call, spec, program)
+
+
+def _call(spec: Spec, program: Program, *leaves: object) -> object:
+    args, kwargs = rebuild(spec, iter(leaves))
+    return program(*args, **kwargs)
+
+
+def root_of(program: object) -> object:
+    """The function or module itself, of a program in handlers of Pyro's or with arguments set."""
+    while True:
+        inner = poutine.unwrap(program)
+        inner = inner.func if isinstance(inner, functools.partial) else inner
+        if inner is program:
+            return program
+        program = inner
 
 
 def run_pair(
@@ -97,8 +153,8 @@ class Networks:
 
     def __init__(self, programs: Iterable[object]) -> None:
         programs = list(programs)
-        self.roots = [p for p in programs if isinstance(p, nn.Module)]
-        reached = {id(m): m for p in programs for m in modules_reached(p)}
+        self.roots = [p for p in map(root_of, programs) if isinstance(p, nn.Module)]
+        reached = {id(m): m for p in (*programs, *self.roots) for m in modules_reached(p)}
         self.reached = [m for m in reached.values() if not any(m is root for root in self.roots)]
         self.ran: dict[int, nn.Module] = {}
         self._modes: dict[int, tuple[nn.Module, bool]] = {}
@@ -141,15 +197,33 @@ class Networks:
 
 @contextmanager
 def probing(programs: Iterable[object]) -> Iterator[Networks]:
-    """Evaluation mode, copies of the generators, validation on; notes every module that runs."""
-    networks = Networks(programs)
+    """Evaluation mode, copies of the generators, validation on; notes every module that runs.
+
+    Counters, lists of results and the like are put back. What the programs set up as they first
+    run stays, unless they fail.
+    """
+    programs = list(programs)
+    held, networks = Held(programs), Networks(programs)
     handle = register_module_forward_pre_hook(networks.note)
+    failed = True
     try:
         with randomness.forked(), torch.no_grad(), pyro.validation_enabled(is_validate=True):
             yield networks
+        failed = False
     finally:
         handle.remove()
         networks.restore()
+        held.restore(everything=failed)
+
+
+@contextmanager
+def put_back(programs: Iterable[object]) -> Iterator[None]:
+    """Puts back all that the programs hold, as if they hadn't run."""
+    held = Held(programs)
+    try:
+        yield
+    finally:
+        held.restore(everything=True)
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:

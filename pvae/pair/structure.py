@@ -137,6 +137,11 @@ class Structure:
         """The type of its first floating tensor."""
         return self.anchor.dtype
 
+    def take_up(self, name: str, parameter: Tensor, side: str) -> None:
+        """Adds a parameter that was first announced on a later batch, or is another one now."""
+        self.parameters[name] = parameter
+        self.sides[name] = self.sides.get(name, frozenset()) | {side}
+
     def divisor(self, num_rows: int) -> int:
         """By what a plate-scaled sum over a batch is divided to be per datum."""
         return self.full_size if self.is_scaled else num_rows
