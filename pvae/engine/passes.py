@@ -213,7 +213,8 @@ class Passes:
     def _judge(self, buffers: Backup, measured: Measured, num_rows: int | Tensor) -> PassResult:
         """Says whether a pass is good, undoes it if not, clips its gradients, adds to the sums."""
         gradients, is_recorded = measured.gradients, self.moving is not None
-        if not gradients and any(p.requires_grad for p in self.parameters.values()):
+        is_trained = self.late is None or any(p.requires_grad for p in self.parameters.values())
+        if not gradients and is_trained:
             fixes = [
                 "does the guide sample from a distribution made of its parameters?",
                 "pyro.clear_param_store(), if pyro.module had other modules by these names",
