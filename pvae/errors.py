@@ -10,13 +10,15 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 __all__ = [
     "ArgumentError",
     "CheckpointError",
     "ContractError",
     "DataError",
+    "OutOfMemoryError",
     "PairError",
     "PvaeError",
     "PvaeWarning",
@@ -26,7 +28,9 @@ __all__ = [
     "check_choice",
     "check_int",
     "check_number",
+    "is_out_of_memory",
     "oxford",
+    "telling_memory",
     "warn",
 ]
 
@@ -90,12 +94,53 @@ class CheckpointError(PvaeError, RuntimeError):
     """A checkpoint is damaged, foreign, or belongs to another run."""
 
 
+class OutOfMemoryError(PvaeError, MemoryError):
+    """The rows that go through a pair at once don't fit into memory."""
+
+
 class ContractError(PvaeError, AssertionError):
     """A part or a pair breaks a rule of its contract; raised by `pvae.testing`."""
 
 
 class PvaeWarning(UserWarning):
     """Something that pvae goes on with, but that a modeller should know."""
+
+
+_FULL = ("out of memory", "can't allocate memory", "not enough memory", "_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that memory is full: the host's or a device's.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        True
+    """
+    if error is None or isinstance(error, MemoryError):
+        return error is not None
+    is_full = isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+    return is_full or is_out_of_memory(error.__cause__)
+
+
+@contextmanager
+def telling_memory(where: str, rows: int | None, option: str | None = "max_rows") -> Iterator[None]:
+    """Tells that memory is full by an `OutOfMemoryError`, with the option that takes fewer rows.
+
+    Arguments:
+        where: What needs the memory.
+        rows: How many rows go through the networks at once; None for all of the data.
+        option: The argument that bounds them; None where none does.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        first, *_ = (str(error).strip() or type(error).__name__).splitlines()
+        fewer = 128 if rows is None else max(1, rows // 4)
+        expected = f"memory for {'all' if rows is None else rows} rows at once"
+        fixes = [f"{option}={fewer}" if option else "networks that need less memory for a row"]
+        raise OutOfMemoryError(where, expected, first, fixes) from error
 
 
 def oxford(names: Iterable[object]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.poutine import runtime
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "forget_values",
     "fused_adam",
     "guess_plates",
+    "handlers",
     "has_step_hooks",
     "import_compiler",
     "mask_of",
@@ -95,6 +98,11 @@ def mask_of(fn: MaskedDistribution) -> Tensor | bool:
     """The mask that ``fn.mask(...)`` was given, which no public attribute has."""
     mask: Tensor | bool = fn._mask
     return mask
+
+
+def handlers() -> tuple[Messenger, ...]:
+    """Pyro's handlers around the present line, the outermost first; all threads have one stack."""
+    return tuple(runtime._PYRO_STACK)
 
 
 # Torch's transforms

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch import nn
+
+from pvae.threads import alone
 
 __all__ = ["capturing_graph", "evaluating", "flag_set", "in_mode", "is_capturing_graph"]
 
@@ -17,20 +20,25 @@ _capturing: ContextVar[bool] = ContextVar("pvae_capturing", default=False)
 @contextmanager
 def in_mode(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
     """Puts modules in training or evaluation mode, and each back in the mode that it had."""
-    before = [(m, m.training) for m in modules]
-    for module, _ in before:
-        module.training = training
-    try:
-        yield
-    finally:
+    before: list[tuple[nn.Module, bool]] = []
+
+    def restore() -> None:
         for module, was_training in before:
             module.training = was_training
+
+    with alone(undo=restore):
+        before += [(module, module.training) for module in modules]
+        for module, _ in before:
+            module.training = training
+        yield
 
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Puts modules in evaluation mode, without gradients, and each back in the mode it had."""
-    with in_mode(modules, training=False), torch.no_grad():
+    back = partial(torch.set_grad_enabled, torch.is_grad_enabled())
+    with in_mode(modules, training=False), alone(undo=back):
+        torch.set_grad_enabled(False)
         yield
 
 

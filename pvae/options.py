@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 from tqdm import tqdm
 
-from pvae.errors import ArgumentError, check_int
+from pvae.errors import ArgumentError, check_int, telling_memory
+from pvae.threads import alone, check_outside
 
 __all__ = ["DELAY", "Options", "checked_options", "progress_bar", "tool"]
 
@@ -78,10 +80,14 @@ R = TypeVar("R")
 
 
 def tool(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes a function that takes a pair first refuse two programs, with the line that works.
+    """Makes a function that takes a pair first a tool: alone, outside of programs, told of memory.
+
+    While it runs, other threads wait (see `pvae.threads`).
 
     Raises:
         ArgumentError: If the first two arguments are two programs, as Pyro's own order has them.
+        PairError: If it is called inside a Pyro program, a plate or another handler.
+        OutOfMemoryError: If memory is full.
 
     Example:
         >>> @tool
@@ -94,6 +100,9 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
           Try: count((model, guide), ...)
            or: count(vae, ...), as a VAE is a pair
     """
+    known = inspect.signature(function).parameters
+    bound = "batch_size" if "batch_size" in known else "max_rows"
+    default = known[bound].default if bound in known else _DEFAULTS["max_rows"]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -105,7 +114,10 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
                 "a model and its guide as two arguments",
             )
             raise ArgumentError(name, expected, actual, fixes)
-        return function(*args, **kwargs)
+        rows = cast("int | None", kwargs.get(bound, default))
+        with alone(), telling_memory(function.__name__, rows, bound):
+            check_outside(function.__name__)
+            return function(*args, **kwargs)
 
     return checked
 

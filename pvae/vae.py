@@ -26,6 +26,7 @@ from pvae.pair import Pair
 from pvae.pair.running import first_floating, tensors_of
 from pvae.penalties import Penalty, SideOutputs, on_side, penalise, recorded_activations
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
+from pvae.threads import alone
 from pvae.types import Dist
 
 __all__ = ["VAE", "Guide", "Model"]
@@ -208,7 +209,7 @@ class VAE(Pair, nn.Module):
                 return _drawn(OBSERVED, likelihood, None, z, *context)
             return likelihood(z, *context)()
 
-        with contextlib.nullcontext() if seed is None else randomness.forked(seed):
+        with alone(), contextlib.nullcontext() if seed is None else randomness.forked(seed):
             return self._by_rows(drawn, (torch.arange(num_samples), *arrays), max_rows)
 
     def encode(

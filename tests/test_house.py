@@ -34,11 +34,13 @@ GROUND = {  # imports the ground
     "mmd",
     "modes",
     "options",
+    "origin",
     "pair",
     "randomness",
     "schedules",
     "shelf",
     "sites",
+    "threads",
     "types",
 }
 PARTS: dict[str, set[str]] = {  # import the ground and what stands here

@@ -16,7 +16,7 @@ from torch.distributions import Independent, Transform, transform_to
 from torch.nn.functional import softplus
 
 from pvae.bounds.density import LatentDensity
-from pvae.errors import UndefinedError
+from pvae.errors import UndefinedError, is_out_of_memory
 from pvae.pair import rows_from, rows_to
 from pvae.terms import Terms, compute
 from pvae.types import Dist
@@ -201,7 +201,9 @@ def _read(fn: Dist) -> _Reading | None:
         start = reading.start
         made, draw = reading.build([torch.zeros_like(p) for p in start]), fn.rsample()
         densities = made.log_prob(draw), fn.log_prob(draw)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         return None
     is_same = made.batch_shape == fn.batch_shape and torch.allclose(*densities, rtol=1e-4)
     return reading if is_same and start else None

@@ -19,6 +19,7 @@ from pvae.diagnostics.learning import LearningCurve, Record, learning_curve
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, check_number, oxford
 from pvae.options import Options, progress_bar, tool
+from pvae.origin import first_line, line_of_user
 from pvae.pair import PairLike
 
 if TYPE_CHECKING:
@@ -177,10 +178,18 @@ def diagnose(
             diagnosis.results[name] = result
         except PvaeError as error:  # the other checks have their say
             diagnosis.undefined[name] = error.one_line()
+        except Exception as error:
+            diagnosis.undefined[name] = _failed(error)
         diagnosis.seconds[name] = time.perf_counter() - started
     if history:
         _add_training(diagnosis, history)
     return diagnosis
+
+
+def _failed(error: Exception) -> str:
+    """What an error says that isn't one of pvae's, and at which line of a user's it came up."""
+    line = line_of_user(error)
+    return f"{type(error).__name__}: {first_line(error)}" + (f" ({line})" if line else "")
 
 
 def _add_training(diagnosis: Diagnosis, history: Sequence[Record]) -> None:

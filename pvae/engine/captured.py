@@ -13,6 +13,7 @@ from pvae.engine.compiler import UncompilableError
 from pvae.engine.graphs import MAX_GRAPHS, check_numbers, kind_of, numbers, undoing
 from pvae.engine.passes import Passes, PassResult
 from pvae.modes import capturing_graph, is_capturing_graph
+from pvae.origin import first_line
 
 __all__ = ["CapturedStep", "record", "run_aside"]
 
@@ -98,8 +99,7 @@ class CapturedStep:
             with capturing_graph():
                 replay = record(self._step, batch)
         except Exception as error:
-            first, *_ = (str(error).strip() or type(error).__name__).splitlines()
-            raise UncompilableError(f"the capture fails with {first}") from error
+            raise UncompilableError(f"the capture fails with {first_line(error)}") from error
         passes = self.passes
         states = [v for s in self._states.values() for v in s.values() if isinstance(v, Tensor)]
         with undoing(passes, [*passes.parameters.values(), *states]) as undo:

@@ -10,7 +10,7 @@ from pyro.infer import ELBO as PyroELBO
 
 from pvae import randomness
 from pvae.engine import Asked, OptimizerLike, Precision
-from pvae.errors import check_int
+from pvae.errors import check_int, telling_memory
 from pvae.fitting.loop import train
 from pvae.fitting.saving import save_checkpoint
 from pvae.fitting.settings import Settings
@@ -20,6 +20,7 @@ from pvae.objectives import named
 from pvae.options import tool
 from pvae.pair import PairLike, as_pair
 from pvae.schedules import Schedule
+from pvae.threads import alone, check_outside
 
 if TYPE_CHECKING:
     from pvae.diagnostics import Diagnosis
@@ -173,9 +174,12 @@ class Fit:
 
     def refine(self, epochs: int) -> Fit:
         """Trains for more epochs, from where the last training ended; returns itself."""
-        self.training.set_epochs(self.progress.epoch + check_int("epochs", epochs))
-        self.progress.stopped_early = False
-        train(self.training)
+        check_int("epochs", epochs)
+        with alone(), telling_memory("refine", self.training.batches.batch_size, "batch_size"):
+            check_outside("refine")
+            self.training.set_epochs(self.progress.epoch + epochs)
+            self.progress.stopped_early = False
+            train(self.training)
         return self
 
     def save(self, path: str | Path) -> None:
@@ -183,7 +187,7 @@ class Fit:
 
         Of several processes all have to call this, and the first one writes.
         """
-        with randomness.forked():
+        with alone(), randomness.forked():
             if self.training.generators is not None:
                 randomness.set_state(self.training.generators)
             save_checkpoint(self.training, Path(path))

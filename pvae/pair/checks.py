@@ -13,7 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
-from pvae.errors import PairError, oxford
+from pvae.errors import PairError, is_out_of_memory, oxford
 from pvae.pair.messages import infer_of, is_factor, is_penalty, log_prob_of
 from pvae.pair.plates import DataPlate, Sites
 from pvae.types import Site
@@ -88,7 +88,9 @@ def _is_scored(site: Site) -> bool:
     """Gives a site its log density, which Pyro checks; not outside the support, or no inverse."""
     try:
         site["log_prob"] = log_prob_of(site)  # type: ignore[index]
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return False
     return True
 

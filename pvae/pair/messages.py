@@ -11,8 +11,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pvae.distributions import masks_of
-from pvae.errors import PairError
+from pvae.errors import PairError, is_out_of_memory
 from pvae.internals import DETERMINISTIC
+from pvae.origin import first_line, line_of_user
 from pvae.sites import PENALTY
 from pvae.types import Site
 
@@ -82,11 +83,13 @@ def score(site: Site) -> Tensor:
     try:
         return log_prob_of(site)
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        first, *_ = (str(error).strip() or type(error).__name__).splitlines()
+        if is_out_of_memory(error):
+            raise
+        line = line_of_user(error)
         raise PairError(
             f"site '{site['name']}'",
             f"a value that {type(site['fn']).__name__} can score",
-            first,
+            f"{first_line(error)} ({line})" if line else first_line(error),
             ["data in the likelihood's support", "a guide whose draws are in the prior's support"],
         ) from error
 

@@ -9,7 +9,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pvae.errors import PvaeError, oxford
+from pvae.errors import PvaeError, is_out_of_memory, oxford
 from pvae.pair.messages import log_prob_of, sample_sites
 from pvae.pair.running import Networks, root_of
 from pvae.types import Program
@@ -154,5 +154,7 @@ def _draws_and_densities(trace: Trace) -> Iterable[Tensor]:
             yield site["value"]
         try:
             yield log_prob_of(site)
-        except (ValueError, RuntimeError, NotImplementedError, KeyError):
+        except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+            if is_out_of_memory(error):
+                raise
             continue  # outside the support: the look at the sites says so

@@ -11,7 +11,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.distributions import is_improper, log_density_of_delta
-from pvae.errors import warn
+from pvae.errors import telling_memory, warn
 from pvae.pair.checks import check_apart, check_locality, check_sites, check_with_pyro
 from pvae.pair.messages import infer_of, is_factor, is_penalty, plate_scale
 from pvae.pair.parameters import Parameters
@@ -34,7 +34,9 @@ def inspect_pair(
     As `Pair.inspect`, which remembers what is found.
     """
     stored = dict(pyro.get_param_store().named_parameters())
-    with probing((model, guide)) as networks:
+    length = next((len(b) for b in batch if isinstance(b, Tensor) and b.dim()), 1)
+    look = telling_memory("a look at the pair", length, option=None)
+    with look, probing((model, guide)) as networks:
         guide_trace, model_trace = run_pair(model, guide, batch)
         with put_back((model, guide)):
             again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]

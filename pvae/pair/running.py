@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae import randomness
-from pvae.errors import PairError, PvaeError
+from pvae.errors import PairError, PvaeError, is_out_of_memory
+from pvae.origin import first_error, first_line, line_of_user
 from pvae.pair.held import Held
+from pvae.threads import alone
 from pvae.types import Program
 
 __all__ = [
@@ -119,18 +122,23 @@ def _named(what: str, run: Callable[[], R], batch: Batch) -> R:
     try:
         return run()
     except Exception as error:
+        arguments = f"({', '.join(map(_words, batch))})"
+        if is_out_of_memory(error):
+            error.add_note(f"The {what} was called with {arguments}.")
+            raise
         chain: list[BaseException] = [error]
         while chain[-1].__cause__ is not None:
             chain.append(chain[-1].__cause__)
         for cause in reversed(chain):  # the first error; the others are Pyro's additions to it
             if isinstance(cause, PvaeError):
                 raise cause from None
-        first_line = (str(error).strip() or "no message").splitlines()[0]
+        cause = first_error(error)
         fixes = [f"{what}(*batch) on one batch by hand, to see the whole traceback"]
-        if "plate" in first_line:
+        if "plate" in first_line(cause):
             fixes.insert(0, ".to_event(k) at the site, so that batch_shape is the plates' sizes")
-        expected = f"to run when called with ({', '.join(map(_words, batch))})"
-        raise PairError(what, expected, f"{type(error).__name__}: {first_line}", fixes) from error
+        actual, line = f"{type(cause).__name__}: {first_line(cause)}", line_of_user(cause)
+        actual = f"{actual} ({line})" if line else actual
+        raise PairError(what, f"to run when called with {arguments}", actual, fixes) from error
 
 
 def _words(part: object) -> str:
@@ -157,6 +165,7 @@ class Networks:
         reached = {id(m): m for p in (*programs, *self.roots) for m in modules_reached(p)}
         self.reached = [m for m in reached.values() if not any(m is root for root in self.roots)]
         self.ran: dict[int, nn.Module] = {}
+        self._thread = threading.get_ident()
         self._modes: dict[int, tuple[nn.Module, bool]] = {}
         self._mode = False
         for root in (*self.roots, *self.reached):
@@ -164,9 +173,10 @@ class Networks:
                 self._switch(module)
 
     def note(self, module: nn.Module, *_: object) -> None:
-        """Called before a module runs."""
-        self.ran.setdefault(id(module), module)
-        self._switch(module)
+        """Called before a module runs, in whatever thread."""
+        if threading.get_ident() == self._thread:
+            self.ran.setdefault(id(module), module)
+            self._switch(module)
 
     def restore(self) -> None:
         """Gives every module its own mode back."""
@@ -203,17 +213,18 @@ def probing(programs: Iterable[object]) -> Iterator[Networks]:
     run stays, unless they fail.
     """
     programs = list(programs)
-    held, networks = Held(programs), Networks(programs)
-    handle = register_module_forward_pre_hook(networks.note)
-    failed = True
-    try:
-        with randomness.forked(), torch.no_grad(), pyro.validation_enabled(is_validate=True):
-            yield networks
-        failed = False
-    finally:
-        handle.remove()
-        networks.restore()
-        held.restore(everything=failed)
+    with alone():
+        held, networks = Held(programs), Networks(programs)
+        handle = register_module_forward_pre_hook(networks.note)
+        failed = True
+        try:
+            with randomness.forked(), torch.no_grad(), pyro.validation_enabled(is_validate=True):
+                yield networks
+            failed = False
+        finally:
+            handle.remove()
+            networks.restore()
+            held.restore(everything=failed)
 
 
 @contextmanager

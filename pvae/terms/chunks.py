@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.data import LoaderSource, Source, first_batch
-from pvae.errors import PairError
+from pvae.errors import PairError, telling_memory
 from pvae.modes import evaluating
 from pvae.pair import Batch, Structure
 from pvae.terms.evaluation import Evaluation
@@ -45,21 +45,21 @@ def stream(
         The rows that a chunk has, and their terms.
     """
     structure, max_rows = evaluation.structure, evaluation.max_rows
-    with evaluating(structure.modules):
-        for rows, keep, batch, indices in chunks_of(
-            evaluation.source, structure, num_particles, max_rows
-        ):
-            values = {**(given or {}), **indices}
-            size = structure.subsample_size or structure.num_rows_of(batch)
-            at_once = max(1, min(num_particles, max_rows // size))
-            for done in range(0, num_particles, at_once):
-                k = min(at_once, num_particles - done)
+    for rows, keep, batch, indices in chunks_of(
+        evaluation.source, structure, num_particles, max_rows
+    ):
+        values = {**(given or {}), **indices}
+        size = structure.subsample_size or structure.num_rows_of(batch)
+        at_once = max(1, min(num_particles, max_rows // size))
+        for done in range(0, num_particles, at_once):
+            k = min(at_once, num_particles - done)
+            with evaluating(structure.modules), telling_memory("the pair", k * size):
                 terms = run(structure, batch, num_particles=k, given=values, **options)
-                if keep is not None and isinstance(terms, Tensor):
-                    terms = terms[..., :keep]
-                elif keep is not None:
-                    terms.first_rows(keep)
-                yield rows, terms
+            if keep is not None and isinstance(terms, Tensor):
+                terms = terms[..., :keep]
+            elif keep is not None:
+                terms.first_rows(keep)
+            yield rows, terms
 
 
 Chunk = tuple[slice, int | None, tuple[Tensor, ...], dict[str, Tensor]]

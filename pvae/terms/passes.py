@@ -16,9 +16,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pvae import randomness
-from pvae.errors import PairError, UndefinedError, check_int, oxford, warn
+from pvae.errors import PairError, UndefinedError, check_int, is_out_of_memory, oxford, warn
 from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_capturing_graph
+from pvae.origin import first_line
 from pvae.pair import Batch, Structure, as_batch, is_inside, probing, run_pair
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
@@ -218,8 +219,9 @@ def _compare(structure: Structure, batch: Batch) -> str:
             given = [_draws_of(both, k, structure) for k in range(2)]
             ones = [_one_pass(structure, batch, 1, values) for values in given]
         except Exception as error:
-            first, *_ = (str(error).strip() or type(error).__name__).splitlines()
-            return f"two particles at once fail with {first}"
+            if is_out_of_memory(error):
+                raise
+            return f"two particles at once fail with {first_line(error)}"
     for k, one in enumerate(ones):
         for name, site in both.sites.items():
             for key in ("log_p", "log_q"):

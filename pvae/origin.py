@@ -1,0 +1,50 @@
+"""Whose code something is: a user's, or a library's; and at which line of a user's it failed."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from pathlib import Path
+
+__all__ = ["first_error", "first_line", "is_users", "line_of_user"]
+
+
+@functools.lru_cache(maxsize=1024)
+def is_users(module: str) -> bool:
+    """Whether a module of this name is a user's: no library's, Python's or pvae's.
+
+    Example:
+        >>> is_users("__main__"), is_users("torch.nn"), is_users("functools"), is_users("pvae.vae")
+        (True, False, False, False)
+    """
+    root = module.partition(".")[0]
+    if not root or root == "pvae" or root in sys.stdlib_module_names:
+        return False
+    file = getattr(sys.modules.get(root), "__file__", None)
+    return file is None or not {"site-packages", "dist-packages"} & {*Path(file).parts}
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The error that a program raised: Pyro raises it anew, with shapes, or fails at doing so."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        is_anew = type(inner) is type(error) and str(error).startswith(str(inner))
+        *_, last = [None, *traceback.extract_tb(error.__traceback__)]
+        if not is_anew and (last is None or not last.filename.endswith("trace_messenger.py")):
+            break
+        error = inner
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def line_of_user(error: BaseException) -> str:
+    """Where in a user's code an error came up, as ``file:line, in function``; empty if nowhere."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if is_users(frame.f_globals.get("__name__", "")):
+            found = f"{frame.f_code.co_filename}:{line}, in {frame.f_code.co_name}"
+    return found
