@@ -94,7 +94,7 @@ def check_outside(tool: str) -> None:
             "a call outside of Pyro's programs and handlers",
             f"a call under {', '.join(dict.fromkeys(names))}",
             [
-                "pvae.Pair(poutine.condition(model, data=...), guide): the handler around a program",
+                "pvae.Pair(poutine.condition(model, data=...), guide): handlers around programs",
                 "vae.encode(x), vae.decode(z) or vae.sample(n), inside a program",
                 "plain Pyro in another thread only while no tool runs",
             ],

@@ -5,6 +5,7 @@ Where it fails is the user's own line; one that fails costs nothing else.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -288,11 +289,9 @@ def test_tools_in_threads_give_the_numbers_of_one_thread() -> None:
     torch.manual_seed(0)
     x = torch.rand(60, 8).round()
     vaes = [recipes.vae(8, 2, hidden=(8,)) for _ in range(2)]
-    start = [{k: v.clone() for k, v in vae.state_dict().items()} for vae in vaes]
 
     def run(seed: int) -> list[Tensor]:
-        vae = recipes.vae(8, 2, hidden=(8,))
-        vae.load_state_dict(start[seed % 2])
+        vae = copy.deepcopy(vaes[seed % 2])  # a new one would draw its weights beside other tools
         history = pvae.fit(vae, x, epochs=2, seed=seed, progress=False).history
         evidence = bounds.evidence(vaes[0], x, 20, seed=seed, progress=False)
         drawn = vaes[1].sample(5, seed=seed)
