@@ -301,6 +301,24 @@ def masked() -> Exact:
     return Exact(plain.pair, plain.batch, evidence, plain.means, rate, plain.marginal)
 
 
+def guide_factor() -> Exact:
+    """A term of the training in the guide, as of a classifier of codes: no part of log q."""
+
+    class Guide(Infer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(Q, 1)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                mean = self.encoder(x)
+                z = pyro.sample("z", dist.Normal(mean, self.log_scale.exp()).to_event(1))
+                loss = -dist.Bernoulli(logits=self.classifier(z)[..., 0]).log_prob(torch.ones(()))
+                pyro.factor("class_loss", loss, has_rsample=True)
+
+    return _plain(Pair(Generate(), Guide()), (data(),))
+
+
 def enumerated() -> Exact:
     """A class that the model sums out, of a second observed site."""
     x = data()
@@ -462,6 +480,7 @@ KINDS: dict[str, Callable[[], Exact]] = {
         subsampled,
         subsampling,
         masked,
+        guide_factor,
         enumerated,
         discrete,
         global_latent,

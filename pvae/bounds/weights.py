@@ -119,6 +119,7 @@ def left_out(structure: Structure) -> tuple[str, ...]:
     """What of a pair is in no density, and what its one datum is, a line each."""
     scales = structure.removed_scales.items()
     lines = [f"left out: poutine.scale of {scale:g} at site '{site}'" for site, scale in scales]
+    lines += [f"left out: factor '{name}' of the guide" for name in structure.training_terms]
     whole = "no plate counts the data: the one datum is the whole data set"
     return (*lines, *([] if structure.has_plate else [whole]))
 

@@ -81,6 +81,12 @@ class Diagnosis(Result):
         }
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What estimates say of what isn't in them, once each."""
+        estimates = (getattr(result, "estimate", None) for result in self.results.values())
+        return (*dict.fromkeys(line for found in estimates if found for line in found.remarks),)
+
+    @property
     def advice(self) -> str:
         """What to do next: train on while that helps; else by what is bad, or worth a look."""
         lines, curve = self.findings(), self.results.get("learning")

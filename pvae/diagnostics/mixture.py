@@ -73,7 +73,7 @@ def _terms_of(chunk: terms.Terms) -> dict[str, dict[str, Tensor]]:
     parts["log_q"] = {"q": chunk.log_q.double()}
     zero = torch.zeros_like(chunk.log_q)
     for name, site in chunk.sites.items():
-        if site.kind == "penalty":
+        if not site.has_density:
             continue
         is_drawn = site.kind in ("latent", "auxiliary")
         if is_drawn or site.log_q is not None:
@@ -173,7 +173,7 @@ def _log_sums(
     """Logs of sums over rows of the draws' densities: of all, without their own, by dimension."""
     batch, structure = evaluation.source.rows(others), evaluation.structure
     scores = terms.score_guide(structure, batch, values, per_dimension=by_dimension).values()
-    log_q = sum_of(s.log_q for s in scores if s.kind != "penalty")
+    log_q = sum_of(s.log_q for s in scores if s.has_density)
     left_out = log_q.masked_fill(own_rows[:, None] == others, -torch.inf)
     sums = [log_q.logsumexp(1), left_out.logsumexp(1)]
     if by_dimension:

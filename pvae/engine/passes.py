@@ -133,7 +133,8 @@ class Passes:
         gradients = self._differentiate(loss)
         with torch.no_grad():
             elbo, likelihood = terms.elbo_per_datum()
-            penalty = -terms.scaled("penalty").mean() / divisor
+            beside = terms.scaled("penalty") + terms.scaled("training")
+            penalty = -beside.mean() / divisor
             parts = torch.stack([loss.detach(), elbo, likelihood, likelihood - elbo, penalty])
             densities = {
                 (name, program): density.detach()

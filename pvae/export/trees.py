@@ -126,6 +126,7 @@ def to_arviz(
         "predictive": "means of p(x | z)" if mean else "draws from p(x | z)",
         "left_out": "; ".join(f"{name}: {why}" for name, why in plan.left_out.items()),
         "removed_scales": oxford(structure.removed_scales) if structure.removed_scales else "",
+        "training_terms": oxford(structure.training_terms) if structure.training_terms else "",
     }
     return _tree(plan, arrays, khat, attributes, coords or {})
 

@@ -136,7 +136,8 @@ def _meets(structure: Structure, batch: tuple[Tensor, ...]) -> bool:
     gradients: tuple[Tensor | None, ...] = ()
     with trying(structure), torch.enable_grad(), suppress(PvaeError, RuntimeError):
         terms = compute(structure, tuple(x.clone() for x in leaves))  # a pair may write into them
-        parts = [terms.log_weight, *(p for p in terms.penalties.values() if p.dim() == 2)]
+        beside = (*terms.penalties.values(), *terms.training.values())
+        parts = [terms.log_weight, *(part for part in beside if part.dim() == 2)]
         first = torch.stack([part[:, 0].sum() for part in parts]).sum()
         gradients = torch.autograd.grad(first, floating, allow_unused=True)
     return any(g is not None and bool((g[1:].abs() > 0).any()) for g in gradients)

@@ -57,7 +57,12 @@ def with_prior(pair: PairLike, density: object, site: str = LATENT) -> Pair:
         torch.Size([5, 64])
     """
     pair = as_pair(pair, "with_prior")
-    return Pair(_WithPrior(pair.model, density, site), pair.guide, plate=pair.plate)
+    return Pair(
+        _WithPrior(pair.model, density, site),
+        pair.guide,
+        plate=pair.plate,
+        densities=pair.densities,
+    )
 
 
 class _WithPrior(nn.Module):

@@ -153,7 +153,7 @@ class Objective(PyroELBO):
         return state.get_buffer(name).clone() if scheduled else getattr(self, name)
 
     def total(self, terms: Terms, state: ObjectiveState, local: Tensor) -> Tensor:
-        """The plate-scaled sum over data and global sites, less the pair's penalties; a scalar.
+        """The plate-scaled sum over data and global sites, less penalties and the like; a scalar.
 
         Arguments:
             terms: The terms.
@@ -165,19 +165,20 @@ class Objective(PyroELBO):
         return terms.data_scale * local + outside + self.penalty(terms, state)
 
     def penalty(self, terms: Terms, state: ObjectiveState) -> Tensor:
-        """What the pair's penalties add, plate-scaled, a scalar.
+        """What the pair's penalties and its guide's training terms add, plate-scaled, a scalar.
 
-        Where draws have no gradient, what penalties have of them comes by the score function, with
+        Where draws have no gradient, what these have of them comes by the score function, with
         the other particles as the baseline: those that are the same for all draws get no noise.
         """
-        each = terms.scaled("penalty")
+        weight = self.value_at("penalty_weight", state)
+        each = weight * terms.scaled("penalty") + terms.scaled("training")
         if terms.has_penalties and "detach" in self.pass_options:
             signal, k = each.detach(), len(each)
             if k > 1:
                 signal = signal - (signal.sum() - signal) / (k - 1)
             score = signal * terms.log_q.sum(1)
             each = each + score - score.detach()
-        return self.value_at("penalty_weight", state) * each.mean()
+        return each.mean()
 
     # What Pyro's SVI, and the objective as a module, call
 

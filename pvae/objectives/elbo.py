@@ -116,7 +116,7 @@ class ELBO(Objective):
             rate = rate + sum(map(_analytic_less_sampled, terms.passes)) / terms.num_particles
         value = terms.scaled("likelihood") - (rate if self.beta == 1.0 else beta * rate)
         if terms.has_penalties:
-            value = value + factor * terms.scaled("penalty")
+            value = value + factor * terms.scaled("penalty") + terms.scaled("training")
         loss = -value.mean()
         if self.baseline is not None:
             return loss - self._signal(terms, state, beta, factor)
@@ -140,8 +140,9 @@ class ELBO(Objective):
             signal = terms.log_joint - beta * terms.log_q
             if self.beta != 1.0:
                 signal = signal + (beta - 1) * terms.log_prior
-            for penalty in terms.penalties.values():
-                signal = signal + factor * (penalty if penalty.dim() == 2 else penalty[:, None])
+            for weight, beside in ((factor, terms.penalties), (1.0, terms.training)):
+                for added in beside.values():
+                    signal = signal + weight * (added if added.dim() == 2 else added[:, None])
             if isinstance(state, MovingAverage):
                 advantage = signal - state.average
                 state.measured = signal.mean() if score.requires_grad else None
@@ -210,6 +211,7 @@ def _score_function(terms: Terms, beta: Tensor | float, factor: Tensor | float) 
     guide_trace = prune_subsample_sites(terms.guide_trace)
     model_trace.compute_log_prob()
     guide_trace.compute_score_parts()
+    training = terms.training
     log_r, surrogate = MultiFrameTensor(), terms.like.new_zeros(())
     for name, stack in get_plate_stacks(model_trace).items():
         site = model_trace.nodes[name]
@@ -219,8 +221,9 @@ def _score_function(terms: Terms, beta: Tensor | float, factor: Tensor | float) 
     scores = []
     for name, stack in get_plate_stacks(guide_trace).items():
         site = guide_trace.nodes[name]
-        weight = factor if is_penalty(site) else beta
-        log_r.add((stack, -weight * site["log_prob"].detach()))
+        weight = factor if is_penalty(site) else 1.0 if name in training else beta
+        if name not in training:  # as Pyro has it
+            log_r.add((stack, -weight * site["log_prob"].detach()))
         _, score, entropy = site["score_parts"]
         if isinstance(entropy, Tensor):
             surrogate = surrogate - weight * entropy.sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -49,6 +49,9 @@ class Pair:
             time-major batches, and entries without an axis of its length are shared by all. False
             where no plate counts them: all data are one datum then, as they are for a pair without
             plates.
+        densities: Names of factors in the guide that are densities, such as a Jacobian's, and so
+            part of log q. All others, such as the classification term of a semi-supervised guide,
+            are terms of the training: in the loss, as Pyro has it, and in no evidence.
 
     Raises:
         ArgumentError: If one of them can't be called.
@@ -69,8 +72,16 @@ class Pair:
     model: Any
     guide: Any
     plate: PlateName = None
+    densities: tuple[str, ...] = ()
 
-    def __init__(self, model: Program, guide: Program, *, plate: PlateName = None) -> None:
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        *,
+        plate: PlateName = None,
+        densities: str | Sequence[str] = (),
+    ) -> None:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program) or isinstance(program, type):
                 expected = "a Pyro program: a function, a method or a module"
@@ -78,10 +89,12 @@ class Pair:
                 actual = f"the class {program.__name__}" if is_class else type(program).__name__
                 raise ArgumentError(f"Pair, {name}", expected, actual)
         self.model, self.guide, self.plate = model, guide, plate
+        self.densities = (densities,) if isinstance(densities, str) else tuple(densities)
 
     def __repr__(self) -> str:
         plate = "" if self.plate is None else f", plate={self.plate!r}"
-        return f"Pair({_named(self.model)}, {_named(self.guide)}{plate})"
+        densities = f", densities={self.densities!r}" if self.densities else ""
+        return f"Pair({_named(self.model)}, {_named(self.guide)}{plate}{densities})"
 
     def __getstate__(self) -> dict[str, object]:
         """What a copy has: not what was remembered, which is of this pair's own tensors."""
@@ -105,7 +118,7 @@ class Pair:
         known: dict[object, tuple[Structure, object]] = self.__dict__.setdefault("_structures", {})
         if key in known and known[key][1] == self._state(known[key][0]):
             return known[key][0]
-        structure = inspect_pair(self.model, self.guide, batch, self.plate)
+        structure = inspect_pair(self.model, self.guide, batch, self.plate, self.densities)
         said = {text for old, _ in known.values() for text in old.oddities}
         if len(known) > _KEPT or any(then != self._state(old) for old, then in known.values()):
             known.clear()
@@ -197,7 +210,14 @@ class Pair:
         store = dict(pyro.get_param_store().named_parameters())
         stored = [(name, id(store[name])) for name in structure.parameters if name in store]
         settings = repr([settings_of(program) for program in programs])
-        return self.plate, reached, stored, settings, [_module_state(m) for m in modules]
+        return (
+            self.plate,
+            self.densities,
+            reached,
+            stored,
+            settings,
+            [_module_state(m) for m in modules],
+        )
 
 
 PairLike = Pair | tuple[Callable[..., object], Callable[..., object]]

@@ -18,9 +18,18 @@ from pvae.pair.messages import infer_of, is_factor, is_penalty, log_prob_of
 from pvae.pair.plates import DataPlate, Sites
 from pvae.types import Site
 
-__all__ = ["check_apart", "check_locality", "check_sites", "check_with_pyro"]
+__all__ = ["check_apart", "check_densities", "check_locality", "check_sites", "check_with_pyro"]
 
 SWAPPED = "model and guide in this order: are they swapped?"
+
+
+def check_densities(sites: Sites, densities: tuple[str, ...]) -> None:
+    """Refuses a name that is no factor of the guide, where it has others that may be meant."""
+    unknown = [name for name in densities if name not in sites.in_guide]
+    if unknown and sites.training:
+        fixes = [f"densities=('{name}',)" for name in sites.training[:2]]
+        actual = f"{oxford(unknown)}; its factors: {oxford(sites.training)}"
+        raise PairError("densities", "names of factors in the guide", actual, fixes)
 
 
 def check_sites(sites: Sites) -> None:
@@ -118,7 +127,7 @@ def check_apart(sites: Sites, run: Callable[[], tuple[Trace, Trace]]) -> None:
     No datum has terms of its own then. It is seen by gradients, so not of discrete latents.
     """
     plate = sites.data_plate
-    outside = sites.outside(s["name"] for s in sites.all if not is_penalty(s))
+    outside = sites.outside(sites.with_density)
     local = {name for name, site in sites.guided.items() if sites.is_inside(site)}
     if plate is None or not outside or not local:
         return

@@ -11,7 +11,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
 from torch import Tensor
 
 from pvae.errors import PairError, oxford
-from pvae.pair.messages import in_plates, sample_sites
+from pvae.pair.messages import in_plates, is_factor, is_penalty, sample_sites
 from pvae.pair.running import Batch
 from pvae.types import Site
 
@@ -45,6 +45,7 @@ class Sites:
         in_guide: The guide's.
         guided: Those of the guide that it draws.
         all: The guide's and then the model's.
+        training: Names of the guide's factors that are no part of a density.
         latents: Names of those that the model draws, and the guide too.
         unguided: Names of those that the model alone draws.
         data_plate: The plate that is named, or else the only one that has the batch's length; None
@@ -53,12 +54,19 @@ class Sites:
     """
 
     def __init__(
-        self, model_trace: Trace, guide_trace: Trace, batch: Batch, plate: PlateName
+        self,
+        model_trace: Trace,
+        guide_trace: Trace,
+        batch: Batch,
+        plate: PlateName,
+        densities: tuple[str, ...] = (),
     ) -> None:
         self.in_model = {s["name"]: s for s in sample_sites(model_trace)}
         self.in_guide = {s["name"]: s for s in sample_sites(guide_trace)}
         self.guided = {n: s for n, s in self.in_guide.items() if not s["is_observed"]}
         self.all = [*self.in_guide.values(), *self.in_model.values()]
+        unmarked = [n for n, s in self.in_guide.items() if is_factor(s) and not is_penalty(s)]
+        self.training = tuple(name for name in unmarked if name not in densities)
         drawn = [n for n, s in self.in_model.items() if not s["is_observed"]]
         self.latents = [name for name in drawn if name in self.guided]
         self.unguided = [name for name in drawn if name not in self.guided]
@@ -81,6 +89,12 @@ class Sites:
         """Number of dimensions that plates take, that of the one datum included."""
         frames = (f for s in self.all for f in s["cond_indep_stack"] if f.vectorized)
         return max((-f.dim for f in frames), default=0) + (self.data_plate is None)
+
+    @property
+    def with_density(self) -> list[str]:
+        """Names of the sites that are part of a density: no penalties, no training terms."""
+        names = [site["name"] for site in self.all if not is_penalty(site)]
+        return [name for name in names if name not in self.training]
 
     def outside(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of the names whose sites, in model and guide, are outside the data plate."""

@@ -12,8 +12,14 @@ from torch import Tensor
 
 from pvae.distributions import is_improper, log_density_of_delta
 from pvae.errors import telling_memory, warn
-from pvae.pair.checks import check_apart, check_locality, check_sites, check_with_pyro
-from pvae.pair.messages import infer_of, is_factor, is_penalty, plate_scale
+from pvae.pair.checks import (
+    check_apart,
+    check_densities,
+    check_locality,
+    check_sites,
+    check_with_pyro,
+)
+from pvae.pair.messages import infer_of, is_factor, plate_scale
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, PlateName, Sites
 from pvae.pair.rows import find_rows
@@ -27,7 +33,11 @@ RERUNS = 3
 
 
 def inspect_pair(
-    model: Program, guide: Program, batch: Batch, plate: PlateName = None
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    plate: PlateName = None,
+    densities: tuple[str, ...] = (),
 ) -> Structure:
     """Traces one batch of a pair, in evaluation mode and on copies of the generators.
 
@@ -40,7 +50,7 @@ def inspect_pair(
         guide_trace, model_trace = run_pair(model, guide, batch)
         with put_back((model, guide)):
             again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
-            sites = Sites(model_trace, guide_trace, batch, plate)
+            sites = Sites(model_trace, guide_trace, batch, plate, densities)
             axes, fewer = find_rows(sites, batch, lambda other: run_pair(model, guide, other)[1])
         with put_back((model, guide)):
             programs = {"model": model, "guide": guide}
@@ -49,6 +59,7 @@ def inspect_pair(
                 programs, networks, traces, stored, lambda: run_pair(model, guide, batch)
             )
             check_sites(sites)
+            check_densities(sites, densities)
             check_with_pyro(model_trace, guide_trace)
             check_locality(sites, fewer)
             check_apart(sites, lambda: run_pair(model, guide, batch))
@@ -62,8 +73,10 @@ def inspect_pair(
         observed=_where(sites.in_model.values(), _is_data),
         auxiliary=_where(sites.guided.values(), lambda s: s["name"] not in sites.in_model),
         not_reparametrised=_where(sites.guided.values(), lambda s: not s["fn"].has_rsample),
-        global_sites=sites.outside(s["name"] for s in sites.all if not is_penalty(s)),
-        removed_scales=_removed_scales(sites.all),
+        global_sites=sites.outside(sites.with_density),
+        removed_scales=_removed_scales(s for s in sites.all if s["name"] not in sites.training),
+        densities=densities,
+        training_terms=sites.training,
         shapes={name: tuple(sites.guided[name]["fn"].event_shape) for name in sites.latents},
         parameters=parameters.by_name,
         sides=parameters.sides,
@@ -138,7 +151,7 @@ def _is_point(name: str, sites: Sites, again: list[Trace]) -> bool:
     return all(torch.equal(value, trace.nodes[name]["value"]) for trace in again)
 
 
-def _removed_scales(sites: list[Site]) -> dict[str, float]:
+def _removed_scales(sites: Iterable[Site]) -> dict[str, float]:
     """Factors that no plate explains."""
     removed = {}
     for site in sites:

@@ -44,6 +44,8 @@ class Structure:
         guide_states: Discrete latents of the guide that it marks to be enumerated.
         fed: Latents of data that the guide draws at another site, and sets to what that gave.
         removed_scales: ``poutine.scale`` factors by site, which no evidence contains.
+        densities: Factors of the guide that the pair says are densities, as of a Jacobian.
+        training_terms: All its other unmarked factors: what the loss has beside log q.
         not_reparametrised: Sites of the guide whose draws have no gradient.
         shapes: Event shapes of latents that have a guide.
         parameters: Trainable parameters (unconstrained) by name.
@@ -76,6 +78,8 @@ class Structure:
     guide_states: tuple[str, ...]
     fed: tuple[str, ...]
     removed_scales: dict[str, float]
+    densities: tuple[str, ...]
+    training_terms: tuple[str, ...]
     not_reparametrised: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     parameters: dict[str, Tensor]

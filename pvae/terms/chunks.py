@@ -157,7 +157,7 @@ def draw_globals(
 
 
 def _log_q(sites: Mapping[str, SiteTerms], k: int) -> Tensor:
-    outside = [s.log_q for s in sites.values() if not s.is_local and s.kind != "penalty"]
+    outside = [s.log_q for s in sites.values() if not s.is_local and s.has_density]
     parts = [part.double() for part in outside if part is not None]
     return torch.stack(parts).sum(0) if parts else torch.zeros(k, dtype=torch.float64)
 

@@ -21,12 +21,6 @@ PARTICLES = "pvae_particles"
 """Name of the plate in which particles are vectorised."""
 
 
-def _kind_of(site: Site, unless_factor: Kind) -> Kind:
-    if not is_factor(site):
-        return unless_factor
-    return "penalty" if is_penalty(site) else "factor"
-
-
 class Collector:
     """Reduces the sites of a pass to shape (K, N) or (K,)."""
 
@@ -51,12 +45,15 @@ class Collector:
 
     def guide(self, site: Site, *, in_model: bool) -> None:
         """Takes in a site of the guide."""
-        kind = _kind_of(site, "latent" if in_model else "auxiliary")
+        kind: Kind = "latent" if in_model else "auxiliary"
+        if is_factor(site):
+            is_density = site["name"] in self.structure.densities
+            kind = "penalty" if is_penalty(site) else "factor" if is_density else "training"
         raw = log_density_of_delta(site["fn"])
         raw = score(site) if raw is None else raw
         if self._is_summed_out(site, raw, in_model=False):
-            # a state's own probability cancels in the weight, of which factors are no part
-            if ENUMERATE_DIM not in site["infer"] and not is_factor(site):
+            # a state's own probability cancels in the weight, of which training terms are no part
+            if ENUMERATE_DIM not in site["infer"] and kind not in ("penalty", "training"):
                 self.summed_out.append((site, scale_and_mask(-raw, mask=site["mask"])))
             return
         entry = self._entry(site, kind)
@@ -78,7 +75,9 @@ class Collector:
             mask = None if ENUMERATE_DIM in site["infer"] else site["mask"]
             self.summed_out.append((site, scale_and_mask(raw, mask=mask)))
             return
-        kind = _kind_of(site, "observed" if site["is_observed"] else "latent")
+        kind: Kind = "observed" if site["is_observed"] else "latent"
+        if is_factor(site):
+            kind = "penalty" if is_penalty(site) else "factor"
         entry = self._entry(site, kind)
         entry.model = site["fn"]
         entry.log_p, entry.scaled_log_p = self._both(site, raw)

@@ -19,8 +19,8 @@ from pvae.types import Dist
 
 __all__ = ["SiteTerms", "Terms", "joined", "stack"]
 
-Kind = Literal["observed", "latent", "auxiliary", "factor", "penalty", "enumerated"]
-Pick = Literal["likelihood", "prior", "q", "penalty"]
+Kind = Literal["observed", "latent", "auxiliary", "factor", "penalty", "training", "enumerated"]
+Pick = Literal["likelihood", "prior", "q", "penalty", "training"]
 
 
 @dataclass
@@ -34,7 +34,8 @@ class SiteTerms:
     Attributes:
         name: The site's name.
         kind: ``"observed"``, ``"latent"``, ``"auxiliary"`` (guide only), ``"factor"``,
-            ``"penalty"`` (a marked factor), or ``"enumerated"`` (sites summed out together).
+            ``"penalty"`` (a marked factor), ``"training"`` (a factor of the guide that is no
+            density), or ``"enumerated"`` (sites summed out together).
         is_local: Whether it is inside the data plate.
         draws: Its value as the programs see it, particles first; None for enumerated ones.
         data_axis: The axis of ``draws`` that counts the data; None where no plate does.
@@ -63,6 +64,11 @@ class SiteTerms:
     scaled_log_q: Tensor | None = None
 
     @property
+    def has_density(self) -> bool:
+        """Whether it is part of a density: no penalty, and no term of the training alone."""
+        return self.kind not in ("penalty", "training")
+
+    @property
     def is_drawn(self) -> bool:
         """Whether the guide draws it."""
         return self.kind in ("latent", "auxiliary")
@@ -76,8 +82,8 @@ class SiteTerms:
 
     def scaled(self, pick: Pick) -> list[Tensor | None]:
         """What the site has of a part of the plate-scaled objective."""
-        if self.kind == "penalty":
-            return [self.scaled_log_p, _negative(self.scaled_log_q)] if pick == "penalty" else []
+        if not self.has_density:
+            return [self.scaled_log_p, _negative(self.scaled_log_q)] if pick == self.kind else []
         if pick == "q":
             return [self.scaled_log_q]
         of_model = "prior" if self.kind == "latent" else "likelihood"
@@ -135,7 +141,7 @@ class Terms:
         return self.looped or [self]
 
     def _sum(self, pick: Callable[[SiteTerms], Tensor | None], *, local: bool) -> Tensor:
-        sites = [s for s in self.sites.values() if s.is_local == local and s.kind != "penalty"]
+        sites = [s for s in self.sites.values() if s.is_local == local and s.has_density]
         shape = (self.num_particles, self.num_rows) if local else (self.num_particles,)
         return self._total([pick(site) for site in sites], shape)
 
@@ -190,9 +196,17 @@ class Terms:
     @property
     def penalties(self) -> dict[str, Tensor]:
         """What each marked factor adds to the objective, ``(K, N)`` or ``(K,)``, by site."""
-        marked = [s for s in self.sites.values() if s.kind == "penalty"]
-        of_model = {s.name: s.log_p for s in marked if s.log_p is not None}
-        return of_model | {s.name: -s.log_q for s in marked if s.log_q is not None}
+        return self._beside("penalty")
+
+    @property
+    def training(self) -> dict[str, Tensor]:
+        """What each factor of the guide that is no density adds to it, likewise."""
+        return self._beside("training")
+
+    def _beside(self, kind: Kind) -> dict[str, Tensor]:
+        sites = [s for s in self.sites.values() if s.kind == kind]
+        of_model = {s.name: s.log_p for s in sites if s.log_p is not None}
+        return of_model | {s.name: -s.log_q for s in sites if s.log_q is not None}
 
     def elbo_per_datum(self) -> tuple[Tensor, Tensor]:
         """The ELBO and its log likelihood per datum, averaged over particles: two scalars.
@@ -213,7 +227,7 @@ class Terms:
         """A part of the plate-scaled objective, local and global: one number a particle, ``(K,)``.
 
         These have every scale in them, ``poutine.scale`` too, and add up to what Pyro's ELBOs
-        return: likelihood + prior - q + penalty.
+        return: likelihood + prior - q + penalty + training.
         """
         parts = [part for site in self.sites.values() for part in site.scaled(pick)]
         each = [p if p is None or p.dim() == 1 else p.sum(1) for p in parts]
@@ -221,13 +235,13 @@ class Terms:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether there are marked factors."""
-        return any(site.kind == "penalty" for site in self.sites.values())
+        """Whether the objective has more than densities: penalties, terms of the training."""
+        return any(not site.has_density for site in self.sites.values())
 
     @property
     def has_globals(self) -> bool:
         """Whether something outside the data plate has a density."""
-        return any(not site.is_local for site in self.sites.values())
+        return any(not s.is_local and s.has_density for s in self.sites.values())
 
     def require_split(self) -> None:
         """Refuses the parts where one sum over states has both data and latents in it."""
