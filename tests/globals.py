@@ -31,6 +31,7 @@ class Regression:
         self.batch = (x, y)
         self.covariance = torch.linalg.inv(torch.eye(3) + x.T @ x / self.sigma**2)
         self.mean = self.covariance @ x.T @ y / self.sigma**2
+        self.mean_field_scale = torch.linalg.inv(self.covariance).diagonal() ** -0.5
         whole = x @ x.T + self.sigma**2 * torch.eye(40)
         self.log_evidence = float(dist.MultivariateNormal(torch.zeros(40), whole).log_prob(y))
 
@@ -50,10 +51,9 @@ class Regression:
 
     def mean_field(self) -> tuple[object, object]:
         """The independent normals that are the best in KL(q || p): precisions of the posterior."""
-        scale = torch.linalg.inv(self.covariance).diagonal() ** -0.5
 
         def guide(x: Tensor, y: Tensor) -> None:
-            pyro.sample("w", dist.Normal(self.mean, scale).to_event(1))
+            pyro.sample("w", dist.Normal(self.mean, self.mean_field_scale).to_event(1))
 
         return self.model, guide
 

@@ -18,6 +18,7 @@ from pvae.diagnostics.gradients import (
 )
 from pvae.diagnostics.importance import Importance, JointImportance, importance, khat
 from pvae.diagnostics.learning import LearningCurve, learning_curve
+from pvae.diagnostics.nuts import AgainstNUTS, against_nuts
 from pvae.diagnostics.pit import PIT, pit
 from pvae.diagnostics.predictive import PredictiveCheck, Statistic, predictive
 from pvae.diagnostics.result import Finding, Result
@@ -36,6 +37,7 @@ __all__ = [
     "SBC",
     "SUMMARY",
     "TARP",
+    "AgainstNUTS",
     "AggregatedPosterior",
     "Diagnosis",
     "Disentanglement",
@@ -55,6 +57,7 @@ __all__ = [
     "Uniformity",
     "Verdict",
     "active_units",
+    "against_nuts",
     "aggregated_posterior",
     "bits_per_dimension",
     "compare_objectives",

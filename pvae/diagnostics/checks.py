@@ -15,6 +15,7 @@ from pvae.diagnostics.codes import active_units, hoyer, near_zero, sensitivity
 from pvae.diagnostics.gap import gap
 from pvae.diagnostics.gradients import gradient_noise
 from pvae.diagnostics.importance import importance
+from pvae.diagnostics.nuts import against_nuts
 from pvae.diagnostics.predictive import predictive
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.sbc import sbc
@@ -201,6 +202,7 @@ CHECKS: dict[str, tuple[str, Callable[[Subject], Result]]] = {
     "ais": ("the bound", _annealing),
     "sbc": ("the posterior", lambda s: s.run(sbc, num_simulations=500)),
     "tarp": ("the posterior", lambda s: s.run(tarp, num_simulations=500)),
+    "nuts": ("the posterior", lambda s: s.run(against_nuts)),
     "units": ("the latent space", _units),
     "codes": ("the latent space", _codes),
     "surgery": ("the latent space", lambda s: s.run(surgery)),

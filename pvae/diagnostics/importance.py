@@ -20,7 +20,7 @@ from pvae.options import Options, tool
 from pvae.pair import PairLike, Structure, as_pair
 from pvae.terms import Evaluation, prepared
 
-__all__ = ["Importance", "JointImportance", "importance", "khat"]
+__all__ = ["Importance", "JointImportance", "importance", "khat", "richer_guide"]
 
 FEWEST = 25
 """Draws from which there are enough in the tail, five."""
@@ -355,14 +355,23 @@ def _of_joint_draws(
     weights, sites = joint.log_weights[:, None], structure.global_latents
     tolerance = _tolerance(weights, structure)
     shape = khat(weights, tolerance)
-    richer = _RICHER.get(type(poutine.unwrap(structure.guide)).__name__, _DEPENDENT)
+    richer = richer_guide(structure)
     return JointImportance(weights, shape, tolerance, joint=joint, sites=sites, richer=richer)
+
+
+def richer_guide(structure: Structure) -> str:
+    """What is worth trying in the place of a guide that is too poor."""
+    return _RICHER.get(type(poutine.unwrap(structure.guide)).__name__, _DEPENDENT)
 
 
 _DEPENDENT = (
     "pvae.fit((model, pyro.infer.autoguide.AutoMultivariateNormal(model)), x), a guide whose "
-    "latents depend on one another, or AutoLowRankMultivariateNormal; or pyro.infer.NUTS"
+    "latents depend on one another, or AutoLowRankMultivariateNormal; "
+    "diagnostics.against_nuts(pair, x) says what is off"
 )
-_CURVED = "pvae.fit((model, pyro.infer.autoguide.AutoIAFNormal(model)), x); or pyro.infer.NUTS"
+_CURVED = (
+    "pvae.fit((model, pyro.infer.autoguide.AutoIAFNormal(model)), x), or more training; "
+    "diagnostics.against_nuts(pair, x) says what is off"
+)
 _RICHER = dict.fromkeys(("AutoMultivariateNormal", "AutoIAFNormal"), _CURVED)
 """By class of guide, what is worth trying; `_DEPENDENT` for all others."""

@@ -10,6 +10,7 @@ __all__ = [
     "ACTIVITY",
     "CHANCE",
     "COLLAPSED",
+    "CORRELATION",
     "CURVE",
     "DISTANCE",
     "FALL",
@@ -23,8 +24,11 @@ __all__ = [
     "MARGINAL_KL",
     "MARGINAL_SHARE",
     "NOISE",
+    "OFFSET",
     "P_VALUE",
     "REPLICATES",
+    "RHAT",
+    "SD_RATIO",
     "UNRELIABLE",
     "Threshold",
     "Verdict",
@@ -122,6 +126,36 @@ JOINT_GAP = Threshold(
     "KL(q \\|\\| p(g \\| x)), at least: a nat is a correlation of 0.93 that independent latents "
     "miss, or a standard deviation four times too small",
     "importance, with global latents",
+)
+RHAT = Threshold(
+    "largest R-hat of an entry's Markov chains",
+    1.05,
+    1.2,
+    "chains that have mixed are below 1.01 in the long run (Vehtari et al., 2021), with few draws "
+    "within a few hundredths; from 1.2 on nothing is judged by them",
+    "against_nuts",
+)
+SD_RATIO = Threshold(
+    "factor between the standard deviations of q and of NUTS, the worst entry, less three errors",
+    1.25,
+    2.0,
+    "intervals a quarter too narrow or wide, or half",
+    "against_nuts",
+)
+OFFSET = Threshold(
+    "distance of the means of q and of NUTS in standard deviations, the worst entry, less three "
+    "errors",
+    0.25,
+    1.0,
+    "a nominal 95% interval that is off by a quarter of a deviation holds 94%, by one 83%",
+    "against_nuts",
+)
+CORRELATION = Threshold(
+    "difference of two entries' correlation under q and under NUTS, the worst, less four errors",
+    0.25,
+    0.5,
+    "what depends on both, such as a prediction, has another spread",
+    "against_nuts",
 )
 NOISE = Threshold(
     "standard deviation of a joint weight's log over its local draws, nats",
