@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, UndefinedError
+from pvae.errors import ArgumentError, UndefinedError, check_number
+from pvae.measure import Measure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BoundKind", "Estimate", "with_error"]
 
-BoundKind = Literal["lower", "upper", "estimate", "none"]
+BoundKind = Literal["lower", "upper", "estimate", "none", "impossible"]
 """What an estimate is of log p(x), on average; an upper bound's estimate is itself too low."""
 
 _KINDS: dict[BoundKind, str] = {
@@ -28,7 +30,9 @@ _KINDS: dict[BoundKind, str] = {
     "upper": "an upper bound of log p(x) on average",
     "estimate": "no bound: an upper bound's estimate, which is low on average",
     "none": "no bound of log p(x)",
+    "impossible": "no bound of log p(x): it is impossible",
 }
+_MARK = "impossible: "
 _FEW = 5  # draws
 
 
@@ -63,6 +67,7 @@ class Estimate:
         remarks: What else a reader must know of the number, a line each.
         influence: K times what each draw moves each datum's value by, ``(K, N)``, or None; with it
             differences of estimates from the same draws have the right error.
+        measure: Of which data log p(x) is, and whether of masses or densities; None if not known.
 
     Example:
         >>> values, variances = torch.tensor([-1.0, -3.0]), torch.tensor([0.1, 0.3])
@@ -86,6 +91,7 @@ class Estimate:
     global_sites: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     influence: Tensor | None = None
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         if not self.is_whole:
@@ -183,14 +189,53 @@ class Estimate:
         if ours.shape != theirs.shape:
             actual = f"{len(ours)} and {len(theirs)} data"
             raise ArgumentError(name, "estimates of the same data", actual)
+        if self.measure is not None and other.measure is not None:
+            self.measure.require_same(other.measure, (self.name, other.name), name)
         k = self.num_particles or other.num_particles
         found = Estimate(name, ours - theirs, by=self.by, num_particles=k, unit=self.unit)
+        found = found.impossible(dict.fromkeys((*self.reasons, *other.reasons)))
         mine, its = self.influence, other.influence
         if mine is not None and its is not None and mine.shape == its.shape:
-            return replace(found, influence=mine - its)
+            return replace(found, influence=mine - its, variances=None)
         if self.variances is not None and other.variances is not None:
             return replace(found, variances=self.variances + other.variances)
         return found
+
+    def impossible(self, reasons: Iterable[str]) -> Estimate:
+        """The same, marked as impossible for reasons, each with its site; itself without any.
+
+        Example:
+            >>> rate = Estimate("rate", torch.tensor([-3.0])).impossible(["site 'z': below 0"])
+            >>> rate.kind, rate.remarks
+            ('impossible', ("impossible: site 'z': below 0",))
+        """
+        new = [line for line in (f"{_MARK}{why}" for why in reasons) if line not in self.remarks]
+        return replace(self, kind="impossible", remarks=(*new, *self.remarks)) if new else self
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is impossible, a line each; empty if it isn't."""
+        return tuple(r.removeprefix(_MARK) for r in self.remarks if r.startswith(_MARK))
+
+    def in_bins(self, width: float) -> Estimate:
+        r"""A log density as the log probability of bins: :math:`\log p(x_n) + D_n \log h`.
+
+        With D the number of continuous values of a datum and h the width of the bins that they were
+        rounded to. It is as good as the density is flat within a bin; discrete values stay.
+
+        Arguments:
+            width: h, in units of the data.
+
+        Raises:
+            UndefinedError: If it isn't known whether it is a density, or one datum has no value.
+        """
+        log_width = math.log(check_number("width", width, above=0))
+        if self.measure is None:
+            fixes = ["bounds.elbo(...)", "bounds.evidence(...)"]
+            what = "a number whose measure is not known"
+            raise UndefinedError(f"{self.name} in bins", "a bound of log p(x)", what, fixes)
+        values = self.per_datum + log_width * self.measure.continuous.to(self.values.dtype)
+        return replace(self, values=values, measure=self.measure.in_bins())
 
     def named(self, name: str) -> Estimate:
         """The same under another name."""
@@ -203,15 +248,20 @@ class Estimate:
         if self.acceptance is not None and not bool(self.acceptance.isnan().all()):
             mean, least = float(self.acceptance.mean()), float(self.acceptance.min())
             lines.append(f"acceptance: mean {mean:.2f}, least {least:.2f}")
-        parts = [f"{part.name}: {part.mean:.2f}" for part in self._parts]
+        parts = [f"{part._title}: {part.mean:.2f}" for part in self._parts]
         return (*lines, *parts, *self.remarks)
+
+    @property
+    def _title(self) -> str:
+        return self.name + ", IMPOSSIBLE" * (self.kind == "impossible")
 
     @property
     def _parts(self) -> list[Estimate]:
         return [part for part in (self.distortion, self.rate) if part is not None]
 
     def _of_weights(self, ess: Tensor) -> list[str]:
-        lines, k = [_KINDS[self.kind]], self.num_particles or 1
+        what = "" if self.measure is None else f", of a {self.measure.kind}"
+        lines, k = [_KINDS[self.kind] + what], self.num_particles or 1
         if k > 1:
             middle, least = float(ess.median()), float(ess.min())
             shown = f"median {middle:.3g} of {k}, least {least:.3g}"
@@ -225,12 +275,13 @@ class Estimate:
     @property
     def headline(self) -> str:
         """Mean and standard errors on one line."""
-        name, n, k = self.name, self.num_data, self.num_particles
+        name, n, k = self._title, self.num_data, self.num_particles
         if self.is_whole:
             sites = ", ".join(self.global_sites)
             total = f"{self.total:.2f}{_known(' +- {:.2g} over draws', self.se_total)} {self.unit}"
             with_sites = f", with global site(s) {sites}" if sites else ""
-            return f"{name}: {total}, a bound for the data set of {n}{with_sites}"
+            what = "a bound " * (self.kind != "impossible")
+            return f"{name}: {total}, {what}for the data set of {n}{with_sites}"
         how = "exact" if k is None else f"K = {k}"
         if math.isinf(self.mean):
             return f"{name}: {'-' if self.mean < 0 else ''}infinite, {how}"
@@ -258,6 +309,7 @@ class Estimate:
             "name": self.name,
             **{key: _finite(getattr(self, key)) for key in numbers},
             **{key: getattr(self, key) for key in words},
+            "measure": None if self.measure is None else self.measure.kind,
             "notes": list(self.notes),
             **{part.name: part.to_dict() for part in self._parts},
         }
@@ -279,17 +331,17 @@ class Estimate:
         Its default, stacking, needs exp(value) to be above the least double; where values are
         below -700 nats, ``method="pseudo-bma"`` does without.
 
-        Its ``kind`` is this estimate's name, so that ArviZ refuses to compare bounds that are loose
-        by different amounts. What is no estimate of log evidence, or has no value for each datum,
-        is refused.
+        Its ``kind`` is this estimate's name and whether it is of a mass or a density, so that ArviZ
+        refuses to compare bounds that are loose by different amounts, or densities with masses.
+        What is no estimate of log evidence, or has no value for each datum, is refused.
 
         Example:
             >>> values = torch.tensor([-1.0, -3.0])
             >>> Estimate("evidence", values, kind="lower").to_elpd().elpd
             -4.0
         """
-        if self.kind == "none":
-            what = f"{self.name}, which is {_KINDS[self.kind]}"
+        if self.kind in ("none", "impossible"):
+            what = "; ".join((f"{self.name}, which is {_KINDS[self.kind]}", *self.reasons))
             fixes = ["bounds.evidence(...).to_elpd()", "bounds.elbo(...).to_elpd()"]
             raise UndefinedError("ArviZ's ELPDData", "an estimate of log evidence", what, fixes)
         from arviz_stats.utils import ELPDData
@@ -297,7 +349,7 @@ class Estimate:
 
         values = _numbers(self.per_datum)
         return ELPDData(
-            kind=self.name,
+            kind=self.name if self.measure is None else f"{self.name}, {self.measure.kind}",
             elpd=float(values.sum()),
             se=float((len(values) * values.var()) ** 0.5),  # ArviZ's divides by N
             p=math.nan,  # no number of parameters is estimated

@@ -384,7 +384,7 @@ def test_what_a_result_says() -> None:
     found = bounds.evidence(pair, x, 8, method="ais", ais=ais, progress=False)
     lines = str(found).splitlines()
     assert lines[0].startswith("evidence, AIS-3: ")
-    assert lines[1] == "  a lower bound of log p(x) on average"
+    assert lines[1] == "  a lower bound of log p(x) on average, of a density"
     assert lines[2].startswith("  ESS: median ")
     assert lines[-1].startswith("  acceptance: mean 0.")
     both = bounds.bdmc(pair, x, 3, ais=ais, progress=False)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
+from pvae.bounds.possible import Possible
 from pvae.bounds.weights import WeightSums, require_evidence
 from pvae.data import joined
 from pvae.errors import check_choice, check_int, check_number
@@ -97,13 +98,18 @@ class Annealed:
 
 
 def annealed(
-    evaluation: Evaluation, ais: AIS, num_chains: int, *, simulate: bool = False
+    evaluation: Evaluation,
+    ais: AIS,
+    num_chains: int,
+    *,
+    simulate: bool = False,
+    possible: Possible | None = None,
 ) -> Iterator[Annealed]:
     """Anneals all data, chunk by chunk, in evaluation mode.
 
     With ``simulate`` the data are drawn from the model, and chains are also sent the other way.
     Those of a datum start at the latents that it was drawn with, and are separated first by a few
-    transitions that leave the posterior invariant.
+    transitions that leave the posterior invariant. ``possible`` takes in where chains start.
     """
     inner, num_inner = ais.betas[1:-1], ais.num_temperatures - 1
     with densities(evaluation, num_chains, "annealing") as (chunks, bar):
@@ -118,10 +124,14 @@ def annealed(
             count = rows.stop - rows.start  # a chunk may be filled up
             tick = partial(_advance, bar, count / evaluation.num_rows / max(1, transitions))
             path, draw = _path(density, ais, tick)
+            if possible is not None:
+                of_guide = ais.start == "guide" and not simulate  # some start at the posterior
+                density.watch = partial(possible.take, rows, of_guide=of_guide)
             pilots = path.state(draw(ais.num_pilot))
             _, scale = spread(draw, groups[0])
             steps = adapt(path, pilots, inner, scale, ais.acceptance)
             parts = [_one_group(path, draw(k), exact, ais.betas, steps) for k in groups]
+            density.watch = None
             forward, reverse, chances = zip(*parts, strict=True)
             yield Annealed(
                 rows,
@@ -207,12 +217,13 @@ class Sandwich:
     def __str__(self) -> str:
         low, method = self.lower, self.lower.name.split(", ")[-1]
         shown = [with_error(bound.mean, bound.se_data) for bound in (low, self.upper, self.gap)]
+        wrong = "".join(f"\n  impossible: {reason}" for reason in low.reasons)
         return (
             f"BDMC, {method}, on {low.num_data} simulated data, K = {low.num_particles}\n"
             f"  lower: {shown[0]} nats per datum\n"
             f"  upper: {shown[1]}\n"
             f"  gap:   {shown[2]}, which bounds the bias of both on\n"
-            "  average; on real data only as far as they are like the model's own"
+            f"  average; on real data only as far as they are like the model's own{wrong}"
         )
 
     __repr__ = __str__
@@ -267,7 +278,8 @@ def bdmc(
         structure = evaluation.structure
         require_evidence(structure, "simulated data", by_datum=False, density=False)
         forward, reverse, acceptance, batches = WeightSums(), WeightSums(), [], []
-        for chunk in annealed(evaluation, how, k, simulate=True):
+        possible = Possible(structure)
+        for chunk in annealed(evaluation, how, k, simulate=True, possible=possible):
             assert chunk.reverse is not None  # noqa: S101
             forward.add(chunk.rows, forward.reduce(chunk.forward))
             reverse.add(chunk.rows, reverse.reduce(-chunk.reverse))
@@ -279,4 +291,6 @@ def bdmc(
     )
     inverse = reverse.estimate(f"{name} reversed", k, structure)
     upper = replace(inverse, values=-inverse.values, variances=None, kind="upper")
+    lower = possible.mark(lower, is_limited=possible.has_one_limit)
+    upper = possible.mark(upper, is_limited=False)
     return Sandwich(lower, upper, joined(batches, structure.axes))

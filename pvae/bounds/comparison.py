@@ -51,7 +51,12 @@ class Comparison:
     __repr__ = __str__
 
 
-def compare(estimates: Mapping[str, Estimate], *, mixed: bool = False) -> Comparison:
+def compare(
+    estimates: Mapping[str, Estimate],
+    *,
+    mixed: bool = False,
+    bin_width: float | Mapping[str, float] | None = None,
+) -> Comparison:
     r"""A table of models by their evidence on the same data, as ArviZ's ``compare`` has them.
 
     With :math:`\ell_n` the bounds of two models for a datum, a difference is the mean of
@@ -60,16 +65,23 @@ def compare(estimates: Mapping[str, Estimate], *, mixed: bool = False) -> Compar
     not the bias of a bound, which a better guide makes smaller: a difference of ELBOs is one of
     pairs, not of models.
 
+    A density has the unit of its data and is no probability: one can't be compared with the other,
+    nor densities of data in other units, unless all are made probabilities of bins (`bin_width`).
+    Which rows each estimate is of is known by their values, and rows that differ are refused.
+
     For weights of models, and for plots, ArviZ's ``compare`` takes `Estimate.to_elpd`; its numbers
     are those of the data set, N times the means here.
 
     Arguments:
         estimates: By name, of `elbo` or `evidence`, of the same data in the same order.
         mixed: Whether bounds of different kinds may be compared, such as an ELBO and AIS.
+        bin_width: Width h of the bins that data were rounded to, in units of the data of those that
+            are densities: these become log p(x) + D log h with D the number of continuous values.
+            By name, where these have data in different units.
 
     Raises:
-        ArgumentError: If there are fewer than two, their numbers of data differ, or, unless
-            ``mixed``, their kinds.
+        ArgumentError: If there are fewer than two; if their data differ, some are of densities and
+            some of masses, or one is impossible; or, unless ``mixed``, if their kinds differ.
         UndefinedError: If one has no value for each datum, because of global sites.
 
     Example:
@@ -84,12 +96,34 @@ def compare(estimates: Mapping[str, Estimate], *, mixed: bool = False) -> Compar
         raise ArgumentError("estimates", expected, type(estimates).__name__)
     if len(estimates) < 2:
         raise ArgumentError("estimates", "two or more to compare", f"{len(estimates)}")
+    _check_possible(estimates)
+    if bin_width is not None:
+        estimates = _in_bins(estimates, bin_width)
     sizes = {name: len(bound.per_datum) for name, bound in estimates.items()}
     if len(set(sizes.values())) > 1:
         actual = ", ".join(f"{size} of '{name}'" for name, size in sizes.items())
         raise ArgumentError("estimates", "one number of data, of the same data", actual)
+    known = [(name, b.measure) for name, b in estimates.items() if b.measure is not None]
+    for name, measure in known[1:]:
+        known[0][1].require_same(measure, (known[0][0], name), "estimates")
     ranked = dict(sorted(estimates.items(), key=lambda item: -item[1].mean))
     return Comparison(ranked, _notes(list(ranked.values()), mixed=mixed))
+
+
+def _in_bins(
+    estimates: Mapping[str, Estimate], width: float | Mapping[str, float]
+) -> dict[str, Estimate]:
+    if not isinstance(width, Mapping):
+        return {name: bound.in_bins(width) for name, bound in estimates.items()}
+    if unknown := [name for name in width if name not in estimates]:
+        raise ArgumentError("bin_width", f"names of {oxford(estimates)}", oxford(unknown))
+    return {n: bound.in_bins(width[n]) if n in width else bound for n, bound in estimates.items()}
+
+
+def _check_possible(estimates: Mapping[str, Estimate]) -> None:
+    wrong = [f"'{name}': {'; '.join(b.reasons)}" for name, b in estimates.items() if b.reasons]
+    if wrong:
+        raise ArgumentError("estimates", "numbers that are possible", " and ".join(wrong))
 
 
 def _notes(bounds: list[Estimate], *, mixed: bool) -> tuple[str, ...]:

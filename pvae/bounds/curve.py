@@ -10,6 +10,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence, weights_by_chunk
 from pvae.errors import ArgumentError, check_int
 from pvae.estimate import Estimate, with_error
@@ -86,7 +87,8 @@ class Curve:
         last = self._points[-1]
         assert last.ess is not None  # noqa: S101
         ends = [i for i in (-1, -3) if len(self.estimates) + i >= 4]
-        doubts = [doubt for doubt in map(self._slow, ends) if doubt][:1]
+        doubts = [f"impossible: {reason}" for reason in last.reasons]
+        doubts += [doubt for doubt in map(self._slow, ends) if doubt][:1]
         limit = min(_ENOUGH, max(self.estimates) / 2)
         if few := int((last.ess < limit).sum()):
             doubts.append(f"{few} of {last.num_data} data rest on fewer than {limit:g} draws")
@@ -155,7 +157,9 @@ def iwae_curve(
         raise ArgumentError("num_particles", "a power of 2", f"{num_particles}")
     with prepared(pair, data, options, "iwae_curve") as evaluation:
         require_evidence(evaluation.structure, "the curve of importance-weighted bounds")
-        return Curve.of_weights(weights_by_chunk(evaluation, num_particles))
+        possible = Possible(evaluation.structure)
+        curve = Curve.of_weights(weights_by_chunk(evaluation, num_particles, possible))
+        return Curve({k: possible.mark(point) for k, point in curve.estimates.items()})
 
 
 def _points(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -83,6 +83,7 @@ class LatentDensity:
     ) -> None:
         self.structure, self.batch = structure, as_batch(batch)
         self.given = dict(given or {})
+        self.watch: Callable[[Terms], None] | None = None  # sees the terms, but those of gradients
         _check_pair(structure)
         with torch.no_grad():
             terms = self._compute(1, {})
@@ -100,9 +101,12 @@ class LatentDensity:
     def terms(self, u: Tensor) -> Terms:
         """The pair's terms at u, shape ``(K, N, D)``; without the bijections' determinants."""
         k = len(u)
-        if k == 1 or can_vectorize(self.structure, self.batch):
-            return self._compute(k, self._as_given(self.values(u)))
-        return stack(self.terms(one) for one in u.split(1))
+        if k > 1 and not can_vectorize(self.structure, self.batch):
+            return stack(self.terms(one) for one in u.split(1))
+        terms = self._compute(k, self._as_given(self.values(u)))
+        if self.watch is not None and not torch.is_grad_enabled():
+            self.watch(terms)
+        return terms
 
     def log_det(self, u: Tensor) -> Tensor:
         r"""log of :math:`|\det \partial z / \partial u|`, shape ``(K, N)``."""

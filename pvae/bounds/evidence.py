@@ -12,7 +12,8 @@ from torch import Tensor
 from pvae.bounds.annealing import AIS, annealed
 from pvae.bounds.joint import JointWeights, joint_weights, num_draws
 from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
-from pvae.bounds.weights import Sums, WeightSums, facts, require_evidence
+from pvae.bounds.possible import Possible
+from pvae.bounds.weights import Influence, Sums, WeightSums, facts, require_evidence
 from pvae.engine import Asked, Repeated
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
 from pvae.estimate import Estimate
@@ -60,22 +61,27 @@ def elbo(
         name = _NAMES[structure.quantity]
         if structure.global_sites:
             return _with_globals(name, evaluation, joint_weights(evaluation, k, 1))
-        sums, is_split = Sums(), True
+        sums, possible, draws = Sums(), Possible(structure), Influence(evaluation, k)
+        is_split = True
         for rows, terms in stream(evaluation, k, states="averaged"):
             is_split = not terms.is_joint
             sums.add(rows, _parts(terms, is_split=is_split))
+            possible.take(rows, terms)
+            draws.add(rows, terms.log_weight)
     values, square, likelihood, rate = sums.all / k
     variances = (square - values.square()).clamp(min=0) / (k - 1) if k > 1 else None
     has_rate = is_split and not structure.has_points and not structure.improper
-    return Estimate(
+    found = Estimate(
         name,
         values,
         variances,
         num_particles=k,
+        influence=draws.of_mean,
         distortion=Estimate("distortion", -likelihood, num_particles=k) if is_split else None,
         rate=Estimate("rate", rate, num_particles=k) if has_rate else None,
         **facts(structure),
     )
+    return possible.mark(found)
 
 
 def _parts(terms: Terms, *, is_split: bool) -> Tensor:
@@ -89,7 +95,8 @@ def _with_globals(name: str, evaluation: Evaluation, joint: JointWeights) -> Est
     """The data set's bound: each draw of what is outside the data plate is shared by all data."""
     draws, about = joint.log_weights, facts(evaluation.structure)
     count = len(draws)
-    return Estimate(name, draws, by="draw", num_data=joint.num_data, num_particles=count, **about)
+    found = Estimate(name, draws, by="draw", num_data=joint.num_data, num_particles=count, **about)
+    return joint.possible.mark(found)
 
 
 Method = Literal["importance", "local", "ais", "cubo"]
@@ -202,12 +209,13 @@ def evidence(
         require_evidence(structure, "evidence", by_datum=method == "cubo")
         if method == "cubo":
             name = f"chi upper bound of order {order:g}, estimate"
-            found = _weighed(WeightSums(order), evaluation, k, engine).estimate(name, k, structure)
-            return replace(found, kind="estimate")
+            weights, possible = _weighed(WeightSums(order), evaluation, k, engine)
+            found = replace(weights.estimate(name, k, structure), kind="estimate")
+            return possible.mark(found, is_limited=False)
         if structure.global_sites:
             return _of_joint_draws(evaluation, num_global, num_particles)
-        weights = _weighed(WeightSums(), evaluation, k, engine)
-        return weights.estimate(f"evidence, IWAE-{k}", k, structure)
+        weights, possible = _weighed(WeightSums(), evaluation, k, engine)
+        return possible.mark(weights.estimate(f"evidence, IWAE-{k}", k, structure))
 
 
 def _of_joint_draws(
@@ -230,13 +238,13 @@ def _check_settings(method: str, **settings: object) -> None:
 
 def _weighed(
     weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked
-) -> WeightSums:
+) -> tuple[WeightSums, Possible]:
     """Sums up the weights of draws from the guide."""
-    structure = evaluation.structure
+    structure, possible = evaluation.structure, Possible(evaluation.structure)
 
     def reduced(k: int, *batch: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         terms = compute(structure, batch, num_particles=k, states="summed", given=given)
-        return weights.reduce(terms.log_weight)
+        return torch.cat([weights.reduce(terms.log_weight), possible.reduce(terms)])
 
     calls = -(-evaluation.num_rows * num_particles // evaluation.max_rows)
     repeated = Repeated(reduced, calls, structure.dtype, engine)
@@ -249,29 +257,31 @@ def _weighed(
         return repeated(num_particles, *batch)
 
     for rows, sums in stream(evaluation, num_particles, run=run):
-        weights.add(rows, sums)
-    return weights
+        weights.add(rows, sums[:2])
+        possible.add(rows, sums[2:])
+    return weights, possible
 
 
 def _by_annealing(evaluation: Evaluation, ais: AIS, num_chains: int) -> Estimate:
     require_evidence(evaluation.structure, "evidence", by_datum=False, density=False)
-    weights, acceptance = WeightSums(), []
+    weights, possible, acceptance = WeightSums(), Possible(evaluation.structure), []
     # each of a loader's batches would have its own pilot chains
-    for chunk in annealed(evaluation.in_memory(), ais, num_chains):
+    for chunk in annealed(evaluation.in_memory(), ais, num_chains, possible=possible):
         weights.add(chunk.rows, weights.reduce(chunk.forward))
         acceptance.append(chunk.acceptance)
     name = f"evidence, AIS-{ais.num_temperatures}"
     found = weights.estimate(name, num_chains, evaluation.structure)
-    return replace(found, kind="lower", acceptance=torch.cat(acceptance))
+    found = replace(found, kind="lower", acceptance=torch.cat(acceptance))
+    return possible.mark(found, is_limited=possible.has_one_limit)
 
 
 def _by_local_fits(
     evaluation: Evaluation, how: LocalFit, family: Family, num_particles: int
 ) -> Estimate:
-    weights = WeightSums()
+    weights, possible = WeightSums(), Possible(evaluation.structure)
     wanted: tuple[Family, ...] = FAMILIES[1:] if family == "flow" else (family,)
-    for fit in fit_locally(evaluation, how, num_particles, families=wanted):
+    for fit in fit_locally(evaluation, how, num_particles, families=wanted, possible=possible):
         if fit.family == family:
             weights.add(fit.rows, weights.reduce(fit.log_weights))
     name = f"evidence, local {family.replace('_', '-')} IWAE-{num_particles}"
-    return weights.estimate(name, num_particles, evaluation.structure)
+    return possible.mark(weights.estimate(name, num_particles, evaluation.structure))

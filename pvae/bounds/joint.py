@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pvae.bounds.possible import Possible
 from pvae.bounds.weights import Sums, facts
 from pvae.errors import PairError
 from pvae.estimate import Estimate
@@ -33,12 +34,14 @@ class JointWeights:
         noise: Variance of each over its local draws, by the delta method, ``(S,)``; 0 with none.
         num_particles: K; 1 where no latent of the data is drawn once the shared ones are known.
         num_data: N.
+        possible: What else the draws say, by which impossible numbers are marked.
     """
 
     log_weights: Tensor
     noise: Tensor
     num_particles: int
     num_data: int
+    possible: Possible
 
     @property
     def name(self) -> str:
@@ -50,7 +53,8 @@ class JointWeights:
         """The log of the mean weight, a lower bound of log p(x) on average."""
         found = Estimate.of_evidence(f"evidence, {self.name}", self.log_weights[:, None])
         about = facts(structure)
-        return replace(found, by="data set", num_data=self.num_data, **about)
+        whole = replace(found, by="data set", num_data=self.num_data, **about)
+        return self.possible.mark(whole)
 
 
 def is_nested(structure: Structure) -> bool:
@@ -92,17 +96,19 @@ def joint_weights(
     As many of the S go through the pair at once as fit the evaluation's ``max_rows``.
     """
     k = num_particles if is_nested(evaluation.structure) else 1
-    parts = []
+    parts, possible = [], Possible(evaluation.structure)
     shown = evaluation.progress
     with progress_bar(total=num_global, title=title, unit="draw", shown=shown) as bar:
-        for weights, noise in _blocks(evaluation.in_memory(), num_global, k):
+        for weights, noise in _blocks(evaluation.in_memory(), num_global, k, possible):
             parts.append((weights, noise))
             bar.update(len(weights))
     log_weights, noises = map(torch.cat, zip(*parts, strict=True))
-    return JointWeights(log_weights, noises, k, evaluation.num_rows)
+    return JointWeights(log_weights, noises, k, evaluation.num_rows, possible)
 
 
-def _blocks(evaluation: Evaluation, num_global: int, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(
+    evaluation: Evaluation, num_global: int, k: int, possible: Possible
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Log weights and their noise, of a few draws of what all data share after another."""
     done = 0
     at_once = max(1, evaluation.max_rows // (_rows_at_once(evaluation) * k))
@@ -116,6 +122,7 @@ def _blocks(evaluation: Evaluation, num_global: int, k: int) -> Iterator[tuple[T
             now = terms.global_log_p.double().view(count, -1)[:, 0]
             log_p = now if log_p is None else _same(log_p, now)
             sums.add(rows, _reduced(terms.log_weight, count))
+            possible.take(rows, terms)
         first, second = sums.all
         inverse_size = torch.where(first == -math.inf, math.inf, (second - 2 * first).exp())
         assert log_p is not None  # noqa: S101

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from pvae import randomness
 from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
+from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence
 from pvae.errors import check_int, check_number
 from pvae.terms import Evaluation
@@ -77,10 +79,12 @@ def fit_locally(
     num_particles: int,
     *,
     families: Sequence[Family] = FAMILIES,
+    possible: Possible | None = None,
 ) -> Iterator[Fitted]:
     """Fits each family to each datum, chunk by chunk, in evaluation mode.
 
     Families are fitted in the order of `FAMILIES`; a flow starts from the full-rank Gaussian.
+    ``possible`` takes in the draws that are weighted.
     """
     require_evidence(evaluation.structure, "a local fit")
     particles = min(how.num_particles, evaluation.max_rows)
@@ -98,7 +102,10 @@ def fit_locally(
                     q = flow(start)
                 settled = _maximise(q, density, how, particles)
                 groups = groups_of(num_particles, evaluation.max_rows // density.num_rows)
+                if possible is not None:
+                    density.watch = partial(possible.take, rows, of_guide=False)
                 weights = torch.cat([q.log_weights(density, k).double() for k in groups])
+                density.watch = None
                 bar.update(share)
                 yield Fitted(rows, family, weights[:, :count], settled, instead)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +16,18 @@ from pvae.options import Options, tool
 from pvae.pair import PairLike, Structure
 from pvae.terms import Evaluation, prepared, stream
 
-__all__ = ["Sums", "WeightSums", "facts", "log_weights", "require_evidence", "require_local"]
+if TYPE_CHECKING:
+    from pvae.bounds.possible import Possible
+
+__all__ = [
+    "Influence",
+    "Sums",
+    "WeightSums",
+    "facts",
+    "log_weights",
+    "require_evidence",
+    "require_local",
+]
 
 
 @tool
@@ -57,11 +68,21 @@ def log_weights(
         return torch.cat(list(weights_by_chunk(evaluation, num_particles)), 1)
 
 
-def weights_by_chunk(evaluation: Evaluation, num_particles: int) -> Iterator[Tensor]:
-    """log weights ``(K, n)`` in double precision, of one chunk of data after another."""
+def weights_by_chunk(
+    evaluation: Evaluation, num_particles: int, possible: Possible | None = None
+) -> Iterator[Tensor]:
+    """log weights ``(K, n)`` in double precision, of one chunk of data after another.
+
+    ``possible`` takes in what the same passes say of them.
+    """
     passes = stream(evaluation, num_particles)
     for _, same in itertools.groupby(passes, key=lambda part: part[0].start):
-        yield torch.cat([terms.log_weight.double() for _, terms in same])
+        parts = []
+        for rows, terms in same:
+            parts.append(terms.log_weight.double())
+            if possible is not None:
+                possible.take(rows, terms)
+        yield torch.cat(parts)
 
 
 def require_evidence(
@@ -140,6 +161,34 @@ class Sums:
     def all(self) -> Tensor:
         """The sums of all data, in order."""
         return torch.cat(list(self._sums.values()), -1)
+
+
+class Influence:
+    """What each draw moves each datum's mean by; kept where there are few enough draws.
+
+    With it the difference of two estimates has the right error where their draws are common, as
+    those of two pairs with one seed are.
+    """
+
+    def __init__(self, evaluation: Evaluation, num_particles: int) -> None:
+        self._is_kept = num_particles > 1 and evaluation.num_rows * num_particles <= _KEPT
+        self._parts: dict[int, list[Tensor]] = {}
+
+    def add(self, rows: slice, log_weight: Tensor) -> None:
+        """Takes in the log weights of a chunk's particles, ``(k, n)``."""
+        if self._is_kept:
+            self._parts.setdefault(rows.start, []).append(log_weight.double())
+
+    @property
+    def of_mean(self) -> Tensor | None:
+        """That of the mean of log weights, ``(K, N)``; None where there are too many."""
+        if not self._parts:
+            return None
+        draws = torch.cat([torch.cat(parts) for parts in self._parts.values()], 1)
+        return draws - draws.mean(0)
+
+
+_KEPT = 2**22  # draws of all data, 32 MiB
 
 
 class WeightSums(Sums):

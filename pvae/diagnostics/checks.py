@@ -110,6 +110,8 @@ def _elbo(subject: Subject) -> Lines:
 
 
 def _kind(estimate: Estimate) -> str:
+    if estimate.kind == "impossible":
+        return "no bound of log p(x): it is impossible"
     bound = "lower" if estimate.kind == "lower" else "no"
     draws = "" if math.isnan(estimate.se_draws) else f"; {estimate.se_draws:.2g} over draws"
     return f"{bound} bound of log p(x), K = {estimate.num_particles}{draws}"

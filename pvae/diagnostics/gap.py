@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from pvae import bounds
-from pvae.bounds.weights import require_local
+from pvae import bounds, randomness
+from pvae.bounds.possible import Possible
+from pvae.bounds.weights import require_evidence, require_local, weights_by_chunk
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import GAP
 from pvae.errors import ArgumentError, UndefinedError, check_int
@@ -40,6 +42,8 @@ class Gap(Result):
         instead: Why q* is of the full-rank Gaussians and not of the guide's own family, or nothing.
         unsettled: Families whose fit was still getting better when it ended.
         rows: Which rows of the data these are, ``(N,)``; None for all of them.
+        possible: What else the draws say of the numbers, by which impossible ones are marked: those
+            of the ``"guide"`` and of the ``"fits"``.
     """
 
     log_weights: dict[str, Tensor]
@@ -47,11 +51,14 @@ class Gap(Result):
     instead: str = ""
     unsettled: tuple[str, ...] = ()
     rows: Tensor | None = None
+    possible: Mapping[str, Possible] = field(default_factory=dict)
 
     def elbo(self, q: str) -> Estimate:
         """The ELBO of one of the distributions by name."""
         name = f"ELBO, {q.replace('_', '-')}"
-        return Estimate.of_mean(name, self.log_weights[q], kind="lower")
+        found = Estimate.of_mean(name, self.log_weights[q], kind="lower")
+        possible = self.possible.get("guide" if q == "guide" else "fits")
+        return found if possible is None else possible.mark(found)
 
     def gain(self, q: str, over: str) -> Estimate:
         """By how much one ELBO is above another."""
@@ -221,13 +228,19 @@ def gap(
     with prepared(pair, data, options, "gap") as evaluation:
         require_local(evaluation.structure, "the gap")
         evaluation = evaluation.in_memory()  # a loader may shuffle, and all need the same rows
-        guides = bounds.log_weights(evaluation.pair, evaluation.source, num_particles, **options)
-        _check(guides, evidence)
+        require_evidence(evaluation.structure, "importance weights")
+        possible = {name: Possible(evaluation.structure) for name in ("guide", "fits")}
+        with randomness.forked():
+            draws = weights_by_chunk(evaluation, num_particles, possible["guide"])
+            guides = torch.cat(list(draws), 1)
+        _check(guides, evidence, possible["guide"])
         parts: dict[str, list[Tensor]] = {}
         unsettled, instead = [], ""
         families = bounds.FAMILIES if flow else bounds.FAMILIES[:-1]
         local = local or bounds.LocalFit()
-        for fit in bounds.fit_locally(evaluation, local, num_particles, families=families):
+        for fit in bounds.fit_locally(
+            evaluation, local, num_particles, families=families, possible=possible["fits"]
+        ):
             parts.setdefault(fit.family, []).append(fit.log_weights)
             unsettled += [] if fit.is_settled else [fit.family]
             instead = instead or fit.instead
@@ -237,17 +250,23 @@ def gap(
         best = stacked.mean(1).argmax(0).expand(1, *stacked.shape[1:])
         name = f"evidence, local IWAE-{num_particles}"
         evidence = Estimate.of_evidence(name, stacked.gather(0, best)[0])
+        for each in possible.values():
+            evidence = each.mark(evidence)
     else:
         evidence = replace(evidence, influence=None)  # its draws are others
-    return Gap(weights, evidence, instead, tuple(dict.fromkeys(unsettled)))
+    late = tuple(dict.fromkeys(unsettled))
+    return Gap(weights, evidence, instead, late, possible=possible)
 
 
-def _check(guides: Tensor, evidence: Estimate | None) -> None:
+def _check(guides: Tensor, evidence: Estimate | None, possible: Possible) -> None:
     """Before the fits, which take long."""
     count = guides.shape[1]
     if evidence is not None and evidence.per_datum.shape[0] != count:
         expected = f"an estimate for the same {count} data"
         raise ArgumentError("evidence", expected, f"{evidence.num_data}")
+    if evidence is not None and evidence.measure is not None:
+        names = (evidence.name, "the guide's ELBO")
+        evidence.measure.require_same(possible.measure, names, "evidence")
     wrong = (~guides.isfinite()).any(0).nonzero()
     if len(wrong):
         raise UndefinedError(

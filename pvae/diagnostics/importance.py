@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.bounds.joint import JointWeights, is_nested, joint_weights, num_draws
+from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence, require_whole, weights_by_chunk
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import JOINT_GAP, JOINT_KHAT, KHAT, NOISE, UNRELIABLE
@@ -106,12 +107,14 @@ class Importance(Result):
         khat: k-hat of each datum, shape ``(N,)``; NaN or infinite as `khat` has it.
         tolerance: Standard deviation of log weights up to which they count as constant.
         rows: Which rows of the data these are, ``(N,)``; None for all of them.
+        possible: What else the draws say of the numbers, by which impossible ones are marked.
     """
 
     log_weights: Tensor
     khat: Tensor
     tolerance: float
     rows: Tensor | None = None
+    possible: Possible | None = None
 
     @property
     def is_exact(self) -> Tensor:
@@ -127,12 +130,22 @@ class Importance(Result):
     @property
     def elbo(self) -> Estimate:
         """The mean of the log weights."""
-        return Estimate.of_mean("ELBO", self.log_weights, kind="lower")
+        return self._marked(Estimate.of_mean("ELBO", self.log_weights, kind="lower"))
 
     @property
     def evidence(self) -> Estimate:
         """The log of the mean of the weights, which is low on average."""
-        return Estimate.of_evidence(f"evidence, IWAE-{len(self.log_weights)}", self.log_weights)
+        name = f"evidence, IWAE-{len(self.log_weights)}"
+        return self._marked(Estimate.of_evidence(name, self.log_weights))
+
+    def _marked(self, estimate: Estimate) -> Estimate:
+        return estimate if self.possible is None else self.possible.mark(estimate)
+
+    @property
+    def _impossible(self) -> list[Finding]:
+        """A line if the numbers can't be."""
+        evidence = self.evidence
+        return [Finding.of(evidence)] if evidence.kind == "impossible" else []
 
     @property
     def gap(self) -> Estimate:
@@ -203,6 +216,7 @@ class Importance(Result):
                 lines.append(Finding(name, share, meaning=f"share of data with {why}"))
         effective = Estimate("effective draws", self.ess / len(self.log_weights), unit="")
         return [
+            *self._impossible,
             *lines,
             Finding.of(self.gap.named("gap, at least"), "evidence - ELBO; too low, if anything"),
             Finding.of(effective, "ESS / K, the share of draws that count"),
@@ -259,6 +273,7 @@ class JointImportance(Importance):
             lines.append(Finding("joint k-hat", shape, known, "", verdict, of + narrow, advice))
         size = float(self.ess) / len(self.log_weights)
         meaning = "ESS / S, the share of joint draws that count"
+        lines = [*self._impossible, *lines]
         return [*lines, self._of_gap(), Finding("effective draws", size, meaning=meaning)]
 
     def _of_gap(self) -> Finding:
@@ -325,9 +340,11 @@ def importance(
         if structure.global_sites:
             return _of_joint_draws(evaluation, num_global, num_particles)
         require_evidence(structure, "importance weights")
-        weights = torch.cat(list(weights_by_chunk(evaluation, num_particles or 1000)), 1)
+        possible = Possible(structure)
+        draws = weights_by_chunk(evaluation, num_particles or 1000, possible)
+        weights = torch.cat(list(draws), 1)
     tolerance = _tolerance(weights, structure)
-    return Importance(weights, khat(weights, tolerance), tolerance)
+    return Importance(weights, khat(weights, tolerance), tolerance, possible=possible)
 
 
 def _fewest(structure: Structure, num_particles: int | None) -> int:
@@ -355,8 +372,16 @@ def _of_joint_draws(
     weights, sites = joint.log_weights[:, None], structure.global_latents
     tolerance = _tolerance(weights, structure)
     shape = khat(weights, tolerance)
-    richer = richer_guide(structure)
-    return JointImportance(weights, shape, tolerance, joint=joint, sites=sites, richer=richer)
+    return JointImportance(
+        weights,
+        shape,
+        tolerance,
+        None,
+        joint.possible,
+        joint=joint,
+        sites=sites,
+        richer=richer_guide(structure),
+    )
 
 
 def richer_guide(structure: Structure) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import terms
+from pvae.bounds.possible import Possible
 from pvae.data import first_batch
 from pvae.errors import UndefinedError, oxford
 from pvae.modes import evaluating
@@ -46,12 +47,16 @@ class Mixture:
     log_prob_dims: Tensor | None
 
 
-def draw(evaluation: terms.Evaluation, num_particles: int) -> Draws:
-    """Draws from the guide for all data."""
+def draw(
+    evaluation: terms.Evaluation, num_particles: int, possible: Possible | None = None
+) -> Draws:
+    """Draws from the guide for all data, which ``possible`` takes in."""
     because = _why_no_dimensions(evaluation)
     chunks: dict[int, list[dict[str, dict[str, Tensor]]]] = {}
     for rows, part in terms.stream(evaluation, num_particles, per_dimension=not because):
         chunks.setdefault(rows.start, []).append(_terms_of(part))
+        if possible is not None:
+            possible.take(rows, part)
 
     def joined(kind: str) -> dict[str, Tensor]:
         parts = [[part[kind] for part in of_rows] for of_rows in chunks.values()]

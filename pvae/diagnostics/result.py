@@ -20,6 +20,13 @@ _MARKS: dict[Verdict, str] = {"good": "+", "look": "?", "bad": "!", "none": " "}
 _COLOURS: dict[Verdict, str] = {"good": "green", "look": "darkorange", "bad": "crimson"}
 
 
+IMPOSSIBLE = (
+    "mend the site that is named before any other line is read: the prior's support in the guide, "
+    "wider draws (a higher temperature, a floor under scales), or double precision"
+)
+"""What to do about a number that is impossible."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One number of a diagnostic, what it means, and what to do about it.
@@ -72,12 +79,17 @@ class Finding:
     ) -> Finding:
         """The mean of an estimate, with its error over data, or over draws if it has no other.
 
+        One that is impossible is bad, and says why.
+
         Example:
             >>> Finding.of(Estimate("rate", torch.tensor([1.0, 2.0, 3.0]))).number
             '2.00 +- 0.58 nats'
         """
         error = estimate.se_draws if math.isnan(estimate.se_data) else estimate.se_data
         known = None if math.isnan(error) else error
+        if estimate.kind == "impossible":
+            verdict, meaning = "bad", f"impossible: {'; '.join(estimate.reasons)}"
+            advice = IMPOSSIBLE
         return cls(estimate.name, estimate.mean, known, estimate.unit, verdict, meaning, advice)
 
     @property

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from pvae import terms
+from pvae.bounds.possible import Possible
 from pvae.diagnostics.mixture import Draws, Mixture, draw, require_mixture, score_mixture, sum_of
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import (
@@ -228,7 +229,8 @@ def surgery(
     with terms.prepared(pair, data, options, "surgery") as evaluation:
         evaluation = evaluation.in_memory()
         _check(evaluation.structure, evaluation.num_rows)
-        own = draw(evaluation, num_particles)
+        possible = Possible(evaluation.structure)
+        own = draw(evaluation, num_particles, possible)
         with _noted(undefined, "parts of q(z)"):
             require_mixture(evaluation)
             mixture = score_mixture(evaluation, own)
@@ -236,7 +238,8 @@ def surgery(
             with _noted(undefined, f"activity of {name}"):
                 means, noise = means_and_noise(evaluation, name, 32)
                 activity[name] = (means.double().var(0) - noise.double().mean(0)).clamp(min=0)
-    return _assemble(own, mixture, activity, undefined, threshold)
+    found = _assemble(own, mixture, activity, undefined, threshold)
+    return _marked(found, possible.reasons())
 
 
 def _check(structure: Structure, num_rows: int) -> None:
@@ -266,6 +269,25 @@ def _estimate(name: str, values: Tensor) -> Estimate:
     """Of values for each draw, ``(K, N)``."""
     k = len(values)
     return Estimate(name, values.mean(0), values.var(0) / k if k > 1 else None, num_particles=k)
+
+
+def _marked(found: Surgery, reasons: Sequence[str]) -> Surgery:
+    """The same with the rate, and what it is made of, marked as impossible where it is that."""
+    if not reasons:
+        return found
+    of_rate = ["the rate, of which it is a part, is"]
+
+    def part(estimate: Estimate | None) -> Estimate | None:
+        return None if estimate is None else estimate.impossible(of_rate)
+
+    return replace(
+        found,
+        rate=found.rate.impossible(reasons),
+        rates={name: rate.impossible(reasons) for name, rate in found.rates.items()},
+        information=part(found.information),
+        information_upper=part(found.information_upper),
+        marginal_kl=part(found.marginal_kl),
+    )
 
 
 def _assemble(

@@ -111,9 +111,10 @@ class Monitor:
         return [self.sums, self.loss, self.failed, self.failed_at]
 
     def averages(self) -> dict[str, float]:
-        """Averages over data since the last `reset`; waits for the device."""
+        """Averages over data since the last `reset`, and ``"rows"``; waits for the device."""
         *sums, rows = self.sums.tolist()
-        return {name: total / max(rows, 1.0) for name, total in zip(PARTS, sums, strict=True)}
+        means = {name: total / max(rows, 1.0) for name, total in zip(PARTS, sums, strict=True)}
+        return means | {"rows": rows}
 
     def look(self, parameters: Sequence[str]) -> Failure | None:
         """Waits for the device and says whether a step has failed.

@@ -166,6 +166,7 @@ class Fit:
             last = self.history[-1]
             names = [k for k in last if k.endswith(("elbo", "log_joint", "loss", "rate"))]
             lines += [f"  {k}: {last[k]:.2f}" for k in names if last[k] is not None]
+            lines += [f"  IMPOSSIBLE: {last['impossible']}"] if "impossible" in last else []
         if progress.best is not None:
             epoch = progress.best_epoch
             lines.append(f"  best validation value {progress.best:.2f}, epoch {epoch}")

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 import pyro
+import torch
 from tqdm import tqdm
 
 from pvae import bounds, randomness
+from pvae.bounds.possible import ALARM, ROUNDING
 from pvae.errors import TrainingError, oxford, warn
-from pvae.fitting.history import Record
+from pvae.fitting.history import History, Record
 from pvae.fitting.saving import copy_into, save_checkpoint
 from pvae.fitting.training import Training
 from pvae.modes import in_mode
@@ -100,6 +102,7 @@ def _end_epoch(training: Training, bar: tqdm) -> None:
     progress.epoch, progress.step = progress.epoch + 1, 0
     training.stepper.reset()
     _warn_of_late_parameters(training)
+    _warn_of_the_impossible(progress.history)
     if training.valid is not None:
         name = training.structure.quantity
         value = record[f"valid_{name}"]
@@ -135,8 +138,30 @@ def _record(training: Training) -> Record:
         record |= state.report() | {name: float(state.get_buffer(name)) for name in changing}
     if training.valid is not None:
         record |= training.world.from_first(lambda: _validate(training))
+    if "impossible" not in record and (why := _impossible_rate(training, average)):
+        record["impossible"] = why
     record["seconds"] = round(progress.seconds, 3)
     return {name: _finite(value) for name, value in record.items()}
+
+
+def _impossible_rate(training: Training, average: dict[str, float]) -> str:
+    """Says so where draws of an epoch have a rate below 0, by more than chance and rounding.
+
+    What holds of the draws of one pass (`pvae.bounds.possible`) holds of all steps together.
+    """
+    structure, rate = training.structure, average["rate"]
+    if structure.points or structure.improper or not structure.latents:
+        return ""
+    rows = average["rows"]
+    sizes = abs(average["elbo"]) + abs(average["log_likelihood"])
+    sizes += sum(math.prod(shape) for shape in structure.shapes.values())
+    rounding = ROUNDING * torch.finfo(structure.dtype).eps * sizes
+    if not -rate * rows > ALARM + rounding * rows:
+        return ""
+    return (
+        f"site {oxford(structure.latents)}: a rate of {rate:.3g} nats, below 0, where no "
+        "KL(q || p) is; bounds.elbo says more"
+    )
 
 
 def _finite(value: object) -> object:
@@ -155,6 +180,8 @@ def _validate(training: Training) -> Record:
         parts["valid_log_likelihood"] = -bound.distortion.mean
     if bound.rate is not None:
         parts["valid_rate"] = bound.rate.mean
+    if bound.reasons:
+        parts["impossible"] = "; ".join(bound.reasons)
     return parts
 
 
@@ -178,6 +205,12 @@ def _warn_of_late_parameters(training: Training) -> None:
             f"{oxford(sorted(late))} came up during training, after the optimiser had taken the "
             "parameters of the first batch: not trained. Announce every parameter on every batch."
         )
+
+
+def _warn_of_the_impossible(history: History) -> None:
+    """Of the first epoch whose numbers can't be."""
+    if "impossible" in history[-1] and not any("impossible" in past for past in history[:-1]):
+        warn(f"Epoch {history[-1]['epoch']} has impossible numbers: {history[-1]['impossible']}.")
 
 
 # Around the loop

@@ -141,6 +141,11 @@ class Collector:
             return plain, self._reduce(masked * scale, site["name"], is_local=is_local)
         return plain, plain if scale == keep else plain * (scale / keep)
 
+    def summed(self, site: Site, each: Tensor, *, is_masked: bool) -> Tensor:
+        """Numbers of a site's batch entries, masked unless they are, summed as log p is."""
+        kept = each if is_masked else scale_and_mask(each, mask=site["mask"])
+        return self._reduce(kept, site["name"], is_local=is_inside(self.structure, site))
+
     def _reduce(self, log_prob: Tensor, name: str, *, is_local: bool) -> Tensor:
         """Sums out all dimensions but particles and, inside the data plate, data."""
         if log_prob.dim() > self.rank:
