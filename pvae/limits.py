@@ -130,7 +130,10 @@ def is_on_edge(fn: Dist, value: Tensor) -> Tensor | None:
         return None
     numbers = torch.finfo(value.dtype)
     if isinstance(support, type(constraints.simplex)):
-        return _any_entry(value <= numbers.tiny, fn, value)
+        least = value.topk(min(2, value.shape[-1]), largest=False).values
+        # what is clamped before shares are taken has the same share
+        tied = (least[..., :1] == least[..., -1:]) & (value.shape[-1] > 1)
+        return _any_entry((least <= numbers.tiny) | tied, fn, value)
     ends = vars(support)
     below, above = ends.get("lower_bound"), ends.get("upper_bound")
     edges = [
