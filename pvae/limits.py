@@ -50,7 +50,7 @@ def largest_log_prob(fn: Dist) -> Tensor:
         tensor([-0.9189, -1.6121])
     """
     if isinstance(fn, Independent):
-        return sum_rightmost(largest_log_prob(fn.base_dist), fn.reinterpreted_batch_ndims)
+        return _sum_entries(largest_log_prob(fn.base_dist), fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution):
         return scale_and_mask(largest_log_prob(fn.base_dist), mask=mask_of(fn))
     if isinstance(fn, ExpandedDistribution):
@@ -62,7 +62,22 @@ def largest_log_prob(fn: Dist) -> Tensor:
     if largest is not None:
         return largest(fn).expand(fn.batch_shape)
     device = next((v.device for v in vars(fn).values() if isinstance(v, Tensor)), None)
-    return torch.full(fn.batch_shape, 0.0 if is_discrete(fn) else math.inf, device=device)
+    constant = torch.tensor(0.0 if is_discrete(fn) else math.inf, device=device)
+    return constant.expand(fn.batch_shape)
+
+
+def _once(expanded: Tensor) -> Tensor:
+    """A tensor without the repeats that an expansion has made of it."""
+    for dim, stride in enumerate(expanded.stride()):
+        expanded = expanded.narrow(dim, 0, 1) if stride == 0 else expanded
+    return expanded
+
+
+def _sum_entries(each: Tensor, count: int) -> Tensor:
+    """The sum over the last dimensions; of repeated entries by their number."""
+    if count and all(stride == 0 for stride in each.stride()[-count:]):
+        return each[(..., *[0] * count)] * math.prod(each.shape[-count:])
+    return sum_rightmost(each, count)
 
 
 def _of_gamma(fn: Dist) -> Tensor:
@@ -89,9 +104,9 @@ def _at_loc(fn: Dist) -> Tensor:
 
 
 _BY_KIND: dict[type[Dist], Callable[[Dist], Tensor]] = {
-    dist.Normal: lambda fn: -fn.scale.log() - _HALF_LOG_TAU,
+    dist.Normal: lambda fn: -_once(fn.scale).log() - _HALF_LOG_TAU,
     dist.HalfNormal: lambda fn: math.log(2) - fn.scale.log() - _HALF_LOG_TAU,
-    dist.Laplace: lambda fn: -(2 * fn.scale).log(),
+    dist.Laplace: lambda fn: -(2 * _once(fn.scale)).log(),
     dist.Cauchy: lambda fn: -(math.pi * fn.scale).log(),
     dist.HalfCauchy: lambda fn: math.log(2) - (math.pi * fn.scale).log(),
     dist.Logistic: lambda fn: -(4 * fn.scale).log(),
@@ -106,7 +121,7 @@ _BY_KIND: dict[type[Dist], Callable[[Dist], Tensor]] = {
     dist.MultivariateNormal: _at_loc,
     dist.LowRankMultivariateNormal: _at_loc,
     dist.MultivariateStudentT: _at_loc,
-    dist.Bernoulli: lambda fn: torch.zeros_like(fn.logits),  # grey values', too
+    dist.Bernoulli: lambda fn: fn.logits.new_zeros(()),  # of grey values, too
 }
 
 

@@ -29,6 +29,8 @@ GROUND = {  # imports the ground
     "divergence",
     "errors",
     "estimate",
+    "limits",
+    "measure",
     "internals",
     "jacobian",
     "mmd",

@@ -86,7 +86,7 @@ def _marks_of(terms: Terms, site: Site) -> tuple[Tensor, Tensor]:
     fn, value = site["fn"], torch.as_tensor(site["value"], device=terms.like.device)
     event_dim = len(fn.event_shape)
     shape = [*fn.batch_shape[-terms.structure.nesting :], *fn.event_shape]
-    axis = len(shape) - event_dim + terms.structure.dim
+    axis = terms.structure.axis_in(len(shape) - event_dim)
     value = value.double().expand(torch.broadcast_shapes(value.shape, shape))
     sizes = [1 if i == axis else size for i, size in enumerate(shape)]
     place = torch.arange(math.prod(sizes), dtype=torch.float64, device=value.device)
