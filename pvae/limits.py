@@ -76,7 +76,7 @@ def _once(expanded: Tensor) -> Tensor:
 def _sum_entries(each: Tensor, count: int) -> Tensor:
     """The sum over the last dimensions; of repeated entries by their number."""
     if count and all(stride == 0 for stride in each.stride()[-count:]):
-        return each[(..., *[0] * count)] * math.prod(each.shape[-count:])
+        return each.flatten(-count)[..., 0] * math.prod(each.shape[-count:])
     return sum_rightmost(each, count)
 
 

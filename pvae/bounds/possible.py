@@ -90,8 +90,9 @@ class Possible(Sums):
 
     def _site(self, terms: Terms, name: str, zero: Tensor, *, of_guide: bool) -> list[Tensor]:
         """Draws outside the prior's support, without a density, and on the edge."""
-        site = terms.sites[name]
-        node = terms.model_trace.nodes[name]
+        site, node = terms.sites.get(name), terms.model_trace.nodes[name]
+        if site is None:  # summed out together with others
+            return [zero, zero, zero]
         edge = is_on_edge(node["fn"], node["value"])
         on_edge = zero if edge is None else count_where(terms, node, edge)
         if not of_guide or name in self.structure.points or site.log_p is None:
@@ -99,7 +100,8 @@ class Possible(Sums):
         log_q = torch.zeros_like(site.log_p) if site.log_q is None else site.log_q
         outside = _by_row(site.log_p == -math.inf)
         broken = _by_row(~(log_q.isfinite() & (site.log_p < math.inf)))
-        clamped = is_without_mass(node["fn"], node["value"])
+        is_listed = name in self.structure.guide_states  # all states are, with or without mass
+        clamped = None if is_listed else is_without_mass(node["fn"], node["value"])
         if clamped is not None:
             outside = outside | (count_where(terms, node, clamped) > 0)
         return [outside, broken, on_edge]
