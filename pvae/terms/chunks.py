@@ -45,21 +45,21 @@ def stream(
         The rows that a chunk has, and their terms.
     """
     structure, max_rows = evaluation.structure, evaluation.max_rows
-    for rows, keep, batch, indices in chunks_of(
-        evaluation.source, structure, num_particles, max_rows
-    ):
-        values = {**(given or {}), **indices}
-        size = structure.subsample_size or structure.num_rows_of(batch)
-        at_once = max(1, min(num_particles, max_rows // size))
-        for done in range(0, num_particles, at_once):
-            k = min(at_once, num_particles - done)
-            with evaluating(structure.modules), telling_memory("the pair", k * size):
-                terms = run(structure, batch, num_particles=k, given=values, **options)
-            if keep is not None and isinstance(terms, Tensor):
-                terms = terms[..., :keep]
-            elif keep is not None:
-                terms.first_rows(keep)
-            yield rows, terms
+    chunks = chunks_of(evaluation.source, structure, num_particles, max_rows)
+    with evaluating(structure.modules):  # also while what it yields is read, which may run more
+        for rows, keep, batch, indices in chunks:
+            values = {**(given or {}), **indices}
+            size = structure.subsample_size or structure.num_rows_of(batch)
+            at_once = max(1, min(num_particles, max_rows // size))
+            for done in range(0, num_particles, at_once):
+                k = min(at_once, num_particles - done)
+                with telling_memory("the pair", k * size):
+                    terms = run(structure, batch, num_particles=k, given=values, **options)
+                if keep is not None and isinstance(terms, Tensor):
+                    terms = terms[..., :keep]
+                elif keep is not None:
+                    terms.first_rows(keep)
+                yield rows, terms
 
 
 Chunk = tuple[slice, int | None, tuple[Tensor, ...], dict[str, Tensor]]
