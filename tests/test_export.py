@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
+from arviz_stats import psense_summary
 from scipy import stats
 from torch import Tensor
 
@@ -144,6 +145,53 @@ def test_global_draws_are_shared_and_their_densities_of_the_data_set(device: tor
         np.testing.assert_allclose(tree["log_likelihood"]["y"].values[0], expected)
     assert tree["constant_data"]["x"].dims == ("data",)
     np.testing.assert_array_equal(tree["constant_data"]["x"].values, x.cpu().numpy())
+
+
+def test_sensitivity_to_prior_and_likelihood_by_power_scaling(device: torch.device) -> None:
+    """Of a conjugate normal: the same distance of exact distribution functions, scaled alike.
+
+    With the prior to the power a, the posterior of the mean has precision a / 4 + N and mean
+    N x / precision; with the likelihood to the power, 1 / 4 + a N and a N x / precision.
+    """
+    x = torch.tensor([1.0, 3.0, 2.5, 0.5], dtype=torch.float64, device=device)
+    count, total = len(x), float(x.sum())
+
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        precision = count + 0.25
+        pyro.sample("mean", dist.Normal(x.new_tensor(total / precision), precision**-0.5))
+
+    tree = to_arviz((model, guide), x, num_particles=4000)
+    draws = tree["posterior"]["mean"].values[0]
+    prior = tree["log_prior"]["mean"]
+    assert prior.dims == ("chain", "draw")
+    np.testing.assert_allclose(prior.values[0], stats.norm.logpdf(draws, 0, 2))
+    grid = np.linspace(draws.min(), draws.max(), 20_001)
+
+    def cdf(of_prior: float, of_likelihood: float) -> np.ndarray:
+        precision = of_prior / 4 + of_likelihood * count
+        return stats.norm.cdf(grid, of_likelihood * total / precision, precision**-0.5)
+
+    found = psense_summary(tree, round_to=6)
+    for column, scaled in (("prior", lambda a: cdf(a, 1)), ("likelihood", lambda a: cdf(1, a))):
+        sides = [_distance(cdf(1, 1), scaled(a)) / abs(np.log2(a)) for a in (0.99, 1.01)]
+        assert float(found[column].iloc[0]) == pytest.approx(np.mean(sides), rel=0.1)
+    assert found["likelihood"].iloc[0] > 2 * found["prior"].iloc[0]
+
+
+def _distance(p: np.ndarray, q: np.ndarray) -> float:
+    """The cumulative Jensen-Shannon distance of distribution functions, or of their reflections."""
+
+    def one(p: np.ndarray, q: np.ndarray) -> float:
+        middle = np.log2((p + q) / 2)
+        apart = p * (np.log2(p) - middle) + q * (np.log2(q) - middle)
+        return float((apart.sum() / (p + q).sum()) ** 0.5)
+
+    return max(one(p, q), one(1 - p, 1 - q))
 
 
 def test_labels_and_names_of_dimensions(device: torch.device) -> None:

@@ -243,7 +243,7 @@ def against_nuts(
         evaluation = evaluation.in_memory()
         structure = evaluation.structure
         batch = first_batch(evaluation.source, evaluation.num_rows)
-        latents = _checked(structure, batch)
+        latents = _checked(structure, batch, evaluation.num_rows)
         draws = _of_guide(evaluation, batch, num_particles)
         starts = [{name: draws[name][c] for name in latents} for c in range(num_chains)]
         total, shown = num_chains * (num_warmup + num_samples), evaluation.progress
@@ -263,10 +263,10 @@ def against_nuts(
     )
 
 
-def _checked(structure: Structure, batch: Batch) -> tuple[str, ...]:
+def _checked(structure: Structure, batch: Batch, num_rows: int) -> tuple[str, ...]:
     """The latents, of a pair whose model NUTS can run on."""
     what, latents = "NUTS", (*structure.global_latents, *structure.latents)
-    require_whole(what, structure, len(batch[0]))
+    require_whole(what, structure, num_rows)
     if structure.subsample_size is not None:
         raise UndefinedError(what, "a pair that takes all its data", "one that subsamples them")
     if structure.removed_scales:

@@ -25,6 +25,7 @@ GROUPS = (
     "posterior",
     "posterior_predictive",
     "log_likelihood",
+    "log_prior",
     "sample_stats",
     "prior",
     "prior_predictive",
@@ -102,6 +103,7 @@ class Plan:
             "posterior": lambda: self._latents(group, "posterior", self.num_of_guide),
             "posterior_predictive": lambda: self._predictive(group, "posterior"),
             "log_likelihood": self._log_likelihood,
+            "log_prior": self._log_prior,
             "sample_stats": self._sample_stats,
             "prior": lambda: self._latents(group, "prior", self.num_draws),
             "prior_predictive": lambda: self._predictive(group, "prior"),
@@ -194,6 +196,16 @@ class Plan:
                 parts = [n for n in name.split("+") if n not in self.structure.enumerated]
                 rows = self.evaluation.num_rows if site.is_local else None
                 what = ("log_likelihood", "+".join(parts), _log_density(name))
+                self.variables.append(Variable(*what, self.num_of_guide, rows))
+
+    def _log_prior(self) -> None:
+        self.structure.require_proper("log_prior")
+        terms = _terms(self._example("posterior"))
+        terms.require_split()
+        for name, site in terms.sites.items():
+            if site.kind == "latent" and site.log_p is not None:
+                rows = self.evaluation.num_rows if site.is_local else None
+                what = ("log_prior", name, _log_density(name))
                 self.variables.append(Variable(*what, self.num_of_guide, rows))
 
     def _sample_stats(self) -> None:

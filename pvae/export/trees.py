@@ -52,6 +52,7 @@ def to_arviz(
     ``posterior_predictive`` observed sites from p(x | z) at these latents; for latents of data
                              those are reconstructions
     ``log_likelihood``       log p(x | z) of each observed site
+    ``log_prior``            log p(z) of each latent, given those that it depends on
     ``sample_stats``         ``log_p`` = log p(x, z), ``log_q`` = log q(z | x), ``log_weight``
                              = log p - log q, and ``khat``, the weights' Pareto shape for
                              each datum (see `pvae.diagnostics.khat`)
@@ -72,12 +73,19 @@ def to_arviz(
     the observed ones. What has no meaning for a pair is left out, and the root's attribute
     ``left_out`` says why; asked for by name it is refused.
 
+    How much prior and likelihood matter for what all data share is said by power-scaling:
+    ``arviz_stats.psense_summary(to_arviz(pair, x))`` weights the draws as if either were raised to
+    a power near 1, as far as these draws are the posterior's (`pvae.diagnostics.importance`).
+
     Log likelihoods of latents of data have seen the data, so that ``arviz.loo`` on them estimates
     nothing. `loo` computes it where it means something.
 
     References:
         ArviZ a unified library for exploratory analysis of Bayesian models in Python
         (Kumar et al., 2019), https://doi.org/10.21105/joss.01143
+
+        Detecting and Diagnosing Prior and Likelihood Sensitivity with Power-Scaling
+        (Kallioinen et al., 2024), https://doi.org/10.1007/s11222-023-10366-5
 
     Arguments:
         pair: A model and its guide.
