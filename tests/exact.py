@@ -301,6 +301,17 @@ def masked() -> Exact:
     return Exact(plain.pair, plain.batch, evidence, plain.means, rate, plain.marginal)
 
 
+def masked_apart() -> Exact:
+    """As `masked`, but the guide has no mask: what is left out is left out of both."""
+    found = masked()
+
+    class Guide(Infer):
+        def forward(self, x: Tensor, keep: Tensor) -> None:  # type: ignore[override]
+            super().forward(x)
+
+    return replace(found, pair=Pair(found.pair.model, Guide()))
+
+
 def guide_factor() -> Exact:
     """A term of the training in the guide, as of a classifier of codes: no part of log q."""
 
@@ -480,6 +491,7 @@ KINDS: dict[str, Callable[[], Exact]] = {
         subsampled,
         subsampling,
         masked,
+        masked_apart,
         guide_factor,
         enumerated,
         discrete,

@@ -305,7 +305,9 @@ TOOLS: dict[str, Callable[[Exact], None]] = {
 GLOBAL = dict.fromkeys(("global_latent", "autoguide"), "got global site")
 POINT, IMPROPER = {"point": "a point mass"}, {"improper": "an improper (prior|one)"}
 DISCRETE, SUBSAMPLING = {"discrete": "which is discrete"}, {"subsampling": "subsamples its data"}
-MASKED = {"masked": "site 'z': expected latents (without a mask|that all count)"}
+MASKED = dict.fromkeys(
+    ("masked", "masked_apart"), "site 'z': expected latents (without a mask|that all count)"
+)
 SEVERAL = {"two_sites": "exactly one latent", "autoguide": "got none"}
 WHOLE, ONE_ROW = {"no_plate": "whose data no plate counts"}, {"no_plate": "of at least 2; got 1"}
 FEW_ROWS = {"subsampled": "400 vs 100"}  # more data than its plate knows of

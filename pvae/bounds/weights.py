@@ -141,6 +141,10 @@ def left_out(structure: Structure) -> tuple[str, ...]:
     scales = structure.removed_scales.items()
     lines = [f"left out: poutine.scale of {scale:g} at site '{site}'" for site, scale in scales]
     lines += [f"left out: factor '{name}' of the guide" for name in structure.training_terms]
+    lines += [
+        f"left out: what one program alone masks of latent '{name}'"
+        for name in structure.masked_apart
+    ]
     whole = "no plate counts the data: the one datum is the whole data set"
     return (*lines, *([] if structure.has_plate else [whole]))
 

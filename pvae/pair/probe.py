@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from pvae.pair.checks import (
     check_sites,
     check_with_pyro,
 )
+from pvae.pair.masks import masked_apart
 from pvae.pair.messages import infer_of, is_factor, plate_scale
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, PlateName, Sites
@@ -63,6 +65,11 @@ def inspect_pair(
             check_with_pyro(model_trace, guide_trace)
             check_locality(sites, fewer)
             check_apart(sites, lambda: run_pair(model, guide, batch))
+
+            def replayed(other: Trace) -> Trace:
+                return poutine.trace(poutine.replay(model, trace=other)).get_trace(*batch)
+
+            apart = masked_apart(sites, guide_trace, again, replayed)
     tensors = (*parameters.by_name.values(), *tensors_of(parameters.modules), *batch)
     return Structure(
         model=model,
@@ -77,6 +84,7 @@ def inspect_pair(
         removed_scales=_removed_scales(s for s in sites.all if s["name"] not in sites.training),
         densities=densities,
         training_terms=sites.training,
+        masked_apart=apart,
         shapes={name: tuple(sites.guided[name]["fn"].event_shape) for name in sites.latents},
         parameters=parameters.by_name,
         sides=parameters.sides,

@@ -46,6 +46,8 @@ class Structure:
         removed_scales: ``poutine.scale`` factors by site, which no evidence contains.
         densities: Factors of the guide that the pair says are densities, as of a Jacobian.
         training_terms: All its other unmarked factors: what the loss has beside log q.
+        masked_apart: Latents with different masks in model and guide, of which every entry that one
+            of them leaves out is left out in both.
         not_reparametrised: Sites of the guide whose draws have no gradient.
         shapes: Event shapes of latents that have a guide.
         parameters: Trainable parameters (unconstrained) by name.
@@ -80,6 +82,7 @@ class Structure:
     removed_scales: dict[str, float]
     densities: tuple[str, ...]
     training_terms: tuple[str, ...]
+    masked_apart: tuple[str, ...]
     not_reparametrised: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     parameters: dict[str, Tensor]

@@ -21,6 +21,7 @@ from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_capturing_graph
 from pvae.origin import first_line
 from pvae.pair import Batch, Structure, as_batch, is_inside, probing, run_pair
+from pvae.pair.masks import align_masks
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
@@ -141,10 +142,12 @@ def score_guide(
             inside it.
     """
     batch = as_batch(batch)
-    others = structure.auxiliary + structure.fed + structure.global_sites
+    others = structure.auxiliary + structure.fed + structure.global_sites + structure.masked_apart
     if others or structure.nesting > 1 or isinstance(poutine.unwrap(structure.guide), Messenger):
         expected = "a guide whose latents, in the data plate alone, are all that it draws"
         actual = f"other sites: {oxford(others)}" if others else "inner plates, or an AutoMessenger"
+        if structure.masked_apart:
+            actual = f"{oxford(structure.masked_apart)}, masked in one program alone"
         fixes = ["pyro.sample(latent, q) for each latent, with .to_event(k) for axes of one datum"]
         raise UndefinedError("log q(z | x) of given z", expected, actual, fixes)
     count, rows = len(next(iter(values.values()))), structure.num_rows_of(batch)
@@ -272,6 +275,7 @@ def _one_pass(
     before = randomness.get_state() if stop_guide and not is_capturing_graph() else None
     with _Detached() if detach else contextlib.nullcontext():
         guide_trace, model_trace = run_pair(model, guide, batch)
+    align_masks(structure.masked_apart, guide_trace, model_trace)
     traces = guide_trace, model_trace
     states = States(structure, *traces, rank, of_guide) if has_states else None
     collect = Collector(structure, num_particles, per_dimension=per_dimension, states=states)
@@ -322,6 +326,7 @@ def _score_stopped(
         if before is not None:
             randomness.set_state(before)
         trace = poutine.trace(guide).get_trace(*batch)
+        align_masks(structure.masked_apart, trace, terms.model_trace)
         for site in sample_sites(trace):  # a flow runs its networks only when it is scored
             collect.guide(site, in_model=site["name"] in terms.sites)
     stopped = collect.terms()
