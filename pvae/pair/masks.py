@@ -110,7 +110,9 @@ def align_masks(names: Iterable[str], guide: Trace, model: Trace) -> None:
     for name in names:
         q, p = guide.nodes[name], model.nodes[name]
         parts = [q]
-        if log_density_of_delta(q["fn"]) is not None:  # an autoguide's, set to another site's draw
+        drawn = (s["name"] for s in sample_sites(guide) if not s["is_observed"])
+        auxiliary = [name for name in drawn if name not in model.nodes]
+        if log_density_of_delta(q["fn"]) is not None and auxiliary:  # set to another site's draw
             parts = [q, _source_of(name, guide)]
         _join(p, parts)
 
