@@ -67,7 +67,7 @@ def test_the_screen_anneals_when_it_is_asked_to() -> None:
 def test_one_datum_has_a_screen_of_what_needs_no_second() -> None:
     vae, x = recipes.vae(4, 2, hidden=(8,)), torch.ones(1, 4)
     found = pvae.diagnose(vae, x)
-    assert set(found.undefined) == {"surgery", "aggregated"}
+    assert set(found.undefined) == {"surgery", "aggregated", "trial"}
     assert all("rows of data: expected" in why for why in found.undefined.values())
     with pytest.raises(ArgumentError, match="active_units, rows of data"):
         diagnostics.active_units(vae, x)

@@ -82,6 +82,7 @@ def summary(
     )
     commands = ", ".join(f"pvae {name} {folder}" for name in ("sample", "reconstruct", "encode"))
     screen = str(result).replace(diagnostics.NOTHING, commands)
+    screen = screen.replace(diagnostics.RUN_ALL, f"pvae diagnose {folder}")
     return f"pvae {config.recipe} on {splits.name}: {folder}\n{screen}"
 
 

@@ -6,7 +6,7 @@ Each diagnostic returns its numbers as data, and what they mean as `Finding`s.
 from pvae.diagnostics.aggregate import AggregatedPosterior, aggregated_posterior
 from pvae.diagnostics.checks import CHECKS, DEFAULT, SUMMARY, bits_per_dimension
 from pvae.diagnostics.codes import active_units, hoyer, near_zero, sensitivity
-from pvae.diagnostics.diagnose import NOTHING, Diagnosis, diagnose
+from pvae.diagnostics.diagnose import NOTHING, RUN_ALL, Diagnosis, diagnose
 from pvae.diagnostics.disentanglement import Disentanglement, disentanglement
 from pvae.diagnostics.factors import DCI, Score, dci, factor_vae_score, irs, mig, sap
 from pvae.diagnostics.gap import Gap, gap
@@ -26,6 +26,7 @@ from pvae.diagnostics.sbc import SBC, sbc
 from pvae.diagnostics.surgery import Surgery, surgery
 from pvae.diagnostics.tarp import TARP, tarp
 from pvae.diagnostics.thresholds import Threshold, Verdict, table
+from pvae.diagnostics.trial import Trial, trial
 from pvae.diagnostics.uniformity import Uniformity
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "DEFAULT",
     "NOTHING",
     "PIT",
+    "RUN_ALL",
     "SBC",
     "SUMMARY",
     "TARP",
@@ -54,6 +56,7 @@ __all__ = [
     "Statistic",
     "Surgery",
     "Threshold",
+    "Trial",
     "Uniformity",
     "Verdict",
     "active_units",
@@ -82,4 +85,5 @@ __all__ = [
     "surgery",
     "table",
     "tarp",
+    "trial",
 ]

@@ -56,8 +56,9 @@ class AggregatedPosterior(Result):
     def findings(self) -> list[Finding]:
         """Both tests, and the strongest correlation."""
         worst = int(self.ks.argmax())
-        distance, p_value = float(self.ks[worst]), float(self.ks_p.min())
-        joint: Verdict = "good" if P_VALUE.verdict(self.joint.p_value) == "good" else "look"
+        distance, p_value = float(self.ks[worst]), min(1.0, 2 * float(self.ks_p.min()))
+        of_joint = min(1.0, 2 * self.joint.p_value)  # one of two tests
+        joint: Verdict = "good" if P_VALUE.verdict(of_joint) == "good" else "look"
         is_alike = P_VALUE.verdict(p_value) == "good"
         single: Verdict = "good" if is_alike else DISTANCE.verdict(distance)
         advice = "a richer prior, or latent.fit_density, for samples"
@@ -66,8 +67,8 @@ class AggregatedPosterior(Result):
         of_one = f"Kolmogorov-Smirnov distance in {self.names[worst]}, the greatest"
         size = "" if single == "good" else "diagnostics.surgery, for its size in nats"
         lines = [
-            Finding("q(z) = p(z), p-value", self.joint.p_value, None, "", joint, meaning, advice),
-            Finding("q(z_d) from p(z_d)", distance, None, "", single, of_one, size),
+            Finding("q(z) = p(z), p-value", of_joint, None, "", joint, meaning, advice, of_joint),
+            Finding("q(z_d) from p(z_d)", distance, None, "", single, of_one, size, p_value),
         ]
         if len(self.names) > 1:
             lines.append(self._correlation())

@@ -16,16 +16,26 @@ from pvae.diagnostics.gap import gap
 from pvae.diagnostics.gradients import gradient_noise
 from pvae.diagnostics.importance import importance
 from pvae.diagnostics.nuts import against_nuts
-from pvae.diagnostics.predictive import predictive
+from pvae.diagnostics.predictive import PredictiveCheck, predictive
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.sbc import sbc
 from pvae.diagnostics.surgery import COLLAPSE_ADVICE, DISTORTION, RATE, surgery
 from pvae.diagnostics.tarp import tarp
-from pvae.diagnostics.thresholds import ACTIVITY, COLLAPSED, LOOSE
+from pvae.diagnostics.thresholds import ACTIVITY, COLLAPSED, LOOSE, P_VALUE
+from pvae.diagnostics.trial import trial
 from pvae.errors import UndefinedError
 from pvae.estimate import Estimate
+from pvae.pair import Structure
 
-__all__ = ["CHECKS", "DEFAULT", "SUMMARY", "Lines", "Subject", "bits_per_dimension"]
+__all__ = [
+    "CHECKS",
+    "DEFAULT",
+    "SUMMARY",
+    "Lines",
+    "Subject",
+    "bits_per_dimension",
+    "main_checks",
+]
 
 T = TypeVar("T")
 
@@ -196,6 +206,25 @@ def _codes(subject: Subject) -> Lines:
 
 _EXACT = 256  # entries of a code up to which its Jacobian is taken whole
 
+FEW, MOST, ROWS = 100, 2000, 1_000_000  # replicates, and rows of all of them together
+
+
+def _predictive(subject: Subject) -> PredictiveCheck:
+    """With more replicates where a few leave it open whether something is off."""
+    found = subject.run(predictive, num_particles=FEW)
+    count = max(FEW, min(MOST, ROWS // subject.evaluation.num_rows))
+    least = min(s.two_sided for s in found.statistics.values())
+    is_open = least <= max(P_VALUE.look, 4 / (FEW + 1))
+    return subject.run(predictive, num_particles=count) if is_open and count > FEW else found
+
+
+def _trial(subject: Subject) -> Result:
+    structure = subject.evaluation.structure
+    if not any(parameter.requires_grad for parameter in structure.parameters.values()):
+        return Lines([])  # nothing to train
+    return subject.run(trial)
+
+
 CHECKS: dict[str, tuple[str, Callable[[Subject], Result]]] = {
     "elbo": ("the bound", _elbo),
     "evidence": ("the bound", _evidence),
@@ -209,13 +238,25 @@ CHECKS: dict[str, tuple[str, Callable[[Subject], Result]]] = {
     "codes": ("the latent space", _codes),
     "surgery": ("the latent space", lambda s: s.run(surgery)),
     "aggregated": ("the latent space", lambda s: s.run(aggregated_posterior)),
-    "predictive": ("the model", lambda s: s.run(predictive, num_particles=100)),
+    "predictive": ("the model", _predictive),
+    "trial": ("the training", _trial),
     "gradients": ("the training", lambda s: s.run(gradient_noise)),
 }
 """By name: what it is about, and how it is run."""
 
-DEFAULT = ("elbo", "importance", "sbc", "tarp", "surgery", "aggregated", "predictive")
+DEFAULT = ("elbo", "importance", "sbc", "tarp", "surgery", "aggregated", "predictive", "trial")
 """What is checked where nothing else is asked for: together less than two epochs of training."""
 
 SUMMARY = ("elbo", "evidence", "units", "codes")
 """What a run's summary has: cheap enough for all of the test data."""
+
+
+def main_checks(structure: Structure) -> tuple[str, ...]:
+    """The checks without which nothing can be said to be well with such a pair.
+
+    They are about bound, posterior, model and training, in this order. Latents that all data share
+    have no posterior for simulated data unless they are fitted anew, so that theirs is judged by
+    weights alone.
+    """
+    ranks = () if structure.global_latents else ("sbc",)
+    return ("importance", *ranks, "predictive", "trial")

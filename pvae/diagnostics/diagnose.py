@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from pvae import terms
-from pvae.diagnostics.checks import CHECKS, DEFAULT, Lines, Subject
+from pvae.diagnostics.checks import CHECKS, DEFAULT, Lines, Subject, main_checks
 from pvae.diagnostics.gap import Gap
 from pvae.diagnostics.importance import FEWEST, Importance
 from pvae.diagnostics.learning import LearningCurve, Record, learning_curve
+from pvae.diagnostics.predictive import PredictiveCheck
 from pvae.diagnostics.result import Finding, Result
+from pvae.diagnostics.thresholds import ENOUGH_EPOCHS, ENOUGH_ROWS, P_VALUE
+from pvae.diagnostics.trial import Trial
 from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, check_number, oxford
 from pvae.options import Options, progress_bar, tool
 from pvae.origin import first_line, line_of_user
@@ -25,10 +28,13 @@ from pvae.pair import PairLike
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["NOTHING", "Diagnosis", "diagnose"]
+__all__ = ["NOTHING", "RUN_ALL", "Diagnosis", "diagnose"]
 
 NOTHING = "nothing stands out: sample, reconstruct, encode with it"
-"""The advice where no line has one."""
+"""The advice where all main checks were made, and no line has one."""
+
+RUN_ALL = "pvae.diagnose(pair, x)"
+"""What makes the checks that weren't asked for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +47,8 @@ class Diagnosis(Result):
         seconds: What each check took.
         num_data: N, rows that were looked at.
         rows: Which rows of the data these are, ``(N,)``; None for all of them.
+        main: The checks without which nothing can be said to be well.
+        remedies: By check that says nothing, what to try.
     """
 
     results: dict[str, Any]
@@ -48,6 +56,8 @@ class Diagnosis(Result):
     seconds: dict[str, float]
     num_data: int = 0
     rows: Tensor | None = None
+    main: tuple[str, ...] = ()
+    remedies: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -66,12 +76,28 @@ class Diagnosis(Result):
         return [(topic, [line for _, line in rows]) for topic, rows in by_topic]
 
     def _lines(self) -> list[tuple[str, Finding]]:
-        """With the check that each is from; what two checks say, as the first has it."""
+        """With the check that each is from; what two checks say, as the first has it.
+
+        Verdicts of tests allow for all checks that test, and while there is something to be gained
+        by training no line but the training's says what to do.
+        """
         rows: dict[str, tuple[str, Finding]] = {}
         for check, result in self.results.items():
             for line in result.findings():
                 rows.setdefault(line.name, (check, line))
-        return list(rows.values())
+        tests = {check for check, line in rows.values() if line.p_value is not None}
+        lines = [(check, _corrected(line, len(tests))) for check, line in rows.values()]
+        if self.training is None:
+            return lines
+        return [(c, n if c in _TRAINING else replace(n, advice="")) for c, n in lines]
+
+    @property
+    def training(self) -> LearningCurve | Trial | None:
+        """What says that the training isn't done, or has gone on too long; None if nothing does."""
+        curve, tried = self.results.get("learning"), self.results.get("trial")
+        if isinstance(curve, LearningCurve) and (curve.is_unfinished or curve.state == "falling"):
+            return curve
+        return tried if isinstance(tried, Trial) and tried.is_unfinished else None
 
     @property
     def missing(self) -> dict[str, str]:
@@ -87,17 +113,49 @@ class Diagnosis(Result):
         return (*dict.fromkeys(line for found in estimates if found for line in found.remarks),)
 
     @property
+    def _has_curve(self) -> bool:
+        """Whether there is a learning curve of so many epochs that no trial is needed."""
+        curve = self.results.get("learning")
+        return isinstance(curve, LearningCurve) and len(curve.values) >= ENOUGH_EPOCHS
+
+    @property
+    def unseen(self) -> dict[str, str]:
+        """By main check, why it leaves open whether all is well; empty if none does."""
+        why = {}
+        for name in self.main:
+            found = self.results.get(name)
+            if name == "trial" and self._has_curve:
+                continue
+            if name in self.undefined:
+                why[name] = "isn't defined here"
+            elif found is None:
+                why[name] = "wasn't asked for"
+            elif isinstance(found, Importance | PredictiveCheck) and self.num_data < ENOUGH_ROWS:
+                why[name] = f"saw {self.num_data} rows, fewer than {ENOUGH_ROWS}"
+        return why
+
+    @property
     def advice(self) -> str:
-        """What to do next: train on while that helps; else by what is bad, or worth a look."""
-        lines, curve = self.findings(), self.results.get("learning")
-        if isinstance(curve, LearningCurve) and (curve.is_unfinished or curve.state == "falling"):
-            lines = curve.findings()
+        """What to do next: train on while that helps; else by the worst, or what wasn't seen."""
+        lines = self.findings() if self.training is None else self.training.findings()
         first = _most_pressing(lines, without="diagnostics.gap" if "gap" in self.results else None)
         if first is not None:
             return f"{first.advice} ({first.name})"
         if "evidence" in self.missing:
             return "for draws of x and an evidence, a stochastic guide and a proper prior"
-        return NOTHING
+        return self._open() or NOTHING
+
+    def _open(self) -> str:
+        """What wasn't seen, and what to type; empty if all was."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.unseen.items():
+            reasons.setdefault(why, []).append(name)
+        if not reasons:
+            return ""
+        said = "; ".join(f"{', '.join(names)} {why}" for why, names in reasons.items())
+        tries = [RUN_ALL] if "wasn't asked for" in reasons else []
+        tries += [self.remedies[name] for name in self.unseen if name in self.remedies]
+        return f"no all-clear, as {said}: " + (tries[0] if tries else "more rows of data")
 
     def to_dict(self) -> dict[str, object]:
         """As other results have it, with each line's check, the rows and the time of each check."""
@@ -113,16 +171,31 @@ class Diagnosis(Result):
         return frame
 
 
+def _corrected(line: Finding, num_tests: int) -> Finding:
+    """A line with its verdict corrected for the number of checks that test (Bonferroni)."""
+    if line.p_value is None or line.verdict not in ("look", "bad"):
+        return line
+    verdict = P_VALUE.verdict(min(1.0, line.p_value * num_tests))
+    if verdict == "good":
+        meaning = f"{line.meaning}; by chance, perhaps, as one of {num_tests} tests"
+        return replace(line, verdict=verdict, meaning=meaning, advice="")
+    return replace(line, verdict="look") if verdict == "look" else line
+
+
 def _most_pressing(lines: list[Finding], without: str | None) -> Finding | None:
-    """The first of the bad lines, or else of those worth a look, that say what to do."""
+    """The worst of the lines that say what to do: of tests the one with the least p-value."""
     pressing = [line for line in lines if line.advice and line.verdict in ("bad", "look")]
     if without is not None:
         pressing = [line for line in pressing if not line.advice.startswith(without)]
-    pressing.sort(key=lambda line: (line.verdict != "bad", line.name not in _FIRST))
-    return pressing[0] if pressing else None
+
+    def rank(line: Finding) -> tuple[bool, bool, float]:
+        return line.verdict != "bad", line.name not in _FIRST, line.p_value or 0.0
+
+    return min(pressing, key=rank, default=None)
 
 
 _LAST = "the training"
+_TRAINING = ("learning", "trial", "training")
 _FIRST = ("information", "active units")  # without any of these nothing else counts
 
 
@@ -157,7 +230,8 @@ def diagnose(
         num_particles: K, draws from the guide for each, at least 25 for ``"importance"``.
         bin_width: Width of the bins that data were rounded to, 1 for counts and classes: with it
             ``"evidence"`` has a line in bits per dimension (see `bits_per_dimension`).
-        history: History of the training, one row an epoch, as `Fit.history` is.
+        history: History of the training, one row an epoch, as `Fit.history` is; without one, or
+            with fewer than 20 epochs, ``"trial"`` says whether to train on, too.
         options: As in `pvae.options.Options`.
 
     Example:
@@ -174,7 +248,13 @@ def diagnose(
     with terms.prepared(pair, data, options, "diagnose") as evaluation:
         evaluation, chosen = _some(evaluation.in_memory(), num_data)
     subject = Subject(evaluation, num_particles, bin_width)
-    diagnosis = Diagnosis({}, {}, {}, evaluation.num_rows, chosen)
+    main = main_checks(evaluation.structure)
+    diagnosis = Diagnosis({}, {}, {}, evaluation.num_rows, chosen, main)
+    if history:
+        _add_training(diagnosis, history)
+    if diagnosis._has_curve:
+        asked = [name for name in asked if name != "trial"]  # the curve says more
+    training = {name: diagnosis.results.pop(name) for name in list(diagnosis.results)}
     for name in progress_bar(asked, title="diagnose", shown=evaluation.progress):
         started = time.perf_counter()
         try:
@@ -184,11 +264,12 @@ def diagnose(
             diagnosis.results[name] = result
         except PvaeError as error:  # the other checks have their say
             diagnosis.undefined[name] = error.one_line()
+            if error.fixes:
+                diagnosis.remedies[name] = error.fixes[0]
         except Exception as error:
             diagnosis.undefined[name] = _failed(error)
         diagnosis.seconds[name] = time.perf_counter() - started
-    if history:
-        _add_training(diagnosis, history)
+    diagnosis.results.update(training)
     return diagnosis
 
 

@@ -19,7 +19,7 @@ from pvae.errors import UndefinedError, check_number
 
 __all__ = ["LearningCurve", "Record", "learning_curve"]
 
-FEWEST = 12
+FEWEST = 8
 """Epochs below which a curve isn't judged."""
 
 _NAMES = ("elbo", "unnormalised_elbo", "log_joint")
@@ -106,7 +106,7 @@ class LearningCurve(Result):
         return lines
 
 
-MORE_EPOCHS = "more epochs: fit.refine(epochs), or pvae train --resume --epochs N"
+MORE_EPOCHS = "train on: fit.refine(epochs), or pvae train --resume --epochs N"
 
 
 def learning_curve(history: Sequence[Record], *, alpha: float = 1e-3) -> LearningCurve:
@@ -114,8 +114,9 @@ def learning_curve(history: Sequence[Record], *, alpha: float = 1e-3) -> Learnin
 
     The slope is that of a line through the last quarter of the curve, W epochs, at least 8. The
     curve is rising if its slope is above 0 by Student's t, or if more of the last W steps (at least
-    12) go up than fair coins would; where noise is independent, or a random walk, the latter are no
-    more often heads. It has fallen if the mean of its last W / 2 epochs is below the best such
+    12, or all there are) go up than fair coins would; where noise is independent, or a random walk,
+    the latter are no more often heads. If all go up, that is as rare as independent noise is in
+    order. It has fallen if the mean of its last W / 2 epochs is below the best such
     mean, or that of its last 1, 2, 4, ... below the W epochs before them, or if as many steps go
     down. The number of comparisons is allowed for.
 
@@ -132,7 +133,7 @@ def learning_curve(history: Sequence[Record], *, alpha: float = 1e-3) -> Learnin
             ten times as often, where their noise has a correlation of 0.9.
 
     Raises:
-        UndefinedError: With fewer than 12 epochs, no such column, or late values not finite.
+        UndefinedError: With fewer than 8 epochs, no such column, or late values not finite.
 
     Example:
         >>> history = [{"elbo": -100 + 0.5 * e} for e in range(60)]
@@ -147,10 +148,7 @@ def learning_curve(history: Sequence[Record], *, alpha: float = 1e-3) -> Learnin
     freedom = max(window * (1 - common) / (1 + common) - 3, 0.5)
     second = values[:-2] - 2 * values[1:-1] + values[2:]
     steps = values[-max(window, 13) :].diff()
-    # how often fair coins have as many heads
-    ups, downs = (
-        float(binom.sf(int(s.sum()) - 1, len(steps), 0.5)) for s in (steps > 0, steps < 0)
-    )
+    ups, downs = _as_many(steps > 0), _as_many(steps < 0)
     several = _falls(values, parabola, common)
     falls = [(3 * n * _p_value(fall, error, freedom), -fall, error) for fall, error, n in several]
     p_drop, fall, se_drop = min(falls, key=lambda row: row[:2])
@@ -230,10 +228,18 @@ def _falls(
     stretches = max(1, len(values) // half - 1)
     yield float(means[:-1].max() - means[-1]), sd * math.sqrt(2 / half), stretches
     lasts = [2**i for i in range(half.bit_length()) if 2**i < half]
+    lasts = [last for last in lasts if window + last <= len(values)]
     for last in lasts:  # the noise of the epochs before: a crash is no part of its own error
         before, after = values[-window - last : -last], values[-last:]
         sd = parabola.sd(before.numpy(), common) * widening
         yield float(before.mean() - after.mean()), sd * math.sqrt(1 / last + 1 / window), len(lasts)
+
+
+def _as_many(steps: Tensor) -> float:
+    """How often fair coins have as many heads; of heads alone, how often noise is in order."""
+    if bool(steps.all()):
+        return 1 / math.factorial(len(steps) + 1)
+    return float(binom.sf(int(steps.sum()) - 1, len(steps), 0.5))
 
 
 def _p_value(value: float, error: float, freedom: float) -> float:

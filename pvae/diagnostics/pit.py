@@ -13,7 +13,6 @@ from torch import Tensor
 from pvae import terms
 from pvae.diagnostics.predictive import Function
 from pvae.diagnostics.result import Finding, Result
-from pvae.diagnostics.thresholds import P_VALUE
 from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
@@ -80,10 +79,8 @@ class PIT(Result):
         lines, middle = [], self.reason
         if (p := self.p_value) is not None:
             middle = "of the ranks of data among draws, from 0 to 1; 1/2 if the model is right"
-            verdict = P_VALUE.verdict(p)
             meaning = f"the least of {self.values[0].numel()} dimension(s), times their number"
-            advice = "" if verdict == "good" else self._advice(*mean, spread[0])
-            lines = [Finding("PIT p-value", p, None, "", verdict, meaning, advice)]
+            lines = [Finding.of_test("PIT p-value", p, meaning, self._advice(*mean, spread[0]))]
         shape = "1 if the model is right; more: draws too narrow; less: too wide"
         lines.append(Finding("PIT mean", *mean, meaning=middle))
         return [*lines, Finding("PIT spread", *spread, meaning=shape)]

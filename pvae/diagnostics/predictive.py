@@ -82,7 +82,7 @@ class Statistic:
         # five spreads off is then one in 700 by chance; one that isn't as all others, one in 130
         enough = 10 if math.isfinite(distance) else 50
         is_outside = num_draws >= enough and not equal and above in (0, num_draws)
-        return is_outside and REPLICATES.verdict(distance) == "bad"
+        return is_outside and REPLICATES.verdict(distance) != "good"
 
     @property
     def _counts(self) -> tuple[int, int, int]:
@@ -124,9 +124,11 @@ class PredictiveCheck(Result):
 
     def _finding(self, statistic: Statistic) -> Finding:
         replicated, kind = statistic.replicated, self.kind
-        verdict: Verdict = P_VALUE.verdict(min(1, statistic.two_sided * len(self.statistics)))
-        if statistic.is_beyond:
-            verdict = "bad"
+        p_value = min(1.0, statistic.two_sided * len(self.statistics))
+        verdict: Verdict = P_VALUE.verdict(p_value)
+        is_known = verdict != "good" or not statistic.is_beyond  # else more replicates give less
+        if not is_known:
+            verdict = "look"
         elif verdict == "good" and self.is_optimistic:
             verdict = "none"
         mean = float(replicated.mean())
@@ -134,7 +136,8 @@ class PredictiveCheck(Result):
         meaning = f"{statistic.observed:.4g} in the data; replicates {mean:.4g}, sd {spread:.2g}"
         advice = _ADVICE[kind] if verdict in ("look", "bad") else ""
         p, error = statistic.p_value, statistic.error
-        return Finding(f"p of {statistic.name}", p, error, "", verdict, meaning, advice)
+        name = f"p of {statistic.name}"
+        return Finding(name, p, error, "", verdict, meaning, advice, p_value if is_known else None)
 
 
 _FIT = "another likelihood or decoder; bounds.evidence of both says which is better"
@@ -189,10 +192,11 @@ def predictive(
     A statistic says one number of a whole data set; for numbers of each datum see `pit`. The
     verdict is on the two-sided p-value times the number of statistics: worth a "look" up to 0.05,
     "bad" up to 0.001, which is how often it is a false alarm under the model (for ``mixed`` and
-    ``aggregated`` as far as what guide and training took from the data can be neglected). With 10
-    replicates or more (50, if all are the same), T(x) beyond all of them and five of their spreads
-    away is bad, too. With many data every model fails; T(x) beside the replicates' mean and spread
-    says by how much. Masked entries of replicates are the observed ones.
+    ``aggregated`` as far as what guide and training took from the data can be neglected); S has to
+    be large enough for so small a p-value. With 10 replicates or more (50, if all are the same),
+    T(x) beyond all of them and five of their spreads away is worth a look, too. With many data
+    every model fails; T(x) beside the replicates' mean and spread says by how much. Masked entries
+    of replicates are the observed ones.
 
     References:
         Posterior Predictive Assessment of Model Fitness via Realized Discrepancies
@@ -223,7 +227,7 @@ def predictive(
         >>> x = torch.zeros(20, 6)
         >>> result = predictive(vae, x, {"ones": lambda x: x.sum()})
         >>> result.statistics["ones"].observed, result.findings()[0].verdict
-        (0.0, 'bad')
+        (0.0, 'look')
     """
     check_int("num_particles", num_particles)
     with terms.prepared(pair, data, options, "predictive") as evaluation, torch.no_grad():

@@ -114,9 +114,9 @@ class SBC(Ranks):
         if self.joint is None:
             return []
         p_value, advice = min(1.0, several * self.joint.p_value), ""
-        meaning = f"the ranks of {self.quantity} are as an exact q's"
+        meaning = f"the ranks by {self.quantity} are as an exact q's"
         if P_VALUE.verdict(p_value) != "good":
-            meaning = f"by {self.quantity} draws of q can be told from the posterior's"
+            meaning = "draws of q can be told from the posterior's"
             advice = _ADVICE
             if P_VALUE.verdict(min(1.0, several * self.tests.p_value)) == "good":
                 meaning += ", perhaps by how dimensions depend on each other"
@@ -124,7 +124,7 @@ class SBC(Ranks):
         return [Finding.of_test("joint SBC p-value", p_value, meaning, advice)]
 
 
-_ADVICE = "a richer guide or encoder; train it longer"
+_ADVICE = "a richer guide or encoder: diagnostics.gap says which"
 
 
 @tool

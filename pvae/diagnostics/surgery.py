@@ -125,7 +125,7 @@ class Surgery(Result):
             meaning = "a code says nothing about its datum: the whole latent has collapsed"
             advice = "does q see x (testing.check_pair)? If so a warm-up of beta, free bits"
         elif self._is_near_limit:
-            verdict, advice = "look", "more rows of data"
+            verdict = "none"
             meaning = f"of code and datum, near its limit log N = {math.log(self.num_data):.3g}"
         else:
             meaning += f"; at most {self.information_upper.mean:.4g}"

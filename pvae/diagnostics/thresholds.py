@@ -13,6 +13,9 @@ __all__ = [
     "CORRELATION",
     "CURVE",
     "DISTANCE",
+    "ENOUGH_EPOCHS",
+    "ENOUGH_ROWS",
+    "ERRORS",
     "FALL",
     "GAP",
     "HIDDEN",
@@ -29,7 +32,9 @@ __all__ = [
     "REPLICATES",
     "RHAT",
     "SD_RATIO",
+    "TRIAL",
     "UNRELIABLE",
+    "WHOLE",
     "Threshold",
     "Verdict",
     "table",
@@ -77,10 +82,11 @@ class Threshold:
 
 
 P_VALUE = Threshold(
-    "p-value, times the number of tests behind the line (Bonferroni)",
+    "p-value, times the number of tests behind the line, or on the screen (Bonferroni)",
     0.05,
     0.001,
-    "how often a verdict is a false alarm, at most, for all tests behind the line together",
+    "how often a verdict is a false alarm, at most, for all tests behind the line, or on the "
+    "screen, together",
     "sbc, tarp, pit, predictive, aggregated_posterior (there worth a look at most)",
     is_least=True,
 )
@@ -94,12 +100,18 @@ DISTANCE = Threshold(
 )
 REPLICATES = Threshold(
     "standard deviations of the replicates from their mean to T(x), where none reaches T(x)",
-    math.inf,
     5.0,
-    "few replicates give no small p-value; by chance so far off is 1 in 700 with 10 replicates, by "
-    "Student's t, and rarer with more",
+    math.inf,
+    "few replicates give no small p-value, and so nothing bad; by chance so far off is 1 in 700 "
+    "with 10 replicates, by Student's t, and rarer with more",
     "predictive",
 )
+ENOUGH_EPOCHS = 20
+"""Epochs below which a learning curve could hide a rise behind its noise."""
+
+ENOUGH_ROWS = 20
+"""Rows of data below which a share of them, or a statistic, shows little."""
+
 KHAT = 0.7
 """Pareto k-hat from which importance sampling isn't to be relied on (Vehtari et al., 2024)."""
 
@@ -217,6 +229,17 @@ CURVE = Threshold(
 )
 HIDDEN = 1.0
 """Nats a datum; a curve whose noise could hide as much in a window hasn't levelled off."""
+
+TRIAL = Threshold(
+    "gain of 20 trial steps, nats a datum, where it is at least 3 standard errors",
+    0.1,
+    math.inf,
+    "as much as a rise of the learning curve has to be; of a data set whose latents are shared by "
+    "all data, one nat in all is enough",
+    "trial",
+)
+ERRORS, WHOLE = 3.0, 1.0
+"""Standard errors that a gain has to have; nats of a whole data set."""
 
 FALL = Threshold(
     "fall of the learning curve since it was best, in its standard errors",
