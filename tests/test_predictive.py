@@ -416,6 +416,28 @@ def test_entries_masked_by_the_distribution(device: torch.device) -> None:
     assert torch.equal(u.isnan(), ~seen.cpu())
 
 
+def test_masked_entries_are_in_no_statistic(device: torch.device) -> None:
+    """What stands at masked entries, here values of the model's own latent, isn't compared."""
+
+    def model(x: Tensor, keep: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), x.new_tensor(1.0)))
+            fn = dist.Normal(z.unsqueeze(-1).expand(*z.shape, 2), x.new_tensor(0.1))
+            pyro.sample("x", fn.mask(keep).to_event(1), obs=x)
+
+    def guide(x: Tensor, keep: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0], x.new_tensor(0.1)))
+
+    x = (torch.randn(500, 1) + 0.1 * torch.randn(500, 2)).to(device)
+    keep = torch.tensor([True, False], device=device).expand(500, 2)
+    found = diagnostics.predictive((model, guide), (x, keep), num_particles=200)
+    assert {line.verdict for line in found.findings()} == {"good"}
+    statistic = found.statistics["sd of means"]
+    assert statistic.observed == pytest.approx(float(x[:, 0].std()))
+    assert abs(float(statistic.replicated.mean()) - 1.01**0.5) < 0.02
+
+
 def test_teacher_forcing_is_refused(device: torch.device) -> None:
     """A likelihood that is fed what it scores can't be drawn from in one go."""
 

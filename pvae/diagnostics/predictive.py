@@ -13,7 +13,7 @@ from torch import Tensor
 from pvae import terms
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import P_VALUE, REPLICATES, Verdict
-from pvae.errors import ArgumentError, check_int
+from pvae.errors import ArgumentError, UndefinedError, check_int
 from pvae.options import Options, tool
 from pvae.pair import PairLike
 from pvae.simulate import CheckKind, Replicates
@@ -210,8 +210,9 @@ def predictive(
         data: An array, tensor, tuple of them, data set or source.
         statistics: T by name, each a function of the observed site's data, shape
             ``(N, *event_shape)``, to one number. None for mean, standard deviation, minimum and
-            maximum of all entries, the standard deviation of the data's means, and the share of
-            zeros if there are any; for classes, the shares of the commonest.
+            maximum of all entries that aren't masked out, the standard deviation of the data's
+            means, and the share of zeros if there are any; for classes, the shares of the
+            commonest.
         kind: What a replicate is.
         site: The observed site; None if there is one.
         num_particles: S, replicated data sets. No two-sided p-value is below 2 / (S + 1).
@@ -268,19 +269,35 @@ def _defaults(replicates: Replicates) -> dict[str, Function]:
         classes, counts = labels(observed).unique(return_counts=True)
         common = classes[counts.argsort(descending=True)[:5]].tolist()
         return {f"share of class {c}": _share_of(c, labels) for c in sorted(common)}
+    seen, n = _seen(replicates), len(observed)
     chosen: dict[str, Function] = {
-        "mean": lambda x: x.double().mean(),
-        "sd": lambda x: x.double().std(),
-        "min": lambda x: x.double().min(),
-        "max": lambda x: x.double().max(),
+        "mean": lambda x: x[seen].double().mean(),
+        "sd": lambda x: x[seen].double().std(),
+        "min": lambda x: x[seen].double().min(),
+        "max": lambda x: x[seen].double().max(),
     }
     if observed[0].numel() > 1:
-        chosen["sd of means"] = lambda x: x.double().flatten(1).mean(1).std()
-    if bool((observed == 0).any()):
-        chosen["share of zeros"] = lambda x: (x == 0).double().mean()
-    if len(observed) < 2:
+        counts = seen.reshape(n, -1).sum(1)
+
+        def spread_of_means(x: Tensor) -> Tensor:
+            sums = torch.where(seen, x.double(), 0.0).reshape(n, -1).sum(1)
+            return (sums / counts)[counts > 0].std()
+
+        chosen["sd of means"] = spread_of_means
+    if bool((observed[seen] == 0).any()):
+        chosen["share of zeros"] = lambda x: (x[seen] == 0).double().mean()
+    if n < 2:
         chosen = {name: fn for name, fn in chosen.items() if not name.startswith("sd")}
     return chosen
+
+
+def _seen(replicates: Replicates) -> Tensor:
+    """Which entries of the data count, all of them where there is no mask."""
+    observed, mask = replicates.observed, replicates.mask
+    seen = torch.ones_like(observed, dtype=torch.bool) if mask is None else mask.expand_as(observed)
+    if not bool(seen.any()):
+        raise UndefinedError("predictive", "data that aren't masked out", "none")
+    return seen
 
 
 def _share_of(label: int, labels: Callable[[Tensor], Tensor]) -> Function:
