@@ -3,13 +3,13 @@
     python benchmarks/alarms.py [--seed 0] [--repeats 5]
 
 `pvae.diagnose` with all defaults on 30 toys whose guides are the exact posteriors: linear-Gaussian
-ones of 1 to 10 latents, some of them idle, small and large data sets, discrete, hierarchical, masked
-and labelled ones. Data are drawn from the models, so that nothing is wrong with these, either. Then
-the same with every guide off: shifted by 0.3 of its standard deviations, or scaled by 0.8, of 15
-toys. Writes ``benchmarks/results/alarms.md``.
+ones of 1 to 10 latents, some of them idle, small and large data sets, discrete, hierarchical,
+masked and labelled ones. Data are drawn from the models, so that nothing is wrong with these,
+either. Then the same with the guides of 15 toys off: shifted by 0.3 of their standard deviations,
+or scaled by 0.8. Writes ``benchmarks/results/alarms.md``.
 
-false       a line with that verdict where the guide is exact, or a last line other than the all-clear
-found by    the checks whose lines are bad, or worth a look, where the guide is off
+false verdicts   lines that are bad, or worth a look, although the guide is exact
+wrong next       last lines other than the all-clear; idle dimensions may be named
 """
 
 from __future__ import annotations
@@ -275,13 +275,14 @@ def main() -> None:
     text = [
         "# False alarms, and guides that are off",
         "",
-        f"`python benchmarks/alarms.py --seed {seed}`: {made['minutes']} minutes of one core; commit {made['commit']}, "
-        f"pvae {made['pvae']}, torch {made['torch']}.",
+        f"`python benchmarks/alarms.py --seed {seed} --repeats {repeats}`: {made['minutes']} "
+        f"minutes of one core; commit {made['commit']}, pvae {made['pvae']}, "
+        f"torch {made['torch']}.",
         "",
-        f"Of {len(EXACT)} exact guides, each with {repeats} data sets, {counts['bad']} screens have a "
-        f"line that is bad, {counts['look']} one that is worth a look, {counts['next']} a last line "
-        "that sends one the wrong way. (Verdicts are worth a look by chance on one screen in twenty "
-        f"at most: more than {limit} of {screens} would happen once in a hundred.)",
+        f"Of {len(EXACT)} exact guides, each with {repeats} data sets, {counts['bad']} screens "
+        f"have a line that is bad, {counts['look']} one that is worth a look, {counts['next']} a "
+        "last line that sends one the wrong way. (Verdicts are worth a look by chance on one screen in "
+        f"twenty at most: more than {limit} of {screens} would happen once in a hundred.)",
         "",
         *(
             f"Guides {name}: {count} of {len(CONTINUOUS)} are found, on the default screen."
