@@ -281,8 +281,8 @@ def main() -> None:
         "",
         f"Of {len(EXACT)} exact guides, each with {repeats} data sets, {counts['bad']} screens "
         f"have a line that is bad, {counts['look']} one that is worth a look, {counts['next']} a "
-        "last line that sends one the wrong way. (Verdicts are worth a look by chance on one screen in "
-        f"twenty at most: more than {limit} of {screens} would happen once in a hundred.)",
+        "last line that sends one the wrong way. (Verdicts are worth a look by chance on one "
+        f"screen in twenty at most: more than {limit} of {screens} happen once in a hundred.)",
         "",
         *(
             f"Guides {name}: {count} of {len(CONTINUOUS)} are found, on the default screen."
