@@ -195,8 +195,8 @@ def predictive(
     ``aggregated`` as far as what guide and training took from the data can be neglected); S has to
     be large enough for so small a p-value. With 10 replicates or more (50, if all are the same),
     T(x) beyond all of them and five of their spreads away is worth a look, too. With many data
-    every model fails; T(x) beside the replicates' mean and spread says by how much. Masked entries
-    of replicates are the observed ones.
+    every model fails; T(x) beside the replicates' mean and spread says by how much. Entries that
+    are masked out are in none of the default statistics, and the data's own in all replicates.
 
     References:
         Posterior Predictive Assessment of Model Fitness via Realized Discrepancies
@@ -263,13 +263,14 @@ def _number(name: str, fn: Function, x: Tensor) -> float:
 
 
 def _defaults(replicates: Replicates) -> dict[str, Function]:
-    """Statistics that mean something for the data at hand."""
+    """Statistics that mean something for the data at hand, of what isn't masked out."""
     labels, observed = replicates.labels(), replicates.observed
-    if labels is not None:
-        classes, counts = labels(observed).unique(return_counts=True)
-        common = classes[counts.argsort(descending=True)[:5]].tolist()
-        return {f"share of class {c}": _share_of(c, labels) for c in sorted(common)}
     seen, n = _seen(replicates), len(observed)
+    if labels is not None:
+        seen = seen if labels(observed).shape == seen.shape else seen[..., 0]  # one of many classes
+        classes, counts = labels(observed)[seen].unique(return_counts=True)
+        common = classes[counts.argsort(descending=True)[:5]].tolist()
+        return {f"share of class {c}": _share_of(c, labels, seen) for c in sorted(common)}
     chosen: dict[str, Function] = {
         "mean": lambda x: x[seen].double().mean(),
         "sd": lambda x: x[seen].double().std(),
@@ -300,5 +301,5 @@ def _seen(replicates: Replicates) -> Tensor:
     return seen
 
 
-def _share_of(label: int, labels: Callable[[Tensor], Tensor]) -> Function:
-    return lambda x: (labels(x) == label).double().mean()
+def _share_of(label: int, labels: Callable[[Tensor], Tensor], seen: Tensor) -> Function:
+    return lambda x: (labels(x)[seen] == label).double().mean()

@@ -274,7 +274,15 @@ def _value(name: str) -> Pick:
 
 
 def _data(name: str) -> Pick:
-    return lambda run: run.data(name).unsqueeze(0)
+    """What a site observes, NaN where it is masked out."""
+
+    def pick(run: Simulation) -> Tensor:
+        data, mask = run.data(name), run.mask(name)
+        if mask is not None:
+            data = torch.where(mask, data if data.is_floating_point() else data.double(), math.nan)
+        return data.unsqueeze(0)
+
+    return pick
 
 
 def _log_density(name: str) -> Pick:

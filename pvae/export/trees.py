@@ -69,9 +69,12 @@ def to_arviz(
 
     With global latents all data share each draw of them, and ``sample_stats`` are of the whole
     data set. Where all latents are point masses, ``posterior``, ``log_likelihood`` and
-    ``sample_stats`` have one draw, and there is no log q. Masked entries of predictive draws are
-    the observed ones. What has no meaning for a pair is left out, and the root's attribute
-    ``left_out`` says why; asked for by name it is refused.
+    ``sample_stats`` have one draw, and there is no log q. What has no meaning for a
+    pair is left out, and the root's attribute ``left_out`` says why; asked for by name it is
+    refused.
+
+    Entries of data that are masked out are drawn, too: those of ``posterior_predictive`` are
+    imputations. In ``observed_data`` they are NaN, and in no log likelihood.
 
     How much prior and likelihood matter for what all data share is said by power-scaling:
     ``arviz_stats.psense_summary(to_arviz(pair, x))`` weights the draws as if either were raised to

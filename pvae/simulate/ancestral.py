@@ -237,7 +237,8 @@ def simulate_batch(
 ) -> Simulation:
     """K draws of latents and data for each row of a batch, by running a pair's model.
 
-    Where data are masked out they are the observed ones. Values of sites that are ``given`` aren't
+    Where data are masked out they are the observed ones, which guides expect there, unless
+    ``keep_masked`` is false. Values of sites that are ``given`` aren't
     drawn; under the origin ``"mixed"`` those of the guide have to be. With ``score`` latents from
     the guide come with `Simulation.terms`. A latent with an improper prior isn't drawn from it.
     """

@@ -35,11 +35,12 @@ def draws(
 
     A draw of what is outside the data plate is one for all data, in whatever chunks these come.
     A block has as many draws as fit the evaluation's ``max_rows``, and at least one; its chunks of
-    rows follow one another, to the last row. A loader's data have to be in memory. The options are
-    those of `simulate_batch`; what comes is which draws and rows a chunk has, and these draws.
+    rows follow one another, to the last row. A loader's data have to be in memory. Entries of data
+    that are masked out are drawn, too: they are imputed. The options are those of
+    `simulate_batch`; what comes is which draws and rows a chunk has, and these draws.
     """
     check_int("num_draws", num_draws)
-    run = partial(simulate_batch, origin=origin, mean=mean, score=score)
+    run = partial(simulate_batch, origin=origin, mean=mean, score=score, keep_masked=False)
     at_once = max(1, min(num_draws, evaluation.max_rows // evaluation.num_rows))
     if at_once > 1:  # the first rows say whether particles can be vectorised
         fits_particles(evaluation)
@@ -138,7 +139,10 @@ class Replicates:
         return cls(evaluation, name, kind, torch.cat(data), mask, fn)
 
     def blocks(self, num_particles: int) -> Iterator[Tensor]:
-        """Replicated data sets, shape ``(k, N, *event_shape)``, k of them at a time."""
+        """Replicated data sets, shape ``(k, N, *event_shape)``, k of them at a time.
+
+        Where data are masked out there is nothing to be compared: entries are those of the data.
+        """
         num_rows = len(self.observed)
         parts: list[Tensor] = []
         passes = draws(self.evaluation, num_particles, _origin(self.kind))
@@ -152,7 +156,8 @@ class Replicates:
                 if self.kind == "aggregated":
                     others = torch.randint(num_rows, block.shape[:2], device=block.device)
                     block = block[torch.arange(len(block), device=block.device)[:, None], others]
-                yield block
+                seen = self.mask
+                yield block if seen is None else torch.where(seen, block, self.observed)
                 parts = []
                 bar.update(chosen.stop - chosen.start)
 
