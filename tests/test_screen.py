@@ -211,7 +211,7 @@ def test_an_untrained_pair_is_to_be_trained() -> None:
     assert [line.name for line in found.findings() if line.advice] == ["trial steps"]
     fit = pvae.fit(vae, x, progress=False)
     assert fit.diagnose().advice.startswith("train on")
-    few = pvae.fit(vae, x, epochs=3, progress=False).diagnose()
+    few = pvae.fit(recipes.vae(D, Q, hidden=(8,)), x, epochs=3, progress=False).diagnose()
     assert few.advice.startswith("train on")
     assert "at least 8 epochs" in few.missing["learning"]
 

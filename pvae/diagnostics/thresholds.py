@@ -231,11 +231,11 @@ HIDDEN = 1.0
 """Nats a datum; a curve whose noise could hide as much in a window hasn't levelled off."""
 
 TRIAL = Threshold(
-    "gain of 20 trial steps, nats a datum, where it is at least 3 standard errors",
-    0.1,
+    "gain of 50 trial steps, nats a datum, where it is at least 3 standard errors",
+    0.05,
     math.inf,
-    "as much as a rise of the learning curve has to be; of a data set whose latents are shared by "
-    "all data, one nat in all is enough",
+    "the first steps out of a start are short ones; of a data set whose latents are shared by all "
+    "data, one nat in all is enough",
     "trial",
 )
 ERRORS, WHOLE = 3.0, 1.0

@@ -79,7 +79,7 @@ TRAIN_ON = "train on: fit.refine(epochs), or pvae.fit(pair, x, epochs=...)"
 
 @tool
 def trial(
-    pair: PairLike, data: object, *, num_steps: int = 20, **options: Unpack[Options]
+    pair: PairLike, data: object, *, num_steps: int = 50, **options: Unpack[Options]
 ) -> Trial:
     """Takes a few steps of training, says what they gain, and takes them back.
 
