@@ -118,6 +118,36 @@ def test_the_advice_on_a_mean_field_guide_can_be_typed() -> None:
     assert type(run.pair.guide) is AutoMultivariateNormal
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_fit_of_all_latents_together_is_exact_for_a_conjugate_model(inside: bool) -> None:
+    """The data set is one datum, whose q is a full-rank Gaussian of what all data share."""
+    toy = Regression(inside=inside, centre=1.0)
+    few = bounds.LocalFit(max_steps=200, num_particles=4)
+    found = bounds.evidence(
+        toy.mean_field(), toy.batch, 20, method="local", local=few, progress=False
+    )
+    assert found.total == pytest.approx(toy.log_evidence, abs=0.01)
+    assert (found.by, found.num_data, found.global_sites) == ("data set", 40, ("w",))
+
+
+@pytest.mark.slow
+def test_chains_anneal_over_all_latents_together() -> None:
+    """From the guide's own density, and from a Gaussian with its moments."""
+    how = bounds.AIS(num_temperatures=15)
+    pair, exact = eight_schools(width=1.3), eight_schools_evidence()
+    found = bounds.evidence(pair, EIGHT, method="ais", ais=how, progress=False)
+    assert abs(found.total - exact) < 5 * found.se_total < 1.5
+    assert (found.by, found.kind, found.num_data) == ("data set", "lower", 8)
+    toy = Regression(inside=True)
+    guide = AutoMultivariateNormal(toy.model, init_scale=0.15)
+    guide(*toy.batch)
+    guide.loc.data.copy_(toy.mean)
+    how = bounds.AIS(num_temperatures=10)
+    found = bounds.evidence((toy.model, guide), toy.batch, method="ais", ais=how, progress=False)
+    assert abs(found.total - toy.log_evidence) < 5 * found.se_total < 1.5
+
+
 @pytest.mark.parametrize("family", [AutoNormal, AutoMultivariateNormal])
 def test_auxiliary_sites_of_autoguides_count(family: Callable[..., Callable[..., None]]) -> None:
     """With unconstrained coordinates and their Jacobian, one draw or many at once."""

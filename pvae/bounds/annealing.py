@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.bounds.density import LatentDensity, densities, groups_of, spread
+from pvae.bounds.density import LatentDensity, densities, groups_of, moments, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import WeightSums, require_evidence
@@ -50,7 +50,9 @@ class AIS:
 
     Arguments:
         start: The distribution that chains start from, ``"guide"`` or ``"prior"``. The prior needs
-            no density of q; a good guide needs fewer temperatures.
+            no density of q; a good guide needs fewer temperatures. A guide that makes its latents
+            of auxiliary draws, as autoguides do, is replaced by the Gaussian, in unconstrained
+            coordinates, that has the moments of its draws.
         num_temperatures: T, the number of steps from the start to the posterior.
         schedule: ``"sigmoid"``, whose temperatures are denser at both ends, or ``"linear"``.
         num_leapfrog: Number of leapfrog steps of a trajectory; each takes one gradient.
@@ -167,14 +169,20 @@ def _path(
     """The path from the guide or the prior, and how its start is drawn from."""
     from_guide = ais.start == "guide"
     if from_guide:
-        density.require_guide("annealing from the guide")
+        density.structure.require_density("annealing from the guide")
+    has_moments = from_guide and not density.has_log_q
+    gaussian = moments(density.from_guide, density.num_dims) if has_moments else None
 
     def ends(u: Tensor) -> Ends:
         terms, log_det = density.terms(u), density.log_det(u)
-        start = terms.log_q if from_guide else terms.log_prior
-        return start + log_det, terms.log_joint + log_det
+        end = terms.log_joint + log_det
+        if gaussian is not None:
+            return gaussian.log_prob(u), end
+        return (terms.log_q if from_guide else terms.log_prior) + log_det, end
 
     path = Path(ends, ais.num_leapfrog, tick)
+    if gaussian is not None:
+        return path, lambda count: gaussian.sample((count,))
     return path, density.from_guide if from_guide else density.from_prior
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
@@ -18,7 +19,7 @@ from torch.distributions.constraints import Constraint
 from tqdm import tqdm
 
 from pvae.bounds.weights import require_local
-from pvae.errors import PairError, UndefinedError, oxford
+from pvae.errors import PairError, UndefinedError
 from pvae.modes import evaluating
 from pvae.options import progress_bar
 from pvae.pair import Batch, Structure, as_batch, rows_from
@@ -30,7 +31,7 @@ from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
 from pvae.types import Dist
 
-__all__ = ["LatentDensity", "densities", "groups_of", "spread"]
+__all__ = ["LatentDensity", "densities", "groups_of", "moments", "spread"]
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,10 @@ class LatentDensity:
         """log p(x, u), shape ``(K, N)``, enumerated latents summed out."""
         return self.terms(u).log_joint + self.log_det(u)
 
-    def require_guide(self, what: str) -> None:
-        """Refuses a quantity that needs the guide's density as a function of the latents."""
-        self.structure.require_density(what)
-        if extra := [*self.structure.auxiliary, *self.structure.fed]:
-            expected = "a guide that draws each latent from a distribution of its own"
-            actual = f"auxiliary or deterministic site {oxford(extra)}"
-            fixes = ["pyro.sample(name, q) in the guide, without auxiliary sites"]
-            raise UndefinedError(what, expected, actual, fixes)
+    @property
+    def has_log_q(self) -> bool:
+        """Whether the guide has a density at any u: not where other draws make its latents."""
+        return not (self.structure.auxiliary or self.structure.fed)
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
         """The latents by site, each of shape ``(K, N, ...)``, at u of shape ``(K, N, D)``."""
@@ -231,6 +228,26 @@ def densities(
     bar = progress_bar(total=1.0, title=title, shown=is_shown, bar_format=shown)
     with evaluating(structure.modules), bar:
         yield ((rows, LatentDensity(structure, b, given)) for rows, _, b, given in chunks), bar
+
+
+def moments(draw: Callable[[int], Tensor], num_dims: int) -> Dist:
+    """The Gaussian with the mean and covariance of draws ``(K, N, D)``, for each datum.
+
+    Its covariance is diagonal where D is too large for the draws, 512 of them.
+    """
+    draws = torch.cat([draw(8) for _ in range(_DRAWS // 8)])
+    mean, sd = draws.mean(0), draws.std(0)
+    sd = torch.where(sd.isfinite() & (sd > 0), sd, 1.0)
+    if num_dims > _DRAWS // 4:
+        return dist.Normal(mean, sd).to_event(1)
+    white = (draws - mean) / sd
+    correlation = torch.einsum("kni,knj->nij", white, white) / (_DRAWS - 1)
+    correlation = correlation + 1e-6 * torch.eye(num_dims).to(correlation)
+    factor = sd.unsqueeze(-1) * torch.linalg.cholesky(correlation)
+    return dist.MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+
+
+_DRAWS = 512
 
 
 def groups_of(count: int, at_most: int) -> list[int]:

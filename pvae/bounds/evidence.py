@@ -154,6 +154,8 @@ def evidence(
 
     a lower bound on average, too. With latents of data K local draws are nested in each of the S;
     their noise adds up over data. Without any, all draws are of g, and K has no meaning beside S.
+    ``"ais"`` and ``"local"`` take the data set for one datum: chains, or q, are of g and all local
+    latents together.
 
     References:
         Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
@@ -183,9 +185,9 @@ def evidence(
 
     Raises:
         UndefinedError: If a latent has an improper prior, or a point-mass guide (annealing from the
-            prior needs no guide); unless by importance sampling, if there are sites outside the
-            data plate; with ``"ais"`` and ``"local"``, if a latent has no unconstrained
-            coordinates, as discrete ones; with ``"local"``, if latents are masked out.
+            prior needs no guide); with ``"cubo"``, if there are sites outside the data plate; with
+            ``"ais"`` and ``"local"``, if a latent has no unconstrained coordinates, as discrete
+            ones; with ``"local"``, if latents are masked out.
 
     Example:
         >>> pair, x = pvae.recipes.vae(64, 2), torch.zeros(3, 64)
@@ -201,11 +203,14 @@ def evidence(
     check_int("num_global", 1 if num_global is None else num_global)
     check_number("order", order, above=1)
     with prepared(pair, data, options, "evidence") as evaluation:
-        if method == "ais":
-            return _by_annealing(evaluation, ais or AIS(), k)
-        if method == "local":
-            return _by_local_fits(evaluation, local or LocalFit(), family, k)
         structure = evaluation.structure
+        if method in ("ais", "local"):
+            whole = evaluation.as_one_datum() if structure.global_sites else evaluation
+            if method == "ais":
+                found = _by_annealing(whole, ais or AIS(), k)
+            else:
+                found = _by_local_fits(whole, local or LocalFit(), family, k)
+            return _of_data_set(found, evaluation) if structure.global_sites else found
         require_evidence(structure, "evidence", by_datum=method == "cubo")
         if method == "cubo":
             name = f"chi upper bound of order {order:g}, estimate"
@@ -227,6 +232,14 @@ def _of_joint_draws(
     if structure.points:
         return _with_globals(f"log joint, {joint.name}", evaluation, joint)
     return joint.evidence(structure)
+
+
+def _of_data_set(found: Estimate, evaluation: Evaluation) -> Estimate:
+    """The number of the one datum that the data set is, as one of the data set."""
+    sites, num_data = evaluation.structure.global_sites, evaluation.num_rows
+    return replace(
+        found, by="data set", num_data=num_data, global_sites=sites, remarks=found.remarks[:-1]
+    )
 
 
 def _check_settings(method: str, **settings: object) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pvae import randomness
-from pvae.data import LoaderSource, Source, as_source, check_rows, in_memory
+from pvae.data import LoaderSource, Source, as_source, check_rows, first_batch, in_memory
 from pvae.errors import PairError
 from pvae.options import checked_options
 from pvae.pair import Batch, Pair, PairLike, Structure, as_pair
@@ -49,6 +49,23 @@ class Evaluation:
         structure = self.structure
         source = as_source(batch, structure.device, structure.dtype, structure.axes)
         return replace(self, source=source)
+
+    def as_one_datum(self) -> Evaluation:
+        """The same pair and data with no plate that counts these: the data set is one datum.
+
+        What all data share is then a latent of that datum, beside all latents of single data.
+        ``max_rows`` goes on to bound the rows that go through at once.
+        """
+        if self.structure.subsample_size is not None:
+            expected, actual = "a pair that takes all its data", "one that draws a subsample"
+            raise PairError("the data set as one datum", expected, actual)
+        pair = Pair(
+            self.pair.model, self.pair.guide, plate=False, densities=self.structure.densities
+        )
+        batch = first_batch(self.in_memory().source, self.num_rows)
+        structure = pair.inspect(batch)
+        whole = replace(self, pair=pair, structure=structure).on(batch)
+        return replace(whole, max_rows=max(1, self.max_rows // self.num_rows))
 
 
 @contextmanager
