@@ -20,6 +20,7 @@ from pvae.errors import ArgumentError, oxford, warn
 from pvae.internals import guess_plates, network_state
 from pvae.objectives import ELBO, Objective, ObjectiveState, as_objective
 from pvae.pair import Pair, Structure
+from pvae.pair.plates import PlateName
 from pvae.pair.running import Spec, called_by, flatten
 from pvae.types import Program
 
@@ -48,7 +49,8 @@ class SVI(pyro.infer.SVI):
         loss_and_grads: With a function for ``loss``: what takes its gradients, too.
         num_samples, num_steps: For `run`, as in Pyro.
         engine: ``"eager"``, ``"compiled"`` or ``"cudagraph"``: see `pvae.engine.Stepper`.
-        plate: Name of the data plate, where the batch's length doesn't tell.
+        plate: Name of the data plate, where the batch's length doesn't tell; False where none
+            counts the data.
 
     Attributes:
         optimizer: The torch optimiser; None before the first step.
@@ -74,7 +76,7 @@ class SVI(pyro.infer.SVI):
         num_steps: int = 0,
         *,
         engine: Engine = "eager",
-        plate: str | None = None,
+        plate: PlateName = None,
         **options: Any,
     ) -> None:
         self.objective, self._given_loss = _as_loss(loss, loss_and_grads), loss
@@ -84,7 +86,7 @@ class SVI(pyro.infer.SVI):
         )
         self.optim: Optim = optim if isinstance(optim, torch.optim.Optimizer) else of_pyro
         self.engine: Engine = engine
-        self.plate = plate or getattr(self.objective, "plate", None)
+        self.plate = getattr(self.objective, "plate", None) if plate is None else plate
         self.optimizer: torch.optim.Optimizer | None = None
         self._updates: OptimizerOfPyro | _Given | None = None
         self._state: ObjectiveState | None = None
@@ -228,7 +230,8 @@ class _Function(PyroELBO):
 def _as_loss(loss: Any, loss_and_grads: Callable[..., Any] | None) -> PyroELBO:
     """What steps maximise; ``Trace_ELBO`` as our own ELBO, with Pyro's order of draws."""
     if type(loss) is Trace_ELBO:
-        return ELBO(loss.num_particles, vectorize_particles=loss.vectorize_particles)
+        batched = loss.vectorize_particles
+        return ELBO(loss.num_particles, states="drawn", vectorize_particles=batched)
     if isinstance(loss, PyroELBO) or not callable(loss) or isinstance(loss, type):
         return as_objective(loss)
     return _Function(loss, loss_and_grads)

@@ -165,9 +165,15 @@ class _Rebinding(nn.Module):
         return x
 
 
+class _OwnGenerator(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+
+
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
+        (_OwnGenerator, "draws by a generator of its own"),
         (_Branching, "value is read on the way"),
         (_Counting, "two steps aren't the same program, from .*div"),
         (_Rebinding, "buffer 'seen' is a new tensor"),

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import pvae
 from pvae import Pair, bounds, export, fit, objectives, terms
-from pvae.errors import PairError
+from pvae.errors import PairError, UndefinedError
 from pvae.objectives import as_objective
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -406,6 +406,27 @@ def test_loo_of_a_mixture_is_that_of_the_sum_written_out() -> None:
     assert found[0].n_data_points == 30
 
 
+def test_loo_needs_a_latent_to_draw() -> None:
+    with pytest.raises(UndefinedError, match=r"loo: expected latents .*; got none"):
+        export.loo((chain, nothing), noise(N, T), progress=False)
+
+
+def test_a_discrete_latent_has_no_coordinates_until_it_is_summed_out() -> None:
+    x = noise(N)
+    how: dict[str, Any] = {"method": "ais", "ais": bounds.AIS(num_temperatures=50)}
+    with pytest.raises(UndefinedError, match=r"'k'(.|\n)*'parallel'} at it in the model"):
+        bounds.evidence((classes, listed), x, 2, progress=False, **how)
+
+    def unlisted(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.8 * x, 0.6))
+
+    pair = config_enumerate(classes), unlisted
+    marginal = dist.Normal(LOCS, 1.25**0.5).log_prob(x[:, None]) + MOVE[0].log()
+    found = bounds.evidence(pair, x, 16, progress=False, **how).values
+    torch.testing.assert_close(found, marginal.logsumexp(-1), rtol=0.0, atol=0.1)
+
+
 # States that the guide lists
 
 
@@ -433,7 +454,15 @@ def test_a_guide_that_lists_its_states_is_averaged_over_as_by_pyro() -> None:
 
 @pytest.mark.filterwarnings("ignore:k\nIf you want to enumerate")
 def test_trace_elbo_draws_the_states_as_pyro_does() -> None:
-    check_loss(classes, listed, (noise(N),), 1, pyro.infer.Trace_ELBO())
+    x = noise(N)
+    check_loss(classes, listed, (x,), 1, pyro.infer.Trace_ELBO())
+    losses = []
+    for kind in (SVI, pvae.SVI):
+        pyro.clear_param_store()
+        torch.manual_seed(1)
+        svi = kind(classes, listed, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        losses.append([svi.step(x) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_the_evidence_sums_the_guides_states_out() -> None:

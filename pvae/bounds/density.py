@@ -279,7 +279,8 @@ def _support(name: str, fn: Dist) -> Constraint:
         support = fn.support
         general = with_constant_bounds(support)
         if support.is_discrete:
-            actual, fixes = f"{actual}, which is discrete", ["enumeration"]
+            mark = "infer={'enumerate': 'parallel'} at it in the model, and no guide for it"
+            actual, fixes = f"{actual}, which is discrete", [mark]
         elif general is None or constraints.is_dependent(support):
             actual, fixes = f"{support}, whose bounds change", ["bounds that are numbers"]
         else:

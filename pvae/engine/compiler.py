@@ -147,6 +147,8 @@ def _lifted(graph: GraphModule, again: GraphModule) -> tuple[GraphModule, list[T
         if node.op != "get_attr":
             continue
         tensor, other = getattr(graph, node.target), getattr(again, node.target)
+        if isinstance(tensor, torch.Generator):
+            raise UncompilableError("a program draws by a generator of its own")
         if tensor is not other:  # made in the run: a constant, if it is one
             if not torch.equal(tensor, other):
                 raise UncompilableError("a tensor made on the way differs from step to step")

@@ -330,6 +330,10 @@ def _require_global(structure: Structure) -> None:
                 "the difference of two pairs' bounds.evidence(...).values, datum by datum",
             ],
         )
+    if not structure.global_latents:
+        expected = "latents outside the data plate, which the guide draws"
+        fixes = ["bounds.evidence on held-out data, which is exact where states are summed out"]
+        raise UndefinedError("loo", expected, "none", fixes)
     if structure.points:
         expected = "a guide with a density, whose draws can be weighted"
         actual = f"a point mass at {oxford(sorted(structure.points))}"
