@@ -39,6 +39,7 @@ class Exact:
         rate: KL(q(z | x) || p(z)) of each datum, ``(N,)``.
         marginal: Mean and standard deviation of each entry of x under the model, ``(N, D)``.
         num_data: N; 1 where the whole data set is one datum.
+        axis: The axis of the first entry that counts the data.
     """
 
     pair: Pair
@@ -48,6 +49,12 @@ class Exact:
     rate: Tensor | None = None
     marginal: tuple[Tensor, Tensor] | None = None
     num_data: int = N
+    axis: int = 0
+
+    @property
+    def x(self) -> Tensor:
+        """The first entry of the batch, data first."""
+        return self.batch[0].movedim(self.axis, 0)
 
 
 def variance() -> Tensor:
@@ -434,6 +441,25 @@ def autoguide() -> Exact:
     return Exact(Pair(model, guide), (x,), evidence, {})
 
 
+def second_axis() -> Exact:
+    """Data along the second axis, as in time-major batches, and a constant that they share."""
+
+    class Model(Generate):
+        def forward(self, x: Tensor, weight: Tensor) -> None:  # type: ignore[override]
+            with pyro.plate("data", x.shape[1]):
+                z = pyro.sample("z", dist.Normal(torch.zeros(Q), 1.0).to_event(1))
+                loc = self.decoder(z) * weight
+                pyro.sample("x", dist.Normal(loc, SIGMA).to_event(1), obs=x.T)
+
+    class Guide(Infer):
+        def forward(self, x: Tensor, weight: Tensor) -> None:  # type: ignore[override]
+            with pyro.plate("data", x.shape[1]):
+                self.draw(x.T)
+
+    plain = _plain(Pair(Model(), Guide(), plate="data"), (data(),))
+    return replace(plain, batch=(data().T.contiguous(), torch.ones(D)), axis=1)
+
+
 def no_plate() -> Exact:
     """One latent for the whole data set, which no plate counts: it is one datum."""
     x = data()
@@ -498,6 +524,7 @@ KINDS: dict[str, Callable[[], Exact]] = {
         global_latent,
         autoguide,
         no_plate,
+        second_axis,
         point,
         improper,
     )

@@ -141,7 +141,7 @@ def _evidence(subject: Subject) -> Lines:
         return Lines(lines, evidence, reasons)
     (x, *_) = first_batch(subject.evaluation.source, 1)
     kind = "" if width == 1 else f"; a density times bins of {width:.4g}"
-    bits = bits_per_dimension(evidence.mean, x[0].numel(), width)
+    bits = bits_per_dimension(evidence.mean, x.numel(), width)
     bits_line = Finding("bits per dimension", bits, meaning=f"from '{evidence.name}'{kind}")
     return Lines([*lines, bits_line], evidence)
 

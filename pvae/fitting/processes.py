@@ -132,12 +132,17 @@ def _check_sites(structure: Structure, terms: Terms) -> None:
 def _meets(structure: Structure, batch: tuple[Tensor, ...]) -> bool:
     """Whether the terms of the first datum have a gradient of other data."""
     leaves = [x.detach().clone() for x in batch]
-    floating = [x.requires_grad_() for x in leaves if x.is_floating_point()]
+    axes = zip(leaves, structure.axes, strict=True)
+    rows = [
+        (x.requires_grad_(), axis) for x, axis in axes if x.is_floating_point() and axis is not None
+    ]
     gradients: tuple[Tensor | None, ...] = ()
     with trying(structure), torch.enable_grad(), suppress(PvaeError, RuntimeError):
         terms = compute(structure, tuple(x.clone() for x in leaves))  # a pair may write into them
         beside = (*terms.penalties.values(), *terms.training.values())
         parts = [terms.log_weight, *(part for part in beside if part.dim() == 2)]
         first = torch.stack([part[:, 0].sum() for part in parts]).sum()
-        gradients = torch.autograd.grad(first, floating, allow_unused=True)
-    return any(g is not None and bool((g[1:].abs() > 0).any()) for g in gradients)
+        gradients = torch.autograd.grad(first, [x for x, _ in rows], allow_unused=True)
+    found = zip(gradients, rows, strict=False)  # none where it doesn't run
+    others = [g.movedim(axis, 0)[1:] for g, (_, axis) in found if g is not None]
+    return any(bool((g.abs() > 0).any()) for g in others)

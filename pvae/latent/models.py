@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.conditional import as_conditional
-from pvae.data import as_source
-from pvae.errors import PairError, check_int, oxford
+from pvae.data import Source, as_source
+from pvae.errors import PairError, PvaeError, check_int, oxford
 from pvae.internals import mask_of
 from pvae.options import tool
-from pvae.pair import Pair, PairLike, as_pair, probing
+from pvae.pair import Pair, PairLike, Structure, as_pair, is_inside, probing, rows_to
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.simulate import run_model
 from pvae.sites import LATENT, announce_parameters
-from pvae.terms import only_site
+from pvae.terms import look_at, only_site
 from pvae.types import Dist, Program
 
 __all__ = ["sample", "with_prior"]
@@ -130,7 +131,7 @@ def sample(
         pair: A model and its guide.
         data: What the model is called with: an array, tensor, tuple of them, data set or source.
         num_samples: N, how many data are made (not K draws for each datum); rows repeat, or are
-            left out. None for one a row.
+            left out. None for one a row. Where no plate counts the data, one data set is made.
         site: What is returned, observed or latent; None if the model observes one site.
         mean: Observed sites have their distribution's mean instead of a draw.
         seed: Seed of the draws; the caller's generators are left as they are.
@@ -150,12 +151,25 @@ def sample(
     pair = as_pair(pair, "sample")
     like = pair.home(data)
     with probing((pair.model,)), randomness.forked(seed):
-        source = as_source(data, like.device, like.dtype)
+        structure, source = _rows_of(pair, data, like)
         size = source.num_rows if num_samples is None else check_int("num_samples", num_samples)
         batch = source.rows(torch.arange(size, device=source.device) % source.num_rows)
         trace = run_model(pair.model, batch, where="sample", mean=mean, keep_masked=False)
     sites = {s["name"]: s for s in sample_sites(trace)}
     observed = [n for n, s in sites.items() if s["is_observed"] and not is_factor(s)]
     what, names = ("observed site", observed) if site is None else ("site", [*sites])
-    value: Tensor = sites[only_site("sample", what, names, site)]["value"]
-    return value
+    chosen = sites[only_site("sample", what, names, site)]
+    value: Tensor = chosen["value"]
+    if structure is None or not (structure.has_plate and is_inside(structure, chosen)):
+        return value
+    return rows_to(0, structure.axis_in(value.dim() - len(chosen["fn"].event_shape)), value)
+
+
+def _rows_of(pair: Pair, data: object, like: Tensor) -> tuple[Structure | None, Source]:
+    """The data along the axes that the pair counts; their first ones, where it can't be looked at.
+
+    The guide may not run yet, and missing values of what is drawn anew are no matter.
+    """
+    with contextlib.suppress(PvaeError):
+        return look_at(pair, data, like.device, like.dtype)
+    return None, as_source(data, like.device, like.dtype)

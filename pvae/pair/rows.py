@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
+import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pvae import randomness
 from pvae.data import Axes
 from pvae.errors import PairError, PvaeError
-from pvae.pair.messages import is_factor, sample_sites
+from pvae.pair.messages import is_factor, log_prob_of, sample_sites
 from pvae.pair.plates import DataPlate, Sites
 from pvae.pair.running import Batch
 from pvae.types import Site
@@ -46,12 +48,41 @@ def find_rows(sites: Sites, batch: Batch, run: Run) -> tuple[Axes, Trace | None]
         fixes = ["plate=NAME, of another plate", "plate=False, where no plate counts the data"]
         actual = f"shapes {', '.join(str(tuple(p.shape)) for p in batch if isinstance(p, Tensor))}"
         raise PairError(f"data plate '{plate.name}'", expected, actual, fixes)
-    if length > 1:
-        for axes in itertools.islice(_choices(options), _AT_MOST):
+    before = randomness.get_state()
+
+    def fewer(axes: Axes) -> Trace | None:
+        with randomness.forked():
+            randomness.set_state(before)
             trace = _fewer(run, batch, axes, length)
-            if trace is not None and (size != length or _size_of(plate, trace) == size - 1):
-                return axes, trace
+        is_cut = trace is not None and (size != length or _size_of(plate, trace) == size - 1)
+        same = is_cut and {s["name"] for s in sample_sites(trace)} == {*sites.in_model}
+        return trace if same else None
+
+    for axes in itertools.islice(_choices(options), _AT_MOST) if length > 1 else ():
+        if (trace := fewer(axes)) is not None:
+            _check_shared(axes, trace, fewer, plate)
+            return axes, trace
     return _by_looking(sites, plate, batch, options), None
+
+
+def _check_shared(
+    axes: Axes, trace: Trace, fewer: Callable[[Axes], Trace | None], plate: DataPlate
+) -> None:
+    """Refuses an entry that may be of rows or shared by all, and counts for something."""
+    counted = [i for i, axis in enumerate(axes) if axis is not None]
+    for i in counted if len(counted) > 1 else ():
+        other = fewer((*axes[:i], None, *axes[i + 1 :]))
+        if other is not None and not _is_same(trace, other):
+            expected = f"rows of the data in argument {i}, or another length where all share it"
+            actual = f"the plate's length {plate.rows}, and a pair that runs either way"
+            fixes = ["a batch of another length", "what all rows share outside of the batch"]
+            raise PairError(f"data plate '{plate.name}'", expected, actual, fixes)
+
+
+def _is_same(one: Trace, other: Trace) -> bool:
+    """Whether two traces score the same."""
+    both = zip(sample_sites(one), sample_sites(other), strict=False)
+    return all(torch.equal(log_prob_of(a), log_prob_of(b)) for a, b in both)
 
 
 def _axes_of(part: object, length: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,10 +111,28 @@ def look_at(
     source = as_source(data, device, dtype, axes="any")
     try:
         structure = pair.inspect_source(source, num_rows or source.num_rows)
-    except PairError:
-        check_rows(as_source(data, device, dtype))  # was it the data?
+    except PairError as error:
+        _check_values(pair, source, dtype)  # was it the data?
+        if _is_of_lengths(error, first_batch(source, 1)):
+            as_source(data, device, dtype)  # refuses unequal lengths
         raise
     return structure, as_source(data, structure.device, structure.dtype, structure.axes)
+
+
+def _is_of_lengths(error: PairError, batch: Batch) -> bool:
+    """Whether a program has failed because of two arrays' lengths, which its error names both."""
+    lengths = {str(len(part)) for part in batch if part.dim()}
+    named = set(re.findall(r"\d+", str(error.__cause__)))
+    return len(lengths & named) > 1
+
+
+def _check_values(pair: Pair, source: Source, dtype: torch.dtype) -> None:
+    """Refuses values that aren't finite, naming the row along the axis that the pair counts."""
+    whole = first_batch(source, source.num_rows)
+    filled = as_source(tuple(map(torch.nan_to_num, whole)), source.device, dtype, axes="any")
+    with contextlib.suppress(PairError):
+        check_rows(source.along(pair.inspect_source(filled).axes))
+    check_rows(source)
 
 
 def _structure_of(pair: Pair, data: object) -> tuple[Structure, Source]:
