@@ -40,7 +40,7 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estim
 
     Raises:
         UndefinedError: If q or p is a point mass, one is discrete and the other continuous, or
-            their event shapes differ.
+            their event shapes differ; if the divergence is NaN, as of parameters that are.
 
     Example:
         >>> kl(dist.Normal(1.0, 1.0), dist.Normal(0.0, 1.0))
@@ -62,7 +62,8 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estim
     except NotImplementedError:
         pass
     else:
-        return _estimate(exact)
+        if not exact.isnan().any():
+            return _estimate(exact)
     with randomness.forked(seed):
         z = q.sample(torch.Size([num_particles]))
         batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
@@ -73,6 +74,9 @@ def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estim
     log_p = torch.where(inside, p.log_prob(safe), -torch.inf)
     draws = q.log_prob(z) - log_p
     values = draws.mean(0)
+    if values.isnan().any():
+        actual = "a divergence that is no number: are its parameters, and are they within bounds?"
+        raise UndefinedError("kl", "two distributions whose densities are numbers", actual)
     variances = torch.where(values.isfinite(), draws.var(0), torch.inf) / num_particles
     return _estimate(values, variances, num_particles)
 

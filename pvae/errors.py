@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 __all__ = [
     "ArgumentError",
@@ -28,6 +29,7 @@ __all__ = [
     "check_choice",
     "check_int",
     "check_number",
+    "check_path",
     "is_out_of_memory",
     "oxford",
     "telling_memory",
@@ -205,6 +207,14 @@ def check_choice(where: str, value: object, choices: Iterable[object]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ArgumentError(where, f"one of {oxford(choices)}", repr(value))
+
+
+def check_path(where: str, path: str | Path) -> Path:
+    """Returns a path, or raises an `ArgumentError`; an empty one would be the folder at hand."""
+    if not isinstance(path, (str, Path)) or not str(path).strip():
+        fixes = ["'.', for the folder at hand"]
+        raise ArgumentError(where, "the path of a folder or file", repr(path), fixes)
+    return Path(path)
 
 
 def as_shape(where: str, shape: int | Sequence[int]) -> tuple[int, ...]:

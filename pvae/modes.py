@@ -12,7 +12,14 @@ from torch import nn
 
 from pvae.threads import alone
 
-__all__ = ["capturing_graph", "evaluating", "flag_set", "in_mode", "is_capturing_graph"]
+__all__ = [
+    "capturing_graph",
+    "evaluating",
+    "flag_set",
+    "in_mode",
+    "is_capturing_graph",
+    "with_gradients",
+]
 
 _capturing: ContextVar[bool] = ContextVar("pvae_capturing", default=False)
 
@@ -39,6 +46,13 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     back = partial(torch.set_grad_enabled, torch.is_grad_enabled())
     with in_mode(modules, training=False), alone(undo=back):
         torch.set_grad_enabled(False)
+        yield
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Gradients as tools want them, whatever the caller has switched off around them."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
         yield
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from pvae.described import Described
-from pvae.errors import ArgumentError, PairError, as_shape, check_int
+from pvae.errors import ArgumentError, PairError, as_shape, check_int, check_number
 from pvae.internals import Convolution
 from pvae.types import Shape
 
@@ -148,7 +148,7 @@ class MLP(Described):
         self.in_shape = as_shape("MLP.in_shape", in_shape)
         self.out_shape = as_shape("MLP.out_shape", out_shape)
         self.context_dim = check_int("MLP.context_dim", context_dim, minimum=0)
-        self.in_scale = in_scale
+        self.in_scale = check_number("in_scale", in_scale)
         widths = [check_int("MLP.hidden", width) for width in hidden]
         widths.insert(0, math.prod(self.in_shape) + context_dim)
         layers: list[nn.Module] = []
@@ -231,7 +231,7 @@ class ConvEncoder(Described):
         super().__init__()
         self.in_shape = _image_shape("ConvEncoder.in_shape", in_shape)
         self.context_dim = check_int("ConvEncoder.context_dim", context_dim, minimum=0)
-        self.in_scale = in_scale
+        self.in_scale = check_number("in_scale", in_scale)
         widths = [self.in_shape[0], *as_shape("ConvEncoder.channels", channels)]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pvae.errors import ArgumentError, check_int, telling_memory
+from pvae.modes import with_gradients
 from pvae.threads import alone, check_outside
 
 __all__ = ["DELAY", "Options", "checked_options", "progress_bar", "tool"]
@@ -84,6 +85,9 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
 
     While it runs, other threads wait (see `pvae.threads`).
 
+    What it computes is the same where the caller has switched gradients off, or is in
+    ``torch.inference_mode``.
+
     Raises:
         ArgumentError: If the first two arguments are two programs, as Pyro's own order has them.
         PairError: If it is called inside a Pyro program, a plate or another handler.
@@ -115,7 +119,7 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
             )
             raise ArgumentError(name, expected, actual, fixes)
         rows = cast("int | None", kwargs.get(bound, default))
-        with alone(), telling_memory(function.__name__, rows, bound):
+        with alone(), telling_memory(function.__name__, rows, bound), with_gradients():
             check_outside(function.__name__)
             return function(*args, **kwargs)
 

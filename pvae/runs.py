@@ -16,7 +16,7 @@ from pvae.checkpoint import write_atomically
 from pvae.config import Config, options
 from pvae.data import Splits
 from pvae.distributed import job
-from pvae.errors import PvaeError, TrainingError
+from pvae.errors import PvaeError, TrainingError, check_path
 from pvae.vae import VAE
 
 __all__ = ["job_of", "open_run", "resolved", "written"]
@@ -79,7 +79,7 @@ def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Spl
     Raises:
         CheckpointError: If the folder isn't a run, or its files are damaged.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     config = Config.read(folder)
     splits = config.load_data()
     vae = config.build(splits)

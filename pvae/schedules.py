@@ -47,6 +47,9 @@ class Constant(Schedule):
 
     number: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_number("Constant.number", self.number)
+
     def __call__(self, step: int) -> float:
         """The number."""
         return self.number
@@ -68,6 +71,8 @@ class Timed(Schedule):
         if self.length is not None:
             check_int(f"{type(self).__name__}.length", self.length)
         check_choice(f"{type(self).__name__}.unit", self.unit, ("steps", "epochs"))
+        for name in ("start", "end"):  # which most have
+            check_number(f"{type(self).__name__}.{name}", getattr(self, name, 0.0))
 
     @abstractmethod
     def value(self, step: int, length: int) -> float:

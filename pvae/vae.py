@@ -22,7 +22,7 @@ from pvae.distributions import mean_of
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
 from pvae.jacobian import differentiable_twice
 from pvae.modes import evaluating
-from pvae.pair import Pair
+from pvae.pair import Pair, Uses
 from pvae.pair.running import first_floating, tensors_of
 from pvae.penalties import Penalty, SideOutputs, on_side, penalise, recorded_activations
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
@@ -209,8 +209,15 @@ class VAE(Pair, nn.Module):
                 return _drawn(OBSERVED, likelihood, None, z, *context)
             return likelihood(z, *context)()
 
-        with alone(), contextlib.nullcontext() if seed is None else randomness.forked(seed):
-            return self._by_rows(drawn, (torch.arange(num_samples), *arrays), max_rows)
+        uses = Uses(arrays)
+        own = contextlib.nullcontext() if seed is None else randomness.forked(seed)
+        with alone(), own, uses:
+            samples = self._by_rows(drawn, (torch.arange(num_samples), *arrays), max_rows)
+        if len(uses.used) < len(arrays):
+            expected = "labels that the prior or the likelihood takes"
+            fixes = [f"sample({num_samples})", "MLP(..., context_dim=10), for labels of 10 classes"]
+            raise ArgumentError("context", expected, "labels that neither uses", fixes)
+        return samples
 
     def encode(
         self, x: object, *context: object, num_particles: int | None = None, max_rows: int = 8192
@@ -274,9 +281,9 @@ class VAE(Pair, nn.Module):
         """Arrays as tensors on the pair's device, floating ones in its type."""
         tensors = [torch.as_tensor(a if torch.is_tensor(a) else np.asarray(a)) for a in arrays]
         like = first_floating((*tensors_of([self]), *tensors))
-        return tuple(
-            t.to(like.device, like.dtype if t.is_floating_point() else t.dtype) for t in tensors
-        )
+        dtypes = [like.dtype if t.is_floating_point() else t.dtype for t in tensors]
+        own = zip(tensors, dtypes, strict=True)
+        return tuple(t.to(like.device, dtype, copy=True) for t, dtype in own)  # networks may write
 
     def _by_rows(
         self,

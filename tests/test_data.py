@@ -247,7 +247,7 @@ def test_check_rows_names_the_first_bad_row() -> None:
     y = np.zeros((10, 2))
     y[7] = 0.5
     with pytest.raises(DataError, match=r"row 7: expected zeros; got 0\.5 \(2 such"):
-        data.check_rows(as_source(y), lambda v: v == 0, "zeros")
+        data.check_rows(as_source(y), {0: data.Support(lambda v: v == 0, "zeros")})
 
 
 # Binarisation

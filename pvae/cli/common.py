@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.models import OptionInfo
 
-from pvae.errors import ArgumentError
+from pvae.errors import ArgumentError, check_path
 
 if TYPE_CHECKING:
     from pvae.config import Config
@@ -41,7 +41,19 @@ def option(text: str, *flags: str) -> OptionInfo:
     return typer.Option(*flags, help=text)
 
 
-RunFolder = Annotated[Path, typer.Argument(help="Folder that 'pvae train' wrote.")]
+def path_option(text: str) -> OptionInfo:
+    """An option that is a path, and not an empty one."""
+    return typer.Option(help=text, parser=_as_path, metavar="PATH")
+
+
+def _as_path(text: str) -> Path:
+    try:
+        return check_path("path", text)
+    except ArgumentError as error:
+        raise typer.BadParameter(error.one_line()) from error
+
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder that 'pvae train' wrote.", parser=_as_path)]
 Device = Annotated[
     str, option("Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1.")
 ]
@@ -50,7 +62,7 @@ Particles = Annotated[
 ]
 Seed = Annotated[int, option("Seed of what is drawn at random.")]
 DataFile = Annotated[
-    Path | None, option("File with data of the same kind; if none, the test data.")
+    Path | None, path_option("File with data of the same kind; if none, the test data.")
 ]
 
 

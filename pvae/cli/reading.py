@@ -18,6 +18,7 @@ from pvae.cli.common import (
     Seed,
     app,
     option,
+    path_option,
     prepare_file,
     summary,
 )
@@ -98,7 +99,7 @@ def sample(
             "Choices: gaussian, gmm."
         ),
     ] = None,
-    to: Annotated[Path | None, option("File to write. Default: RUN/samples.npy.")] = None,
+    to: Annotated[Path | None, path_option("File to write. Default: RUN/samples.npy.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -132,7 +133,9 @@ def reconstruct(
     run: RunFolder,
     *,
     data: DataFile = None,
-    to: Annotated[Path | None, option("File to write. Default: RUN/reconstructions.npy.")] = None,
+    to: Annotated[
+        Path | None, path_option("File to write. Default: RUN/reconstructions.npy.")
+    ] = None,
     corrupt: Annotated[
         bool, option("Corrupt the data first, as training did.", "--corrupt")
     ] = False,
@@ -157,7 +160,7 @@ def encode(
     run: RunFolder,
     *,
     data: DataFile = None,
-    to: Annotated[Path | None, option("File to write. Default: RUN/codes.npy.")] = None,
+    to: Annotated[Path | None, path_option("File to write. Default: RUN/codes.npy.")] = None,
     device: Device = "auto",
 ) -> None:
     """Write the codes of data: the means of q(z | x)."""
@@ -177,7 +180,7 @@ def export(
         typer.Option("--rows", "-n", min=1, help="Number of data, the first ones; all if none."),
     ] = None,
     num_particles: Particles = 200,
-    to: Annotated[Path | None, option("File to write. Default: RUN/draws.nc.")] = None,
+    to: Annotated[Path | None, path_option("File to write. Default: RUN/draws.nc.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:

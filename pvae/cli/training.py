@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pvae
-from pvae.cli.common import Device, app, option, summary
+from pvae.cli.common import Device, app, option, path_option, summary
 from pvae.errors import ArgumentError, CheckpointError, PairError, PvaeWarning, UndefinedError
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ On several GPUs or machines: torchrun --nproc-per-node=N -m pvae train ..."""
 def _run(
     *,
     out: Annotated[
-        Path | None, option("Folder for the run. Default: runs/DATA-RECIPE. Example: --out runs/a")
+        Path | None,
+        path_option("Folder for the run. Default: runs/DATA-RECIPE. Example: --out runs/a"),
     ] = None,
     config: Annotated[
         Path | None,
-        option(
+        path_option(
             "File with options to start from, which those of the command line change: the "
             "config.json of a run, or a JSON or TOML file with the same names. "
             "Example: --config runs/a/config.json"

@@ -19,9 +19,9 @@ from torch import nn
 from pvae import corruptions, guides, likelihoods, objectives, penalties, priors, recipes
 from pvae.config.option import Option, field, flag, numbers_of, part_options, recipe_options
 from pvae.data import Splits, load
-from pvae.data.sources import BINARIZE, Binarize
+from pvae.data.arrays import BINARIZE, Binarize
 from pvae.engine import ASKED
-from pvae.errors import ArgumentError, CheckpointError
+from pvae.errors import ArgumentError, CheckpointError, check_path
 from pvae.fitting import fit
 from pvae.networks import activation_named
 from pvae.objectives import Objective
@@ -326,7 +326,7 @@ class Config(BaseModel):
         Raises:
             CheckpointError: If the file isn't a configuration.
         """
-        path = Path(path)
+        path = check_path("path", path)
         path = path / "config.json" if path.is_dir() else path
         values = cls.values_in(path)
         try:

@@ -4,21 +4,14 @@
 (seed, epoch, step), `load` reads data sets by name or from a file.
 """
 
+from pvae.data.arrays import Data
 from pvae.data.batches import Batches
+from pvae.data.checks import RowCheck, Support
+from pvae.data.fetched import LoaderSource
+from pvae.data.intake import as_source, check_rows, in_memory, joined
 from pvae.data.readers import Splits, load, read_idx
 from pvae.data.remote import download
-from pvae.data.sources import (
-    Axes,
-    Data,
-    LoaderSource,
-    Source,
-    as_source,
-    check_rows,
-    first_batch,
-    in_memory,
-    joined,
-    num_rows_of,
-)
+from pvae.data.sources import Axes, Source, first_batch, num_rows_of
 from pvae.data.toys import LinearGaussian, principal_components
 
 __all__ = [
@@ -27,8 +20,10 @@ __all__ = [
     "Data",
     "LinearGaussian",
     "LoaderSource",
+    "RowCheck",
     "Source",
     "Splits",
+    "Support",
     "as_source",
     "check_rows",
     "download",

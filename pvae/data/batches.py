@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from pvae.data.sources import ArraySource, LoaderSource, Source
+from pvae.data.fetched import LoaderSource
+from pvae.data.sources import ArraySource, Source, first_batch, num_rows_of
 from pvae.distributed import World
 from pvae.errors import check_int
 from pvae.randomness import derive_seed
@@ -24,7 +25,8 @@ class Batches:
 
     Arguments:
         source: The data.
-        batch_size: Rows of a batch; the last of an epoch may have fewer.
+        batch_size: Rows of a batch; the last of an epoch may have fewer. A ``DataLoader`` has
+            a size and an order of its own.
         seed: With the number of the epoch, it fixes the order.
         shuffle: Whether each epoch has an order of its own.
         world: The processes that share each batch; ``batch_size`` counts the rows of all.
@@ -49,6 +51,9 @@ class Batches:
     ) -> None:
         self.source, self.seed, self.shuffle = source, seed, shuffle
         self.world = world or World()
+        if isinstance(source, LoaderSource):  # where they differ, as long as the first one
+            batch_size = source.batch_size or num_rows_of(first_batch(source, 1), source.axes)
+            self.shuffle = source.is_shuffled
         self.batch_size = min(check_int("batch_size", batch_size), source.num_rows)
 
     @property
@@ -57,6 +62,14 @@ class Batches:
         if isinstance(self.source, LoaderSource):
             return self.source.num_batches
         return -(-self.source.num_rows // self.batch_size)
+
+    @property
+    def sizes(self) -> set[int]:
+        """How many rows a process may get at once; not all are known of a ``DataLoader``."""
+        source, last = self.source, self.source.num_rows % self.batch_size
+        if isinstance(source, LoaderSource) and (source.drop_last or source.batch_size is None):
+            last = 0
+        return self.world.shares(self.batch_size) | self.world.shares(last)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batches of one epoch, from step ``start`` on.

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pvae.data.arrays import Array, Binarize, Data, MappedRows, check_binarize
 from pvae.data.remote import FILES, REMOTE, download
-from pvae.data.sources import Array, Binarize, Data, MappedRows, check_binarize
-from pvae.errors import ArgumentError, DataError, check_number
+from pvae.errors import ArgumentError, DataError, check_number, check_path
 
 __all__ = ["NAMES", "Splits", "load", "read_idx"]
 
@@ -60,7 +60,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     Raises:
         DataError: If the file is missing, cut short or no IDX file.
     """
-    path = Path(path)
+    path = check_path("path", path)
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -127,8 +127,9 @@ def load(
         (1437, 180, 180, (64,))
     """
     check_binarize(binarize)
-    name = str(data)
-    folder = Path(data_dir or os.environ.get("PVAE_DATA") or ".")
+    name = str(check_path("data", data))
+    in_environment = os.environ.get("PVAE_DATA") or "."
+    folder = check_path("data_dir", in_environment if data_dir is None else data_dir)
     if name in REMOTE and fetch:
         download(name, folder)
     arrays, own, levels = _read(name, folder)

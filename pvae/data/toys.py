@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.errors import check_int
+from pvae.errors import check_int, check_number
 
 __all__ = ["LinearGaussian", "principal_components"]
 
@@ -46,6 +46,7 @@ class LinearGaussian:
         """A problem with weights and biases drawn from N(0, 1), in the default dtype."""
         generator = torch.Generator().manual_seed(seed)
         check_int("num_features", num_features)
+        check_number("sigma", sigma, above=0)
         weight = torch.randn(num_features, latent_dim, generator=generator)
         return cls(weight, torch.randn(num_features, generator=generator), sigma)
 

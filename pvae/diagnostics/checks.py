@@ -23,7 +23,7 @@ from pvae.diagnostics.surgery import COLLAPSE_ADVICE, DISTORTION, RATE, surgery
 from pvae.diagnostics.tarp import tarp
 from pvae.diagnostics.thresholds import ACTIVITY, COLLAPSED, LOOSE, P_VALUE
 from pvae.diagnostics.trial import trial
-from pvae.errors import UndefinedError
+from pvae.errors import UndefinedError, check_int, check_number
 from pvae.estimate import Estimate
 from pvae.pair import Structure
 
@@ -57,7 +57,8 @@ def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> fl
         >>> round(bits_per_dimension(-10 * math.log(2), num_dims=10), 6)
         1.0
     """
-    return -(nats / num_dims + math.log(bin_width)) / math.log(2)
+    check_number("bin_width", bin_width, above=0)
+    return -(nats / check_int("num_dims", num_dims) + math.log(bin_width)) / math.log(2)
 
 
 @dataclass(frozen=True)

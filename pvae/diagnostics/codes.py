@@ -53,6 +53,7 @@ def active_units(
         True where active, shape ``latent_shape``.
     """
     check_int("num_particles", num_particles, minimum=2)
+    check_number("threshold", threshold, minimum=0)
     with terms.prepared(pair, data, options, "active_units") as evaluation:
         structure = evaluation.structure
         site = terms.only_site("active_units", "latent of the data", structure.latents, site)

@@ -240,8 +240,9 @@ def diagnose(
         'ELBO'
     """
     asked = list(dict.fromkeys([checks] if isinstance(checks, str) else checks))
-    if unknown := [name for name in asked if name not in CHECKS]:
-        raise ArgumentError("checks", f"some of {oxford(CHECKS)}", oxford(unknown))
+    if not asked or (unknown := [name for name in asked if name not in CHECKS]):
+        got = oxford(unknown) if asked else "none"
+        raise ArgumentError("checks", f"some of {oxford(CHECKS)}", got)
     check_int("num_data", 2 if num_data is None else num_data, minimum=2)
     check_number("bin_width", 1 if bin_width is None else bin_width, above=0)
     check_int("num_particles", num_particles, minimum=FEWEST if "importance" in asked else 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError
+from pvae.errors import ArgumentError, check_number
 from pvae.internals import can_skip_on_device, fused_adam, has_step_hooks, version
 
 __all__ = ["Backup", "OptimizerLike", "make_optimizer", "update"]
@@ -37,11 +37,14 @@ def make_optimizer(
         closure = inspect.signature(made.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError("its step needs a closure that evaluates the loss again")
-        return made
     except (TypeError, ValueError, AttributeError) as error:
         fixes = ["torch.optim.Adam", "functools.partial(torch.optim.SGD, momentum=0.9)"]
         expected = "a torch optimiser class, called with (parameters, lr=...)"
         raise ArgumentError("optimizer", expected, f"{factory!r}: {error}", fixes) from error
+    for group in made.param_groups:
+        for name in ("lr", "weight_decay"):
+            check_number(f"optimizer, {name} of a group", group.get(name, 0.0), minimum=0)
+    return made
 
 
 def update(optimizer: torch.optim.Optimizer, ok: Tensor, parameters: Sequence[Tensor]) -> None:

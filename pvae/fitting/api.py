@@ -10,10 +10,10 @@ from pyro.infer import ELBO as PyroELBO
 
 from pvae import randomness
 from pvae.engine import Asked, OptimizerLike, Precision
-from pvae.errors import check_int, telling_memory
+from pvae.errors import check_int, check_path, telling_memory
 from pvae.fitting.loop import train
 from pvae.fitting.saving import save_checkpoint
-from pvae.fitting.settings import Settings
+from pvae.fitting.settings import BatchSize, Settings
 from pvae.fitting.setup import set_up
 from pvae.fitting.training import Training
 from pvae.objectives import named
@@ -35,7 +35,7 @@ def fit(
     objective: PyroELBO | str | None = None,
     *,
     epochs: int = 10,
-    batch_size: int | None = 128,
+    batch_size: BatchSize = "auto",
     optimizer: OptimizerLike = torch.optim.Adam,
     lr: float = 1e-3,
     lr_schedule: Schedule | None = None,
@@ -73,8 +73,9 @@ def fit(
             as ``"dreg"``; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
             Pyro's other ELBOs run as they are.
         epochs: Passes over the data.
-        batch_size: Rows of a batch, of all processes together; None for all of the data, which is
-            also what a pair that subsamples itself gets.
+        batch_size: Rows of a batch, of all processes together; ``"auto"`` is 128, or what a
+            ``DataLoader`` has; None is all of the data, which is also what a pair that subsamples
+            itself gets.
         optimizer: A torch optimiser class, or a function of (parameters, lr). One optimiser
             holds all parameters, fused where the device has that.
         lr: Learning rate.
@@ -124,7 +125,7 @@ def fit(
     settings = Settings(
         epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, lr_schedule=lr_schedule,
         clip_norm=clip_norm, patience=patience, device=device, engine=engine, precision=precision,
-        seed=seed, folder=None if folder is None else Path(folder), resume=resume,
+        seed=seed, folder=None if folder is None else check_path("folder", folder), resume=resume,
         overwrite=overwrite, save_every=save_every, save_steps=save_steps, progress=progress,
     )  # fmt: skip
     if isinstance(objective, str):
@@ -191,7 +192,7 @@ class Fit:
         with alone(), randomness.forked():
             if self.training.generators is not None:
                 randomness.set_state(self.training.generators)
-            save_checkpoint(self.training, Path(path))
+            save_checkpoint(self.training, check_path("path", path))
 
     def diagnose(self, data: object = None, **options: Any) -> Diagnosis:
         """What the fit is worth, on one screen: `pvae.diagnose`.

@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO as PyroELBO
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 
 from pvae import randomness
-from pvae.data import LoaderSource, Source, first_batch
-from pvae.distributed import World
+from pvae.data import Batches, LoaderSource, Source, first_batch, num_rows_of
 from pvae.engine import Backup
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
-from pvae.pair import Structure, is_penalty, put_back, run_pair
+from pvae.pair import Batch, Structure, is_penalty, put_back, run_pair
+from pvae.terms import check_own_rows, has_own_rows
 
 __all__ = [
     "check_batches",
@@ -32,14 +30,17 @@ __all__ = [
 ]
 
 
-def check_batches(structure: Structure, source: Source, batch_size: int, world: World) -> None:
+def check_batches(structure: Structure, batches: Batches) -> None:
     """Refuses batches that the pair can't be trained on, or would be wrongly trained on."""
-    if isinstance(source, LoaderSource) or structure.subsample_size is not None:
+    if structure.subsample_size is not None:
         return
-    if batch_size < source.num_rows:
-        _check_minibatches(structure, source.num_rows, batch_size)
-    if 1 in _sizes(source.num_rows, batch_size, world):
-        _check_one_row(structure, source, batch_size)
+    _check_rows_kept(structure, batches)
+    if batches.batch_size == batches.source.num_rows:
+        check_own_rows(structure, batches.source)
+    if batches.batch_size < batches.source.num_rows:
+        _check_minibatches(structure, batches)
+    if 1 in batches.sizes:
+        _check_one_row(structure, batches)
 
 
 def check_whole(structure: Structure, source: Source, batch_size: int | None) -> None:
@@ -59,70 +60,90 @@ def check_whole(structure: Structure, source: Source, batch_size: int | None) ->
         )
 
 
-def _sizes(num_rows: int, batch_size: int, world: World) -> set[int]:
-    """How many rows a process may get at once."""
-    return world.shares(batch_size) | world.shares(num_rows % batch_size)
+def _words(batches: Batches) -> tuple[str, list[str]]:
+    """What cuts the data into batches, and what has all of them in one."""
+    if isinstance(batches.source, LoaderSource):
+        return "the DataLoader", ["loader.dataset as the data, and batch_size=None"]
+    return "batch_size", ["batch_size=None"]
 
 
-def _check_minibatches(structure: Structure, num_rows: int, batch_size: int) -> None:
-    if structure.tied_to is not None:
-        per_row = isinstance(poutine.unwrap(structure.guide), AutoGuide) and structure.latents
-        if per_row or num_rows % batch_size:
-            expected = (
-                f"all {num_rows} rows in one batch: the pair runs on {structure.tied_to} rows and "
-                "on no other number"
-            )
-            own = "pyro.plate(name, N, subsample_size=...) in the pair, which picks its rows"
-            fixes = ["batch_size=None", own]
-            raise PairError("batch_size", expected, f"batches of {batch_size}", fixes)
-        warn(
-            f"The pair runs on batches of {structure.tied_to} rows and on no others. If it has "
-            "parameters of its own for each row, other rows will share them: batch_size=None."
+def _check_rows_kept(structure: Structure, batches: Batches) -> None:
+    """Refuses other rows, or rows in another order, for parameters that belong to single rows."""
+    num_rows, size = batches.source.num_rows, batches.batch_size
+    if structure.tied_to is None or (size == num_rows and not batches.shuffle):
+        return
+    where, whole = _words(batches)
+    batch = first_batch(batches.source, size)
+    if has_own_rows(structure, batch) or num_rows % size:
+        expected = (
+            f"all {num_rows} rows in one batch, in one order: the pair runs on "
+            f"{structure.tied_to} rows and on no other number"
         )
-    if structure.global_sites and not structure.is_scaled:
-        shared, plate = oxford(structure.global_sites[:4]), structure.plate
-        scaled = f"pyro.plate('{plate}', {num_rows}, subsample_size=len(x))"
-        advice = (
-            f"In batches of {batch_size} of {num_rows} rows they would count once a batch, as if "
-            "each batch were the whole data set"
+        own = "pyro.plate(name, N, subsample_size=...) in the pair, which picks its rows"
+        actual = f"batches of {size}" if size < num_rows else "another order in each epoch"
+        raise PairError(where, expected, actual, [*whole, own])
+    warn(
+        f"The pair runs on batches of {structure.tied_to} rows and on no others. If it has "
+        f"parameters of its own for each row, other rows will share them: {whole[0]}."
+    )
+
+
+def _check_minibatches(structure: Structure, batches: Batches) -> None:
+    if not structure.global_sites or structure.is_scaled:
+        return
+    shared, plate = oxford(structure.global_sites[:4]), structure.plate
+    num_rows, (_, whole) = batches.source.num_rows, _words(batches)
+    scaled = f"pyro.plate('{plate}', {num_rows}, subsample_size=len(x))"
+    advice = (
+        f"In batches of {batches.batch_size} of {num_rows} rows they would count once a batch, as "
+        "if each batch were the whole data set"
+    )
+    if structure.global_latents:
+        raise PairError(
+            f"global site(s) {shared}",
+            "a data plate that knows the full size",
+            f"pyro.plate('{plate}', len(x)). {advice}",
+            [f"{scaled} in model and guide", *whole],
         )
-        if structure.global_latents:
-            raise PairError(
-                f"global site(s) {shared}",
-                "a data plate that knows the full size",
-                f"pyro.plate('{plate}', len(x)). {advice}",
-                [f"{scaled} in model and guide", "batch_size=None"],
-            )
-        warn(f"Site(s) {shared} are outside the data plate. {advice}. {scaled} counts them once.")
+    warn(f"Site(s) {shared} are outside the data plate. {advice}. {scaled} counts them once.")
 
 
-def _check_one_row(structure: Structure, source: Source, batch_size: int) -> None:
+def _check_one_row(structure: Structure, batches: Batches) -> None:
     """Tries a batch of one row in training mode, which batch norm and penalties may refuse."""
+    size, num_rows = batches.batch_size, batches.source.num_rows
     try:
         with trying(structure):
-            run_pair(structure.model, structure.guide, first_batch(source, 1))
+            run_pair(structure.model, structure.guide, _rows(batches, 1))
     except PairError as error:
         if not re.search("more than 1 value per channel|at least two data", str(error)):
             raise
+        fixes = [f"batch_size={size + 1}", "one row fewer"]
+        if isinstance(batches.source, LoaderSource):
+            fixes.insert(0, "drop_last=True in the DataLoader")
         raise ArgumentError(
-            "batch_size",
+            _words(batches)[0],
             "every batch with at least two rows, as batch norm and MMD need in training",
-            f"{source.num_rows} rows in batches of {batch_size}: the last one has a single row",
-            [f"batch_size={batch_size + 1}", "one row fewer"],
+            f"{num_rows} rows in batches of {size}: the last one has a single row",
+            fixes,
         ) from error
 
 
-def check_objective(
-    objective: Objective, structure: Structure, source: Source, batch_size: int, world: World
-) -> None:
+def _rows(batches: Batches, size: int) -> Batch:
+    """The first rows; no more than so many of a ``DataLoader``'s first batch."""
+    batch, axes = first_batch(batches.source, size), batches.source.axes
+    if num_rows_of(batch, axes) <= size:
+        return batch
+    pairs = zip(batch, axes or (0,) * len(batch), strict=True)
+    return tuple(part if axis is None else part.narrow(axis, 0, size) for part, axis in pairs)
+
+
+def check_objective(objective: Objective, structure: Structure, batches: Batches) -> None:
     """Tries the objective on batches of the sizes that training will have."""
-    sizes = {batch_size}
-    if not isinstance(source, LoaderSource) and structure.subsample_size is None:
-        sizes = _sizes(source.num_rows, batch_size, world)
-    state = objective.make_state(structure, source.num_rows, 1, 1)
+    sizes = batches.sizes if structure.subsample_size is None else {batches.batch_size}
+    state = objective.make_state(structure, batches.source.num_rows, 1, 1)
     for size in sizes:
         with trying(structure):
-            terms = objective.compute_terms(structure, first_batch(source, size))
+            terms = objective.compute_terms(structure, _rows(batches, size))
             objective.surrogate(terms, state)
 
 
@@ -146,7 +167,7 @@ def trying(structure: Structure) -> Iterator[None]:
 def check_overcomplete(structure: Structure, source: Source) -> None:
     """Warns of an autoencoder that nothing keeps from learning the identity."""
     points = sorted(structure.points & set(structure.improper))
-    if isinstance(source, LoaderSource) or not points:
+    if not points:
         return
     batch = first_batch(source, 8)
     try:

@@ -20,7 +20,7 @@ from pvae.errors import TrainingError, oxford, warn
 from pvae.fitting.history import History, Record
 from pvae.fitting.saving import copy_into, save_checkpoint
 from pvae.fitting.training import Training
-from pvae.modes import in_mode
+from pvae.modes import in_mode, with_gradients
 from pvae.schedules import Constant
 
 __all__ = ["train"]
@@ -233,6 +233,7 @@ def _at_work(training: Training) -> Iterator[tuple[tqdm, threading.Event]]:
     )
     with (
         bar,
+        with_gradients(),
         randomness.forked(world.seed(settings.seed)),
         in_mode(training.structure.modules, training=True),
         pyro.validation_enabled(is_validate=False),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pvae import checkpoint, randomness
 from pvae.distributed import job
-from pvae.errors import CheckpointError, warn
+from pvae.errors import CheckpointError, check_path, warn
 from pvae.fitting.history import History
 from pvae.fitting.identity import differences
 from pvae.fitting.settings import CHECKPOINT
@@ -131,7 +131,7 @@ def load_parameters(pair: PairLike, path: str | Path, batch: object = None) -> d
         >>> all(map(torch.equal, first.parameters(), second.parameters()))
         True
     """
-    pair, path = as_pair(pair, "load_parameters"), Path(path)
+    pair, path = as_pair(pair, "load_parameters"), check_path("path", path)
     path = path / CHECKPOINT if path.is_dir() else path
     saved = checkpoint.load(path)
     if batch is not None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from pvae.data import LoaderSource, Source
 from pvae.distributed import current
 from pvae.engine import ASKED, Asked, OptimizerLike, Precision
 from pvae.errors import ArgumentError, CheckpointError, check_int, check_number, oxford
 from pvae.schedules import Schedule, as_schedule
 
-__all__ = ["CHECKPOINT", "Settings"]
+__all__ = ["CHECKPOINT", "BatchSize", "Settings"]
+
+BatchSize = int | Literal["auto"] | None
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of a training's checkpoint in its folder."""
@@ -23,7 +27,7 @@ class Settings:
     """The arguments of `pvae.fit` beside pair, data and objective; they mean what they do there."""
 
     epochs: int
-    batch_size: int | None
+    batch_size: BatchSize
     optimizer: OptimizerLike
     lr: float
     lr_schedule: Schedule | None
@@ -45,7 +49,7 @@ class Settings:
         check_int("seed", self.seed, minimum=0)
         check_number("lr", self.lr, above=0)
         for name in ("batch_size", "patience", "save_every", "save_steps"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, "auto"):
                 check_int(name, getattr(self, name))
         if self.clip_norm is not None:
             check_number("clip_norm", self.clip_norm, above=0)
@@ -55,6 +59,23 @@ class Settings:
             self._check_folder(self.folder)
         elif self.resume:
             raise ArgumentError("resume", "a folder to resume from", "folder=None")
+
+    def rows_of_batch(self, source: Source) -> int:
+        """Rows of a batch of these data.
+
+        Raises:
+            ArgumentError: If a size was asked for beside a ``DataLoader`` that has another one.
+        """
+        asked = self.batch_size
+        if isinstance(source, LoaderSource):
+            own = source.batch_size
+            if asked != "auto" and asked != own and (asked, source.num_batches) != (None, 1):
+                has = f"batch_size={asked} beside batches of {own or 'a size of their own'}"
+                fixes = [f"fit(..., loader.dataset, batch_size={asked})", "no batch_size="]
+                raise ArgumentError("batch_size", "the DataLoader's own", has, fixes)
+            return own or source.num_rows
+        rows = 128 if asked == "auto" else asked or source.num_rows
+        return min(rows, source.num_rows)
 
     def _check_folder(self, folder: Path) -> None:
         is_new = not self.resume and not self.overwrite

@@ -61,13 +61,16 @@ def _look_at(
 ) -> tuple[Structure, Source, Source | None]:
     """Looks at pair and data together, on the device, and refuses what can't be trained."""
     where, dtype = pair.place(settings.device, data)
-    structure, source = look_at(pair, data, where, dtype, settings.batch_size)
+    asked = 128 if settings.batch_size == "auto" else settings.batch_size
+    structure, source = look_at(pair, data, where, dtype, asked)
     check_pair(structure, objective)
     check_data(structure, source)
     check_overcomplete(structure, source)
     if valid is None:
         return structure, source, None
     validation = as_source(valid, structure.device, structure.dtype, structure.axes)
+    if isinstance(validation, LoaderSource):
+        validation = validation.ordered()
     check_data(structure, validation, "valid")
     pair.checked_sources.add(validation)
     return structure, source, validation
@@ -77,17 +80,17 @@ def _make_batches(
     objective: PyroELBO, structure: Structure, source: Source, settings: Settings, world: World
 ) -> Batches:
     """The data cut into batches, on which the pair can be trained."""
-    rows = settings.batch_size
-    check_whole(structure, source, rows)
-    if rows is None or structure.subsample_size is not None:
+    asked, rows = settings.batch_size, settings.rows_of_batch(source)
+    check_whole(structure, source, None if asked == "auto" else asked)
+    if structure.subsample_size is not None:
         rows = source.num_rows
     # With one batch an epoch the order is no matter, but to parameters of single rows.
     batches = Batches(source, rows, settings.seed, shuffle=rows < source.num_rows, world=world)
     size = batches.batch_size
     check_parts(world, objective, structure, source, size)
-    check_batches(structure, source, size, world)
+    check_batches(structure, batches)
     if isinstance(objective, Objective) and objective.refuses_batches:
-        check_objective(objective, structure, source, size, world)
+        check_objective(objective, structure, batches)
     if settings.save_steps is not None and isinstance(source, LoaderSource):
         raise ArgumentError("save_steps", "data by index", "a DataLoader", ["pass loader.dataset"])
     return batches

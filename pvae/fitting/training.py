@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae.data import Batches, Source
 from pvae.engine import Stepper
-from pvae.errors import DataError, oxford, warn
+from pvae.errors import DataError, check_number, oxford, warn
 from pvae.fitting.history import History
 from pvae.fitting.identity import identity_of
 from pvae.fitting.settings import Settings
@@ -118,6 +118,8 @@ class Training:
         self.num_steps = max(1, epochs * self.steps_per_epoch)
         length = self.steps_per_epoch, self.num_steps
         self._lr_factor: Schedule = named.pop("lr_schedule").resolve(*length)
+        for step in range(0, self.num_steps, -(-self.num_steps // 1000)):
+            self._factor_at(step)
         if self.stepper.state is not None:
             self.stepper.state.resolve(named, *length)
 
@@ -125,9 +127,13 @@ class Training:
         """Sets the learning rates of the step to come."""
         if isinstance(self._lr_factor, Constant) and self._lr_factor.number == 1.0:
             return  # the optimiser's own, which it may change itself
-        factor = self._lr_factor(self.progress.global_step)
+        factor = self._factor_at(self.progress.global_step)
         for group, lr in zip(self.stepper.optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * factor
+
+    def _factor_at(self, step: int) -> float:
+        """The learning rate's factor; below 0 the loss would be made larger."""
+        return check_number(f"lr_schedule at step {step}", self._lr_factor(step), minimum=0)
 
     # Steps
 
@@ -135,16 +141,25 @@ class Training:
         """What is left of the epoch's batches.
 
         Raises:
-            DataError: If the epoch has none, as of an empty ``DataLoader``.
+            DataError: If a batch of a ``DataLoader`` can't be used, or the epoch has none.
         """
         epoch, start = self.progress.epoch, self.progress.step
-        if self.structure.subsample_size is None:
-            yield from self.batches.epoch(epoch, start)
-        else:
-            whole = next(self.batches.epoch(epoch))
-            yield from itertools.repeat(whole, self.steps_per_epoch - start)
-        if self.progress.step == 0:
-            raise DataError("data", "at least one batch in an epoch", "none")
+        try:
+            if self.structure.subsample_size is None:
+                yield from self.batches.epoch(epoch, start)
+            else:
+                whole = next(self.batches.epoch(epoch))
+                yield from itertools.repeat(whole, self.steps_per_epoch - start)
+        except DataError as error:
+            where = f"epoch {epoch}, {error.where}"
+            fixes = ["the pair is as it was before that batch", *error.fixes]
+            raise DataError(where, error.expected, error.actual, fixes) from error
+        if (number := self.progress.step) != self.steps_per_epoch:
+            warn(
+                f"Epoch {epoch} had {number} batch(es) where the data promise "
+                f"{self.steps_per_epoch}: schedules go by that length. A stream has to start anew "
+                "at each pass, and its __len__ has to be right."
+            )
 
     def go_back_to(self, step: int) -> None:
         """Takes back the steps from ``step`` on, which failed; all are of the epoch going on."""

@@ -76,6 +76,9 @@ def fit_density(
     """
     codes = as_matrix("codes", codes)
     check_number("ridge", ridge, above=0)
+    if len(codes) < 2:
+        fixes = ["the codes of more data"]
+        raise DataError("codes", "at least two, as one has no spread", "one", fixes)
     z = codes.double()
     loc, spread = z.mean(0), z.var(0, correction=0)
     unit = max(float(spread.mean()), 1e-12 * float(z.square().mean())) or 1.0

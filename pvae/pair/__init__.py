@@ -4,6 +4,7 @@
 Parts build pairs, tools work on them.
 """
 
+from pvae.pair.arguments import Uses
 from pvae.pair.base import Pair, PairLike, as_pair
 from pvae.pair.messages import is_penalty, mask_of
 from pvae.pair.observed import Observed, observed_sites
@@ -16,6 +17,7 @@ __all__ = [
     "Pair",
     "PairLike",
     "Structure",
+    "Uses",
     "as_batch",
     "as_pair",
     "is_inside",

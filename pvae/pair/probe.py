@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -12,7 +13,8 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pvae.distributions import is_improper, log_density_of_delta
-from pvae.errors import telling_memory, warn
+from pvae.errors import PvaeError, telling_memory, warn
+from pvae.pair.arguments import Uses
 from pvae.pair.checks import (
     check_apart,
     check_densities,
@@ -49,7 +51,8 @@ def inspect_pair(
     length = next((len(b) for b in batch if isinstance(b, Tensor) and b.dim()), 1)
     look = telling_memory("a look at the pair", length, option=None)
     with look, probing((model, guide)) as networks:
-        guide_trace, model_trace = run_pair(model, guide, batch)
+        with Uses(batch) as uses:
+            guide_trace, model_trace = run_pair(model, guide, batch)
         with put_back((model, guide)):
             again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
             sites = Sites(model_trace, guide_trace, batch, plate, densities)
@@ -60,6 +63,12 @@ def inspect_pair(
             parameters = Parameters(
                 programs, networks, traces, stored, lambda: run_pair(model, guide, batch)
             )
+            uses.take_in(guide_trace, model_trace)
+            if uses.unused(batch):  # are they of training alone, or indices of a plate?
+                with networks.in_training(), suppress(PvaeError), uses:
+                    uses.take_in(*run_pair(model, guide, batch))
+                with suppress(Exception), uses:
+                    uses.take_in(poutine.trace(model).get_trace(*batch))
             check_sites(sites)
             check_densities(sites, densities)
             check_with_pyro(model_trace, guide_trace)
@@ -90,7 +99,8 @@ def inspect_pair(
         sides=parameters.sides,
         modules=parameters.modules,
         anchor=first_floating(tensors),
-        oddities=parameters.oddities,
+        categories=tuple(sorted(uses.categories)),
+        oddities=(*parameters.oddities, *uses.unused(batch)),
     )
 
 

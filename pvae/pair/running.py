@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae import randomness
 from pvae.errors import PairError, PvaeError, is_out_of_memory
+from pvae.internals import version
 from pvae.origin import first_error, first_line, line_of_user
 from pvae.pair.held import Held
 from pvae.threads import alone
@@ -106,16 +107,36 @@ def run_pair(
     model: Program, guide: Program, batch: Batch, *, model_too: bool = True
 ) -> tuple[Trace, Trace]:
     """Traces of the guide and of the model replayed against it; errors say which one failed."""
-    unwrapped = poutine.unwrap(guide)
+    unwrapped, versions = poutine.unwrap(guide), _versions(batch)
     if isinstance(unwrapped, poutine.messenger.Messenger):  # an AutoMessenger runs both itself
         _named("guide", lambda: guide(*batch), batch)
         model_trace, guide_trace = unwrapped.get_traces()
         return guide_trace, model_trace
     guide_trace = _named("guide", lambda: poutine.trace(guide).get_trace(*batch), batch)
+    _check_unchanged("guide", batch, versions)
     if not model_too:
         return guide_trace, None
     replayed = poutine.replay(model, trace=guide_trace)
-    return guide_trace, _named("model", lambda: poutine.trace(replayed).get_trace(*batch), batch)
+    model_trace = _named("model", lambda: poutine.trace(replayed).get_trace(*batch), batch)
+    _check_unchanged("model", batch, versions)
+    return guide_trace, model_trace
+
+
+def _versions(batch: Batch) -> list[int | None]:
+    """How often each entry of a batch was written to; None where that isn't counted."""
+    counted = [isinstance(b, Tensor) and not b.is_inference() for b in batch]
+    return [version(b) if is_so else None for b, is_so in zip(batch, counted, strict=True)]
+
+
+def _check_unchanged(what: str, batch: Batch, before: list[int | None]) -> None:
+    """Refuses a program that changes its arguments: what it ran on isn't what is scored."""
+    changed = [i for i, (then, now) in enumerate(zip(before, _versions(batch), strict=True))
+               if then != now]  # fmt: skip
+    if changed:
+        fixes = ["x = x - m, which makes another tensor, for x -= m and x.sub_(m)"]
+        fixes.append("inplace=False in the first layer, such as nn.ReLU or nn.Dropout")
+        expected = "arguments that it leaves as they are, as the other program and loss read them"
+        raise PairError(what, expected, f"argument {changed[0]} changed in place", fixes)
 
 
 def _named(what: str, run: Callable[[], R], batch: Batch) -> R:

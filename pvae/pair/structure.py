@@ -54,7 +54,8 @@ class Structure:
         sides: By the same names: ``"model"``, ``"guide"``, or both.
         modules: The networks that the pair uses, however its programs reach them.
         anchor: A floating tensor of the pair, or of the batch where the pair has none itself.
-        oddities: What a modeller should know of the parameters; the pair warns of each once.
+        categories: Places in the batch of integers that something is looked up by, as classes are.
+        oddities: What a modeller should know of parameters and data; the pair warns of each once.
         notes: What else one batch told; filled when first asked for.
     """
 
@@ -89,6 +90,7 @@ class Structure:
     sides: dict[str, frozenset[str]]
     modules: tuple[nn.Module, ...]
     anchor: Tensor
+    categories: tuple[int, ...]
     oddities: tuple[str, ...]
     notes: dict[str, Any] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from pvae.terms.chunks import draw_globals, first_rows, fits_particles, stream
 from pvae.terms.evaluation import Evaluation, look_at, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
+from pvae.terms.rows import check_own_rows, has_own_rows
 from pvae.terms.states import GuideStates
 from pvae.terms.support import check_data
 
@@ -21,11 +22,13 @@ __all__ = [
     "Structure",
     "Terms",
     "check_data",
+    "check_own_rows",
     "compute",
     "draw_globals",
     "draw_guide",
     "first_rows",
     "fits_particles",
+    "has_own_rows",
     "look_at",
     "mean_of",
     "only_site",

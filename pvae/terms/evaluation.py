@@ -15,6 +15,7 @@ from pvae.data import LoaderSource, Source, as_source, check_rows, first_batch, 
 from pvae.errors import PairError
 from pvae.options import checked_options
 from pvae.pair import Batch, Pair, PairLike, Structure, as_pair
+from pvae.terms.rows import check_own_rows
 from pvae.terms.support import check_data
 
 __all__ = ["Evaluation", "look_at", "prepared"]
@@ -139,8 +140,12 @@ def _structure_of(pair: Pair, data: object) -> tuple[Structure, Source]:
     """What a pair is made of, by data, and the data as a source on its device, checked once."""
     like = pair.home(data)
     structure, source = look_at(pair, data, like.device, like.dtype)
+    if isinstance(source, LoaderSource):
+        needs_rows = structure.tied_to is not None or structure.subsample_size is not None
+        source = in_memory(source) if needs_rows else source.ordered()
     if source not in pair.checked_sources:
         check_data(structure, source)
+        check_own_rows(structure, source)
         if not isinstance(source, LoaderSource):
             pair.checked_sources.add(source)
     return structure, source

@@ -8,48 +8,64 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pvae.data import Source, check_rows, first_batch
+from pvae.data import Source, Support, check_rows, first_batch
 from pvae.errors import PairError
 from pvae.pair import Structure, observed_sites, probing, run_pair
+from pvae.types import Dist
 
 __all__ = ["check_data", "with_constant_bounds"]
 
+_CODES = ["rows = y >= 0, and every array as array[rows]: a code below 0 says that it is missing"]
 _Independent = type(constraints.independent(constraints.real, 1))
 
 
 def check_data(structure: Structure, source: Source, where: str = "data") -> None:
     """Refuses NaN, infinity, and values outside the support of the site that observes them.
 
+    Batches of a ``DataLoader``, and items of a ``Dataset``, are checked as they are read, from now
+    on.
+
     Raises:
         DataError: Naming the first offending row.
     """
-    site, support = _support(structure, source)
-    if support is None:
-        check_rows(source, where=where)
-    else:
-        words = f"values in the support of site '{site}', {support}"
-        check_rows(source, support.check, words, _fixes(support), where=where)
+    supports = {
+        place: Support(support.check, _words(site, support), _fixes(support))
+        for place, (site, support) in _supports(structure, source).items()
+    }
+    codes = Support(lambda codes: codes >= 0, "codes of categories, from 0 on", _CODES)
+    check_rows(source, dict.fromkeys(structure.categories, codes) | supports, where)
 
 
-def _support(structure: Structure, source: Source) -> tuple[str, Constraint | None]:
-    """The site that observes the first array as it is, and its support; None if that isn't one."""
+def _supports(structure: Structure, source: Source) -> dict[int, tuple[str, Constraint]]:
+    """By place in the batch, the site that observes that entry as it is, and its support."""
     batch = first_batch(source, 64)
     try:
         with probing((structure.model, structure.guide)):
             _, trace = run_pair(structure.model, structure.guide, batch)
     except PairError:  # a pair of fixed size: Pyro's validation looks at the first batch
-        return "", None
+        return {}
+    supports: dict[int, tuple[str, Constraint]] = {}
     for name, site in observed_sites(structure, trace, batch).items():
-        if site.is_itself and site.place == 0 and site.mask is None:
-            try:
-                support = trace.nodes[name]["fn"].support
-            except NotImplementedError:
-                return name, None
-            while isinstance(support, _Independent):
-                support = support.base_constraint
-            dependent = constraints.is_dependent(support)
-            return name, None if dependent else with_constant_bounds(support)
-    return "", None
+        if site.is_itself and site.place is not None and site.mask is None:
+            support = _support_of(trace.nodes[name]["fn"])
+            if support is not None:
+                supports.setdefault(site.place, (name, support))
+    return supports
+
+
+def _support_of(fn: Dist) -> Constraint | None:
+    """A distribution's support; None if it has none, or one that differs from row to row."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    while isinstance(support, _Independent):
+        support = support.base_constraint
+    return None if constraints.is_dependent(support) else with_constant_bounds(support)
+
+
+def _words(site: str, support: Constraint) -> str:
+    return f"values in the support of site '{site}', {support}"
 
 
 def with_constant_bounds(support: Constraint) -> Constraint | None:
