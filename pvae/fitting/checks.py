@@ -218,6 +218,11 @@ def check_pair(structure: Structure, objective: PyroELBO) -> None:
     if not structure.parameters:
         fixes = ["pyro.param or pyro.module in a function", "nn.Parameter in a module"]
         raise PairError("pair", "at least one trainable parameter", "none", fixes)
+    buffers = (b for module in structure.modules for b in module.buffers(recurse=False))
+    if any(tensor.is_inference() for tensor in (*structure.parameters.values(), *buffers)):
+        fixes = ["the pair made outside of torch.inference_mode()"]
+        actual = "some that were made in torch.inference_mode()"
+        raise PairError("pair", "parameters that can be trained", actual, fixes)
     plate = getattr(objective, "plate", None)
     if plate is not None and plate not in structure.plates:
         fixes = [f"pvae.fit(pvae.Pair(model, guide, plate='{plate}'), ...)"]
