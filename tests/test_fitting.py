@@ -367,7 +367,7 @@ def test_the_same_data_in_any_form_give_the_same_fit(
 def test_a_data_loader_of_the_users_own(device: torch.device) -> None:
     pair = vae()
     loader = DataLoader(TensorDataset(binary()), batch_size=8, shuffle=True)
-    run = fit(pair, loader, epochs=3, valid=loader, device=device)
+    run = fit(pair, loader, epochs=3, valid=loader, device=device, batch_size="auto")
     assert run.history["step"] == [5, 10, 15]
     assert not run.training.source.exact
 

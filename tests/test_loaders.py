@@ -113,6 +113,7 @@ def test_parameters_of_single_rows_take_all_rows_in_order() -> None:
     assert same(state(pairs[0][1]), state(pairs[1][1]))
     found = [bounds.elbo(pair, d, 300).mean for pair, d in zip(pairs, (whole, x), strict=True)]
     assert found[0] == pytest.approx(found[1], abs=0.1)
+    pyro.clear_param_store()
     x = torch.randn(256, 2)  # a look is at 128 rows
     fit(pair := tied(x), x[:128], epochs=1, batch_size=None)
     with pytest.raises(PairError, match="the 128 rows that the pair's parameters belong to"):

@@ -180,7 +180,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
         lambda: fit(vae(), np.array(["a"] * N)),
         "data",
         "real numbers; got dtype <U1",
-        "astype(float)",
+        "np.unique(x, return_inverse=True)[1]",
     ),
     "complex": (
         lambda: fit(vae(), binary().to(torch.complex64)),

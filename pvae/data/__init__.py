@@ -9,6 +9,7 @@ from pvae.data.batches import Batches
 from pvae.data.checks import RowCheck, Support
 from pvae.data.fetched import LoaderSource
 from pvae.data.intake import as_source, check_rows, in_memory, joined
+from pvae.data.mixed import Mixed
 from pvae.data.readers import Splits, load, read_idx
 from pvae.data.remote import download
 from pvae.data.sources import Axes, Source, first_batch, num_rows_of
@@ -20,6 +21,7 @@ __all__ = [
     "Data",
     "LinearGaussian",
     "LoaderSource",
+    "Mixed",
     "RowCheck",
     "Source",
     "Splits",

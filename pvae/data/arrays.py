@@ -107,11 +107,21 @@ def _numbers_of(thing: Any, array: np.ndarray) -> list[str]:
     """Lines that make numbers of what isn't."""
     if array.dtype.kind == "c":
         return ["x.real"]
+    if array.dtype.kind in "US" and _all_parse(array):
+        return ["x.astype(float)"]
     if any(isinstance(value, str) for value in array.flat):
         return ["np.unique(x, return_inverse=True)[1], for names of classes"]
     if hasattr(thing, "to_numpy"):  # pandas
         return ["x.to_numpy(float, na_value=float('nan'))"]
     return ["x.astype(float)"]
+
+
+def _all_parse(array: np.ndarray) -> bool:
+    try:
+        array.astype(float)
+    except ValueError:
+        return False
+    return True
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

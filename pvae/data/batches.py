@@ -57,6 +57,11 @@ class Batches:
         self.batch_size = min(check_int("batch_size", batch_size), source.num_rows)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the source."""
+        return self.source.num_rows
+
+    @property
     def steps_per_epoch(self) -> int:
         """Number of batches in an epoch."""
         if isinstance(self.source, LoaderSource):

@@ -50,6 +50,9 @@ def as_source(
         return source if known is None else source.along(known)
     if hasattr(data, "train") and hasattr(data, "valid"):
         raise DataError("data", "one part of a data set", type(data).__name__, ["data.train"])
+    if isinstance(data, Mapping):
+        names = [f"data['{name}']" for name in data]
+        raise DataError("data", "one data set", f"a dictionary of {', '.join(names)}", names[:2])
     if not isinstance(data, Data):
         data = Data(as_arrays(data))
     if axes == "any" and not is_even(data):

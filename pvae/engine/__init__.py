@@ -5,6 +5,7 @@
 """
 
 from pvae.engine.compiler import UncompilableError, compile_function
+from pvae.engine.mixed import MixedStepper
 from pvae.engine.monitor import PARTS, Failure
 from pvae.engine.of_pyro import OptimizerOfPyro
 from pvae.engine.optimizers import Backup, OptimizerLike, make_optimizer
@@ -21,6 +22,7 @@ __all__ = [
     "Backup",
     "Engine",
     "Failure",
+    "MixedStepper",
     "OptimizerLike",
     "OptimizerOfPyro",
     "Precision",

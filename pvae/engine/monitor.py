@@ -106,6 +106,11 @@ class Monitor:
             return bad
         return known.copy_(torch.where(self.failed, known, bad))
 
+    def share(self, first: Monitor, sums: Tensor) -> None:
+        """Has with another monitor one record of the first step that failed; and sums elsewhere."""
+        self.number, self.failed, self.failed_at = first.number, first.failed, first.failed_at
+        self.sums = sums
+
     def tensors(self) -> list[Tensor]:
         """What a step changes."""
         return [self.sums, self.loss, self.failed, self.failed_at]

@@ -55,7 +55,7 @@ class Passes:
         moving: The buffers that a pass changes, where it is known, as while one is recorded.
         names: Names of the parameters that the last pass had gradients of.
         has_penalties: Whether the last pass had any.
-        announced: Parameters, by identity, that the last pass announced; known only with ``late``.
+        announced: Parameters, by identity, that a pass announces: the last, with ``late``; or set.
         value: What one of Pyro's objectives returned, a number or a tuple of them.
     """
 

@@ -182,7 +182,7 @@ class Stepper:
 
     def look(self, step: int) -> Failure | None:
         """Waits for the device and says whether a step has failed; ``step`` is the last one."""
-        failure = self._monitor.look(self.passes.names)
+        failure = self.failure()
         if failure is None:
             return None
         for state in self.optimizer.state.values():  # counters on the host couldn't be masked
@@ -191,6 +191,15 @@ class Stepper:
                 count -= step - failure.step + 1
         sites = dict.fromkeys(name for own in self.world.gather(failure.sites) for name in own)
         return replace(failure, sites=tuple(sites))
+
+    def failure(self) -> Failure | None:
+        """The first step that failed, if one has, and what was wrong in this stepper's own."""
+        return self._monitor.look(self.passes.names)
+
+    def share(self, first: Stepper, sums: Tensor) -> None:
+        """Has with another stepper one record of what has failed and moved; and sums elsewhere."""
+        self._monitor.share(first._monitor, sums)
+        self.sums, self.moved = sums, first.moved
 
     def recover(self, step: int) -> None:
         """Makes itself ready to go on at ``step``, after a failure."""

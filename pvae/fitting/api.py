@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def fit(
     *,
     epochs: int = 10,
     batch_size: BatchSize = "auto",
+    mix: Mapping[str, int] | None = None,
     optimizer: OptimizerLike = torch.optim.Adam,
     lr: float = 1e-3,
     lr_schedule: Schedule | None = None,
@@ -68,7 +70,10 @@ def fit(
     Arguments:
         pair: A model and its guide: modules, or functions whose parameters are in Pyro's store.
         data: An array, tensor, ``np.memmap`` or tuple of them; a torch ``Dataset``; a
-            ``DataLoader``; a `pvae.data.Data`. Batches are passed as ``model(*batch)``.
+            ``DataLoader``; a `pvae.data.Data`. Batches are passed as ``model(*batch)``. A
+            dictionary of several of these, by name, is several kinds of data in one training:
+            ``{"labelled": (x, y), "unlabelled": x_more}`` for a ``model(x, y=None)``. Each step is
+            on a batch of one of them; losses are logged by name, too.
         objective: What to maximise: one of `pvae.objectives`, or its name in small letters, such
             as ``"dreg"``; None, or Pyro's ``Trace_ELBO``, is `pvae.objectives.ELBO`.
             Pyro's other ELBOs run as they are.
@@ -76,6 +81,11 @@ def fit(
         batch_size: Rows of a batch, of all processes together; ``"auto"`` is 128, or what a
             ``DataLoader`` has; None is all of the data, which is also what a pair that subsamples
             itself gets.
+        mix: How many batches of each kind of data come in turn, by name, such as
+            ``{"labelled": 1, "unlabelled": 3}``; a kind with less of them than the epoch asks for
+            begins again. None for one pass over each in every epoch. Each step's loss is divided
+            by the full size of its own data plate, as always: with None, and batches of one
+            length, every datum counts alike.
         optimizer: A torch optimiser class, or a function of (parameters, lr). One optimiser
             holds all parameters, fused where the device has that.
         lr: Learning rate.
@@ -127,6 +137,7 @@ def fit(
         clip_norm=clip_norm, patience=patience, device=device, engine=engine, precision=precision,
         seed=seed, folder=None if folder is None else check_path("folder", folder), resume=resume,
         overwrite=overwrite, save_every=save_every, save_steps=save_steps, progress=progress,
+        mix=mix,
     )  # fmt: skip
     if isinstance(objective, str):
         objective = named(objective)()
@@ -158,7 +169,7 @@ class Fit:
         return self.training.interrupted
 
     def __repr__(self) -> str:
-        progress, num_rows = self.progress, self.training.source.num_rows
+        progress, num_rows = self.progress, self.training.batches.num_rows
         lines = [
             f"Fit of {len(self.structure.parameters)} parameter tensors to {num_rows} data, "
             f"{progress.epoch} epoch(s), {progress.global_step} steps, {progress.seconds:.0f} s"
@@ -198,7 +209,8 @@ class Fit:
         """What the fit is worth, on one screen: `pvae.diagnose`.
 
         Arguments:
-            data: Held out, best; None for the validation data, or else the training data.
+            data: Held out, best; None for the validation data, or else the training data, of
+                which it takes the first kind where there are several.
             options: Those of `pvae.diagnose`.
         """
         from pvae.diagnostics import diagnose  # ArviZ takes a second to import

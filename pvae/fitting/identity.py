@@ -10,7 +10,7 @@ import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import nn
 
-from pvae.data import Batches, LoaderSource, Source
+from pvae.data import Batches, LoaderSource, Mixed, Source
 from pvae.fitting.settings import Settings
 from pvae.pair import Pair
 
@@ -22,7 +22,7 @@ def identity_of(
     settings: Settings,
     objective: PyroELBO,
     optimizer: torch.optim.Optimizer,
-    batches: Batches,
+    batches: Batches | Mixed,
 ) -> dict[str, object]:
     """What a resumed training, or another process's part of one, must have in common, by name."""
     hidden = ("lr", "fused", "foreach", "capturable", "differentiable")  # lr has its own entry
@@ -35,18 +35,30 @@ def identity_of(
         "clip_norm": settings.clip_norm,
         "precision": settings.precision,
         "patience": settings.patience,
-        "batch_size": batches.batch_size,
-        "num_rows": batches.source.num_rows,
         "objective": repr(objective),
         "optimizer": f"{type(optimizer).__name__}({plain})",
-        "data": _digest(batches.source),
         "engine": settings.engine,
+        **_of_data(batches),
     }
     for name, program in (("model", pair.model), ("guide", pair.guide)):
         is_module = isinstance(program, nn.Module)
         identity[name] = repr(program) if is_module else type(program).__name__
     addresses = " at 0x[0-9a-f]+"  # a repr that is the same in every process has none
     return {k: re.sub(addresses, "", v) if isinstance(v, str) else v for k, v in identity.items()}
+
+
+def _of_data(batches: Batches | Mixed) -> dict[str, object]:
+    if isinstance(batches, Mixed):
+        mix = None if batches.mix is None else dict(batches.mix)
+        parts = {name: _of_data(part) for name, part in batches.parts.items()}
+        named = {f"{k} of {name}": v for name, part in parts.items() for k, v in part.items()}
+        return {"mix": mix, **named}
+    source = batches.source
+    return {
+        "batch_size": batches.batch_size,
+        "num_rows": source.num_rows,
+        "data": _digest(source),
+    }
 
 
 def differences(

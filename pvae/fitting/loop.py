@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pvae import bounds, randomness
 from pvae.bounds.possible import ALARM, ROUNDING
+from pvae.engine import MixedStepper
 from pvae.errors import TrainingError, oxford, warn
 from pvae.fitting.history import History, Record
 from pvae.fitting.saving import copy_into, save_checkpoint
@@ -131,6 +132,10 @@ def _record(training: Training) -> Record:
     }
     if stepper.passes.has_penalties:
         record["penalty"] = average["penalty"]
+    if isinstance(stepper, MixedStepper):
+        for name, own in stepper.steppers.items():
+            record[f"loss_{name}"] = average[f"loss_{name}"]
+            record[f"{own.structure.quantity}_{name}"] = average[f"elbo_{name}"]
     record["grad_norm"] = average["grad_norm"]
     record["lr"] = stepper.optimizer.param_groups[0]["lr"]
     if (state := stepper.state) is not None:

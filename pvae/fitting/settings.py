@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,7 @@ class Settings:
     save_every: int
     save_steps: int | None
     progress: bool
+    mix: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         check_int("epochs", self.epochs, minimum=0)

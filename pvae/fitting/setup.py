@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pyro.infer import ELBO as PyroELBO
 
 from pvae import checkpoint, distributed, randomness
 from pvae.data import Batches, LoaderSource, Source, as_source, first_batch
 from pvae.distributed import World
-from pvae.engine import Engine, Stepper, choose, make_optimizer
+from pvae.engine import Engine, MixedStepper, Stepper, choose, make_optimizer
 from pvae.errors import ArgumentError, warn
 from pvae.fitting.checks import (
     check_batches,
@@ -16,6 +18,7 @@ from pvae.fitting.checks import (
     check_pair,
     check_whole,
 )
+from pvae.fitting.kinds import check_state, mixed, one_training
 from pvae.fitting.processes import agree, check_parts, warn_if_apart
 from pvae.fitting.saving import restore
 from pvae.fitting.settings import Settings
@@ -39,16 +42,21 @@ def set_up(
     if settings.patience is not None and valid is None:
         fixes = ["valid=x_valid"]
         raise ArgumentError("patience", "validation data to look at", "valid=None", fixes)
+    named = dict(data) if isinstance(data, Mapping) else {"": data}
+    if settings.mix is not None and not isinstance(data, Mapping):
+        fixes = ["data={'labelled': (x, y), 'unlabelled': x_more}"]
+        raise ArgumentError("mix", "several kinds of data, by name", type(data).__name__, fixes)
     with randomness.forked():  # data sets and samplers may draw, too
-        structure, source, validation = _look_at(pair, data, objective, valid, settings)
-        batches = _make_batches(objective, structure, source, settings, world)
-        parameters = list(structure.parameters.values())
-        optimizer = make_optimizer(settings.optimizer, parameters, settings.lr)
-        state = None
-        if isinstance(objective, Objective):  # Pyro's own have none
-            state = objective.make_state(structure, source.num_rows, 1, 1)  # until it has a length
-        given = (structure, objective, optimizer, state, settings.clip_norm)
-        stepper = Stepper(*given, precision=settings.precision, world=world)
+        looked = {name: _look_at(pair, part, objective, settings) for name, part in named.items()}
+        structures = {name: structure for name, (structure, _) in looked.items()}
+        together = one_training(structures)
+        validation = _look_at_valid(pair, next(iter(together.values())), valid, len(named) > 1)
+        parts = {
+            name: _make_batches(objective, structure, looked[name][1], settings, world)
+            for name, structure in together.items()
+        }
+        stepper = _make_stepper(objective, structures, together, parts, settings, world)
+        batches = mixed(parts, settings, world) if len(parts) > 1 else next(iter(parts.values()))
         training = Training(pair, settings, batches, validation, stepper)
         _warn_of_long_schedules(training)
         agree(world, training.identity, training.tensors)
@@ -57,8 +65,8 @@ def set_up(
 
 
 def _look_at(
-    pair: Pair, data: object, objective: PyroELBO, valid: object, settings: Settings
-) -> tuple[Structure, Source, Source | None]:
+    pair: Pair, data: object, objective: PyroELBO, settings: Settings
+) -> tuple[Structure, Source]:
     """Looks at pair and data together, on the device, and refuses what can't be trained."""
     where, dtype = pair.place(settings.device, data)
     asked = 128 if settings.batch_size == "auto" else settings.batch_size
@@ -66,14 +74,58 @@ def _look_at(
     check_pair(structure, objective)
     check_data(structure, source)
     check_overcomplete(structure, source)
+    return structure, source
+
+
+def _look_at_valid(
+    pair: Pair,
+    structure: Structure,
+    valid: object,
+    of_its_own: bool,  # noqa: FBT001
+) -> Source | None:
+    """The validation data, checked; of its own are those of one kind of several."""
     if valid is None:
-        return structure, source, None
-    validation = as_source(valid, structure.device, structure.dtype, structure.axes)
-    if isinstance(validation, LoaderSource):
-        validation = validation.ordered()
-    check_data(structure, validation, "valid")
-    pair.checked_sources.add(validation)
-    return structure, source, validation
+        return None
+    if of_its_own:
+        structure, source = look_at(pair, valid, structure.device, structure.dtype)
+    else:
+        source = as_source(valid, structure.device, structure.dtype, structure.axes)
+    if isinstance(source, LoaderSource):
+        source = source.ordered()
+    check_data(structure, source, "valid")
+    pair.checked_sources.add(source)
+    return source
+
+
+def _make_stepper(
+    objective: PyroELBO,
+    looked: Mapping[str, Structure],
+    structures: Mapping[str, Structure],
+    parts: Mapping[str, Batches],
+    settings: Settings,
+    world: World,
+) -> Stepper | MixedStepper:
+    """What runs a step: one optimiser and one state of the objective, for each kind of data."""
+    first = next(iter(structures.values()))
+    optimizer = make_optimizer(settings.optimizer, list(first.parameters.values()), settings.lr)
+    state = None
+    if isinstance(objective, Objective):  # Pyro's own have none
+        num_rows = sum(part.num_rows for part in parts.values())
+        state = objective.make_state(first, num_rows, 1, 1)  # until it has a length
+    steppers = {
+        name: Stepper(
+            *(structure, objective, optimizer, state, settings.clip_norm),
+            precision=settings.precision,
+            world=world,
+        )
+        for name, structure in structures.items()
+    }
+    if len(steppers) == 1:
+        return next(iter(steppers.values()))
+    check_state(objective, state)
+    for name, own in looked.items():
+        steppers[name].passes.announced = {*map(id, own.parameters.values())}
+    return MixedStepper(steppers)
 
 
 def _make_batches(
@@ -123,8 +175,10 @@ def _choose_engine(training: Training, before: Engine | None) -> Engine:
         return before
     rows = max(world.shares(training.batches.batch_size))
     steps = training.settings.epochs * training.steps_per_epoch
+    stepper = training.stepper
+    first = stepper.first if isinstance(stepper, MixedStepper) else stepper
     return world.from_first(
-        lambda: choose(training.stepper, lambda: first_batch(training.source, rows), steps)
+        lambda: choose(first, lambda: first_batch(training.source, rows), steps)
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyro
 from torch import Tensor, nn
 
-from pvae.data import Batches, Source
-from pvae.engine import Stepper
+from pvae.data import Batches, Mixed, Source
+from pvae.engine import MixedStepper, Stepper
 from pvae.errors import DataError, check_number, oxford, warn
 from pvae.fitting.history import History
 from pvae.fitting.identity import identity_of
@@ -58,7 +59,7 @@ class Training:
     Attributes:
         pair: What is trained.
         settings: What `pvae.fit` was told.
-        batches: The data, cut into batches.
+        batches: The data, cut into batches; of several kinds, each with its kind's name.
         valid: The validation data, if there are any.
         stepper: Runs a step.
         objective, structure, world: Those of the stepper.
@@ -76,9 +77,9 @@ class Training:
 
     pair: Pair
     settings: Settings
-    batches: Batches
+    batches: Batches | Mixed
     valid: Source | None
-    stepper: Stepper
+    stepper: Stepper | MixedStepper
     generators: dict[str, Tensor] | None = None
     interrupted: bool = False
 
@@ -137,7 +138,7 @@ class Training:
 
     # Steps
 
-    def batches_left(self) -> Iterator[tuple[Tensor, ...]]:
+    def batches_left(self) -> Iterator[Any]:
         """What is left of the epoch's batches.
 
         Raises:

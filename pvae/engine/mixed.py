@@ -1,0 +1,83 @@
+"""Steps on batches of several kinds, which one optimiser takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pvae.engine.monitor import PARTS, Failure
+from pvae.engine.stepper import Engine, Stepper
+
+__all__ = ["MixedStepper"]
+
+
+class MixedStepper:
+    """What `Stepper` is, for batches of several kinds: each kind has a stepper of its own.
+
+    They share parameters, optimiser and the objective's state, so that a step of one kind is a step
+    of the training, and a step that failed stops the steps of all. What they measure is summed
+    apart.
+
+    Attributes:
+        first: The first stepper, whose structure and passes stand for all.
+
+    Arguments:
+        steppers: By the name of the kind; all with the same parameters, optimiser and state.
+    """
+
+    def __init__(self, steppers: Mapping[str, Stepper]) -> None:
+        self.steppers = dict(steppers)
+        self.first = first = next(iter(self.steppers.values()))
+        self.structure, self.objective, self.state = first.structure, first.objective, first.state
+        self.optimizer, self.world, self.passes = first.optimizer, first.world, first.passes
+        shape = len(self.steppers), len(PARTS) + 1
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=self.structure.device)
+        for row, stepper in zip(self.sums, self.steppers.values(), strict=True):
+            stepper.share(first, row)
+
+    def __call__(self, batch: tuple[str, tuple[Tensor, ...]], step: int) -> None:
+        """Runs one step on a batch of the kind that is named before it."""
+        name, tensors = batch
+        self.steppers[name](tensors, step)
+
+    @property
+    def engine(self) -> Engine:
+        """How a step runs."""
+        return self.first.engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        for stepper in self.steppers.values():
+            stepper.engine = engine
+
+    def averages(self) -> dict[str, float]:
+        """Averages over all data since the last `reset`, and those of each kind by its name."""
+        apart = {name: stepper.averages() for name, stepper in self.steppers.items()}
+        rows = self.sums[:, -1].tolist()
+        total = max(sum(rows), 1.0)
+        sums = zip(rows, apart.values(), strict=True)
+        weighted = [{key: n * value for key, value in own.items()} for n, own in sums if n]
+        whole = {part: sum(own[part] for own in weighted) / total for part in PARTS}
+        return whole | {f"{k}_{name}": v for name, own in apart.items() for k, v in own.items()}
+
+    def reset(self) -> None:
+        """Starts new averages."""
+        self.sums.zero_()
+
+    def look(self, step: int) -> Failure | None:
+        """Waits for the device and says whether a step has failed; ``step`` is the last one."""
+        first = self.first.look(step)
+        if first is None:
+            return None
+        found = [stepper.failure() or first for stepper in self.steppers.values()]
+        sites = dict.fromkeys(name for failure in found for name in failure.sites)
+        parameters = dict.fromkeys(name for failure in found for name in failure.parameters)
+        return replace(first, sites=tuple(sites), parameters=tuple(parameters))
+
+    def recover(self, step: int) -> None:
+        """Makes itself ready to go on at ``step``, after a failure."""
+        for stepper in self.steppers.values():
+            stepper.recover(step)
