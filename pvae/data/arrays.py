@@ -95,8 +95,8 @@ def _refuse_others(name: str, thing: Any) -> None:
 
 def _masked(name: str, actual: str) -> DataError:
     fixes = [
-        "(x.filled(0), (~np.ma.getmaskarray(x)).astype('float32')), to a pair whose likelihood is "
-        "masked by its second argument: fn.mask(mask > 0) before to_event",
+        "(x.filled(0), ~np.ma.getmaskarray(x)), for a model(x, seen) with dist.Normal(...)"
+        ".mask(seen).to_event(1)",
         "x[~np.ma.getmaskarray(x).any(1)], the rows that are complete",
         "x.filled(0), if 0 is what was seen",
     ]

@@ -50,7 +50,7 @@ def as_source(
         return source if known is None else source.along(known)
     if hasattr(data, "train") and hasattr(data, "valid"):
         raise DataError("data", "one part of a data set", type(data).__name__, ["data.train"])
-    if isinstance(data, Mapping):
+    if isinstance(data, dict):
         names = [f"data['{name}']" for name in data]
         raise DataError("data", "one data set", f"a dictionary of {', '.join(names)}", names[:2])
     if not isinstance(data, Data):

@@ -56,11 +56,10 @@ class MixedStepper:
     def averages(self) -> dict[str, float]:
         """Averages over all data since the last `reset`, and those of each kind by its name."""
         apart = {name: stepper.averages() for name, stepper in self.steppers.items()}
-        rows = self.sums[:, -1].tolist()
-        total = max(sum(rows), 1.0)
-        sums = zip(rows, apart.values(), strict=True)
-        weighted = [{key: n * value for key, value in own.items()} for n, own in sums if n]
-        whole = {part: sum(own[part] for own in weighted) / total for part in PARTS}
+        ran = [own for own in apart.values() if own["rows"]]
+        rows = sum(own["rows"] for own in ran)
+        sums = {part: sum(own["rows"] * own[part] for own in ran) for part in PARTS}
+        whole = {part: total / max(rows, 1.0) for part, total in sums.items()} | {"rows": rows}
         return whole | {f"{k}_{name}": v for name, own in apart.items() for k, v in own.items()}
 
     def reset(self) -> None:

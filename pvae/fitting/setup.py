@@ -42,8 +42,8 @@ def set_up(
     if settings.patience is not None and valid is None:
         fixes = ["valid=x_valid"]
         raise ArgumentError("patience", "validation data to look at", "valid=None", fixes)
-    named = dict(data) if isinstance(data, Mapping) else {"": data}
-    if settings.mix is not None and not isinstance(data, Mapping):
+    named = dict(data) if isinstance(data, dict) else {"": data}
+    if settings.mix is not None and not isinstance(data, dict):
         fixes = ["data={'labelled': (x, y), 'unlabelled': x_more}"]
         raise ArgumentError("mix", "several kinds of data, by name", type(data).__name__, fixes)
     with randomness.forked():  # data sets and samplers may draw, too
