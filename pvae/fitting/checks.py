@@ -34,6 +34,7 @@ def check_batches(structure: Structure, batches: Batches) -> None:
     """Refuses batches that the pair can't be trained on, or would be wrongly trained on."""
     if structure.subsample_size is not None:
         return
+    _warn_of_size(structure, batches.source.num_rows)
     _check_rows_kept(structure, batches)
     if batches.batch_size == batches.source.num_rows:
         check_own_rows(structure, batches.source)
@@ -41,6 +42,16 @@ def check_batches(structure: Structure, batches: Batches) -> None:
         _check_minibatches(structure, batches)
     if 1 in batches.sizes:
         _check_one_row(structure, batches)
+
+
+def _warn_of_size(structure: Structure, num_rows: int) -> None:
+    """Warns of a plate that counts other data than there are, beside latents that they share."""
+    if structure.global_latents and structure.is_scaled and structure.full_size != num_rows:
+        warn(
+            f"pyro.plate('{structure.plate}', {structure.full_size}, ...) counts other data than "
+            f"the {num_rows} that there are: the posterior of {oxford(structure.global_latents)} "
+            f"is that of {structure.full_size} such data."
+        )
 
 
 def check_whole(structure: Structure, source: Source, batch_size: int | None) -> None:
