@@ -68,10 +68,11 @@ def test_a_global_latent_beside_a_loader_needs_the_full_size() -> None:
     with torch.no_grad():  # the posterior: the bound of all rows is the evidence of all
         exact[1].locs.mu.fill_(float(x.sum() / 60.01))
         exact[1].scales.mu = torch.tensor(60.01**-0.5)
-    with pytest.warns(PvaeWarning, match=r"'data', 80, .* 60 that there are: .* of 80 such data"):
-        fit(normal_mean(80), batches, epochs=1)
     whole = dist.MultivariateNormal(torch.zeros(60), torch.eye(60) + 100.0).log_prob(x)
     assert bounds.elbo(exact, batches).mean == pytest.approx(float(whole) / 60, abs=1e-8)
+    pyro.clear_param_store()
+    with pytest.warns(PvaeWarning, match=r"'data', 80, .* 60 that there are: .* of 80 such data"):
+        fit(normal_mean(80), batches, epochs=1)
 
 
 # Rows that parameters belong to
