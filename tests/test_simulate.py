@@ -114,6 +114,7 @@ def test_data_that_the_model_changes_first_are_refused_alike(data: Tensor) -> No
         bounds.bdmc(pair, nothing, 2, ais=ais, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:Nothing in the pair uses argument")
 def test_what_a_site_observes(data: Tensor) -> None:
     """Places by identity, by memory, by value; none; more than one; and how it is put back."""
     other = torch.arange(float(N * D), device=data.device).reshape(N, D)

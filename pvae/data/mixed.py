@@ -29,7 +29,7 @@ class Mixed:
         >>> few, many = (Batches(as_source(torch.arange(n)), 2) for n in (4, 12))
         >>> mixed = Mixed({"few": few, "many": many})
         >>> [name for name, _ in mixed.epoch(0)]
-        ['many', 'few', 'many', 'many', 'many', 'many', 'few', 'many']
+        ['many', 'few', 'many', 'many', 'many', 'few', 'many', 'many']
         >>> [name for name, _ in Mixed(mixed.parts, {"few": 1, "many": 2}).epoch(0)]
         ['many', 'few', 'many', 'many', 'few', 'many', 'many', 'few', 'many']
     """
