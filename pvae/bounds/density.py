@@ -157,8 +157,8 @@ class LatentDensity:
         """
         with torch.no_grad():
             run = self._simulate(1, "simulated data")
-            filled = run.put_back()
-            run.check_unfed(filled)
+            settled = run.settled()
+            filled, run.traces = settled.batch, [settled.trace]
         return LatentDensity(self.structure, filled, self.given), self._latents_of(run)
 
     def _simulate(self, num_draws: int, where: str, *, draw_data: bool = True) -> Simulation:

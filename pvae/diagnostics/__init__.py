@@ -20,7 +20,7 @@ from pvae.diagnostics.importance import Importance, JointImportance, importance,
 from pvae.diagnostics.learning import LearningCurve, learning_curve
 from pvae.diagnostics.nuts import AgainstNUTS, against_nuts
 from pvae.diagnostics.pit import PIT, pit
-from pvae.diagnostics.predictive import PredictiveCheck, Statistic, predictive
+from pvae.diagnostics.predictive import PredictiveCheck, PredictiveChecks, Statistic, predictive
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.sbc import SBC, sbc
 from pvae.diagnostics.surgery import Surgery, surgery
@@ -51,6 +51,7 @@ __all__ = [
     "LearningCurve",
     "ObjectiveComparison",
     "PredictiveCheck",
+    "PredictiveChecks",
     "Result",
     "Score",
     "Statistic",

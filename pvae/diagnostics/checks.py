@@ -16,7 +16,7 @@ from pvae.diagnostics.gap import gap
 from pvae.diagnostics.gradients import gradient_noise
 from pvae.diagnostics.importance import importance
 from pvae.diagnostics.nuts import against_nuts
-from pvae.diagnostics.predictive import PredictiveCheck, predictive
+from pvae.diagnostics.predictive import PredictiveCheck, PredictiveChecks, predictive
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.sbc import sbc
 from pvae.diagnostics.surgery import COLLAPSE_ADVICE, DISTORTION, RATE, surgery
@@ -63,11 +63,17 @@ def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> fl
 
 @dataclass(frozen=True)
 class Subject:
-    """What is diagnosed, K draws from the guide for each datum, and the bins of data, if any."""
+    """What is diagnosed, with K draws for each datum, bins of data, and one site, if asked for."""
 
     evaluation: terms.Evaluation
     num_particles: int
     bin_width: float | None = None
+    site: str | None = None
+
+    @property
+    def latent(self) -> str | None:
+        """The latent of the data that was asked for; None for all."""
+        return self.site if self.site in self.evaluation.structure.latents else None
 
     def run(self, check: Callable[..., T], **options: object) -> T:
         """A diagnostic of the pair and its data."""
@@ -210,13 +216,30 @@ _EXACT = 256  # entries of a code up to which its Jacobian is taken whole
 FEW, MOST, ROWS = 100, 2000, 1_000_000  # replicates, and rows of all of them together
 
 
-def _predictive(subject: Subject) -> PredictiveCheck:
+def _predictive(subject: Subject) -> PredictiveCheck | PredictiveChecks:
+    """Of the site that was asked for, of the only one, or of each of several."""
+    structure = subject.evaluation.structure
+    sites = [name for name in structure.observed if subject.site in (None, name)]
+    if len(sites) == 1 or subject.site in structure.observed:
+        return _of_site(subject, sites[0])
+    checks, reasons = {}, []
+    for name in structure.observed:
+        try:
+            checks[name] = _of_site(subject, name)
+        except UndefinedError as error:  # a site outside the data plate, say
+            reasons.append(error)
+    if not checks:
+        raise reasons[0] if reasons else UndefinedError("predictive", "an observed site", "none")
+    return PredictiveChecks(checks)
+
+
+def _of_site(subject: Subject, site: str) -> PredictiveCheck:
     """With more replicates where a few leave it open whether something is off."""
-    found = subject.run(predictive, num_particles=FEW)
+    found = subject.run(predictive, site=site, num_particles=FEW)
     count = max(FEW, min(MOST, ROWS // subject.evaluation.num_rows))
     least = min(s.two_sided for s in found.statistics.values())
-    is_open = least <= max(P_VALUE.look, 4 / (FEW + 1))
-    return subject.run(predictive, num_particles=count) if is_open and count > FEW else found
+    is_open = least <= max(P_VALUE.look, 4 / (FEW + 1)) and count > FEW
+    return subject.run(predictive, site=site, num_particles=count) if is_open else found
 
 
 def _trial(subject: Subject) -> Result:
@@ -232,13 +255,13 @@ CHECKS: dict[str, tuple[str, Callable[[Subject], Result]]] = {
     "importance": ("the bound", lambda s: s.run(importance, **s.draws)),
     "gap": ("the bound", lambda s: s.run(gap)),
     "ais": ("the bound", _annealing),
-    "sbc": ("the posterior", lambda s: s.run(sbc, num_simulations=500)),
-    "tarp": ("the posterior", lambda s: s.run(tarp, num_simulations=500)),
+    "sbc": ("the posterior", lambda s: s.run(sbc, num_simulations=500, site=s.latent)),
+    "tarp": ("the posterior", lambda s: s.run(tarp, num_simulations=500, site=s.latent)),
     "nuts": ("the posterior", lambda s: s.run(against_nuts)),
     "units": ("the latent space", _units),
     "codes": ("the latent space", _codes),
     "surgery": ("the latent space", lambda s: s.run(surgery)),
-    "aggregated": ("the latent space", lambda s: s.run(aggregated_posterior)),
+    "aggregated": ("the latent space", lambda s: s.run(aggregated_posterior, site=s.latent)),
     "predictive": ("the model", _predictive),
     "trial": ("the training", _trial),
     "gradients": ("the training", lambda s: s.run(gradient_noise)),

@@ -16,11 +16,19 @@ from pvae.diagnostics.checks import CHECKS, DEFAULT, Lines, Subject, main_checks
 from pvae.diagnostics.gap import Gap
 from pvae.diagnostics.importance import FEWEST, Importance
 from pvae.diagnostics.learning import LearningCurve, Record, learning_curve
-from pvae.diagnostics.predictive import PredictiveCheck
+from pvae.diagnostics.predictive import PredictiveCheck, PredictiveChecks
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import ENOUGH_EPOCHS, ENOUGH_ROWS, P_VALUE
 from pvae.diagnostics.trial import Trial
-from pvae.errors import ArgumentError, PvaeError, UndefinedError, check_int, check_number, oxford
+from pvae.errors import (
+    ArgumentError,
+    PvaeError,
+    UndefinedError,
+    check_choice,
+    check_int,
+    check_number,
+    oxford,
+)
 from pvae.options import Options, progress_bar, tool
 from pvae.origin import first_line, line_of_user
 from pvae.pair import PairLike
@@ -130,7 +138,7 @@ class Diagnosis(Result):
                 why[name] = "isn't defined here"
             elif found is None:
                 why[name] = "wasn't asked for"
-            elif isinstance(found, Importance | PredictiveCheck) and self.num_data < ENOUGH_ROWS:
+            elif isinstance(found, _BY_ROWS) and self.num_data < ENOUGH_ROWS:
                 why[name] = f"saw {self.num_data} rows, fewer than {ENOUGH_ROWS}"
         return why
 
@@ -194,6 +202,7 @@ def _most_pressing(lines: list[Finding], without: str | None) -> Finding | None:
     return min(pressing, key=rank, default=None)
 
 
+_BY_ROWS = (Importance, PredictiveCheck, PredictiveChecks)
 _LAST = "the training"
 _TRAINING = ("learning", "trial", "training")
 _FIRST = ("information", "active units")  # without any of these nothing else counts
@@ -208,6 +217,7 @@ def diagnose(
     num_data: int | None = 500,
     num_particles: int = 200,
     bin_width: float | None = None,
+    site: str | None = None,
     history: Sequence[Record] | None = None,
     **options: Unpack[Options],
 ) -> Diagnosis:
@@ -230,6 +240,9 @@ def diagnose(
         num_particles: K, draws from the guide for each, at least 25 for ``"importance"``.
         bin_width: Width of the bins that data were rounded to, 1 for counts and classes: with it
             ``"evidence"`` has a line in bits per dimension (see `bits_per_dimension`).
+        site: A latent of the data, to which ``"sbc"``, ``"tarp"`` and ``"aggregated"`` then keep,
+            or an observed site, to which ``"predictive"`` does. None for all: latents together, and
+            a line for each of several observed sites.
         history: History of the training, one row an epoch, as `Fit.history` is; without one, or
             with fewer than 20 epochs, ``"trial"`` says whether to train on, too.
         options: As in `pvae.options.Options`.
@@ -248,7 +261,10 @@ def diagnose(
     check_int("num_particles", num_particles, minimum=FEWEST if "importance" in asked else 1)
     with terms.prepared(pair, data, options, "diagnose") as evaluation:
         evaluation, chosen = _some(evaluation.in_memory(), num_data)
-    subject = Subject(evaluation, num_particles, bin_width)
+    known = (*evaluation.structure.latents, *evaluation.structure.observed)
+    if site is not None:
+        check_choice("site", site, known)
+    subject = Subject(evaluation, num_particles, bin_width, site)
     main = main_checks(evaluation.structure)
     diagnosis = Diagnosis({}, {}, {}, evaluation.num_rows, chosen, main)
     if history:

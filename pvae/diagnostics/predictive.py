@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import torch
@@ -18,7 +18,7 @@ from pvae.options import Options, tool
 from pvae.pair import PairLike
 from pvae.simulate import CheckKind, Replicates
 
-__all__ = ["PredictiveCheck", "Statistic", "predictive"]
+__all__ = ["PredictiveCheck", "PredictiveChecks", "Statistic", "predictive"]
 
 Function = Callable[[Tensor], Tensor | float]
 
@@ -122,9 +122,15 @@ class PredictiveCheck(Result):
         """A line for each statistic: its p-value, T(x), and mean and spread of replicates."""
         return [self._finding(s) for s in self.statistics.values()]
 
-    def _finding(self, statistic: Statistic) -> Finding:
+    def worst(self, num_sites: int) -> Finding:
+        """The statistic with the least p-value, as the line of one site of several."""
+        statistic = min(self.statistics.values(), key=lambda s: (s.two_sided, -s.distance))
+        line = self._finding(statistic, num_sites)
+        return replace(line, name=f"p of {self.site}, {statistic.name}")
+
+    def _finding(self, statistic: Statistic, num_sites: int = 1) -> Finding:
         replicated, kind = statistic.replicated, self.kind
-        p_value = min(1.0, statistic.two_sided * len(self.statistics))
+        p_value = min(1.0, statistic.two_sided * len(self.statistics) * num_sites)
         verdict: Verdict = P_VALUE.verdict(p_value)
         is_known = verdict != "good" or not statistic.is_beyond  # else more replicates give less
         if not is_known:
@@ -138,6 +144,26 @@ class PredictiveCheck(Result):
         p, error = statistic.p_value, statistic.error
         name = f"p of {statistic.name}"
         return Finding(name, p, error, "", verdict, meaning, advice, p_value if is_known else None)
+
+
+@dataclass(frozen=True, repr=False)
+class PredictiveChecks(Result):
+    """Predictive checks of several observed sites, a line each: the statistic that is furthest off.
+
+    Attributes:
+        checks: Each site's own check, by its name.
+    """
+
+    checks: dict[str, PredictiveCheck]
+
+    @property
+    def title(self) -> str:
+        """How many sites there are."""
+        return f"predictive checks of {len(self.checks)} sites"
+
+    def findings(self) -> list[Finding]:
+        """A line for each site; p-values are corrected for statistics and sites."""
+        return [check.worst(len(self.checks)) for check in self.checks.values()]
 
 
 _FIT = "another likelihood or decoder; bounds.evidence of both says which is better"

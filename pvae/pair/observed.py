@@ -35,6 +35,8 @@ class Observed:
         places: Where in the batch the data stand: as they are, reshaped, or of another type.
         is_itself: Whether they are that entry of the batch itself, and not only equal to it.
         rows: Which rows of the entry they are, where the pair draws a subsample itself.
+        part: Where they are a part of one entry, as a column is: its place, and which of its
+            numbers they are, counted in its own order, shape ``(N, ...)``.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Observed:
     places: tuple[int, ...]
     is_itself: bool
     rows: Tensor | None
+    part: tuple[int, Tensor] | None = None
 
     @property
     def place(self) -> int | None:
@@ -70,9 +73,12 @@ def observed_sites(structure: Structure, trace: Trace, batch: Batch) -> dict[str
         parts = [_rows_first(part, at) for part, at in zip(batch, structure.axes, strict=False)]
         itself = tuple(i for i, part in enumerate(parts) if _is_view(part, data))
         equal = tuple(i for i, part in enumerate(parts) if _is_equal(part, data, rows))
+        known, part = itself or equal, None
+        if not known and rows is None and structure.has_plate:
+            part = _part_of(batch, data)
         data = data if structure.has_plate else data.unsqueeze(0)
         observed[site["name"]] = Observed(
-            site["name"], data, axis, mask_of(site), itself or equal, bool(itself), rows
+            site["name"], data, axis, mask_of(site), known, bool(itself), rows, part
         )
     return observed
 
@@ -100,23 +106,72 @@ def put_back(
         if name not in observed or not 0 <= place < len(batch):
             known = f"places from 0 to {len(batch) - 1}, of {oxford(observed)}"
             raise ArgumentError("arguments", known, f"{place} for '{name}'")
+    taken: dict[int, Tensor] = {}
     for name, site in observed.items():
-        at = asked.get(name, site.place)
-        if at is None or site.rows is not None or batch[at].numel() != values[name].numel():
+        value = values[name] if site.axis is None else values[name].movedim(site.axis, 0)
+        at, numbers = asked.get(name, site.place), None
+        if name not in asked and site.part is not None:
+            at, numbers = site.part
+        if at is None or site.rows is not None:
             raise _unplaced(where, site, can_ask=places is not None)
-        if filled[at] is not batch[at]:
+        rows_first = _rows_first(torch.arange(batch[at].numel()).reshape(batch[at].shape), axes[at])
+        numbers = rows_first if numbers is None else numbers
+        if numbers.numel() != value.numel():
+            raise _unplaced(where, site, can_ask=places is not None)
+        is_taken = taken.setdefault(at, torch.zeros(batch[at].numel(), dtype=torch.bool))
+        if bool(is_taken[numbers].any()):
             shared = f"'{name}' and another, which share argument {at}"
             raise UndefinedError(where, "observed sites with an argument each", shared)
-        value = values[name] if site.axis is None else values[name].movedim(site.axis, 0)
-        axis = axes[at]
-        like = _rows_first(batch[at], axis)
-        value = value.reshape(like.shape).to(like.dtype)
-        filled[at] = value.movedim(0, axis) if axis else value
+        is_taken[numbers] = True
+        whole = filled[at].clone().flatten()
+        whole[numbers.flatten().to(whole.device)] = value.flatten().to(whole.dtype)
+        filled[at] = whole.reshape(batch[at].shape)
     return tuple(filled)
 
 
+def _part_of(batch: Batch, data: Tensor) -> tuple[int, Tensor] | None:
+    """Of which entry data are a part, and which numbers of it, if that can be told.
+
+    They are where they share the entry's memory, as ``x[:, t]`` does; or, where they don't, the one
+    place along an axis at which the entry has the same values.
+    """
+    tensors = [(i, part) for i, part in enumerate(batch) if isinstance(part, Tensor)]
+    for find in (_by_memory, _by_value):
+        found = [(i, numbers) for i, part in tensors if (numbers := find(part, data)) is not None]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _by_memory(part: Tensor, data: Tensor) -> Tensor | None:
+    own, its = part.untyped_storage(), data.untyped_storage()
+    if own.data_ptr() != its.data_ptr() or part.dtype != data.dtype or not part.numel():
+        return None
+    numbers = torch.full((own.nbytes() // part.element_size(),), -1)
+    view = numbers.as_strided(part.shape, part.stride(), part.storage_offset())
+    view.copy_(torch.arange(part.numel()).reshape(part.shape))
+    found = numbers.as_strided(data.shape, data.stride(), data.storage_offset()).clone()
+    is_inside = bool((found >= 0).all()) and len(found.unique()) == found.numel()
+    return found if is_inside else None
+
+
+def _by_value(part: Tensor, data: Tensor) -> Tensor | None:
+    found = []
+    numbers = torch.arange(part.numel()).reshape(part.shape)
+    for axis, size in enumerate(part.shape):
+        rest = part.shape[:axis] + part.shape[axis + 1 :]
+        if part.dim() < 2 or rest.numel() != data.numel() or part.device != data.device:
+            continue
+        found += [
+            numbers.select(axis, i).reshape(data.shape)
+            for i in range(size)
+            if torch.equal(part.select(axis, i).reshape(data.shape).to(data.dtype), data)
+        ]
+    return found[0] if len(found) == 1 else None
+
+
 def _unplaced(where: str, site: Observed, *, can_ask: bool) -> UndefinedError:
-    expected = "one argument of the pair that is these data, as it is or reshaped"
+    expected = "one argument that is these data, as it is or reshaped, or a column of one"
     equal = f"arguments {', '.join(map(str, site.places))}, which are equal"
     by_hand = f"arguments={{'{site.name}': 0}}, the place of the argument"
     fixes = ["obs=x, with x as the model was given it", by_hand][: 1 + can_ask]

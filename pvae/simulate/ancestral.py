@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -14,6 +14,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pvae import randomness
 from pvae.errors import UndefinedError, check_choice, oxford
 from pvae.pair import (
     Batch,
@@ -39,6 +40,9 @@ Origin = Literal["posterior", "prior", "mixed"]
 from the guide, and those of data from the model given these."""
 
 WHERE = "draws of data"
+
+FEEDS = "feeds"
+"""Key in the notes of a structure whose model reads, at one site, the data of another."""
 
 
 class RunOptions(TypedDict, total=False):
@@ -108,6 +112,15 @@ def no_guide(*batch: object) -> None:
     """A guide that leaves all latents to the model."""
 
 
+@dataclass(frozen=True)
+class Settled:
+    """A draw of data: the batch with it, the model's trace, and whether data fed other data."""
+
+    batch: Batch
+    trace: Trace
+    is_fed: bool
+
+
 @dataclass
 class Simulation:
     """K draws of latents and data on one batch of N, in one pass or, where looped, one by one."""
@@ -124,7 +137,13 @@ class Simulation:
     @cached_property
     def traces(self) -> list[Trace]:
         """Of the model with its data drawn, by pass; run when first asked for."""
-        return [run_model(self._model, self.batch, g, **self.options) for g in self.guides]
+        if FEEDS in self.structure.notes and self.options.get("draw_data", True):
+            ones = [replace(self, guides=[guide], terms=None) for guide in self.guides]
+            return [one.settled().trace for one in ones]
+        return [self._run(guide) for guide in self.guides]
+
+    def _run(self, guide: Trace | None, batch: Batch | None = None) -> Trace:
+        return run_model(self._model, batch or self.batch, guide, **self.options)
 
     @property
     def _model(self) -> Program:
@@ -184,33 +203,66 @@ class Simulation:
         ``places`` says where in the batch a site's data stand, by its name, where a user knows.
         Refused if some data are no entry of the batch.
         """
-        observed = self.observed
-        values = {name: self.traces[0].nodes[name]["value"] for name in observed}
+        return self._filled(self.traces[0], places)
+
+    def _filled(self, trace: Trace, places: Mapping[str, int] | None) -> Batch:
+        observed = observed_sites(self.structure, trace, self.batch)
+        values = {name: trace.nodes[name]["value"] for name in observed}
         return put_back(self.where, observed, values, self.batch, self.structure.axes, places)
 
-    def check_unfed(self, filled: Batch) -> None:
-        """Refuses a model that reads its data besides observing them.
+    def settled(self, places: Mapping[str, int] | None = None) -> Settled:
+        """One draw of data, in the batch that the model has read when it drew them.
+
+        A model may read at one site what it observes at another, from the batch: a label in its
+        decoder, the number before in a sequence. What it draws there follows the batch's data, and
+        not those drawn. So it is run again, from the same state of the generators, on the batch
+        with what was drawn, until the same is drawn; with each run one more site of a chain is
+        right. Refused where that doesn't end: a site reads its own
+        data, as under teacher forcing.
+        """
+        state = randomness.get_state()
+        trace = self._run(self.guides[0])
+        names = list(observed_sites(self.structure, trace, self.batch))
+        filled = self._filled(trace, places)
+        odd = self._fed(trace, filled)
+        if odd is None:
+            return Settled(filled, trace, is_fed=False)
+        for _ in range(len(names) + 1):
+            with randomness.forked():
+                randomness.set_state(state)
+                again = self._run(self.guides[0], filled)
+            for name in names:
+                again.nodes[name]["infer"][DATA] = trace.nodes[name]["infer"][DATA]
+            pairs = [(trace.nodes[name]["value"], again.nodes[name]["value"]) for name in names]
+            if all(torch.equal(before, now) for before, now in pairs):
+                return Settled(filled, again, is_fed=True)
+            trace, filled = again, self._filled(again, places)
+        raise UndefinedError(
+            f"{self.where}: site '{odd}'",
+            "a distribution that depends on latents, covariates and other sites alone",
+            "a model that reads x besides observing it, as under teacher forcing, or changes it "
+            "first",
+            ["obs=x, unchanged", "x itself in no other distribution of the model"],
+        )
+
+    def _fed(self, trace: Trace, filled: Batch) -> str | None:
+        """The first site that has another density with the drawn data in the batch; None if none.
 
         What the model drew must have the same density if the drawn data are in the batch from the
         start, as in `put_back`'s, and not only where they are observed.
         """
-        again = run_pair(poutine.replay(self._model, trace=self.traces[0]), no_guide, filled)[1]
+        again = run_pair(poutine.replay(self._model, trace=trace), no_guide, filled)[1]
         of_guide = {} if self.guides[0] is None else self.guides[0].nodes
-        for site in sample_sites(self.traces[0]):
-            name = site["name"]
+        for site in sample_sites(trace):
+            name = str(site["name"])
             if is_factor(site) or name in of_guide or name in self.given:
                 continue
             ours, other = score(site), score(again.nodes[name])
             off = torch.where(ours == other, 0.0, ours - other).abs().max()
             size = ours.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0)
             if not bool(off <= 1e-4 * size):
-                raise UndefinedError(
-                    f"{self.where}: site '{name}'",
-                    "a distribution that depends on latents and covariates alone",
-                    "a model that reads x besides observing it, as under teacher forcing, or "
-                    "changes it first",
-                    ["obs=x, unchanged", "x itself in no other distribution of the model"],
-                )
+                return name
+        return None
 
     def _laid_out(self, value: Tensor, site: Site) -> Tensor:
         """A value as the programs have it, particles first and then data."""
@@ -244,13 +296,19 @@ def simulate_batch(
     """
     check_choice("origin", origin, get_args(Origin))
     batch, given = as_batch(batch), dict(given or {})
-    k = num_particles if num_particles == 1 or can_vectorize(structure, batch) else 1
+    at_once = num_particles == 1 or (
+        FEEDS not in structure.notes and can_vectorize(structure, batch)
+    )
+    k = num_particles if at_once else 1
     guides: list[Trace | None] = [None] * (num_particles // k)
     terms: Terms | None = None
     if origin != "posterior":
         require_proper(structure, given)
     elif score:
-        terms = compute(structure, batch, num_particles=num_particles, given=given)
+        vectorize = None if at_once else False
+        terms = compute(
+            structure, batch, num_particles=num_particles, given=given, vectorize=vectorize
+        )
         guides = [one.guide_trace for one in terms.passes]
     else:
         guide = in_particles(structure.guide, structure, k, given)

@@ -16,7 +16,14 @@ from pvae.errors import UndefinedError, check_choice, check_int, oxford
 from pvae.modes import evaluating
 from pvae.options import progress_bar
 from pvae.pair import is_inside
-from pvae.simulate.ancestral import Origin, Simulation, no_guide, require_proper, simulate_batch
+from pvae.simulate.ancestral import (
+    FEEDS,
+    Origin,
+    Simulation,
+    no_guide,
+    require_proper,
+    simulate_batch,
+)
 from pvae.terms import Evaluation, draw_globals, first_rows, fits_particles, stream
 from pvae.types import Dist
 
@@ -92,11 +99,14 @@ def check_generative(
         first = simulate_batch(structure, batch, origin=origin, given=given, where=what)
         if not first.traces or latents_alone:
             return
+        if FEEDS in structure.notes:
+            return
         try:
-            filled = first.put_back()
+            first.put_back()
         except UndefinedError:  # what is no entry of the batch isn't fed to the model either
             return
-        first.check_unfed(filled)
+        if first.settled().is_fed:
+            structure.notes[FEEDS] = True
 
 
 CheckKind = Literal["mixed", "prior", "posterior", "aggregated"]

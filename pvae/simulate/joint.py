@@ -144,9 +144,9 @@ def draw_jointly(
     with evaluating(structure.modules), torch.no_grad():
         for rows in chosen.split(evaluation.max_rows):
             run = simulate_batch(structure, source.rows(rows), where=where)
-            filled = run.put_back(arguments or {})
+            settled = run.settled(arguments or {})
+            filled, run.traces = settled.batch, [settled.trace]
             if not parts:
-                run.check_unfed(filled)
                 names = names_of_dimensions(run, sites)
             data = flat_values(run, structure.observed).to(structure.dtype)
             parts.append((flat_values(run, sites), data))
