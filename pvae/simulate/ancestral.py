@@ -217,8 +217,7 @@ class Simulation:
         decoder, the number before in a sequence. What it draws there follows the batch's data, and
         not those drawn. So it is run again, from the same state of the generators, on the batch
         with what was drawn, until the same is drawn; with each run one more site of a chain is
-        right. Refused where that doesn't end: a site reads its own
-        data, as under teacher forcing.
+        right. Refused where that doesn't end: a site reads its own data, as under teacher forcing.
         """
         state = randomness.get_state()
         trace = self._run(self.guides[0])
@@ -234,9 +233,10 @@ class Simulation:
             for name in names:
                 again.nodes[name]["infer"][DATA] = trace.nodes[name]["infer"][DATA]
             pairs = [(trace.nodes[name]["value"], again.nodes[name]["value"]) for name in names]
-            if all(torch.equal(before, now) for before, now in pairs):
-                return Settled(filled, again, is_fed=True)
             trace, filled = again, self._filled(again, places)
+            is_same = all(torch.equal(before, now) for before, now in pairs)
+            if is_same and self._fed(trace, filled) is None:
+                return Settled(filled, trace, is_fed=True)
         raise UndefinedError(
             f"{self.where}: site '{odd}'",
             "a distribution that depends on latents, covariates and other sites alone",
