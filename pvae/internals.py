@@ -33,6 +33,7 @@ __all__ = [
     "guess_plates",
     "handlers",
     "has_step_hooks",
+    "hooks_of",
     "import_compiler",
     "mask_of",
     "multiply",
@@ -128,6 +129,11 @@ def forget_values(transform: torch.distributions.Transform) -> None:
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written to, which its values alone don't tell."""
     return tensor._version
+
+
+def hooks_of(tensor: Tensor) -> int:
+    """How many hooks see the tensor's gradient."""
+    return len(tensor._backward_hooks or ())
 
 
 def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:

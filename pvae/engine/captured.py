@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pvae.engine.compiler import UncompilableError
-from pvae.engine.graphs import MAX_GRAPHS, check_numbers, kind_of, numbers, undoing
+from pvae.engine.graphs import (
+    Recorded,
+    Recordings,
+    check_generators,
+    check_numbers,
+    kind_of,
+    numbers,
+    of_tensors,
+    tensors_of,
+    undoing,
+)
 from pvae.engine.passes import Passes, PassResult
+from pvae.engine.watch import Watch, noting
 from pvae.modes import capturing_graph, is_capturing_graph
 from pvae.origin import first_line
+from pvae.pair.held import line_of
 
 __all__ = ["CapturedStep", "record", "run_aside"]
 
 T = TypeVar("T")
-Batch = tuple[Tensor, ...]
+Batch = tuple[Any, ...]
 
 WARM_UP = 3
 """Runs on a stream of their own before a capture, in which libraries set themselves up."""
@@ -54,7 +66,7 @@ class CapturedStep:
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(device)
         self._runs: Counter[Hashable] = Counter()
-        self._graphs: dict[Hashable, Callable[..., PassResult]] = {}
+        self._recordings: Recordings[PassResult] = Recordings()
 
     def __call__(self, batch: Batch) -> PassResult:
         """Runs a step, or replays it; the next call may write over the result's tensors.
@@ -65,14 +77,16 @@ class CapturedStep:
         kind = (kind_of(self.passes, batch), self._settings())
         for rate, group in zip(self._rates, self._groups, strict=True):
             rate.fill_(group["lr"])
-        if kind not in self._graphs:
+        if self._runs[kind] < WARM_UP:
             self._runs[kind] += 1
-            if self._runs[kind] <= WARM_UP:
-                return run_aside(self._step, batch)
-            if len(self._graphs) >= MAX_GRAPHS:
+            return run_aside(self._step, batch)
+        recorded = self._recordings.find(kind, batch)
+        if recorded is None:
+            if not self._recordings.has_room(kind):
                 return self._step(*batch)
-            self._graphs[kind] = self._capture(batch)
-        return self._graphs[kind](*batch)
+            recorded = self._recordings.add(kind, self._capture(batch))
+        self.passes.announced = recorded.announced
+        return recorded.run(*tensors_of(batch))
 
     def _settings(self) -> Hashable:
         """The optimiser's numbers that a capture fixes: all but the learning rates."""
@@ -93,20 +107,29 @@ class CapturedStep:
         for group, rate in zip(self._groups, rates, strict=True):
             group["lr"] = rate
 
-    def _capture(self, batch: Batch) -> Callable[..., PassResult]:
+    def _capture(self, batch: Batch) -> Recorded[PassResult]:
         """The step as a graph, whose replay has given an eager pass's numbers and was undone."""
-        try:
-            with capturing_graph():
-                replay = record(self._step, batch)
-        except Exception as error:
-            raise UncompilableError(f"the capture fails with {first_line(error)}") from error
-        passes = self.passes
+        passes, tensors = self.passes, tensors_of(batch)
         states = [v for s in self._states.values() for v in s.values() if isinstance(v, Tensor)]
         with undoing(passes, [*passes.parameters.values(), *states]) as undo:
-            expected = numbers(passes, passes.run(*batch))
+            with noting() as ran:
+                expected = numbers(passes, passes.run(*batch))
+            check_generators(undo.start)
+            announced = {*passes.announced}
             undo()
-            check_numbers(passes, expected, numbers(passes, replay(*batch)))
-        return replay
+            watch = Watch(passes.structure, ran, batch)
+            try:
+                with capturing_graph():
+                    replay = record(of_tensors(self._step, batch), tensors)
+            except Exception as error:
+                first, *_ = (str(error).strip() or type(error).__name__).splitlines()
+                raise UncompilableError(
+                    f"the capture fails with {first}{line_of(error)}"
+                ) from error
+            watch.settle()
+            undo()
+            check_numbers(passes, expected, numbers(passes, replay(*tensors)))
+        return Recorded(replay, watch, announced)
 
 
 def record(function: Callable[..., T], example: Batch) -> Callable[..., T]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from pvae.modes import capturing_graph
+from pvae.pair.held import line_of
 
 __all__ = ["UncompilableError", "compile_function", "compile_graph", "has_compiler"]
 
@@ -129,7 +130,7 @@ def _record_twice(
         reason = _first_line(error)
         if "_local_scalar_dense" in str(error):
             reason = "a tensor's value is read on the way, by a branch or a conversion to a number"
-        raise UncompilableError(reason) from error
+        raise UncompilableError(f"{reason}{line_of(error)}") from error
     if first.code != second.code:
         lines = zip(first.code.splitlines(), second.code.splitlines(), strict=False)
         odd = next((a.strip() for a, b in lines if a != b), "one is longer")

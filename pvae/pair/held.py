@@ -16,7 +16,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -25,7 +25,17 @@ from torch import Tensor, nn
 
 from pvae.internals import network_parts
 
-__all__ = ["MISSING", "Change", "Held", "is_library", "is_plain", "names_in"]
+__all__ = [
+    "MISSING",
+    "Change",
+    "Held",
+    "Place",
+    "is_library",
+    "is_plain",
+    "is_same",
+    "line_of",
+    "names_in",
+]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 _LEAVES = (*_PLAIN, Tensor, types.BuiltinFunctionType, torch.dtype, torch.device)
@@ -39,8 +49,6 @@ _LIBRARIES = tuple(
         str(Path(__file__).parents[1]),
     }
 )
-Change = tuple[str, object, object]
-"""A name, what was under it, and what is there now."""
 Parts = Iterator[tuple[object, str]]
 """Things that are held, each with what it is called."""
 
@@ -78,7 +86,12 @@ class Place:
         label: What it is, for messages.
         names: Its names.
         read: What is under each of them now, in order.
-        write: Puts a value under a name.
+        write: Puts a value under a name; None where that isn't asked for.
+        is_library: Whether the names are a library's, so that those with an underscore are its own.
+
+    Attributes:
+        values: What was there.
+        ignored: Names that don't count.
     """
 
     def __init__(
@@ -86,39 +99,98 @@ class Place:
         label: str,
         names: Sequence[Any],
         read: Callable[[], list[Any]],
-        write: Callable[[Any, Any], None],
+        write: Callable[[Any, Any], None] | None = None,
+        *,
+        is_library: bool = False,
     ) -> None:
-        self.label, self.names, self.read, self.write = label, names, read, write
-        self.values = read()
+        self.label, self.names, self.read, self.write = label, [*names], read, write
+        self.is_library, self.ignored, self.values = is_library, set[Any](), read()
+
+    def called(self, name: object) -> str:
+        """What is under a name, for messages."""
+        return f"{self.label}.{name}" if self.label else str(name)
 
     def holds(self) -> bool:
         """Whether all is as it was."""
         now = self.read()
-        return all(map(operator.is_, now, self.values)) or all(map(_is_same, now, self.values))
+        return all(map(operator.is_, now, self.values)) or all(map(is_same, now, self.values))
+
+    def accepts(self) -> bool:
+        """Whether all is as it was but what doesn't count, which then is as it is now."""
+        if not self.ignored or not self.ignored.issuperset(name for name, _, _ in self.changes()):
+            return False
+        self.values = self.read()
+        return True
 
     def changes(self) -> list[tuple[Any, object, object]]:
         """The names under which something else is now, with what was there and what is."""
         rows = zip(self.names, self.values, self.read(), strict=True)
-        return [(name, was, now) for name, was, now in rows if not _is_same(was, now)]
+        return [(name, was, now) for name, was, now in rows if not is_same(was, now)]
 
     def restore(self, *, everything: bool) -> None:
-        """Puts back numbers, flags and words; or everything."""
+        """Puts back numbers, flags, words and results; or everything."""
         for name, was, now in self.changes():
-            if everything or (is_plain(was) and is_plain(now)):
+            if self.write and (everything or (_is_result(was) and _is_result(now))):
                 self.write(name, was)
+
+
+class Change(NamedTuple):
+    """A name of a place, what was under it, and what is there now."""
+
+    place: Place
+    name: Any
+    was: object
+    now: object
+
+    def __str__(self) -> str:
+        return f"{self.what}, from {_short(self.was)} to {_short(self.now)}"
+
+    @property
+    def what(self) -> str:
+        """What has changed."""
+        return self.place.called(self.name)
+
+    @property
+    def is_of_values(self) -> bool:
+        """Whether it is one of numbers, words or tensors, or of what a list has."""
+        if isinstance(self.place, _Items):
+            return True
+        return all(is_plain(v) or isinstance(v, Tensor) for v in (self.was, self.now))
 
 
 class _Entries(Place):
     """All entries of a dictionary, which may get new ones; an object's attributes are one."""
 
-    def __init__(self, label: str, entries: dict[Any, Any]) -> None:
-        self.entries, names = entries, [*entries]
-        read = functools.partial(_get_all, entries.get, names)
-        super().__init__(label, names, read, entries.__setitem__)
+    def __init__(
+        self,
+        label: str,
+        entries: dict[Any, Any],
+        *,
+        of_object: bool = False,
+        is_library: bool = False,
+    ) -> None:
+        self.of_object = of_object
+        self.entries, get = entries, entries.get
+        names, write = [*entries], entries.__setitem__
+        read = lambda: _get_all(get, self.names)  # noqa: E731
+        self.names = names
+        super().__init__(label, names, read, write, is_library=is_library)
+
+    def called(self, name: object) -> str:
+        """An attribute, or an entry."""
+        return super().called(name) if self.of_object else f"{self.label}[{name!r}]"
 
     def holds(self) -> bool:
         """Whether all is as it was, and nothing new is there."""
         return len(self.entries) == len(self.names) and super().holds()
+
+    def accepts(self) -> bool:
+        """Whether all is as it was but what doesn't count, which then is as it is now."""
+        if not super().accepts():
+            return False
+        self.names = [*self.entries]
+        self.values = self.read()
+        return True
 
     def changes(self) -> list[tuple[Any, object, object]]:
         """The same, with new entries."""
@@ -127,7 +199,7 @@ class _Entries(Place):
         return super().changes() + new
 
     def restore(self, *, everything: bool) -> None:
-        """Puts back numbers, flags and words; or everything, without new entries."""
+        """Puts back numbers, flags, words and results; or everything, without new entries."""
         if not everything:
             super().restore(everything=False)
         elif not self.holds():
@@ -142,6 +214,10 @@ class _Items(Place):
         self.items = items
         super().__init__(label, (), lambda: [*items], items.__setitem__)
 
+    def called(self, name: object) -> str:
+        """An item."""
+        return f"{self.label}[{name}]"
+
     def holds(self) -> bool:
         """Whether all is as it was."""
         return len(self.items) == len(self.values) and super().holds()
@@ -149,12 +225,13 @@ class _Items(Place):
     def changes(self) -> list[tuple[Any, object, object]]:
         """What is at each index that was something else."""
         rows = enumerate(itertools.zip_longest(self.values, [*self.items], fillvalue=MISSING))
-        return [(i, was, now) for i, (was, now) in rows if not _is_same(was, now)]
+        return [(i, was, now) for i, (was, now) in rows if not is_same(was, now)]
 
     def restore(self, *, everything: bool) -> None:
-        """Takes back what isn't a network's: numbers and results; or everything."""
+        """Takes back numbers and results; or everything."""
         changes = self.changes()
-        if changes and (everything or all(_is_result(now) for _, _, now in changes)):
+        results = (_is_result(now) or now is MISSING for _, _, now in changes)
+        if changes and (everything or all(results)):
             self.items.clear()
             self.items.extend(self.values)
 
@@ -174,7 +251,10 @@ class Held:
     def __init__(self, programs: Iterable[object], names: set[str] | None = None) -> None:
         self._names, self._visited = names, dict[int, object]()
         self.places: list[Place] = []
-        queue = deque((program, _called(program)) for program in programs)
+        for program in programs:
+            self._follow(deque([(program, _called(program))]))
+
+    def _follow(self, queue: deque[tuple[object, str]]) -> None:
         while queue and len(self._visited) < _MOST:
             thing, label = queue.popleft()
             if not isinstance(thing, _LEAVES) and id(thing) not in self._visited:
@@ -182,19 +262,20 @@ class Held:
                 queue.extend(self._parts(thing, label))
 
     def holds(self) -> bool:
-        """Whether everything is as it was."""
-        return all(place.holds() for place in self.places)
+        """Whether everything that counts is as it was."""
+        return all(place.holds() or place.accepts() for place in self.places)
 
     def changes(self) -> list[Change]:
-        """What isn't as it was."""
+        """What isn't as it was; not what libraries keep for themselves."""
         return [
-            (_words(place.label, name), was, now)
+            Change(place, name, was, now)
             for place in self.places
             for name, was, now in place.changes()
+            if not (place.is_library and str(name).startswith("_"))
         ]
 
     def restore(self, *, everything: bool) -> None:
-        """Puts back numbers, flags, words and lists of results; or everything.
+        """Puts back numbers, flags, words, results and lists of them; or everything.
 
         Where not everything is put back, what programs set up when they first run stays, such as
         the parameters of an autoguide.
@@ -209,7 +290,8 @@ class Held:
         if isinstance(thing, types.MethodType):
             return iter([(thing.__self__, ""), (thing.__func__, "")])
         if isinstance(thing, functools.partial):
-            return iter([(thing.func, ""), *((a, label) for a in thing.args), (thing.keywords, "")])
+            given = [*thing.args, thing.keywords]
+            return iter([(thing.func, label), *((part, _called(thing.func)) for part in given)])
         if isinstance(thing, property):
             return iter([(thing.fget, "")])
         if isinstance(thing, (staticmethod, classmethod)):
@@ -227,7 +309,7 @@ class Held:
         if isinstance(place, (_Entries, _Items)) or place.names:
             self.places.append(place)
         names = place.names or range(len(place.values))
-        return zip(place.values, [_words(place.label, name) for name in names], strict=True)
+        return zip(place.values, map(place.called, names), strict=True)
 
     def _parts_of_function(self, function: types.FunctionType) -> Parts:
         code, label = function.__code__, function.__name__
@@ -239,7 +321,7 @@ class Held:
         self._note(Place(label, defaults, values, functools.partial(setattr, function)))
         yield from [(function.__defaults__, label), (function.__kwdefaults__, label)]
         if vars(function):
-            yield vars(function), label
+            yield from self._note(_Entries(label, vars(function), of_object=True))
         if not is_library(code.co_filename):
             yield from self._named(function.__globals__, names_in(code), "")
 
@@ -275,13 +357,13 @@ class Held:
 
     def _parts_of_attributes(self, values: dict[str, Any], own: list[type], label: str) -> Parts:
         if self._names is None:
-            return self._note(_Entries(label, values))
+            return self._note(_Entries(label, values, of_object=True, is_library=not own))
         if own:  # also names that a class has, and the object may get
             names = ({n for base in own for n in vars(base)} | {*values}) & self._names
         else:
             names = {n for n in values if not n.startswith("_")}
-        read = functools.partial(_get_all, values.get, [*names])
-        return self._note(Place(label, [*names], read, values.__setitem__))
+        read, write = functools.partial(_get_all, values.get, [*names]), values.__setitem__
+        return self._note(Place(label, [*names], read, write, is_library=not own))
 
     def _parts_of_class(self, kind: type) -> Parts:
         self._visited[id(kind)] = kind
@@ -333,13 +415,16 @@ def _called(thing: object) -> str:
     return named.__name__
 
 
-def _words(label: str, name: object) -> str:
-    if isinstance(name, str) and name.isidentifier():
-        return f"{label}.{name}" if label else name
-    return f"{label}[{name!r}]" if label else str(name)
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if not is_plain(value) and value is not MISSING:
+        return f"a {type(value).__name__}"
+    text = f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)
+    return text if len(text) < 30 else f"{text[:30]}..."
 
 
-def _is_same(was: object, now: object) -> bool:
+def is_same(was: object, now: object) -> bool:
     """Whether it is one thing, or two equal numbers, flags or words."""
     if was is now:
         return True
@@ -349,6 +434,21 @@ def _is_same(was: object, now: object) -> bool:
 
 
 def _is_result(value: object) -> bool:
-    """Whether it is a number, or a tensor that isn't a parameter; nothing that is set up."""
-    is_data = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-    return is_data or is_plain(value) or value is MISSING
+    """Whether it is a number, or a tensor that isn't trained; nothing that is set up once."""
+    is_trained = isinstance(value, Tensor) and value.is_leaf and value.requires_grad
+    return (isinstance(value, Tensor) and not is_trained) or is_plain(value)
+
+
+def line_of(error: BaseException) -> str:
+    """Where in a user's code an error began: `` at model.py:12``, or nothing."""
+    found = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        trace = cause.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            if not is_library(code.co_filename):
+                found = f" at {Path(code.co_filename).name}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        cause = cause.__cause__
+    return found
