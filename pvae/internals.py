@@ -8,7 +8,8 @@ stands in `pvae.engine.compiler`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ __all__ = [
     "network_parts",
     "network_state",
     "norms",
+    "unvalidated",
     "version",
     "waiting_states",
 ]
@@ -104,6 +106,18 @@ def mask_of(fn: MaskedDistribution) -> Tensor | bool:
 def handlers() -> tuple[Messenger, ...]:
     """Pyro's handlers around the present line, the outermost first; all threads have one stack."""
     return tuple(runtime._PYRO_STACK)
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Has no distribution look at values, not even one that was made while they were to."""
+    kind, check = torch.distributions.Distribution, "_validate_sample"
+    before = getattr(kind, check)
+    setattr(kind, check, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(kind, check, before)
 
 
 # Torch's transforms

@@ -7,7 +7,9 @@ import sys
 import traceback
 from pathlib import Path
 
-__all__ = ["first_error", "first_line", "is_users", "line_of_user"]
+import pyro
+
+__all__ = ["first_error", "first_line", "is_users", "line_of_user", "site_and_line"]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -48,3 +50,17 @@ def line_of_user(error: BaseException) -> str:
         if is_users(frame.f_globals.get("__name__", "")):
             found = f"{frame.f_code.co_filename}:{line}, in {frame.f_code.co_name}"
     return found
+
+
+def site_and_line(error: BaseException) -> str:
+    """The same in short, with the site: `` at site 'z', model.py:12``; empty if nowhere."""
+    line, site = "", ""
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, number in traceback.walk_tb(cause.__traceback__):
+            if is_users(frame.f_globals.get("__name__", "")):
+                line = f"{Path(frame.f_code.co_filename).name}:{number}"
+            if frame.f_code is pyro.sample.__code__:
+                site = f"site '{frame.f_locals['name']}'"
+        cause = cause.__cause__
+    return " at " + ", ".join(filter(None, (site, line))) if site or line else ""

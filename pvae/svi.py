@@ -48,7 +48,9 @@ class SVI(pyro.infer.SVI):
             Or a function of (model, guide, *batch), as Pyro's ``SVI`` takes it.
         loss_and_grads: With a function for ``loss``: what takes its gradients, too.
         num_samples, num_steps: For `run`, as in Pyro.
-        engine: ``"eager"``, ``"compiled"`` or ``"cudagraph"``: see `pvae.engine.Stepper`.
+        engine: ``"eager"``, ``"compiled"`` or ``"cudagraph"``: see `pvae.engine.Stepper`, which
+            says what of a change in Python such steps notice. A number that changes at each step,
+            such as a weight of the KL, is best kept in a tensor: ``weight.fill_(0.5)``.
         plate: Name of the data plate, where the batch's length doesn't tell; False where none
             counts the data.
 

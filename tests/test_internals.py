@@ -203,6 +203,24 @@ def networks() -> None:
     assert internals.network_state([whole, net])[1] is not before[1]
 
 
+def gradient_hooks() -> None:
+    x = torch.zeros(2, requires_grad=True)
+    assert internals.hooks_of(x) == 0
+    handle = x.register_hook(lambda g: g)
+    assert internals.hooks_of(x) == 1
+    handle.remove()
+    assert internals.hooks_of(x) == 0
+
+
+def validation() -> None:
+    """Of a distribution that was made while values were validated."""
+    made = dist.Bernoulli(torch.tensor(0.5), validate_args=True)
+    with internals.unvalidated():
+        made.log_prob(torch.tensor(0.3))
+    with pytest.raises(ValueError, match="support"):
+        made.log_prob(torch.tensor(0.3))
+
+
 def schedulers() -> None:
     """A scheduler that is told so doesn't warn of an optimiser that makes no step itself."""
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
@@ -248,7 +266,7 @@ assert "torch._dynamo" in before and set(sys.modules) == before
 
 CHECKS: list[Callable[[], None]] = [
     deterministic, enumerate_dim, mask, inverse, cache, version, hooks, skipping, adam, many,
-    messengers, networks, schedulers, waiting, guessing, compiler,
+    messengers, networks, gradient_hooks, validation, schedulers, waiting, guessing, compiler,
 ]  # fmt: skip
 
 

@@ -24,8 +24,7 @@ from pvae.engine.graphs import (
 from pvae.engine.passes import Passes, PassResult
 from pvae.engine.watch import Watch, noting
 from pvae.modes import capturing_graph, is_capturing_graph
-from pvae.origin import first_line
-from pvae.pair.held import line_of
+from pvae.origin import first_line, site_and_line
 
 __all__ = ["CapturedStep", "record", "run_aside"]
 
@@ -122,9 +121,8 @@ class CapturedStep:
                 with capturing_graph():
                     replay = record(of_tensors(self._step, batch), tensors)
             except Exception as error:
-                first, *_ = (str(error).strip() or type(error).__name__).splitlines()
                 raise UncompilableError(
-                    f"the capture fails with {first}{line_of(error)}"
+                    f"the capture fails with {first_line(error)}{site_and_line(error)}"
                 ) from error
             watch.settle()
             undo()

@@ -21,9 +21,11 @@ import pyro
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
 
+from pvae.internals import unvalidated
 from pvae.modes import capturing_graph
-from pvae.pair.held import line_of
+from pvae.origin import site_and_line
 
 __all__ = ["UncompilableError", "compile_function", "compile_graph", "has_compiler"]
 
@@ -124,18 +126,39 @@ def _record_twice(
     from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
 
     try:
-        with pyro.validation_enabled(is_validate=False), capturing_graph():  # it reads values
+        with pyro.validation_enabled(is_validate=False), unvalidated(), capturing_graph(), _Blind():
             first, second = (make_fx(function, tracing_mode="real")(*example) for _ in range(2))
     except Exception as error:
         reason = _first_line(error)
         if "_local_scalar_dense" in str(error):
             reason = "a tensor's value is read on the way, by a branch or a conversion to a number"
-        raise UncompilableError(f"{reason}{line_of(error)}") from error
+        raise UncompilableError(f"{reason}{site_and_line(error)}") from error
     if first.code != second.code:
         lines = zip(first.code.splitlines(), second.code.splitlines(), strict=False)
         odd = next((a.strip() for a, b in lines if a != b), "one is longer")
         raise UncompilableError(f"two steps aren't the same program, from '{odd}' on")
     return first, second
+
+
+class _Blind(TorchFunctionMode):
+    """Has one-hot vectors made without a look at the largest index, as torch's own are."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 0:
+        return torch.nn.functional.one_hot(tensor)  # as many as there are: that is for the value
+    return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
 
 
 def _lifted(graph: GraphModule, again: GraphModule) -> tuple[GraphModule, list[Tensor]]:

@@ -55,7 +55,12 @@ class Stepper:
         clip_norm: Largest norm of the whole gradient; None for no clipping.
         engine: ``"eager"``, or ``"compiled"``: loss, gradients and everything measured as one
             graph for each shape of batch. Its first step is compared with the eager one; where
-            they differ, or there can be no graph, a warning says why, and steps are eager. Or
+            they differ, or there can be no graph, a warning says why, and steps are eager. What
+            the step has read of Python (attributes, entries, closures, globals, settings) is
+            compared before each further step; where it has changed, the step is recorded anew,
+            and where it changes all the time, steps are eager. Not seen: what is read from files
+            or by code in C, such as ``next`` of an iterator or the time, and what is in arrays of
+            more than 1000 bytes or containers of more than 1000 things. Or
             ``"cudagraph"``: the whole step, update included, captured and replayed on CUDA, with
             the same guard; learning rates and schedules may change, other settings are captured
             anew.

@@ -19,15 +19,14 @@ import pyro
 import torch
 from torch import Tensor
 
-import pvae
 from pvae.engine.compiler import UncompilableError
 from pvae.internals import hooks_of
+from pvae.origin import is_users
 from pvae.pair import Structure
-from pvae.pair.held import Change, Held, Place, is_library, is_plain, names_in
+from pvae.pair.held import Change, Held, Place, is_plain, names_in
 
 __all__ = ["Ran", "Watch", "noting"]
 
-_OURS = str(Path(pvae.__file__).parent)
 _SETTINGS = ("binomial_approx_log_prob_tol", "cholesky_relative_jitter", "module_local_params")
 
 
@@ -47,19 +46,20 @@ class Ran:
     def note(self, frame: types.FrameType, event: str, _: object) -> None:
         """Called by Python at each call of a function and each return from one."""
         code = frame.f_code
-        is_users = self._is_users.get(code)
-        if is_users is None:
-            is_users = self._is_users[code] = not is_library(code.co_filename)
-            if not code.co_filename.startswith(_OURS):
+        users = self._is_users.get(code)
+        if users is None:
+            module = frame.f_globals.get("__name__", "")
+            users = self._is_users[code] = is_users(module)
+            if module.partition(".")[0] != "pvae":
                 self.names |= names_in(code)
-        if is_users and event == "return":
+        if users and event == "return":
             for value in frame.f_locals.values():
                 if not isinstance(value, (Tensor, types.ModuleType)) and not is_plain(value):
                     self.things.setdefault(id(value), value)
 
     def line_of(self, name: object) -> str:
         """Where users' code puts something under a name: `` at model.py:12``, or nothing."""
-        for code in (code for code, is_users in self._is_users.items() if is_users):
+        for code in (code for code, users in self._is_users.items() if users):
             for step in dis.get_instructions(code):
                 if step.opname.startswith("STORE") and step.argval == name and step.positions:
                     return f" at {Path(code.co_filename).name}:{step.positions.lineno}"
@@ -122,16 +122,16 @@ def _of_pyro_and_torch(structure: Structure) -> list[Place]:
     """Parameters in the store, what is trained, hooks on gradients, and settings."""
     named = {name: p for m in structure.modules for name, p in m.named_parameters(recurse=False)}
     parameters = {**named, **structure.parameters}
-    names, tensors = [*parameters], [*parameters.values()]
+    names, tensors, of_pair = [*parameters], [*parameters.values()], [*structure.parameters]
 
     def stored() -> list[Any]:
         store = dict(pyro.get_param_store().named_parameters())
-        return [store.get(name) for name in structure.parameters]
+        return [store.get(name) for name in of_pair]
 
     return [
         Place("parameter", names, lambda: [p.requires_grad for p in tensors]),
         Place("hooks", names, lambda: [hooks_of(p) for p in tensors]),
-        Place("pyro.param", [*structure.parameters], stored),
+        Place("pyro.param", of_pair, stored),
         Place("pyro.settings", _SETTINGS, lambda: [*map(pyro.settings.get, _SETTINGS)]),
         Place("torch", ["default dtype"], lambda: [torch.get_default_dtype()]),
     ]

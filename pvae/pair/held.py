@@ -9,31 +9,25 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import os
-import sys
-import sysconfig
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor, nn
 
 from pvae.internals import network_parts
+from pvae.origin import is_users
 
 __all__ = [
     "MISSING",
     "Change",
     "Held",
     "Place",
-    "is_library",
     "is_plain",
     "is_same",
-    "line_of",
     "names_in",
 ]
 
@@ -41,14 +35,6 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 _LEAVES = (*_PLAIN, Tensor, types.BuiltinFunctionType, torch.dtype, torch.device)
 _LONGEST = 1000  # of a list or a dictionary that is followed
 _MOST = 20_000  # of things that are followed
-_LIBRARIES = tuple(
-    os.path.join(path, "")  # noqa: PTH118
-    for path in {
-        *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
-        *(str(Path(str(package.__file__)).parents[1]) for package in (torch, pyro)),
-        str(Path(__file__).parents[1]),
-    }
-)
 Parts = Iterator[tuple[object, str]]
 """Things that are held, each with what it is called."""
 
@@ -65,11 +51,6 @@ _ALWAYS = itertools.repeat(MISSING)
 def is_plain(value: object) -> bool:
     """Whether it is a number, a flag, a word or None."""
     return isinstance(value, _PLAIN)
-
-
-def is_library(file: str | None) -> bool:
-    """Whether a file belongs to Python, an installed package or pvae, and not to a user."""
-    return file is None or file.startswith((*_LIBRARIES, "<frozen"))
 
 
 def names_in(code: types.CodeType) -> set[str]:
@@ -322,7 +303,7 @@ class Held:
         yield from [(function.__defaults__, label), (function.__kwdefaults__, label)]
         if vars(function):
             yield from self._note(_Entries(label, vars(function), of_object=True))
-        if not is_library(code.co_filename):
+        if is_users(function.__globals__.get("__name__", "")):
             yield from self._named(function.__globals__, names_in(code), "")
 
     def _named(self, values: dict[str, Any], names: Iterable[str], label: str) -> Parts:
@@ -334,9 +315,9 @@ class Held:
 
     def _parts_of_object(self, thing: Any) -> Parts:
         label, kind = _called(thing), thing if isinstance(thing, type) else type(thing)
-        own = [base for base in kind.__mro__ if not is_library(_file_of(base))]
+        own = [base for base in kind.__mro__ if is_users(base.__module__)]
         if isinstance(thing, types.ModuleType):
-            if self._names is not None and not is_library(getattr(thing, "__file__", None)):
+            if self._names is not None and is_users(thing.__name__):
                 yield from self._named(vars(thing), self._names, thing.__name__)
             return
         if isinstance(thing, np.ndarray):
@@ -399,11 +380,6 @@ def _fill_array(array: Any, _: str, content: bytes) -> None:
     array[...] = np.frombuffer(content, array.dtype).reshape(array.shape)
 
 
-def _file_of(kind: type) -> str | None:
-    module = sys.modules.get(kind.__module__)
-    return "" if kind.__module__ == "__main__" else getattr(module, "__file__", None)
-
-
 def _slots_of(kind: type) -> list[str]:
     slots = vars(kind).get("__slots__", ())
     return [n for n in ([slots] if isinstance(slots, str) else slots) if not n.startswith("__")]
@@ -428,6 +404,8 @@ def is_same(was: object, now: object) -> bool:
     """Whether it is one thing, or two equal numbers, flags or words."""
     if was is now:
         return True
+    if isinstance(was, tuple) and isinstance(now, tuple):
+        return len(was) == len(now) and all(map(is_same, was, now))
     if type(was) is not type(now) or not is_plain(was):
         return False
     return bool(was == now) or (was != was and now != now)
@@ -437,18 +415,3 @@ def _is_result(value: object) -> bool:
     """Whether it is a number, or a tensor that isn't trained; nothing that is set up once."""
     is_trained = isinstance(value, Tensor) and value.is_leaf and value.requires_grad
     return (isinstance(value, Tensor) and not is_trained) or is_plain(value)
-
-
-def line_of(error: BaseException) -> str:
-    """Where in a user's code an error began: `` at model.py:12``, or nothing."""
-    found = ""
-    cause: BaseException | None = error
-    while cause is not None:
-        trace = cause.__traceback__
-        while trace is not None:
-            code = trace.tb_frame.f_code
-            if not is_library(code.co_filename):
-                found = f" at {Path(code.co_filename).name}:{trace.tb_lineno}"
-            trace = trace.tb_next
-        cause = cause.__cause__
-    return found
