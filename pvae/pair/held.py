@@ -232,6 +232,7 @@ class Held:
     def __init__(self, programs: Iterable[object], names: set[str] | None = None) -> None:
         self._names, self._visited = names, dict[int, object]()
         self.places: list[Place] = []
+        self._empty: list[object] = []
         for program in programs:
             self._follow(deque([(program, _called(program))]))
 
@@ -244,7 +245,8 @@ class Held:
 
     def holds(self) -> bool:
         """Whether everything that counts is as it was."""
-        return all(place.holds() or place.accepts() for place in self.places)
+        is_any_filled = any(self._empty)  # of the containers that had nothing, which are many
+        return all(p.holds() or p.accepts() for p in self.places if p.values or is_any_filled)
 
     def changes(self) -> list[Change]:
         """What isn't as it was; not what libraries keep for themselves."""
@@ -287,7 +289,11 @@ class Held:
 
     def _note(self, place: Place) -> Parts:
         """Keeps a place; what is there is to be followed."""
-        if isinstance(place, (_Entries, _Items)) or place.names:
+        if isinstance(place, (_Entries, _Items)):
+            if not place.values:
+                self._empty.append(place.entries if isinstance(place, _Entries) else place.items)
+            self.places.append(place)
+        elif place.names:
             self.places.append(place)
         names = place.names or range(len(place.values))
         return zip(place.values, map(place.called, names), strict=True)
