@@ -187,11 +187,15 @@ def test_full_memory_at_the_first_look_is_no_matter_of_shapes() -> None:
     pair = pair_that(partial(needs, error=FULL[0], most=1))
     with pytest.raises(OutOfMemoryError, match=f"memory for {N} rows at once; got no memory"):
         bounds.elbo(pair, x_of())
+    with pytest.raises(OutOfMemoryError, match=f"Try: batch_size={N // 4}, in a training"):
+        pvae.fit(pair, x_of(), progress=False)
 
 
 def test_full_memory_in_a_training_advises_the_batch_size() -> None:
+    network = nn.Identity()
+
     def in_training(x: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if network.training:
             needs(x, FULL[1], most=N // 4)
 
     pair = pair_that(in_training)

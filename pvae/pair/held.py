@@ -181,6 +181,11 @@ class Held:
                 self._visited[id(thing)] = thing
                 queue.extend(self._parts(thing, label))
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All networks that are reached, with the modules in them."""
+        return [thing for thing in self._visited.values() if isinstance(thing, nn.Module)]
+
     def holds(self) -> bool:
         """Whether everything is as it was."""
         return all(place.holds() for place in self.places)
@@ -192,6 +197,13 @@ class Held:
             for place in self.places
             for name, was, now in place.changes()
         ]
+
+    def has_other_modules(self) -> bool:
+        """Whether a network has come, gone, or been replaced by another."""
+        if self.holds():
+            return False
+        changes = (each for place in self.places for each in place.changes())
+        return any(isinstance(part, nn.Module) for _, was, now in changes for part in (was, now))
 
     def restore(self, *, everything: bool) -> None:
         """Puts back numbers, flags, words and lists of results; or everything.
@@ -241,7 +253,11 @@ class Held:
         if vars(function):
             yield vars(function), label
         if not is_library(code.co_filename):
-            yield from self._named(function.__globals__, names_in(code), "")
+            names = names_in(code)
+            yield from self._named(function.__globals__, names, "")
+            for value in map(function.__globals__.get, names & {*function.__globals__}):
+                if isinstance(value, types.ModuleType) and not is_library(value.__file__):
+                    yield from ((vars(value)[n], n) for n in names & {*vars(value)})
 
     def _named(self, values: dict[str, Any], names: Iterable[str], label: str) -> Parts:
         """What a dictionary has under names, of those that count."""
