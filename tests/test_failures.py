@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pvae
-from pvae import Pair, bounds, diagnostics, export, latent, recipes, testing, threads
+from pvae import Pair, bounds, diagnostics, export, latent, recipes, terms, testing, threads
 from pvae.errors import OutOfMemoryError, PairError
 
 N = 40
@@ -346,3 +346,20 @@ def _caught(call: Callable[[], object]) -> str:
     except pvae.PvaeWarning as error:
         return str(error)
     return str(caught[0].message)
+
+
+def test_an_error_in_the_middle_leaves_modes_and_gradients_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the error is kept, and with it what was left in the middle."""
+    torch.manual_seed(0)
+    vae, x = recipes.vae(4, 2, hidden=(4,)), torch.rand(30, 4).round()
+    monkeypatch.setattr(terms.Terms, "require_split", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        diagnostics.surgery(vae, x, progress=False)
+    monkeypatch.undo()
+    assert caught.value is not None
+    assert torch.is_grad_enabled()
+    assert all(module.training for module in vae.modules())
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(bounds.elbo, vae, x).result(timeout=60).kind == "lower"

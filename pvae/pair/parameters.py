@@ -59,7 +59,7 @@ class Parameters:
         self._active = active = {*leaves}
         used = active | {*map(id, self.by_name.values())} | {*networks.ran} | {*networks.asked}
         reached = [root for root in networks.reached if _has_any(used, root)]
-        called = (*networks.ran.values(), *networks.asked.values())
+        called = (*networks.ran.values(), *_inner(networks.asked.values()))
         modules = (*_inner(networks.roots), *called, *_inner(reached))
         self.modules = tuple(dict.fromkeys(modules))
         of_nobody = self._of_nobody(leaves, known, run)
@@ -69,7 +69,13 @@ class Parameters:
             with networks.in_training(), suppress(PvaeError):
                 run()
             idle = _idle_modules(networks, active)
-        odd = (self._unannounced(stored), _shared(shared), _unowned(of_nobody), _idle(idle))
+        odd = (
+            self._unannounced(stored),
+            _shared(shared),
+            _unowned(of_nobody),
+            _made_anew(networks.made_anew),
+            _idle(idle),
+        )
         self.oddities = tuple(text for texts in odd for text in texts)
 
     def _add(self, name: str, tensor: Tensor, side: str) -> None:
@@ -183,6 +189,16 @@ def _unowned(tensors: list[Tensor]) -> list[str]:
         f"The pair uses {len(tensors)} trainable tensor(s), of shape {shapes}, that no program "
         "announces and no network within its reach holds: they won't be trained. Call "
         "pyro.module(name, network) or pyro.param(name, tensor) in the function."
+    ]
+
+
+def _made_anew(modules: list[nn.Module]) -> list[str]:
+    if not modules:
+        return []
+    kinds = oxford(dict.fromkeys(type(module).__name__ for module in modules))
+    return [
+        f"A program makes {kinds} anew in each run, and what is new is in training mode: an "
+        "evaluation can't put it in evaluation mode. Make it once, outside of the program."
     ]
 
 

@@ -190,6 +190,7 @@ class Networks:
         self.reached = [m for m in reached.values() if not any(m is root for root in self.roots)]
         self.ran: dict[int, nn.Module] = {}
         self.asked: dict[int, nn.Module] = {}
+        self._num_known = 0
         self._thread = threading.get_ident()
         self._modes: dict[int, tuple[nn.Module, bool]] = {}
         self._mode = False
@@ -210,6 +211,17 @@ class Networks:
         if threading.get_ident() == self._thread and id(module) not in self.asked:
             self.asked[id(module)] = module
             self._switch(module)
+
+    def note_first_run(self) -> None:
+        """Called when the programs have run once: what comes up later is made anew in each run."""
+        self._num_known = len(self.asked)
+        self.freeze()
+
+    @property
+    def made_anew(self) -> list[nn.Module]:
+        """Modules that a later run has asked for their mode, and the first one hadn't."""
+        known = {id(m) for root in (*self.roots, *self.reached) for m in root.modules()}
+        return [m for m in [*self.asked.values()][self._num_known :] if id(m) not in known]
 
     def freeze(self) -> None:
         """Freezes again what was frozen: Pyro's store trains what a module's attribute puts in."""

@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pvae.errors import UndefinedError, check_choice, oxford
+from pvae.modes import evaluating
 from pvae.pair import (
     Batch,
     Observed,
@@ -124,7 +125,8 @@ class Simulation:
     @cached_property
     def traces(self) -> list[Trace]:
         """Of the model with its data drawn, by pass; run when first asked for."""
-        return [run_model(self._model, self.batch, g, **self.options) for g in self.guides]
+        with evaluating(self.structure.modules):  # this runs when it is first asked for
+            return [run_model(self._model, self.batch, g, **self.options) for g in self.guides]
 
     @property
     def _model(self) -> Program:
