@@ -96,13 +96,13 @@ class Parameters:
         return [p for key, p in odd.items() if key in again]
 
     def _unannounced(self, stored: Mapping[str, Tensor]) -> list[str]:
-        missing = {
-            f"{type(m).__name__}.{name}": parameter.shape
+        missing = [
+            (f"{type(m).__name__}.{name}", parameter.shape)
             for m in self.modules
             for name, parameter in m.named_parameters(recurse=False)
             if id(parameter) in self._active and id(parameter) not in self._names
-        }
-        shapes = {*missing.values()}
+        ]
+        shapes = {shape for _, shape in missing}
         taken = [n for n, p in self.by_name.items() if n in stored and p.shape in shapes]
         if taken:
             return [
@@ -114,8 +114,8 @@ class Parameters:
             ]
         if missing:
             return [
-                f"The pair uses {oxford([*missing][:4])}, but no program announces them, so they "
-                "won't be trained. Call pyro.module(name, network) in the function, or make the "
+                f"The pair uses {oxford([*dict(missing)][:4])}, but no program announces them, so "
+                "they won't be trained. Call pyro.module(name, network) in the function, or make the "
                 "model or guide a module that holds the network."
             ]
         return []
@@ -176,8 +176,8 @@ def _shared(names: list[str]) -> list[str]:
     return [
         f"Pyro's parameter store had {oxford(names[:4])} before this pair ran, and has one tensor "
         "for a name: this pair uses and trains the one that was there. Another pair of the same "
-        "names, if that is where it comes from, moves with it. Call pyro.clear_param_store() "
-        "before the second pair is made, or pyro.settings.set(module_local_params=True)."
+        "names, if that is where it comes from, moves with it. To keep them apart, call "
+        "pyro.settings.set(module_local_params=True) before either is made."
     ]
 
 
