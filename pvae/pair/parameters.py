@@ -115,8 +115,8 @@ class Parameters:
         if missing:
             return [
                 f"The pair uses {oxford([*dict(missing)][:4])}, but no program announces them, so "
-                "they won't be trained. Call pyro.module(name, network) in the function, or make the "
-                "model or guide a module that holds the network."
+                "they won't be trained. Call pyro.module(name, network) in the function, or make "
+                "the model or guide a module that holds the network."
             ]
         return []
 
