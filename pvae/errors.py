@@ -141,7 +141,7 @@ def telling_memory(where: str, rows: int | None, option: str | None = "max_rows"
         first, *_ = (str(error).strip() or type(error).__name__).splitlines()
         fewer = 128 if rows is None else max(1, rows // 4)
         expected = f"memory for {'all' if rows is None else rows} rows at once"
-        fixes = [f"{option}={fewer}" if option else "networks that need less memory for a row"]
+        fixes = [f"{option}={fewer}"] if option else [f"batch_size={fewer}, in a training"]
         raise OutOfMemoryError(where, expected, first, fixes) from error
 
 

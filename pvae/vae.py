@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from pvae import randomness
-from pvae.conditional import Conditional, as_conditional
+from pvae.conditional import Called, Conditional, as_conditional
 from pvae.described import Described
 from pvae.distributions import mean_of
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
 from pvae.jacobian import differentiable_twice
-from pvae.modes import evaluating
+from pvae.modes import in_mode
 from pvae.pair import Pair, Uses
-from pvae.pair.running import first_floating, tensors_of
+from pvae.pair.running import first_floating, networks_of, tensors_of
 from pvae.penalties import Penalty, SideOutputs, on_side, penalise, recorded_activations
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
 from pvae.threads import alone
@@ -131,6 +131,11 @@ class VAE(Pair, nn.Module):
     r"""A variational autoencoder: ``vae.model`` is p(z) p(x | z), ``vae.guide`` is q(z | x).
 
     With a point-mass guide (`pvae.guides.Point`) it is a deterministic autoencoder.
+
+    `sample`, `encode`, `decode` and `reconstruct` run in evaluation mode and are differentiable, in
+    what they are given and in the parameters, so they may be used inside another Pyro program: a
+    decoder as a prior, an inverse problem. Where no gradient is wanted, ``with torch.no_grad():``
+    around them saves its memory.
 
     Arguments:
         prior: p(z), or p(z | y).
@@ -294,12 +299,15 @@ class VAE(Pair, nn.Module):
     ) -> Tensor:
         """The function of arrays with a common first axis, some rows at a time, in evaluation mode.
 
+        Gradients are the caller's, on or off.
+
         With ``num_particles``, what it returns has an axis of draws before that of rows.
         """
         check_int("max_rows", max_rows)
         lengths = {len(a) if a.dim() else None for a in arrays}
         size = lengths.pop()
-        with evaluating(self.modules()):
+        called = [m.function for m in self.modules() if isinstance(m, Called)]
+        with in_mode([*self.modules(), *networks_of(called)], training=False):
             if lengths or size is None or size <= max_rows:
                 return function(*arrays)
             starts = range(0, size, max_rows)

@@ -312,7 +312,9 @@ def test_compression_on_one_side_and_the_identity_on_the_other(device: torch.dev
                 progress=False,
                 device=device,
             )
-        ours, theirs = (float((v - ae.reconstruct(v)).square().sum(1).mean()) for v in (x, foreign))
+        ours, theirs = (
+            float((v - ae.reconstruct(v).detach()).square().sum(1).mean()) for v in (x, foreign)
+        )
         errors[latent_dim] = ours, theirs
         assert ours == pytest.approx(float(spectrum[latent_dim:].sum()), rel=0.02, abs=1e-3)
     assert errors[1][1] > errors[2][1] > 0.1

@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pvae
-from pvae import Pair, bounds, diagnostics, export, latent, recipes, testing, threads
+from pvae import Pair, bounds, diagnostics, export, latent, recipes, terms, testing, threads
 from pvae.errors import OutOfMemoryError, PairError
 
 N = 40
@@ -187,11 +187,15 @@ def test_full_memory_at_the_first_look_is_no_matter_of_shapes() -> None:
     pair = pair_that(partial(needs, error=FULL[0], most=1))
     with pytest.raises(OutOfMemoryError, match=f"memory for {N} rows at once; got no memory"):
         bounds.elbo(pair, x_of())
+    with pytest.raises(OutOfMemoryError, match=f"Try: batch_size={N // 4}, in a training"):
+        pvae.fit(pair, x_of(), progress=False)
 
 
 def test_full_memory_in_a_training_advises_the_batch_size() -> None:
+    network = nn.Identity()
+
     def in_training(x: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if network.training:
             needs(x, FULL[1], most=N // 4)
 
     pair = pair_that(in_training)
@@ -342,3 +346,20 @@ def _caught(call: Callable[[], object]) -> str:
     except pvae.PvaeWarning as error:
         return str(error)
     return str(caught[0].message)
+
+
+def test_an_error_in_the_middle_leaves_modes_and_gradients_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the error is kept, and with it what was left in the middle."""
+    torch.manual_seed(0)
+    vae, x = recipes.vae(4, 2, hidden=(4,)), torch.rand(30, 4).round()
+    monkeypatch.setattr(terms.Terms, "require_split", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        diagnostics.surgery(vae, x, progress=False)
+    monkeypatch.undo()
+    assert caught.value is not None
+    assert torch.is_grad_enabled()
+    assert all(module.training for module in vae.modules())
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(bounds.elbo, vae, x).result(timeout=60).kind == "lower"

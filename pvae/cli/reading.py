@@ -107,6 +107,8 @@ def sample(
 
     An autoencoder has no prior to draw from; --density gives it one.
     """
+    import torch
+
     from pvae.runs import open_run
 
     _, vae, splits = open_run(run, device)
@@ -119,8 +121,8 @@ def sample(
             raise ArgumentError("--density", "a run whose codes are vectors", actual)
         fitted = pvae.latent.fit_density(codes, density, seed=seed)
         vae = pvae.VAE(fitted, vae.model.likelihood, vae.guide.posterior)
-    with pvae.randomness.forked(seed):
-        x = vae.sample(num_samples, mean=mean)
+    with torch.no_grad():
+        x = vae.sample(num_samples, mean=mean, seed=seed)
     path = _save(to or run / "samples.npy", x)
     what = "means" if mean else "draws"
     typer.echo(f"{num_samples} {what} of shape {tuple(x.shape[1:])}: {path}")
@@ -143,13 +145,16 @@ def reconstruct(
     device: Device = "auto",
 ) -> None:
     """Encode data and decode them again: means of x at the mean of q(z | x)."""
+    import torch
+
     vae, x = _open_with_data(run, data, device)
     if corrupt:
         if vae.guide.corruption is None:
             raise ArgumentError("--corrupt", "a run that was trained with a corruption", f"{run}")
         with pvae.randomness.forked(seed):
             x = vae.guide.corruption(x)
-    y = vae.reconstruct(x)
+    with torch.no_grad():
+        y = vae.reconstruct(x)
     path = _save(to or run / "reconstructions.npy", y)
     typer.echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
     _draw(path, lambda: pvae.plots.reconstructions(x[:10], y[:10]))
@@ -164,8 +169,11 @@ def encode(
     device: Device = "auto",
 ) -> None:
     """Write the codes of data: the means of q(z | x)."""
+    import torch
+
     vae, x = _open_with_data(run, data, device)
-    z = vae.encode(x)
+    with torch.no_grad():
+        z = vae.encode(x)
     path = _save(to or run / "codes.npy", z)
     typer.echo(f"{len(z)} codes of shape {tuple(z.shape[1:])}: {path}")
 

@@ -204,7 +204,10 @@ def _train(
         raise typer.Exit(130)
     if not world.is_first:
         return
-    _draw_figures(folder, vae, splits, run)
+    import torch
+
+    with torch.no_grad():
+        _draw_figures(folder, vae, splits, run)
     text = summary(folder, config, vae, splits, history=run.history)
     pvae.checkpoint.write_atomically(folder / "summary.txt", f"{text}\n".encode())
     typer.echo(text)

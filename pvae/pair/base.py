@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.errors import ArgumentError, PairError, warn
+from pvae.pair.held import Held
 from pvae.pair.plates import PlateName
 from pvae.pair.probe import inspect_pair
 from pvae.pair.running import (
@@ -115,15 +116,15 @@ class Pair:
         """
         batch = as_batch(batch)
         key = tuple(_signature(part) for part in batch)
-        known: dict[object, tuple[Structure, object]] = self.__dict__.setdefault("_structures", {})
-        if key in known and known[key][1] == self._state(known[key][0]):
+        known: dict[object, _Known] = self.__dict__.setdefault("_structures", {})
+        if key in known and self._holds(*known[key]):
             return known[key][0]
         structure = inspect_pair(self.model, self.guide, batch, self.plate, self.densities)
-        said = {text for old, _ in known.values() for text in old.oddities}
-        if len(known) > _KEPT or any(then != self._state(old) for old, then in known.values()):
+        said = {text for old, *_ in known.values() for text in old.oddities}
+        if len(known) > _KEPT or not all(self._holds(*each) for each in known.values()):
             known.clear()
             self.checked_sources.clear()
-        known[key] = structure, self._state(structure)
+        known[key] = structure, self._state(structure), Held((self.model, self.guide))
         for text in structure.oddities:
             if text not in said:
                 warn(text)
@@ -201,29 +202,27 @@ class Pair:
         own = [[p] if isinstance(p, nn.Module) else modules_reached(p) for p in programs]
         return [module for modules in own for module in modules]
 
+    def _holds(self, structure: Structure, state: object, held: Held) -> bool:
+        """Whether a structure is still right."""
+        return state == self._state(structure) and not held.has_other_modules()
+
     def _state(self, structure: Structure) -> object:
-        """What a structure is right for: networks, parameters, and whether these are trainable."""
+        """What a structure is right for: parameters, and whether these are trainable; settings."""
         programs = (self.model, self.guide)
         roots = [m for p in map(root_of, programs) if isinstance(p, nn.Module) for m in p.modules()]
         modules = dict.fromkeys((*roots, *structure.modules))
-        reached = [id(m) for p in programs for m in modules_reached(p)]
         store = dict(pyro.get_param_store().named_parameters())
         stored = [(name, id(store[name])) for name in structure.parameters if name in store]
         settings = repr([settings_of(program) for program in programs])
-        return (
-            self.plate,
-            self.densities,
-            reached,
-            stored,
-            settings,
-            [_module_state(m) for m in modules],
-        )
+        own = self.plate, self.densities
+        return *own, stored, settings, [_module_state(m) for m in modules]
 
 
 PairLike = Pair | tuple[Callable[..., object], Callable[..., object]]
 """What tools take as a pair: a `Pair` (a `VAE` is one), or a tuple of a model and its guide."""
 
 _KEPT = 8
+_Known = tuple[Structure, object, Held]
 
 
 def as_pair(thing: object, tool: str = "pair") -> Pair:

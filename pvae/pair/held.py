@@ -243,6 +243,11 @@ class Held:
                 self._visited[id(thing)] = thing
                 queue.extend(self._parts(thing, label))
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All networks that are reached, with the modules in them."""
+        return [thing for thing in self._visited.values() if isinstance(thing, nn.Module)]
+
     def holds(self) -> bool:
         """Whether everything that counts is as it was."""
         is_any_filled = any(self._empty)  # of the containers that had nothing, which are many
@@ -256,6 +261,13 @@ class Held:
             for name, was, now in place.changes()
             if not (place.is_library and str(name).startswith("_"))
         ]
+
+    def has_other_modules(self) -> bool:
+        """Whether a network has come, gone, or been replaced by another."""
+        if self.holds():
+            return False
+        changes = (each for place in self.places for each in place.changes())
+        return any(isinstance(part, nn.Module) for _, was, now in changes for part in (was, now))
 
     def restore(self, *, everything: bool) -> None:
         """Puts back numbers, flags, words, results and lists of them; or everything.
@@ -310,7 +322,11 @@ class Held:
         if vars(function):
             yield from self._note(_Entries(label, vars(function), of_object=True))
         if is_users(function.__globals__.get("__name__", "")):
-            yield from self._named(function.__globals__, names_in(code), "")
+            names = names_in(code)
+            yield from self._named(function.__globals__, names, "")
+            for value in map(function.__globals__.get, names & {*function.__globals__}):
+                if isinstance(value, types.ModuleType) and is_users(value.__name__):
+                    yield from ((vars(value)[n], n) for n in names & {*vars(value)})
 
     def _named(self, values: dict[str, Any], names: Iterable[str], label: str) -> Parts:
         """What a dictionary has under names, of those that count."""

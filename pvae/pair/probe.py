@@ -53,6 +53,7 @@ def inspect_pair(
     with look, probing((model, guide)) as networks:
         with Uses(batch) as uses:
             guide_trace, model_trace = run_pair(model, guide, batch)
+        networks.note_first_run()
         with put_back((model, guide)):
             again = [run_pair(model, guide, batch, model_too=False)[0] for _ in range(RERUNS)]
             sites = Sites(model_trace, guide_trace, batch, plate, densities)

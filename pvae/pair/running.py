@@ -32,6 +32,7 @@ __all__ = [
     "first_floating",
     "flatten",
     "modules_reached",
+    "networks_of",
     "probing",
     "put_back",
     "rebuild",
@@ -178,6 +179,8 @@ class Networks:
         roots: The programs that are modules.
         reached: Modules that a program reaches in another way: in a closure, as a method's owner.
         ran: Modules that were called, by identity.
+        asked: Modules whose mode was asked for while the programs ran, however they were run.
+        parameters: Those of all modules known before the programs ran.
     """
 
     def __init__(self, programs: Iterable[object]) -> None:
@@ -186,12 +189,16 @@ class Networks:
         reached = {id(m): m for p in (*programs, *self.roots) for m in modules_reached(p)}
         self.reached = [m for m in reached.values() if not any(m is root for root in self.roots)]
         self.ran: dict[int, nn.Module] = {}
+        self.asked: dict[int, nn.Module] = {}
+        self._num_known = 0
         self._thread = threading.get_ident()
         self._modes: dict[int, tuple[nn.Module, bool]] = {}
         self._mode = False
+        self._frozen: list[nn.Parameter] = []
         for root in (*self.roots, *self.reached):
             for module in root.modules():
                 self._switch(module)
+        self.parameters = [p for m, _ in self._modes.values() for p in m.parameters(recurse=False)]
 
     def note(self, module: nn.Module, *_: object) -> None:
         """Called before a module runs, in whatever thread."""
@@ -199,10 +206,33 @@ class Networks:
             self.ran.setdefault(id(module), module)
             self._switch(module)
 
+    def ask(self, module: nn.Module) -> None:
+        """Called before a module's mode is read."""
+        if threading.get_ident() == self._thread and id(module) not in self.asked:
+            self.asked[id(module)] = module
+            self._switch(module)
+
+    def note_first_run(self) -> None:
+        """Called when the programs have run once: what comes up later is made anew in each run."""
+        self._num_known = len(self.asked)
+        self.freeze()
+
+    @property
+    def made_anew(self) -> list[nn.Module]:
+        """Modules that a later run has asked for their mode, and the first one hadn't."""
+        known = {id(m) for root in (*self.roots, *self.reached) for m in root.modules()}
+        return [m for m in [*self.asked.values()][self._num_known :] if id(m) not in known]
+
+    def freeze(self) -> None:
+        """Freezes again what was frozen: Pyro's store trains what a module's attribute puts in."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)  # noqa: FBT003
+
     def restore(self) -> None:
-        """Gives every module its own mode back."""
+        """Gives every module its own mode back, and freezes again what was frozen."""
         for module, training in self._modes.values():
             module.training = training
+        self.freeze()
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
@@ -222,8 +252,43 @@ class Networks:
                 setattr(module, name, buffer.copy_(before))
 
     def _switch(self, module: nn.Module) -> None:
-        self._modes.setdefault(id(module), (module, module.training))
+        if id(module) not in self._modes:
+            self._modes[id(module)] = module, module.training
+            own = module.parameters(recurse=False)
+            self._frozen += [p for p in own if not p.requires_grad]
         module.training = self._mode
+
+
+@contextmanager
+def _asking(ask: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Calls a function before each read of a module's mode.
+
+    That finds the modules that have one to any effect, also those that no program is seen to reach
+    and that run by a method of their own, which no hook of torch's notices.
+    """
+
+    def read(module: nn.Module) -> bool:
+        ask(module)
+        try:
+            mode: bool = vars(module)["training"]
+        except KeyError:  # a scripted module has it elsewhere, and is asked there
+            raise AttributeError("training") from None
+        return mode
+
+    before = vars(nn.Module).get("training")
+    attribute = property(
+        read,
+        lambda module, mode: vars(module).__setitem__("training", mode),
+        lambda module: vars(module).__delitem__("training"),
+    )
+    setattr(nn.Module, "training", attribute)  # noqa: B010
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(nn.Module, "training")
+        else:
+            setattr(nn.Module, "training", before)  # noqa: B010
 
 
 @contextmanager
@@ -239,7 +304,8 @@ def probing(programs: Iterable[object]) -> Iterator[Networks]:
         handle = register_module_forward_pre_hook(networks.note)
         failed = True
         try:
-            with randomness.forked(), torch.no_grad(), pyro.validation_enabled(is_validate=True):
+            validated = pyro.validation_enabled(is_validate=True)
+            with _asking(networks.ask), randomness.forked(), torch.no_grad(), validated:
                 yield networks
             failed = False
         finally:
@@ -278,8 +344,13 @@ def modules_reached(program: object) -> list[nn.Module]:
         >>> modules_reached(lambda x: network.forward(x))
         [Linear(in_features=2, out_features=1, bias=True)]
     """
-    reached = _reached_by(program)
-    return [thing for thing in reached if isinstance(thing, nn.Module) and thing is not program]
+    own = {*program.modules()} if isinstance(program, nn.Module) else set()
+    return [module for module in networks_of((program,)) if module not in own]
+
+
+def networks_of(programs: Iterable[object]) -> list[nn.Module]:
+    """All modules of programs: their own, and those that they reach."""
+    return Held(programs).modules
 
 
 def settings_of(program: object) -> list[object]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pvae import randomness
 from pvae.errors import UndefinedError, check_choice, oxford
+from pvae.modes import evaluating
 from pvae.pair import (
     Batch,
     Observed,
@@ -143,7 +144,8 @@ class Simulation:
         return [self._run(guide) for guide in self.guides]
 
     def _run(self, guide: Trace | None, batch: Batch | None = None) -> Trace:
-        return run_model(self._model, batch or self.batch, guide, **self.options)
+        with evaluating(self.structure.modules):  # traces run when they are first asked for
+            return run_model(self._model, batch or self.batch, guide, **self.options)
 
     @property
     def _model(self) -> Program:
