@@ -27,6 +27,7 @@ __all__ = [
     "base_of",
     "is_improper",
     "is_point",
+    "is_transformed",
     "log_density_of_delta",
     "masks_of",
     "mean_of",
@@ -70,6 +71,11 @@ def is_point(fn: Dist) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, dist.Delta)
+
+
+def is_transformed(fn: Dist) -> bool:
+    """Whether a distribution is of transformed draws, as a flow's is."""
+    return isinstance(base_of(fn), dist.TransformedDistribution)
 
 
 def log_density_of_delta(fn: Dist) -> Tensor | None:

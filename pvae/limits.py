@@ -27,7 +27,7 @@ def support_of(fn: Dist) -> Constraint | None:
     """Where a distribution has mass, of single entries; None where it doesn't say so."""
     with contextlib.suppress(NotImplementedError, AttributeError):
         support = fn.support
-        while isinstance(support, _Independent):
+        while isinstance(support, (_Independent, constraints.MixtureSameFamilyConstraint)):
             support = support.base_constraint
         return support
     return None

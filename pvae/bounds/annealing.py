@@ -127,7 +127,8 @@ def annealed(
             tick = partial(_advance, bar, count / evaluation.num_rows / max(1, transitions))
             path, draw = _path(density, ais, tick)
             if possible is not None:
-                of_guide = ais.start == "guide" and not simulate  # some start at the posterior
+                of_guide = ais.start == "guide" and density.has_log_q
+                of_guide &= not simulate  # some start at the posterior
                 density.watch = partial(possible.take, rows, of_guide=of_guide)
             pilots = path.state(draw(ais.num_pilot))
             _, scale = spread(draw, groups[0])

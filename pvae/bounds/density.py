@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
@@ -19,6 +19,7 @@ from torch.distributions.constraints import Constraint
 from tqdm import tqdm
 
 from pvae.bounds.weights import require_local
+from pvae.distributions import is_transformed
 from pvae.errors import PairError, UndefinedError
 from pvae.modes import evaluating
 from pvae.options import progress_bar
@@ -26,7 +27,7 @@ from pvae.pair import Batch, Structure, as_batch, rows_from
 from pvae.simulate import Simulation, simulate_batch
 from pvae.terms.chunks import chunks_of
 from pvae.terms.evaluation import Evaluation
-from pvae.terms.passes import can_vectorize, compute
+from pvae.terms.passes import can_vectorize, compute, no_guide
 from pvae.terms.result import Terms, stack
 from pvae.terms.support import with_constant_bounds
 from pvae.types import Dist
@@ -85,6 +86,7 @@ class LatentDensity:
         self.structure, self.batch = structure, as_batch(batch)
         self.given = dict(given or {})
         self.watch: Callable[[Terms], None] | None = None  # sees the terms, but those of gradients
+        self._has_inverse = True  # of the guide's flows, if it has any
         _check_pair(structure)
         with torch.no_grad():
             terms = self._compute(1, {})
@@ -93,6 +95,17 @@ class LatentDensity:
         self.num_dims = 0
         for name in structure.latents:
             self._add(name, terms)
+        guides = [terms.sites[name].guide for name in structure.latents]
+        if any(fn is not None and is_transformed(fn) for fn in guides):
+            self._check_inverse()
+
+    def _check_inverse(self) -> None:
+        """Leaves out a guide whose flows score their own draws alone."""
+        with torch.no_grad():
+            try:
+                self.terms(self.from_guide(1))
+            except UndefinedError:
+                self._has_inverse = False
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -124,8 +137,11 @@ class LatentDensity:
 
     @property
     def has_log_q(self) -> bool:
-        """Whether the guide has a density at any u: not where other draws make its latents."""
-        return not (self.structure.auxiliary or self.structure.fed)
+        """Whether the guide has a density at any u.
+
+        It has none where other draws make its latents, or a flow without an inverse does.
+        """
+        return self._has_inverse and not (self.structure.auxiliary or self.structure.fed)
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
         """The latents by site, each of shape ``(K, N, ...)``, at u of shape ``(K, N, D)``."""
@@ -175,10 +191,12 @@ class LatentDensity:
         return self.flatten({name: run.value(name) for name in self.sites})
 
     def _compute(self, num_particles: int, given: Mapping[str, Tensor]) -> Terms:
-        given = {**self.given, **given}
+        structure, given = self.structure, {**self.given, **given}
+        if not self._has_inverse:
+            structure = replace(structure, guide=no_guide)
         with pyro.validation_enabled(is_validate=False):  # a trajectory may leave finite numbers
             return compute(
-                self.structure, self.batch, num_particles=num_particles, vectorize=True, given=given
+                structure, self.batch, num_particles=num_particles, vectorize=True, given=given
             )
 
     def _add(self, name: str, terms: Terms) -> None:

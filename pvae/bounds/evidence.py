@@ -12,6 +12,7 @@ from torch import Tensor
 from pvae.bounds.annealing import AIS, annealed
 from pvae.bounds.joint import JointWeights, joint_weights, num_draws
 from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
+from pvae.bounds.modes import missed_by_fits, said
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import Influence, Sums, WeightSums, facts, require_evidence
 from pvae.engine import Asked, Repeated
@@ -291,10 +292,13 @@ def _by_annealing(evaluation: Evaluation, ais: AIS, num_chains: int) -> Estimate
 def _by_local_fits(
     evaluation: Evaluation, how: LocalFit, family: Family, num_particles: int
 ) -> Estimate:
+    evaluation = evaluation.in_memory()  # a loader may shuffle, and modes are looked for again
     weights, possible = WeightSums(), Possible(evaluation.structure)
     wanted: tuple[Family, ...] = FAMILIES[1:] if family == "flow" else (family,)
     for fit in fit_locally(evaluation, how, num_particles, families=wanted, possible=possible):
         if fit.family == family:
             weights.add(fit.rows, weights.reduce(fit.log_weights))
     name = f"evidence, local {family.replace('_', '-')} IWAE-{num_particles}"
-    return possible.mark(weights.estimate(name, num_particles, evaluation.structure))
+    found = possible.mark(weights.estimate(name, num_particles, evaluation.structure))
+    missed = missed_by_fits(evaluation, found)
+    return found if missed is None else replace(found, remarks=(*found.remarks, said(missed)))

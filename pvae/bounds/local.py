@@ -16,7 +16,7 @@ from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence
-from pvae.errors import check_int, check_number
+from pvae.errors import check_choice, check_int, check_number
 from pvae.terms import Evaluation
 
 __all__ = ["FAMILIES", "Family", "Fitted", "LocalFit", "fit_locally"]
@@ -46,20 +46,24 @@ class LocalFit:
         num_particles: Number of draws of each datum for a gradient.
         lr: Learning rate at the start; locations move in units of standard deviations.
         max_steps: Number of steps after which a fit ends, settled or not.
+        start: Whose mean and spread Gaussians start from, ``"guide"`` or ``"prior"``: a guide that
+            has found one mode of a posterior has the fits find that one, too.
 
     Example:
         >>> LocalFit(max_steps=500)
-        LocalFit(num_particles=16, lr=0.05, max_steps=500)
+        LocalFit(num_particles=16, lr=0.05, max_steps=500, start='guide')
     """
 
     num_particles: int = 16
     lr: float = 0.05
     max_steps: int = 3000
+    start: Literal["guide", "prior"] = "guide"
 
     def __post_init__(self) -> None:
         check_int("LocalFit: num_particles", self.num_particles)
         check_int("LocalFit: max_steps", self.max_steps)
         check_number("LocalFit: lr", self.lr, above=0)
+        check_choice("LocalFit: start", self.start, ("guide", "prior"))
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def fit_locally(
             refuse_masks(density)
             count = rows.stop - rows.start
             share = count / evaluation.num_rows / len(families)
-            start = full_rank(*spread(density.from_guide))
+            is_prior = how.start == "prior"
+            start = full_rank(*spread(density.from_prior if is_prior else density.from_guide))
             for family in families:
                 q, instead = start, ""
                 if family == "own":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae import bounds, randomness
+from pvae.bounds.modes import FIND_MODES, missed_by_fits
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence, require_local, weights_by_chunk
 from pvae.diagnostics.result import Finding, Result
@@ -42,6 +43,7 @@ class Gap(Result):
         instead: Why q* is of the full-rank Gaussians and not of the guide's own family, or nothing.
         unsettled: Families whose fit was still getting better when it ended.
         rows: Which rows of the data these are, ``(N,)``; None for all of them.
+        missed: What annealing from the prior finds beyond the fits, where it is more than errors.
         possible: What else the draws say of the numbers, by which impossible ones are marked: those
             of the ``"guide"`` and of the ``"fits"``.
     """
@@ -51,6 +53,7 @@ class Gap(Result):
     instead: str = ""
     unsettled: tuple[str, ...] = ()
     rows: Tensor | None = None
+    missed: Estimate | None = None
     possible: Mapping[str, Possible] = field(default_factory=dict)
 
     def elbo(self, q: str) -> Estimate:
@@ -136,6 +139,9 @@ class Gap(Result):
             ),
             *(Finding.of(self.gain(q, over).named(name), what) for name, q, over, what in more),
         ]
+        if self.missed is not None:
+            meaning = "annealing from the prior finds more: modes that guide and fits have missed"
+            lines.append(Finding.of(self.missed, meaning, "bad", FIND_MODES))
         worse = float(self.is_worse.double().mean())
         if worse > 0:
             meaning = "share of data for which the guide's q is better than the fitted one"
@@ -196,6 +202,10 @@ def gap(
     approximation gap is at least what is said. With the guide's own family mean-field, what the
     full-rank Gaussian gains says what independence costs.
 
+    Fits that start from a guide which has found one mode of a posterior find that one, too. Where
+    annealing from the prior finds more than they do, on the first rows, the result says so, and
+    what to type; then ``local=bounds.LocalFit(start="prior")`` starts fits from there.
+
     Where the guide's own family can't be read off (flows, latents that depend on one another in the
     guide, auxiliary sites) a full-rank Gaussian stands in for it, and the result says so; the
     amortisation gap may then be below 0.
@@ -252,10 +262,11 @@ def gap(
         evidence = Estimate.of_evidence(name, stacked.gather(0, best)[0])
         for each in possible.values():
             evidence = each.mark(evidence)
+        missed = missed_by_fits(evaluation, evidence)
     else:
-        evidence = replace(evidence, influence=None)  # its draws are others
+        evidence, missed = replace(evidence, influence=None), None  # its draws are others
     late = tuple(dict.fromkeys(unsettled))
-    return Gap(weights, evidence, instead, late, possible=possible)
+    return Gap(weights, evidence, instead, late, missed=missed, possible=possible)
 
 
 def _check(guides: Tensor, evidence: Estimate | None, possible: Possible) -> None:

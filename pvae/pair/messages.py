@@ -10,8 +10,8 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pvae.distributions import masks_of
-from pvae.errors import PairError, is_out_of_memory
+from pvae.distributions import base_of, is_transformed, masks_of
+from pvae.errors import PairError, UndefinedError, is_out_of_memory
 from pvae.internals import DETERMINISTIC
 from pvae.origin import first_line, line_of_user
 from pvae.sites import PENALTY
@@ -79,12 +79,17 @@ def log_prob_of(site: Site) -> Tensor:
 
 
 def score(site: Site) -> Tensor:
-    """The same; a value that the distribution refuses is a `PairError` that names the site."""
+    """The same; a value that the distribution refuses is a `PairError` that names the site.
+
+    One that a flow can't go back from, as it has no inverse, is an `UndefinedError`.
+    """
     try:
         return log_prob_of(site)
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
+        if is_transformed(site["fn"]) and isinstance(error, (KeyError, NotImplementedError)):
+            raise _without_inverse(site) from error
         line = line_of_user(error)
         raise PairError(
             f"site '{site['name']}'",
@@ -92,6 +97,16 @@ def score(site: Site) -> Tensor:
             f"{first_line(error)} ({line})" if line else first_line(error),
             ["data in the likelihood's support", "a guide whose draws are in the prior's support"],
         ) from error
+
+
+def _without_inverse(site: Site) -> UndefinedError:
+    kinds = [type(step).__name__ for step in base_of(site["fn"]).transforms]
+    return UndefinedError(
+        f"log density of a given value at site '{site['name']}'",
+        "transforms with an inverse",
+        f"{' and '.join(dict.fromkeys(kinds))}, which score their own draws alone",
+        ["transforms that can be inverted, such as pyro.distributions.transforms.spline"],
+    )
 
 
 def plate_scale(site: Site, without: frozenset[str] = frozenset()) -> float:

@@ -31,10 +31,10 @@ from pvae.pair.messages import is_factor, is_penalty, sample_sites, score
 from pvae.pair.observed import DATA, observed_sites, put_back
 from pvae.terms import Terms, compute, mean_of
 from pvae.terms.collect import PARTICLES
-from pvae.terms.passes import can_vectorize, in_particles
+from pvae.terms.passes import can_vectorize, in_particles, no_guide
 from pvae.types import Dist, Program, Site
 
-__all__ = ["Origin", "Simulation", "no_guide", "require_proper", "run_model", "simulate_batch"]
+__all__ = ["Origin", "Simulation", "require_proper", "run_model", "simulate_batch"]
 
 Origin = Literal["posterior", "prior", "mixed"]
 """Where latents come from: all from the guide; all from the model; those outside the data plate
@@ -107,10 +107,6 @@ def run_model(
             ["pyro.infer.NUTS on the model"],
         )
     return trace
-
-
-def no_guide(*batch: object) -> None:
-    """A guide that leaves all latents to the model."""
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,9 @@ from pvae.errors import UndefinedError, check_choice, check_int, oxford
 from pvae.modes import evaluating
 from pvae.options import progress_bar
 from pvae.pair import is_inside
-from pvae.simulate.ancestral import (
-    FEEDS,
-    Origin,
-    Simulation,
-    no_guide,
-    require_proper,
-    simulate_batch,
-)
+from pvae.simulate.ancestral import FEEDS, Origin, Simulation, require_proper, simulate_batch
 from pvae.terms import Evaluation, draw_globals, first_rows, fits_particles, stream
+from pvae.terms.passes import no_guide
 from pvae.types import Dist
 
 __all__ = ["CheckKind", "Replicates", "check_generative", "draws"]

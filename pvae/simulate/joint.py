@@ -16,8 +16,9 @@ from pvae.errors import PvaeError, UndefinedError, check_int, oxford
 from pvae.modes import evaluating
 from pvae.options import progress_bar
 from pvae.pair import Batch, Structure, mask_of
-from pvae.simulate.ancestral import Simulation, no_guide, simulate_batch
+from pvae.simulate.ancestral import Simulation, simulate_batch
 from pvae.terms import Evaluation, Terms, compute, draw_guide, only_site, stream
+from pvae.terms.passes import no_guide
 
 __all__ = [
     "JointDraws",

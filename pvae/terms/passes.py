@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -28,7 +29,7 @@ from pvae.terms.result import SiteTerms, Terms, joined, stack
 from pvae.terms.states import GuideStates, States
 from pvae.types import Program
 
-__all__ = ["can_vectorize", "compute", "draw_guide", "in_particles", "score_guide"]
+__all__ = ["can_vectorize", "compute", "draw_guide", "in_particles", "no_guide", "score_guide"]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -214,13 +215,25 @@ def can_vectorize(structure: Structure, batch: Batch) -> bool:
     return not structure.notes["looped_because"]
 
 
+def _scored(structure: Structure, batch: Batch, values: Mapping[str, Tensor]) -> Terms:
+    """A pass at given values; of the model alone, where the guide can't score them."""
+    try:
+        return _one_pass(structure, batch, 1, values)
+    except UndefinedError:
+        return _one_pass(replace(structure, guide=no_guide), batch, 1, values)
+
+
+def no_guide(*batch: object) -> None:
+    """A guide that leaves all latents to the model."""
+
+
 def _compare(structure: Structure, batch: Batch) -> str:
     """Scores the same draws vectorised and one by one; returns why they differ, or nothing."""
     with probing((structure.model, structure.guide)):
         try:
             both = _one_pass(structure, batch, 2)
             given = [_draws_of(both, k, structure) for k in range(2)]
-            ones = [_one_pass(structure, batch, 1, values) for values in given]
+            ones = [_scored(structure, batch, values) for values in given]
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -228,8 +241,12 @@ def _compare(structure: Structure, batch: Batch) -> str:
     for k, one in enumerate(ones):
         for name, site in both.sites.items():
             for key in ("log_p", "log_q"):
-                ours, theirs = getattr(site, key), getattr(one.sites[name], key)
-                if ours is not None and (off := _difference(ours[k], theirs[0])):
+                ours, theirs = getattr(site, key), getattr(one.sites.get(name), key, None)
+                if (
+                    ours is not None
+                    and theirs is not None
+                    and (off := _difference(ours[k], theirs[0]))
+                ):
                     return f"at site '{name}' {key} then differs by {off:.3g} nats"
     return ""
 

@@ -73,6 +73,8 @@ def with_constant_bounds(support: Constraint) -> Constraint | None:
     if isinstance(support, _Independent):
         base = with_constant_bounds(support.base_constraint)
         return base and constraints.independent(base, support.reinterpreted_batch_ndims)
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):  # that of each component
+        return with_constant_bounds(support.base_constraint)
     general = copy.copy(support)
     for name, bound in vars(support).items():
         if isinstance(bound, Tensor):
