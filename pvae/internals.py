@@ -7,6 +7,7 @@ stands in `pvae.engine.compiler`.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ __all__ = [
     "InverseTransform",
     "Norm",
     "can_skip_on_device",
+    "copied_guide",
     "count_as_stepped",
     "forget_values",
     "fused_adam",
@@ -57,6 +60,23 @@ Norm = nn.modules.batchnorm._NormBase
 
 Convolution = nn.modules.conv._ConvNd
 """All convolutions, transposed ones among them."""
+
+
+def copied_guide(guide: nn.Module) -> nn.Module:
+    """A deep copy of a guide. Pyro's autoguides lose their model as they are copied, which is kept.
+
+    The copy has the same model, not a copy of it.
+    """
+    held = [(part, part._model) for part in guide.modules() if isinstance(part, AutoGuide)]
+    try:
+        copied = copy.deepcopy(guide)
+    finally:
+        for part, model in held:
+            part._model = model
+    parts = [part for part in copied.modules() if isinstance(part, AutoGuide)]
+    for part, (_, model) in zip(parts, held, strict=True):
+        part._model = model
+    return copied
 
 
 def network_parts(module: nn.Module) -> list[object]:

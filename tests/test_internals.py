@@ -264,9 +264,25 @@ assert "torch._dynamo" in before and set(sys.modules) == before
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def guides() -> None:
+    """A copied autoguide has the model that the first one has, which keeps it."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    with pyro.get_param_store().scope():
+        guide()
+    own = guide.model
+    copied = internals.copied_guide(guide)
+    assert copied.model is guide.model is own
+    assert copied.locs.z is not guide.locs.z
+
+
 CHECKS: list[Callable[[], None]] = [
     deterministic, enumerate_dim, mask, inverse, cache, version, hooks, skipping, adam, many,
     messengers, networks, gradient_hooks, validation, schedulers, waiting, guessing, compiler,
+    guides,
 ]  # fmt: skip
 
 

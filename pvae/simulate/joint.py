@@ -173,7 +173,7 @@ def require_rows(where: str, structure: Structure) -> None:
             where,
             "a pair whose sites are all inside the data plate, with a guide for their latents",
             f"global site(s) {oxford(outside)}" if outside else "no latent with a guide",
-            ["the pair with its global latents fixed, such as by pyro.condition in both"],
+            ["diagnostics.sbc(pair, x, refits=20), which fits the guide to each simulation"],
         )
     if not structure.takes_any_rows:
         raise UndefinedError(
