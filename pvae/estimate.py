@@ -248,11 +248,12 @@ class Estimate:
         if self.acceptance is not None and not bool(self.acceptance.isnan().all()):
             mean, least = float(self.acceptance.mean()), float(self.acceptance.min())
             lines.append(f"acceptance: mean {mean:.2f}, least {least:.2f}")
-        parts = [f"{part._title}: {part.mean:.2f}" for part in self._parts]
+        parts = [f"{part.title}: {part.mean:.2f}" for part in self._parts]
         return (*lines, *parts, *self.remarks)
 
     @property
-    def _title(self) -> str:
+    def title(self) -> str:
+        """Its name, and a word where the number can't be."""
         return self.name + ", IMPOSSIBLE" * (self.kind == "impossible")
 
     @property
@@ -275,7 +276,7 @@ class Estimate:
     @property
     def headline(self) -> str:
         """Mean and standard errors on one line."""
-        name, n, k = self._title, self.num_data, self.num_particles
+        name, n, k = self.title, self.num_data, self.num_particles
         if self.is_whole:
             sites = ", ".join(self.global_sites)
             total = f"{self.total:.2f}{_known(' +- {:.2g} over draws', self.se_total)} {self.unit}"

@@ -121,7 +121,7 @@ class Diagnosis(Result):
         return (*dict.fromkeys(line for found in estimates if found for line in found.remarks),)
 
     @property
-    def _has_curve(self) -> bool:
+    def has_curve(self) -> bool:
         """Whether there is a learning curve of so many epochs that no trial is needed."""
         curve = self.results.get("learning")
         return isinstance(curve, LearningCurve) and len(curve.values) >= ENOUGH_EPOCHS
@@ -132,7 +132,7 @@ class Diagnosis(Result):
         why = {}
         for name in self.main:
             found = self.results.get(name)
-            if name == "trial" and self._has_curve:
+            if name == "trial" and self.has_curve:
                 continue
             if name in self.undefined:
                 why[name] = "isn't defined here"
@@ -269,7 +269,7 @@ def diagnose(
     diagnosis = Diagnosis({}, {}, {}, evaluation.num_rows, chosen, main)
     if history:
         _add_training(diagnosis, history)
-    if diagnosis._has_curve:
+    if diagnosis.has_curve:
         asked = [name for name in asked if name != "trial"]  # the curve says more
     training = {name: diagnosis.results.pop(name) for name in list(diagnosis.results)}
     for name in progress_bar(asked, title="diagnose", shown=evaluation.progress):

@@ -95,9 +95,9 @@ class Stepper:
         self.structure, self.objective, self.state = structure, objective, state
         self.optimizer, self.world = optimizer, world or World()
         self.moved: set[int] = set()
-        self._monitor = Monitor(structure.device)
-        self.loss, self.sums = self._monitor.loss, self._monitor.sums
-        given = structure, objective, state, self._monitor, clip_norm
+        self.monitor = Monitor(structure.device)
+        self.loss, self.sums = self.monitor.loss, self.monitor.sums
+        given = structure, objective, state, self.monitor, clip_norm
         self.passes = Passes(*given, precision, per_datum, self.world, late)
         self._whole = CompiledPass(self.passes, self.passes.run)
         self._own_rows = CompiledPass(self.passes, self.passes.measure)
@@ -118,7 +118,7 @@ class Stepper:
     def engine(self, engine: Engine) -> None:
         check_engine(engine, self.structure.device, self.world)
         self._engine: Engine = engine
-        self._monitor.may_look = engine == "eager"
+        self.monitor.may_look = engine == "eager"
 
     def __call__(self, batch: tuple[Tensor, ...], step: int) -> None:
         """Runs one step on a batch; ``step`` is its number, for a `Failure` to name.
@@ -126,7 +126,7 @@ class Stepper:
         Of several processes each has its own rows of the batch; one without rows has an empty
         tuple, and takes part.
         """
-        self._monitor.number.fill_(step)
+        self.monitor.number.fill_(step)
         if not isinstance(self.objective, Objective):  # some of Pyro's add to what is there
             self.optimizer.zero_grad(set_to_none=True)
         result = self._step(batch)
@@ -179,7 +179,7 @@ class Stepper:
 
     def averages(self) -> dict[str, float]:
         """Averages over data since the last `reset`; waits for the device."""
-        return self._monitor.averages()
+        return self.monitor.averages()
 
     def reset(self) -> None:
         """Starts new averages."""
@@ -199,16 +199,16 @@ class Stepper:
 
     def failure(self) -> Failure | None:
         """The first step that failed, if one has, and what was wrong in this stepper's own."""
-        return self._monitor.look(self.passes.names)
+        return self.monitor.look(self.passes.names)
 
     def share(self, first: Stepper, sums: Tensor) -> None:
         """Has with another stepper one record of what has failed and moved; and sums elsewhere."""
-        self._monitor.share(first._monitor, sums)
+        self.monitor.share(first.monitor, sums)
         self.sums, self.moved = sums, first.moved
 
     def recover(self, step: int) -> None:
         """Makes itself ready to go on at ``step``, after a failure."""
-        self._monitor.recover()
+        self.monitor.recover()
         if self.state is not None:
             self.state.set_step(step)
 
