@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -49,7 +50,7 @@ class Regression:
 
         return Pair(self.model, guide)
 
-    def mean_field(self) -> tuple[object, object]:
+    def mean_field(self) -> tuple[Any, Any]:
         """The independent normals that are the best in KL(q || p): precisions of the posterior."""
 
         def guide(x: Tensor, y: Tensor) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -396,7 +396,7 @@ def test_objectives_say_whether_they_couple_data(kind: type[objectives.Objective
             x[part],
             num_particles=k,
             given={"z": z[:, part].detach() if k > 1 else z[0, part].detach()},
-            **dict.fromkeys(objective.pass_options, True),
+            **cast("Any", dict.fromkeys(objective.pass_options, True)),
         )
         loss = objective.surrogate(terms, state)
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

@@ -115,8 +115,8 @@ def test_training_goes_on_after_a_failure(
 
 def test_averages_count_no_failed_step(device: torch.device) -> None:
     run = fit(vae(), binary(), epochs=1, device=device)
-    stepper = run.training.stepper
-    batch = next(run.training.batches.epoch(0))
+    stepper: Any = run.training.stepper
+    batch: Any = next(run.training.batches.epoch(0))
     stepper(batch, 3)
     before = stepper.averages()
     with pyro.validation_enabled(is_validate=False):

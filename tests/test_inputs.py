@@ -288,7 +288,7 @@ NUMBERS: dict[str, Callable[[], object]] = {
     "warm-up": lambda: Warmup(10, end=nan),
     "cosine": lambda: Cosine(start=nan),
     "cyclical": lambda: Cyclical(end=math.inf),
-    "lr_schedule": lambda: fit(vae(), binary(40), lr_schedule=-1.0),
+    "lr_schedule": lambda: fit(vae(), binary(40), lr_schedule=-1.0),  # type: ignore[arg-type]
     "falling below 0": lambda: fit(vae(), binary(40), lr_schedule=Cosine(end=-1.0)),
     "lr of a group": lambda: fit(vae(), binary(40), optimizer=with_lr(-1.0)),
     "NaN of a group": lambda: fit(vae(), binary(40), optimizer=with_lr(nan)),

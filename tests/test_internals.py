@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -196,9 +197,9 @@ def networks() -> None:
     assert whole[0] in list(parts[2].values())  # type: ignore[attr-defined]
     assert net.running_mean in list(internals.network_parts(net)[1].values())  # type: ignore[attr-defined]
     before = internals.network_state([whole, net])
-    net.weight.requires_grad_(requires_grad=False)
+    net.weight.requires_grad_(False)  # noqa: FBT003
     assert internals.network_state([whole, net]) != before
-    net.weight.requires_grad_(requires_grad=True)
+    net.weight.requires_grad_(True)  # noqa: FBT003
     whole[1] = nn.Tanh()
     assert internals.network_state([whole, net])[1] is not before[1]
 
@@ -274,7 +275,7 @@ def guides() -> None:
     with pyro.get_param_store().scope():
         guide()
     own = guide.model
-    copied = internals.copied_guide(guide)
+    copied: Any = internals.copied_guide(guide)
     assert copied.model is guide.model is own
     assert copied.locs.z is not guide.locs.z
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -174,7 +175,7 @@ def test_what_has_no_joint_weights() -> None:
         diagnostics.importance((model, guide), toy.batch)
     for name in ("num_global", "num_particles"):
         with pytest.raises(ArgumentError, match=f"{name}: expected an integer of at least 25"):
-            diagnostics.importance(toy.pair(), toy.batch, **{name: 20})
+            diagnostics.importance(toy.pair(), toy.batch, **cast("Any", {name: 20}))
 
     def scaled(x: Tensor) -> None:
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,10 @@ def by_hand(
     pair: Any, arrays: dict[str, tuple[Tensor, ...]], loss: Any, order: str, epochs: int
 ) -> dict[str, list[float]]:
     """SVI of Pyro, step by step: of the sum over a batch divided by its length."""
-    adam, losses = pyro.optim.Adam({"lr": 1e-2}), {name: [] for name in arrays}
+    adam = pyro.optim.Adam({"lr": 1e-2})
+    losses: dict[str, list[float]] = {name: [] for name in arrays}
     names = {name[0]: name for name in arrays}
-    passes = {name: iter(()) for name in arrays}
+    passes: dict[str, Iterator[Any]] = {name: iter(()) for name in arrays}
     counts = dict.fromkeys(arrays, 0)
     with randomness.forked(seed=0):
         for initial in order * epochs:
@@ -160,7 +161,7 @@ def test_a_training_of_two_kinds_resumes_bit_for_bit(tmp_path: Path) -> None:
     mix = {"labelled": 2, "unlabelled": 3}
     fit((whole.model, whole.guide), arrays, mix=mix, epochs=4)
     pyro.clear_param_store()
-    options = {"mix": mix, "folder": tmp_path, "resume": True}
+    options: Any = {"mix": mix, "folder": tmp_path, "resume": True}
     fit((parts.model, parts.guide), arrays, epochs=1, **options)
     pyro.clear_param_store()
     again = Regression()

@@ -39,6 +39,11 @@ class Network(nn.Module):
         self.first, self.second = nn.Linear(D, 2 * Q), nn.Linear(Q, D)
         self.norm = nn.BatchNorm1d(D)
 
+    @property
+    def mean(self) -> Tensor:
+        assert self.norm.running_mean is not None
+        return self.norm.running_mean
+
     def encode(self, x: Tensor) -> Tensor:
         return self.first(F.dropout(self.norm.forward(x), 0.5, self.training))
 
@@ -69,6 +74,7 @@ class Box:
 
 class Slots:
     __slots__ = ("network",)
+    network: Any
 
 
 class OfClass:
@@ -252,7 +258,7 @@ def made(way: Callable[[Network], Any]) -> tuple[Network, Any, Tensor]:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_numbers_are_read_in_evaluation_mode(way: Callable[[Network], Any], read: str) -> None:
     network, pair, x = made(way)
-    before, found = network.norm.running_mean.clone(), []
+    before, found = network.mean.clone(), []
     for training in (True, False, True):
         network.train(training)
         network.first.train(not training)  # each module has its own back
@@ -260,7 +266,7 @@ def test_numbers_are_read_in_evaluation_mode(way: Callable[[Network], Any], read
         modes = [network.training, network.norm.training, network.first.training]
         assert modes == [training, training, not training]
     assert found[0] == found[1] == found[2]
-    assert torch.equal(network.norm.running_mean, before)
+    assert torch.equal(network.mean, before)
     network.eval()
     assert READS[read](methods(network), x) == found[0]
 
@@ -271,14 +277,14 @@ def test_training_is_in_training_mode(way: Callable[[Network], Any]) -> None:
     network.eval()
     how: dict[str, Any] = {"valid": x, "epochs": 1, "lr": 1e-12, "progress": False}
     history = pvae.fit(pair, x, **how).history
-    assert not network.norm.running_mean.eq(0).any()
+    assert not network.mean.eq(0).any()
     assert not any(module.training for module in network.modules())
     other, usual, x = made(methods)
     pyro.clear_param_store()
     expected = pvae.fit(usual, x, **how).history
     assert history["loss"] == expected["loss"]
     assert history["valid_elbo"] == expected["valid_elbo"]
-    assert torch.equal(network.norm.running_mean, other.norm.running_mean)
+    assert torch.equal(network.mean, other.mean)
 
 
 @pytest.mark.filterwarnings("ignore::pvae.PvaeWarning")  # nothing announces the new one
@@ -325,8 +331,8 @@ def test_a_network_made_anew_in_each_run_is_said() -> None:
 
 def test_trainable_tensors_of_no_network_within_reach_are_said() -> None:
     network, _, x = made(methods)
-    hidden = iter(lambda: weight, None)
     weight = nn.Parameter(torch.randn(Q, D))
+    hidden = iter(lambda: weight, None)
     get = functools.partial(next, hidden)
     pair = programs(network, network.encode, lambda z: z @ get())
     (text,) = said(lambda: bounds.elbo(pair, x))

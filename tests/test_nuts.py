@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,7 +20,7 @@ from pvae.sites import PENALTY
 from tests.globals import Regression
 
 pytestmark = [pytest.mark.usefixtures("store")]
-FEW = {"num_samples": 150, "num_warmup": 100, "progress": False}
+FEW: Any = {"num_samples": 150, "num_warmup": 100, "progress": False}
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_every_tool_says_so() -> None:
     few = bounds.AIS(num_temperatures=2, num_leapfrog=2)
     how = bounds.LocalFit(max_steps=1, num_particles=2)
     for options in ({}, {"method": "ais", "ais": few}, {"method": "cubo"}):
-        found = bounds.evidence(pair, x, 8, progress=False, **options)  # type: ignore[arg-type]
+        found = bounds.evidence(pair, x, 8, progress=False, **options)
         assert found.kind == "impossible", options
         with pytest.raises(UndefinedError, match="site 'z'"):
             found.to_elpd()

@@ -88,7 +88,7 @@ def test_sequences_are_drawn_as_the_model_has_them(model: Any) -> None:
     weights = {"x_0": (1.0, 1.0), "x_1": (1 + PHI, 1 + PHI**2)}  # of z; the noise's variance
     for site, (of_z, noise) in weights.items():
         sd = (of_z**2 + noise) ** 0.5
-        statistics = {"mean": torch.mean, "sd": torch.std}
+        statistics: dict[str, Any] = {"mean": torch.mean, "sd": torch.std}
         found = diagnostics.predictive(pair, x, statistics, site=site, num_particles=50)
         mean, spread = (found.statistics[name].replicated for name in statistics)
         assert abs(float(mean.mean())) < 5 * sd / (200 * 50) ** 0.5

@@ -52,7 +52,7 @@ LOOKS: dict[str, Callable[[Any, Tensor], Any]] = {
     "fit": lambda pair, x: pvae.fit(pair, x, epochs=1, progress=False),
     "diagnose": lambda pair, x: pvae.diagnose(pair, x, checks=["elbo"]),
     "SVI": lambda pair, x: pvae.SVI(
-        *pair, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO()
+        pair[0], pair[1], pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO()
     ).step(x),
     "export": lambda pair, x: export.to_arviz(
         pair, x, num_particles=2, groups=["posterior"], progress=False

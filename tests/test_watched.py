@@ -11,7 +11,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -265,7 +265,7 @@ def losses(
     pyro.clear_param_store()
     torch.manual_seed(0)
     *programs, change = make()
-    x, svi = torch.randn(N), pvae.SVI if options else infer.SVI
+    x, svi = torch.randn(N), cast("Any", pvae.SVI if options else infer.SVI)
     run, found = svi(*programs, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), **options), []
     before = START
     for weight in weights:
@@ -403,7 +403,8 @@ def test_arguments_are_watched_too(recorded: list[int]) -> None:
         (([0.5],), {"weight": 2.0}), ((None,), {"weight": torch.tensor(0.5)}),
     ]  # fmt: skip
     found = []
-    for svi, options in ((infer.SVI, {}), (pvae.SVI, {"engine": "compiled"})):
+    kinds: list[tuple[Any, Any]] = [(infer.SVI, {}), (pvae.SVI, {"engine": "compiled"})]
+    for svi, options in kinds:
         pyro.clear_param_store()
         torch.manual_seed(0)
         x, programs = torch.randn(N), (own, lambda x, how=None, weight=1.0: guide(x))
@@ -430,7 +431,7 @@ def test_fit_watches_as_well(recorded: list[int]) -> None:
 
         pair = weighted(lambda: kept["weight"])  # noqa: B023
         loader = torch.utils.data.DataLoader(Rows(), batch_size=N // 2)
-        pvae.fit(pair, loader, epochs=2, engine=engine, progress=False)  # type: ignore[arg-type]
+        pvae.fit(pair, loader, epochs=2, engine=engine, progress=False)
         ends.append(pyro.param("slope").item())
     assert ends[1] == pytest.approx(ends[0], rel=1e-7)
 
@@ -525,7 +526,7 @@ def test_pairs_that_are_recorded(name: str, recorded: list[int]) -> None:
         torch.manual_seed(0)
         programs = COMPILED[name]()
         optim = pyro.optim.Adam({"lr": 0.05})
-        svi = pvae.SVI(*programs, optim, Trace_ELBO(), engine=engine, plate="data")  # type: ignore[arg-type]
+        svi = pvae.SVI(*programs, optim, Trace_ELBO(), engine=engine, plate="data")
         found.append([svi.step(x) for _ in range(3)])
     assert found[1] == pytest.approx(found[0], rel=1e-7)
     assert len(recorded) == 1
