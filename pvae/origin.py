@@ -17,7 +17,7 @@ def is_users(module: str) -> bool:
     """Whether a module of this name is a user's: no library's, Python's or pvae's.
 
     Example:
-        >>> is_users("__main__"), is_users("torch.nn"), is_users("functools"), is_users("pvae.vae")
+        >>> is_users("my_study"), is_users("torch.nn"), is_users("functools"), is_users("pvae.vae")
         (True, False, False, False)
     """
     root = module.partition(".")[0]
