@@ -25,6 +25,7 @@ import pvae
 from pvae import Pair, bounds, export, fit, objectives, terms
 from pvae.errors import PairError, UndefinedError
 from pvae.objectives import as_objective
+from pvae.sites import PENALTY
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -425,6 +426,21 @@ def test_a_discrete_latent_has_no_coordinates_until_it_is_summed_out() -> None:
     marginal = dist.Normal(LOCS, 1.25**0.5).log_prob(x[:, None]) + MOVE[0].log()
     found = bounds.evidence(pair, x, 16, progress=False, **how).values
     torch.testing.assert_close(found, marginal.logsumexp(-1), rtol=0.0, atol=0.1)
+
+
+def test_a_penalty_on_states_that_are_summed_out_is_refused() -> None:
+    """Inside the sum it would count as a density."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(MOVE[0]), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(LOCS[k], 1.0), obs=x)
+            pyro.sample(
+                "cost", dist.Unit(-0.1 * k.double()), obs=x.new_empty(N, 0), infer={PENALTY: True}
+            )
+
+    with pytest.raises(PairError, match="penalty 'cost': expected a penalty apart from states"):
+        bounds.elbo((model, nothing), noise(N))
 
 
 # States that the guide lists
