@@ -168,6 +168,16 @@ def test_padding_of_a_chain_counts_nothing() -> None:
     torch.testing.assert_close(bounds.elbo((padded, nothing), (x, lengths)).values, expected)
 
 
+def test_masks_of_observed_chains_have_no_states() -> None:
+    """An export has what was observed, with NaN where padding was."""
+    x, lengths = noise(N, T), torch.tensor([1, 4, 2, 3, 4])
+    tree = export.to_arviz((padded, nothing), (x, lengths), num_particles=3, progress=False)
+    for t in range(T):
+        expected = torch.where(t < lengths, x[:, t], math.nan)
+        found = torch.as_tensor(tree["observed_data"][f"x{t}"].to_numpy())
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def tones(x: Tensor) -> None:
     """As in music: a chain for each sequence, with several tones seen at each step."""
     probs = torch.sigmoid(noise(STATES, x.shape[2], seed=3))
