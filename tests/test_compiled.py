@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import zuko
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pvae import VAE, guides, likelihoods, priors, recipes, schedules
+from pvae import SVI, VAE, guides, likelihoods, priors, recipes, schedules
 from pvae import objectives as o
 from pvae.engine import Stepper, choose, make_optimizer
 from pvae.engine.passes import PassResult
@@ -133,6 +134,28 @@ def test_the_numbers_are_the_eager_ones(case: str, device: torch.device) -> None
         assert compiled == pytest.approx(eager, rel=1e-6, nan_ok=True)
     for a, b in zip(ends["eager"], ends["compiled"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_without_tensors(device: torch.device) -> None:
+    """Where the data are in the programs, all tensors are found outside of the graph."""
+    x = pairs.data(12, device)
+
+    def model() -> None:
+        mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0).expand([pairs.D]).to_event(1), obs=x)
+
+    def guide() -> None:
+        loc = pyro.param("loc", x.new_zeros(()))
+        pyro.sample("mean", dist.Normal(loc, 0.5))
+
+    losses = []
+    for engine in ("eager", "compiled"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), engine=engine)
+        losses.append([svi.step() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 # What can't be compiled

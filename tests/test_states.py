@@ -25,6 +25,7 @@ import pvae
 from pvae import Pair, bounds, export, fit, objectives, terms
 from pvae.errors import PairError, UndefinedError
 from pvae.objectives import as_objective
+from pvae.sites import PENALTY
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -165,6 +166,16 @@ def test_padding_of_a_chain_counts_nothing() -> None:
     x, lengths = noise(N, T), torch.tensor([1, 4, 2, 3, 4])
     expected = torch.cat([forward(one[None, :n]) for one, n in zip(x, lengths, strict=True)])
     torch.testing.assert_close(bounds.elbo((padded, nothing), (x, lengths)).values, expected)
+
+
+def test_masks_of_observed_chains_have_no_states() -> None:
+    """An export has what was observed, with NaN where padding was."""
+    x, lengths = noise(N, T), torch.tensor([1, 4, 2, 3, 4])
+    tree = export.to_arviz((padded, nothing), (x, lengths), num_particles=3, progress=False)
+    for t in range(T):
+        expected = torch.where(t < lengths, x[:, t], math.nan)
+        found = torch.as_tensor(tree["observed_data"][f"x{t}"].to_numpy())
+        torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 def tones(x: Tensor) -> None:
@@ -425,6 +436,21 @@ def test_a_discrete_latent_has_no_coordinates_until_it_is_summed_out() -> None:
     marginal = dist.Normal(LOCS, 1.25**0.5).log_prob(x[:, None]) + MOVE[0].log()
     found = bounds.evidence(pair, x, 16, progress=False, **how).values
     torch.testing.assert_close(found, marginal.logsumexp(-1), rtol=0.0, atol=0.1)
+
+
+def test_a_penalty_on_states_that_are_summed_out_is_refused() -> None:
+    """Inside the sum it would count as a density."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(MOVE[0]), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(LOCS[k], 1.0), obs=x)
+            pyro.sample(
+                "cost", dist.Unit(-0.1 * k.double()), obs=x.new_empty(N, 0), infer={PENALTY: True}
+            )
+
+    with pytest.raises(PairError, match="penalty 'cost': expected a penalty apart from states"):
+        bounds.elbo((model, nothing), noise(N))
 
 
 # States that the guide lists

@@ -166,7 +166,7 @@ def _lifted(graph: GraphModule, again: GraphModule) -> tuple[GraphModule, list[T
     _number_masks(graph, again)
     live: list[Tensor] = []
     inputs: dict[int, Node] = {}
-    last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+    last = next((n for n in reversed(graph.graph.nodes) if n.op == "placeholder"), None)
     for node in list(graph.graph.nodes):
         if node.op != "get_attr":
             continue
@@ -178,7 +178,8 @@ def _lifted(graph: GraphModule, again: GraphModule) -> tuple[GraphModule, list[T
                 raise UncompilableError("a tensor made on the way differs from step to step")
             continue
         if id(tensor) not in inputs:
-            with graph.graph.inserting_after(last):
+            first = graph.graph.inserting_before  # where a batch has no tensors, at the start
+            with graph.graph.inserting_after(last) if last else first(None):
                 last = inputs[id(tensor)] = graph.graph.placeholder(f"live_{len(live)}")
             live.append(tensor)
         node.replace_all_uses_with(inputs[id(tensor)])

@@ -181,8 +181,12 @@ class Simulation:
     def mask(self, name: str) -> Tensor | None:
         """Which entries of a site count, ``(N, ...)``; None if all do."""
         node = self.site(name)
-        mask = mask_of(node)
-        return None if mask is None else self._laid_out(mask, node)[0]
+        mask, rank = mask_of(node), self.structure.nesting + (self.per_pass > 1)
+        if mask is None:
+            return None
+        if (states := mask.dim() - len(node["fn"].event_shape) - rank) > 0:
+            mask = mask.flatten(0, states - 1).any(0)  # it counts in some state
+        return self._laid_out(mask, node)[0]
 
     @property
     def observed(self) -> dict[str, Observed]:

@@ -71,6 +71,14 @@ class Collector:
             raise PairError(f"site '{site['name']}'", expected, actual, fixes)
         raw = score(site)
         if self._is_summed_out(site, raw):
+            if is_penalty(site):
+                expected, fixes = (
+                    "a penalty apart from states that are summed out",
+                    ["a guide for them"],
+                )
+                raise PairError(
+                    f"penalty '{site['name']}'", expected, "one that depends on them", fixes
+                )
             # states' probabilities sum to 1 where they are masked out, too
             mask = None if ENUMERATE_DIM in site["infer"] else site["mask"]
             self.summed_out.append((site, scale_and_mask(raw, mask=mask)))
