@@ -167,6 +167,27 @@ def test_auxiliary_sites_of_autoguides_count(family: Callable[..., Callable[...,
     assert abs(found.total - exact) < 5 * found.se_total < 0.2
 
 
+def test_under_a_flat_prior_there_is_no_evidence_but_a_gap() -> None:
+    """The posterior of a mean is N(x, 1 / N); a q half as wide is KL = log 2 - 3 / 8 away."""
+    x = torch.tensor([0.3, 1.2, 2.0, 0.4])
+
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(x.mean(), 0.25))
+
+    found = diagnostics.importance((model, guide), x, num_global=20_000, progress=False)
+    assert (found.evidence.kind, found.elbo.kind) == ("none", "none")
+    assert found.evidence.name == "unnormalised evidence, IWAE-20000"
+    assert found.gap.total == pytest.approx(math.log(2) - 3 / 8, abs=0.1)
+    assert float(found.khat) == pytest.approx(0.75, abs=0.25)
+    with pytest.raises(UndefinedError, match="improper prior"):
+        bounds.evidence((model, guide), x)
+
+
 def test_what_has_no_joint_weights() -> None:
     toy = Regression(inside=True)
     model, _ = toy.mean_field()

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from pvae.bounds.possible import Possible
-from pvae.bounds.weights import Sums, facts
+from pvae.bounds.weights import Sums, facts, weights_by_chunk
 from pvae.errors import PairError
 from pvae.estimate import Estimate
 from pvae.options import progress_bar
 from pvae.pair import Structure
 from pvae.terms import Evaluation, draw_globals, fits_particles, stream
 
-__all__ = ["JointWeights", "is_nested", "joint_weights", "num_draws"]
+__all__ = ["JointWeights", "is_joint", "is_nested", "joint_weights", "num_draws"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,15 @@ class JointWeights:
         return self.possible.mark(whole)
 
 
+def is_joint(structure: Structure) -> bool:
+    """Whether draws of latents are of the whole data set, so that it has one weight."""
+    return bool(structure.global_sites) or (not structure.has_plate and bool(structure.latents))
+
+
 def is_nested(structure: Structure) -> bool:
     """Whether latents of data are drawn, still, once what all data share is known."""
+    if not structure.has_plate:
+        return False
     sites = {*structure.latents, *structure.auxiliary}
     return bool(sites - {*structure.fed, *structure.global_sites, *structure.points})
 
@@ -72,7 +79,8 @@ def num_draws(
     """
     if not is_nested(evaluation.structure):
         asked = num_global or num_particles
-        return asked or min(4000, _affordable(evaluation, 1)), 1
+        most = 4000 if evaluation.structure.has_plate else 1000
+        return asked or min(most, _affordable(evaluation, 1)), 1
     k = num_particles or 20
     return num_global or min(200, _affordable(evaluation, k)), k
 
@@ -95,6 +103,8 @@ def joint_weights(
 
     As many of the S go through the pair at once as fit the evaluation's ``max_rows``.
     """
+    if not evaluation.structure.has_plate:
+        return _of_one_datum(evaluation, num_global)
     k = num_particles if is_nested(evaluation.structure) else 1
     parts, possible = [], Possible(evaluation.structure)
     shown = evaluation.progress
@@ -104,6 +114,13 @@ def joint_weights(
             bar.update(len(weights))
     log_weights, noises = map(torch.cat, zip(*parts, strict=True))
     return JointWeights(log_weights, noises, k, evaluation.num_rows, possible)
+
+
+def _of_one_datum(evaluation: Evaluation, num_draws: int) -> JointWeights:
+    """Weights of a data set that no plate counts: all its latents are of the one datum."""
+    possible = Possible(evaluation.structure)
+    weights = torch.cat([*weights_by_chunk(evaluation, num_draws, possible)])[:, 0]
+    return JointWeights(weights, torch.zeros_like(weights), 1, 1, possible)
 
 
 def _blocks(

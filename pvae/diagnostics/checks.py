@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from pvae import bounds, latent, terms
+from pvae.bounds.joint import is_joint
 from pvae.data import first_batch
 from pvae.diagnostics.aggregate import aggregated_posterior
 from pvae.diagnostics.codes import active_units, hoyer, near_zero, sensitivity
@@ -84,8 +85,8 @@ class Subject:
     @property
     def draws(self) -> dict[str, int]:
         """How many draws weights are of; those of joint draws decide it by what they cost."""
-        is_joint = bool(self.evaluation.structure.global_sites)
-        return {} if is_joint else {"num_particles": self.num_particles}
+        decided = is_joint(self.evaluation.structure)
+        return {} if decided else {"num_particles": self.num_particles}
 
     @cached_property
     def elbo(self) -> Estimate:

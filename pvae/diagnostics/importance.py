@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Unpack
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae.bounds.joint import JointWeights, is_nested, joint_weights, num_draws
+from pvae.bounds.joint import JointWeights, is_joint, is_nested, joint_weights, num_draws
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence, require_whole, weights_by_chunk
 from pvae.diagnostics.result import Finding, Result
@@ -234,11 +234,29 @@ class JointImportance(Importance):
         joint: The weights, with their noise over local draws.
         sites: The global latents.
         richer: What to put in the guide's place.
+        is_proper: Whether priors are distributions. Under a flat one weights have no scale, so that
+            ELBO and evidence are no bounds; k-hat, gap and ESS are as they would be with any.
     """
 
     joint: JointWeights = field(kw_only=True)
     sites: tuple[str, ...] = field(kw_only=True)
     richer: str = field(kw_only=True)
+    is_proper: bool = field(kw_only=True, default=True)
+
+    @property
+    def elbo(self) -> Estimate:
+        """The mean of the log weights."""
+        return self._scaled(super().elbo)
+
+    @property
+    def evidence(self) -> Estimate:
+        """The log of the mean of the weights, which is low on average."""
+        return self._scaled(super().evidence)
+
+    def _scaled(self, bound: Estimate) -> Estimate:
+        if self.is_proper:
+            return bound
+        return replace(bound, name=f"unnormalised {bound.name}", kind="none")
 
     @property
     def noise(self) -> float:
@@ -248,7 +266,8 @@ class JointImportance(Importance):
     @property
     def title(self) -> str:
         """How many joint draws there are."""
-        return f"Importance weights of all {self.joint.num_data} data, {self.joint.name}"
+        whole = f"all {self.joint.num_data} data" if self.joint.num_data > 1 else "the data set"
+        return f"Importance weights of {whole}, {self.joint.name}"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -325,8 +344,8 @@ def importance(
         options: As in `pvae.options.Options`.
 
     Raises:
-        UndefinedError: With point-mass guides or improper priors; with global latents, if there are
-            only some of the data.
+        UndefinedError: With point-mass guides; with improper priors, unless latents are shared by
+            all data; with these, if there are only some of the data.
 
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
@@ -337,7 +356,7 @@ def importance(
     with prepared(as_pair(pair, "importance"), data, options, "importance") as evaluation:
         structure = evaluation.structure
         check_int("num_particles", _fewest(structure, num_particles), minimum=FEWEST)
-        if structure.global_sites:
+        if is_joint(structure):
             return _of_joint_draws(evaluation, num_global, num_particles)
         require_evidence(structure, "importance weights")
         possible = Possible(structure)
@@ -349,11 +368,8 @@ def importance(
 
 def _fewest(structure: Structure, num_particles: int | None) -> int:
     """What has to be enough for a tail: K, where weights are of K draws."""
-    return (
-        FEWEST
-        if num_particles is None or (structure.global_sites and is_nested(structure))
-        else num_particles
-    )
+    is_of_nested = is_joint(structure) and is_nested(structure)
+    return FEWEST if num_particles is None or is_of_nested else num_particles
 
 
 def _tolerance(log_weights: Tensor, structure: Structure) -> float:
@@ -366,10 +382,10 @@ def _of_joint_draws(
 ) -> JointImportance:
     structure = evaluation.structure
     structure.require_density("importance weights", shared=True)
-    structure.require_proper("importance weights")
     require_whole("importance weights", structure, evaluation.num_rows)
     joint = joint_weights(evaluation, *num_draws(evaluation, num_global, num_particles))
-    weights, sites = joint.log_weights[:, None], structure.global_latents
+    sites = structure.global_latents if structure.has_plate else structure.latents
+    weights = joint.log_weights[:, None]
     tolerance = _tolerance(weights, structure)
     shape = khat(weights, tolerance)
     return JointImportance(
@@ -381,6 +397,7 @@ def _of_joint_draws(
         joint=joint,
         sites=sites,
         richer=richer_guide(structure),
+        is_proper=not structure.improper,
     )
 
 

@@ -27,6 +27,7 @@ from pvae.modes import evaluating, in_mode
 from pvae.options import Options, progress_bar, tool
 from pvae.pair import Batch, PairLike, Structure
 from pvae.pair.messages import is_penalty
+from pvae.pair.running import run_pair
 from pvae.terms import Evaluation, draw_guide, prepared
 from pvae.terms.passes import can_vectorize
 from pvae.types import Dist
@@ -275,7 +276,7 @@ def _checked(structure: Structure, batch: Batch, num_rows: int) -> tuple[str, ..
     if not latents:
         raise UndefinedError(what, "a latent that has a guide", "none")
     with evaluating(structure.modules):
-        sites = poutine.trace(structure.model).get_trace(*batch).nodes
+        sites = run_pair(structure.model, structure.guide, batch)[1].nodes
     if discrete := [name for name in latents if _is_discrete(sites[name]["fn"])]:
         expected = "latents with gradients, or enumerated ones"
         fixes = ["infer={'enumerate': 'parallel'} in the model, and no guide for it"]
@@ -307,7 +308,7 @@ class _Sampler(NUTS):
 
     def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
         super().setup(warmup_steps, *args, **kwargs)
-        start = self.initial_params
+        start = dict(sorted(self.initial_params.items()))  # as the masses have them
         sizes = {name: value.numel() for name, value in start.items()}
         if sum(sizes.values()) > _FULL:
             return
@@ -319,7 +320,8 @@ class _Sampler(NUTS):
         flat = torch.cat([value.detach().flatten() for value in start.values()])
         values, vectors = torch.linalg.eigh(_curvature(potential, flat))
         if bool(values.isfinite().all()):
-            variances = 1 / values.abs().clamp(min=max(1e-10, 1e-8 * float(values.abs().max())))
+            least = torch.finfo(values.dtype).eps * values.abs().max()  # others are rounding
+            variances = 1 / values.abs().clamp(min=float(least.clamp(min=1e-10)))
             masses = {tuple(start): vectors * variances @ vectors.T}
             self.mass_matrix_adapter.inverse_mass_matrix = masses
 
