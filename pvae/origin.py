@@ -17,10 +17,12 @@ def is_users(module: str) -> bool:
     """Whether a module of this name is a user's: no library's, Python's or pvae's.
 
     Example:
-        >>> is_users("my_study"), is_users("torch.nn"), is_users("functools"), is_users("pvae.vae")
+        >>> is_users("__main__"), is_users("torch.nn"), is_users("functools"), is_users("pvae.vae")
         (True, False, False, False)
     """
     root = module.partition(".")[0]
+    if root == "__main__":  # a script, a notebook, or what python -m runs
+        return True
     if not root or root == "pvae" or root in sys.stdlib_module_names:
         return False
     file = getattr(sys.modules.get(root), "__file__", None)

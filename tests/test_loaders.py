@@ -63,7 +63,9 @@ def test_a_global_latent_beside_a_loader_needs_the_full_size() -> None:
         fit(normal_mean(None), batches, epochs=1)
     assert "loader.dataset as the data, and batch_size=None" in str(error.value)
     pair, exact = normal_mean(60), normal_mean(60)
+    pyro.clear_param_store()
     fit(pair, batches, epochs=1)
+    pyro.clear_param_store()
     fit(exact, x, epochs=1, batch_size=None)
     with torch.no_grad():  # the posterior: the bound of all rows is the evidence of all
         exact[1].locs.mu.fill_(float(x.sum() / 60.01))
@@ -109,14 +111,15 @@ def test_parameters_of_single_rows_refuse_a_loader_of_others(options: Any, words
 
 def test_parameters_of_single_rows_take_all_rows_in_order() -> None:
     x = torch.randn(20, 2)
-    pairs = tied(x), tied(x)
-    whole = loader(x, batch_size=20)
-    fit(pairs[0], whole, epochs=3, lr=0.1)
-    fit(pairs[1], x, epochs=3, lr=0.1, batch_size=None)
-    assert same(state(pairs[0][1]), state(pairs[1][1]))
-    found = [bounds.elbo(pair, d, 300).mean for pair, d in zip(pairs, (whole, x), strict=True)]
+    far, found = x.abs() > 1, []
+    for data in (loader(x, batch_size=20), x):
+        pair = tied(x)
+        fit(pair, data, epochs=3, lr=0.1)
+        sign = pair[1].locs.z.sign()  # of a row's mean: its datum's there, whatever the draws
+        assert torch.equal(sign[far], x.sign()[far])
+        found.append(bounds.elbo(pair, data, 300).mean)
+        pyro.clear_param_store()
     assert found[0] == pytest.approx(found[1], abs=0.1)
-    pyro.clear_param_store()
     x = torch.randn(256, 2)  # a look is at 128 rows
     fit(pair := tied(x), x[:128], epochs=1, batch_size=None)
     with pytest.raises(PairError, match="the 128 rows that the pair's parameters belong to"):
@@ -149,12 +152,14 @@ def test_the_guide_of_a_plate_with_an_index_follows_it_or_is_refused() -> None:
     assert "index.argsort()" in str(error.value)
     back = index[order].argsort()
     assert bounds.elbo(pair, (index[order][back], x[order][back])).mean == bound
+    pyro.clear_param_store()
     with pytest.raises(PairError, match=r"AutoNormal\(model, create_plates=lambda"):
         fit((model, AutoNormal(model)), (index[:10], x[:10]), batch_size=None)
 
     def plates(*batch: Tensor) -> Any:
         return pyro.plate("data", size, dim=-1, subsample=batch[0])
 
+    pyro.clear_param_store()
     pair = knowing(AutoNormal(model, create_plates=plates))
     some = order[:10]
     assert bounds.elbo(pair, (index[some], x[some])).mean > -10

@@ -22,11 +22,11 @@ class _Spy(nn.Linear):
 
     def __init__(self, size: int, end: int) -> None:
         super().__init__(size, end)
-        self.seen: list[torch.dtype] = []
+        self.seen: set[torch.dtype] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         result = super().forward(x)
-        self.seen.append(result.dtype)
+        self.seen.add(result.dtype)
         return result
 
 

@@ -74,6 +74,7 @@ def test_an_interruption_gives_what_is_there() -> None:
     found = diagnostics.sbc((model, Guide()), X, refits=50, refit=refit, progress=False)
     assert len(found.ranks) == 12
     assert "interrupted before all 50" in str(found)
+    pyro.clear_param_store()
     with pytest.raises(KeyboardInterrupt):
         diagnostics.sbc((model, Guide()), X, refits=50, refit=Exactly(stop=9), progress=False)
 
@@ -110,8 +111,10 @@ def test_parameters_of_the_store_are_copied() -> None:
 def test_what_has_no_refits() -> None:
     with pytest.raises(ArgumentError, match="refits: expected an integer of at least 10"):
         diagnostics.sbc((model, Guide()), X, refits=5)
+    pyro.clear_param_store()
     with pytest.raises(UndefinedError, match=r"point mass \(Delta\) at site 'mean'"):
         diagnostics.sbc((model, AutoDelta(model)), X, refits=10)
+    pyro.clear_param_store()
     with pytest.raises(UndefinedError, match=r"diagnostics\.sbc\(pair, x, refits=20\)"):
         diagnostics.sbc((model, Guide()), X)
 

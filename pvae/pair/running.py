@@ -341,7 +341,7 @@ def modules_reached(program: object) -> list[nn.Module]:
 
     Example:
         >>> network = torch.nn.Linear(2, 1)
-        >>> modules_reached(lambda x: network.forward(x))
+        >>> modules_reached(network.forward)
         [Linear(in_features=2, out_features=1, bias=True)]
     """
     own = {*program.modules()} if isinstance(program, nn.Module) else set()
