@@ -272,8 +272,10 @@ def row(name: str, entry: dict[str, Any]) -> list[str]:
     ]
 
 
-HEAD = ("posterior", "q: off", "q: sd", "k-hat / gap, verdict", "evidence")
-HEAD = (*HEAD, "NUTS: off", "NUTS: sd", "R-hat", "seconds, q / NUTS")
+HEAD = (
+    *("posterior", "q: off", "q: sd", "k-hat / gap, verdict", "evidence"),
+    *("NUTS: off", "NUTS: sd", "R-hat", "seconds, q / NUTS"),
+)
 
 
 def main() -> None:
