@@ -261,7 +261,7 @@ class Estimate:
         return [part for part in (self.distortion, self.rate) if part is not None]
 
     def _of_weights(self, ess: Tensor) -> list[str]:
-        what = "" if self.measure is None else f", of a {self.measure.kind}"
+        what = "" if self.measure is None else f", {self.measure.words}"
         lines, k = [_KINDS[self.kind] + what], self.num_particles or 1
         if k > 1:
             middle, least = float(ess.median()), float(ess.min())

@@ -17,6 +17,14 @@ MeasureKind = Literal["mass", "density", "mixed", "unnormalised"]
 """Of a datum's values: all discrete; all continuous; some of each; scored by no distribution."""
 
 
+_WORDS: dict[MeasureKind, str] = {
+    "mass": "of a mass",
+    "density": "of a density",
+    "mixed": "of masses and densities",
+    "unnormalised": "which isn't normalised",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Measure:
     r"""What log p(x) of each datum is a log of, and of which data.
@@ -46,6 +54,11 @@ class Measure:
         if not bool((self.continuous > 0).any()):
             return "mass"
         return "density" if bool((self.continuous == self.entries).all()) else "mixed"
+
+    @property
+    def words(self) -> str:
+        """The same in words, as they follow "log p(x)"."""
+        return _WORDS[self.kind]
 
     def in_bins(self) -> Measure:
         """The same once densities are taken times the width of bins."""

@@ -22,6 +22,7 @@ from pvae.objectives import ELBO, Objective, ObjectiveState, as_objective
 from pvae.pair import Pair, Structure
 from pvae.pair.plates import PlateName
 from pvae.pair.running import Spec, called_by, flatten
+from pvae.threads import alone
 from pvae.types import Program
 
 __all__ = ["SVI"]
@@ -108,6 +109,10 @@ class SVI(pyro.infer.SVI):
             *args: What model and guide are called with: tensors, and anything else.
             **kwargs: The same, by name.
         """
+        with alone():
+            return self._step(args, kwargs)
+
+    def _step(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
         stepper, batch = self._stepper_for(args, kwargs)
         with pyro.validation_enabled(is_validate=self._steps == 0):
             stepper(batch, self._steps)
@@ -132,8 +137,14 @@ class SVI(pyro.infer.SVI):
             **kwargs: The same, by name.
         """
         if not isinstance(self.objective, Objective):
-            return super().evaluate_loss(*args, **kwargs)
-        stepper, batch = self._stepper_for(args, kwargs)
+            with alone():
+                return super().evaluate_loss(*args, **kwargs)
+        with alone():
+            stepper, batch = self._stepper_for(args, kwargs)
+            return self._value_of(stepper, batch)
+
+    def _value_of(self, stepper: Stepper, batch: tuple[Any, ...]) -> float:
+        assert isinstance(self.objective, Objective)  # noqa: S101
         assert stepper.state is not None  # noqa: S101
         with torch.no_grad():
             terms = self.objective.compute_terms(stepper.structure, batch)

@@ -310,6 +310,33 @@ def test_tools_in_threads_give_the_numbers_of_one_thread() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_steps_beside_a_tool_of_another_thread_are_those_of_one_thread() -> None:
+    """Of a deterministic pair, as steps draw from the generator that all threads share."""
+    torch.manual_seed(0)
+    x, first = torch.rand(60, 8), recipes.ae(8, 2, hidden=(8,))
+
+    def losses() -> list[float]:
+        ae = copied[0]
+        svi = pvae.SVI(ae.model, ae.guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        return [svi.step(x) for _ in range(20)]
+
+    copied = [copy.deepcopy(first)]
+    expected = losses()
+    copied, vae, done = [copy.deepcopy(first)], recipes.vae(8, 2, hidden=(8,)), threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            bounds.elbo(vae, x.round(), progress=False)
+
+    with ThreadPoolExecutor(1) as other:
+        reading = other.submit(read)
+        try:
+            assert losses() == expected
+        finally:
+            done.set()
+        reading.result()
+
+
 def test_networks_of_another_thread_keep_their_mode_during_a_look() -> None:
     """Plain torch in another thread isn't taken for a part of the pair that is looked at."""
     network, started, done = nn.Dropout(0.5), threading.Event(), threading.Event()

@@ -79,6 +79,7 @@ def test_estimates_say_what_they_are_of() -> None:
     scored = bounds.elbo(grey, x / LEVELS)
     assert scored.measure is not None
     assert scored.measure.kind == "unnormalised"
+    assert scored.measure.words == "which isn't normalised"
 
 
 def test_a_density_is_compared_with_a_mass_by_its_bins() -> None:

@@ -13,7 +13,7 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 
 import pvae
-from pvae import bounds, diagnostics
+from pvae import bounds, diagnostics, latent
 from pvae.errors import ArgumentError, UndefinedError
 
 N, T, PHI = 60, 4, 0.5
@@ -79,6 +79,21 @@ def test_sequences_are_ranked(model: Any) -> None:
     for tool in (diagnostics.sbc, diagnostics.tarp):
         assert float(tool((model, guide_of(1.0)), x, **QUICK).tests.p_values.min()) > FALSE_ALARM
     assert diagnostics.sbc((model, guide_of(0.5)), x, **QUICK).p_value < 1e-6
+
+
+@pytest.mark.parametrize("model", [by_return, from_batch])
+def test_samples_of_sequences_are_the_models(model: Any) -> None:
+    """Far from the data: mean and sd of x_1 by hand, within 5 standard errors."""
+    x, n = 30 + torch.zeros(N, T) + torch.randn(N, T), 4000
+    drawn = latent.sample((model, guide_of(1.0)), x, n, site="x_1")
+    sd = ((1 + PHI) ** 2 + 1 + PHI**2) ** 0.5
+    assert abs(float(drawn.mean())) < 5 * sd / n**0.5
+    assert abs(float(drawn.std()) / sd - 1) < 5 / (2 * n) ** 0.5
+
+
+def test_a_sample_of_what_reads_its_own_data_is_refused() -> None:
+    with pytest.raises(UndefinedError, match="sample: site 'x'"):
+        latent.sample((at_once, guide_of(1.0)), sequences())
 
 
 @pytest.mark.parametrize("model", [by_return, from_batch])

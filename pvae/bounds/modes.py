@@ -23,7 +23,7 @@ FIND_MODES = (
 """What to type where posteriors have modes that fits have missed."""
 
 _HOW = AIS(start="prior", num_temperatures=50, num_leapfrog=4)
-_CHAINS, _ROWS = 64, 64  # enough to see that something is missing, in a tenth of a fit's time
+_CHAINS, _ROWS = 64, 64  # enough to see that something is missing
 _ERRORS, _LEAST = 4.5, 0.02  # standard errors, and nats per datum, by which annealing finds more
 
 

@@ -6,7 +6,13 @@ latents of the model or of the guide; `draws` does so for a data set, in chunks 
 them.
 """
 
-from pvae.simulate.ancestral import Origin, Simulation, run_model, simulate_batch
+from pvae.simulate.ancestral import (
+    Origin,
+    RunOptions,
+    Simulation,
+    run_model,
+    simulate_batch,
+)
 from pvae.simulate.draws import CheckKind, Replicates, check_generative, draws
 from pvae.simulate.joint import (
     JointDraws,
@@ -22,6 +28,7 @@ __all__ = [
     "JointDraws",
     "Origin",
     "Replicates",
+    "RunOptions",
     "Simulation",
     "check_generative",
     "draw_jointly",

@@ -212,6 +212,21 @@ class Simulation:
         values = {name: trace.nodes[name]["value"] for name in observed}
         return put_back(self.where, observed, values, self.batch, self.structure.axes, places)
 
+    def drawn(self) -> Trace:
+        """The model's trace of one draw in which data that feed other data are the drawn ones.
+
+        What is no entry of the batch is taken to feed nothing.
+        """
+        state = randomness.get_state()
+        trace = self.traces[0]
+        try:
+            self.put_back()
+        except UndefinedError:
+            return trace
+        with randomness.forked():
+            randomness.set_state(state)
+            return self.settled().trace
+
     def settled(self, places: Mapping[str, int] | None = None) -> Settled:
         """One draw of data, in the batch that the model has read when it drew them.
 

@@ -164,6 +164,9 @@ def draw_jointly(
     )
 
 
+_REFITS = "diagnostics.sbc(pair, x, refits=20), which fits the guide to each simulation"
+
+
 def require_rows(where: str, structure: Structure) -> None:
     """Refuses pairs with improper priors, or whose data and latents aren't drawn row by row."""
     structure.require_proper(where)
@@ -173,7 +176,7 @@ def require_rows(where: str, structure: Structure) -> None:
             where,
             "a pair whose sites are all inside the data plate, with a guide for their latents",
             f"global site(s) {oxford(outside)}" if outside else "no latent with a guide",
-            ["diagnostics.sbc(pair, x, refits=20), which fits the guide to each simulation"],
+            [_REFITS] if outside else [],
         )
     if not structure.takes_any_rows:
         raise UndefinedError(
