@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -388,3 +388,39 @@ def test_rows_in_no_order_that_repeats_are_refused(options: Any) -> None:
     torch.testing.assert_close(found.values, toy.log_evidence(x), rtol=0, atol=1e-8)
     with pytest.raises(DataError, match="order is the same"):
         fit(recipes.vae(5, 2, hidden=(4,), likelihood="gaussian"), x, valid=odd, epochs=1)
+
+
+# Parameters of rows that a program cuts to the batch
+
+
+def cut_to(x: Tensor, loc: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    def model(x: Tensor, index: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0 * index, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor, index: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            own = loc(pyro.param("loc", torch.zeros(60)), index)
+            pyro.sample("z", dist.Normal(own, 0.7))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_parameters_cut_to_the_batch_are_refused_other_rows(shuffle: bool) -> None:
+    x, index = torch.randn(60), torch.arange(60)
+    pair = cut_to(x, lambda loc, index: loc[: len(index)])
+    fit(pair, (x, index), epochs=1, batch_size=None)
+    with pytest.raises(PairError, match="parameters belong to places in the batch"):
+        fit(pair, loader(x, index, batch_size=60 if shuffle else 20, shuffle=shuffle), epochs=1)
+
+
+@pytest.mark.parametrize(
+    "loc",
+    [lambda loc, index: loc[index], lambda loc, index: loc[0] + 0.3 * torch.rand(len(index))],
+    ids=["looked up", "noise beside the sites"],
+)
+def test_parameters_that_follow_the_rows_are_not(loc: Any) -> None:
+    x, index = torch.randn(60), torch.arange(60)
+    fit(cut_to(x, loc), loader(x, index, batch_size=20, shuffle=True), epochs=1)

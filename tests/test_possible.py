@@ -299,6 +299,31 @@ def test_no_false_alarm_on_posteriors(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "edge"),
+    [(dist.Beta(0.5, 1.0), 0.0), (dist.Beta(2.0, 0.5), 1.0), (dist.Gamma(0.5, 1.0), 0.0)],
+)
+def test_data_with_an_infinite_density_have_no_bound(likelihood: Any, edge: float) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", likelihood, obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+
+    x = torch.full((10,), 0.3)
+    assert bounds.elbo((model, guide), x).kind == "lower"
+    x[3] = edge
+    with pyro.validation_enabled(is_validate=False):
+        found = [bounds.elbo((model, guide), x)]
+        found.append(bounds.evidence((model, guide), x, 5, progress=False))
+    for each in found:
+        assert each.kind == "impossible"
+        assert "site 'x': 1 of 10 data have a density that is no finite number" in str(each)
+
+
 # --- in training
 
 

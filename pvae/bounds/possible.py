@@ -43,7 +43,7 @@ class Possible(Sums):
     - draws of a latent at which the prior has no mass, or a density is no number;
     - draws on the edge of their support, to which floating point has rounded or clamped them;
     - a rate below 0, where no Kullback-Leibler divergence is;
-    - an evidence above the largest density that the likelihood has for any data.
+    - an evidence above the largest density that the likelihood has for any data, or infinite.
 
     Arguments:
         structure: The pair.
@@ -124,7 +124,8 @@ class Possible(Sums):
         ``is_limited`` says whether it can't be above the largest density, on average.
         """
         found = replace(estimate, measure=self.measure)
-        reasons = [*self.reasons(), *(self._above(found) if is_limited else ())]
+        reasons = [*self.reasons(), *self._infinite(found)]
+        reasons += self._above(found) if is_limited else ()
         found = found.impossible(reasons)
         if found.rate is not None:
             found = replace(found, rate=found.rate.impossible(self.reasons()))
@@ -157,6 +158,13 @@ class Possible(Sums):
                 f"{where}: {_percent(edge / draws)} of draws are on the edge of the support in "
                 f"{number}, where their density is another than that of what was drawn"
             )
+
+    def _infinite(self, estimate: Estimate) -> Iterator[str]:
+        """Says so where a density is infinite, as at the edge of a Beta's or a Gamma's support."""
+        odd = (estimate.values == math.inf) | estimate.values.isnan()
+        if count := int(odd.sum()):
+            where = f"site {oxford(self.structure.observed)}"
+            yield f"{where}: {count} of {odd.numel()} data have a density that is no finite number"
 
     def _above(self, estimate: Estimate) -> Iterator[str]:
         """Says so where an evidence is above what any data could have."""

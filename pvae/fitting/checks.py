@@ -81,18 +81,22 @@ def _words(batches: Batches) -> tuple[str, list[str]]:
 def _check_rows_kept(structure: Structure, batches: Batches) -> None:
     """Refuses other rows, or rows in another order, for parameters that belong to single rows."""
     num_rows, size = batches.source.num_rows, batches.batch_size
-    if structure.tied_to is None or (size == num_rows and not batches.shuffle):
+    if size == num_rows and not batches.shuffle:
         return
     where, whole = _words(batches)
-    batch = first_batch(batches.source, size)
-    if has_own_rows(structure, batch) or num_rows % size:
-        expected = (
-            f"all {num_rows} rows in one batch, in one order: the pair runs on "
-            f"{structure.tied_to} rows and on no other number"
+    tied, own_rows = structure.tied_to, has_own_rows(structure, first_batch(batches.source, size))
+    if own_rows or (tied is not None and num_rows % size):
+        why = (
+            "parameters belong to places in the batch, as m has one for each row in m[:len(x)]"
+            if tied is None
+            else f"the pair runs on {tied} rows and on no other number"
         )
+        expected = f"all {num_rows} rows in one batch, in one order: {why}"
         own = "pyro.plate(name, N, subsample_size=...) in the pair, which picks its rows"
         actual = f"batches of {size}" if size < num_rows else "another order in each epoch"
         raise PairError(where, expected, actual, [*whole, own])
+    if tied is None:
+        return
     warn(
         f"The pair runs on batches of {structure.tied_to} rows and on no others. If it has "
         f"parameters of its own for each row, other rows will share them: {whole[0]}."
