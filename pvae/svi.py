@@ -136,19 +136,14 @@ class SVI(pyro.infer.SVI):
             *args: What model and guide are called with.
             **kwargs: The same, by name.
         """
-        if not isinstance(self.objective, Objective):
-            with alone():
-                return super().evaluate_loss(*args, **kwargs)
         with alone():
+            if not isinstance(self.objective, Objective):
+                return super().evaluate_loss(*args, **kwargs)
             stepper, batch = self._stepper_for(args, kwargs)
-            return self._value_of(stepper, batch)
-
-    def _value_of(self, stepper: Stepper, batch: tuple[Any, ...]) -> float:
-        assert isinstance(self.objective, Objective)  # noqa: S101
-        assert stepper.state is not None  # noqa: S101
-        with torch.no_grad():
-            terms = self.objective.compute_terms(stepper.structure, batch)
-            return float(self.objective.surrogate(terms, stepper.state))
+            assert stepper.state is not None  # noqa: S101
+            with torch.no_grad():
+                terms = self.objective.compute_terms(stepper.structure, batch)
+                return float(self.objective.surrogate(terms, stepper.state))
 
     def _stepper_for(
         self, args: tuple[object, ...], kwargs: Mapping[str, object]

@@ -90,6 +90,11 @@ def test_what_means_more_than_an_array_is_refused_with_a_line_that_works(kind: s
     assert as_source(instead(thing)).num_rows > 0
 
 
+def test_an_empty_list_is_no_data() -> None:
+    with pytest.raises(DataError, match="at least one row; got an empty list"):
+        bounds.elbo(vae(), [])
+
+
 HONOURED: dict[str, Any] = {
     "rows in lists": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 10.0, 11.0]],
     "masked, nothing hidden": masked(hidden=False),

@@ -424,3 +424,12 @@ def test_parameters_cut_to_the_batch_are_refused_other_rows(shuffle: bool) -> No
 def test_parameters_that_follow_the_rows_are_not(loc: Any) -> None:
     x, index = torch.randn(60), torch.arange(60)
     fit(cut_to(x, loc), loader(x, index, batch_size=20, shuffle=True), epochs=1)
+
+
+def test_rows_that_a_loader_leaves_out_are_said() -> None:
+    """A bound of the first 40 of 45 rows, as of these as an array."""
+    pair, x = recipes.vae(4, 2, hidden=(8,)), torch.rand(45, 4).round()
+    with pytest.warns(PvaeWarning, match="results are of 40 rows, without the last 5"):
+        found = bounds.elbo(pair, loader(x, batch_size=20, drop_last=True))
+    assert found.num_data == 40
+    assert bounds.elbo(pair, loader(x, batch_size=20)).num_data == 45

@@ -41,7 +41,9 @@ def as_arrays(data: object) -> tuple[object, ...]:
         >>> len(as_arrays([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])), len(as_arrays(([1, 2], [3, 4])))
         (1, 2)
     """
-    if isinstance(data, list) and data and all(map(_is_nested, data)):
+    if isinstance(data, list) and not data:
+        raise DataError("data", "at least one row", "an empty list")
+    if isinstance(data, list) and all(map(_is_nested, data)):
         return (data,)
     return tuple(data) if isinstance(data, (tuple, list)) else (data,)
 

@@ -19,7 +19,7 @@ from pvae.data import order
 from pvae.data.arrays import check_dense
 from pvae.data.checks import RowCheck
 from pvae.data.sources import Axes, Batch, Source, check_length, num_rows_of
-from pvae.errors import ArgumentError, DataError
+from pvae.errors import ArgumentError, DataError, warn
 
 __all__ = ["DatasetSource", "Fetched", "LoaderSource"]
 
@@ -131,6 +131,11 @@ class LoaderSource(Fetched):
     def ordered(self) -> LoaderSource:
         """The same rows in one order, which repeats; see `pvae.data.order.in_order`."""
         loader = order.in_order(self.loader)
+        if lost := order.rows_left_out(loader):
+            warn(
+                f"The DataLoader has drop_last=True: results are of {self.num_rows} rows, without "
+                f"the last {lost}. With drop_last=False they are of all."
+            )
         if loader is self.loader:
             return self
         return LoaderSource(loader, self.device, self.dtype, self.axes)

@@ -26,6 +26,7 @@ __all__ = [
     "is_shuffled",
     "num_rows_of_loader",
     "refuse_once_only",
+    "rows_left_out",
     "rows_per_batch",
 ]
 
@@ -63,6 +64,13 @@ def num_rows_of_loader(loader: DataLoader) -> int | None:
         raise DataError("data", "a dataset with a length", type(loader.dataset).__name__, fixes)
     drops = rows_per_batch(loader)[1] and not is_shuffled(loader)
     return len(rows) // size * size if drops else len(rows)
+
+
+def rows_left_out(loader: DataLoader) -> int:
+    """How many rows ``drop_last`` leaves out of each pass, always the same ones."""
+    picks, size = _picks(loader)
+    is_known = size is not None and isinstance(picks, Sized) and rows_per_batch(loader)[1]
+    return len(picks) % size if is_known else 0  # type: ignore[arg-type, operator]
 
 
 def is_shuffled(loader: DataLoader) -> bool:

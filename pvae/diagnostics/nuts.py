@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pvae.diagnostics.importance import richer_guide
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import CORRELATION, OFFSET, RHAT, SD_RATIO, Threshold
 from pvae.errors import UndefinedError, check_int, oxford
+from pvae.limits import is_discrete
 from pvae.modes import evaluating, in_mode
 from pvae.options import Options, progress_bar, tool
 from pvae.pair import Batch, PairLike, Structure
@@ -30,7 +30,6 @@ from pvae.pair.messages import is_penalty
 from pvae.pair.running import run_pair
 from pvae.terms import Evaluation, draw_guide, prepared
 from pvae.terms.passes import can_vectorize
-from pvae.types import Dist
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -277,17 +276,11 @@ def _checked(structure: Structure, batch: Batch, num_rows: int) -> tuple[str, ..
         raise UndefinedError(what, "a latent that has a guide", "none")
     with evaluating(structure.modules):
         sites = run_pair(structure.model, structure.guide, batch)[1].nodes
-    if discrete := [name for name in latents if _is_discrete(sites[name]["fn"])]:
+    if discrete := [name for name in latents if is_discrete(sites[name]["fn"])]:
         expected = "latents with gradients, or enumerated ones"
         fixes = ["infer={'enumerate': 'parallel'} in the model, and no guide for it"]
         raise UndefinedError(what, expected, f"{oxford(discrete)}, which is discrete", fixes)
     return latents
-
-
-def _is_discrete(fn: Dist) -> bool:
-    with contextlib.suppress(NotImplementedError):
-        return bool(fn.support.is_discrete)
-    return False
 
 
 def _of_guide(evaluation: Evaluation, batch: Batch, count: int) -> dict[str, Tensor]:

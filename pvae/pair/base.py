@@ -23,7 +23,6 @@ from pvae.pair.running import (
     first_floating,
     modules_reached,
     root_of,
-    settings_of,
     tensors_of,
 )
 from pvae.pair.structure import Structure
@@ -204,18 +203,16 @@ class Pair:
 
     def _holds(self, structure: Structure, state: object, held: Held) -> bool:
         """Whether a structure is still right."""
-        return state == self._state(structure) and not held.has_other_modules()
+        return state == self._state(structure) and not held.has_other_parts()
 
     def _state(self, structure: Structure) -> object:
-        """What a structure is right for: parameters, and whether these are trainable; settings."""
+        """What a structure is right for: parameters, and whether these are trainable."""
         programs = (self.model, self.guide)
         roots = [m for p in map(root_of, programs) if isinstance(p, nn.Module) for m in p.modules()]
         modules = dict.fromkeys((*roots, *structure.modules))
         store = dict(pyro.get_param_store().named_parameters())
         stored = [(name, id(store[name])) for name in structure.parameters if name in store]
-        settings = repr([settings_of(program) for program in programs])
-        own = self.plate, self.densities
-        return *own, stored, settings, [_module_state(m) for m in modules]
+        return self.plate, self.densities, stored, [_module_state(m) for m in modules]
 
 
 PairLike = Pair | tuple[Callable[..., object], Callable[..., object]]

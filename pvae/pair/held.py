@@ -262,12 +262,17 @@ class Held:
             if not (place.is_library and str(name).startswith("_"))
         ]
 
-    def has_other_modules(self) -> bool:
-        """Whether a network has come, gone, or been replaced by another."""
-        if self.holds():
-            return False
-        changes = (each for place in self.places for each in place.changes())
-        return any(isinstance(part, nn.Module) for _, was, now in changes for part in (was, now))
+    def has_other_parts(self) -> bool:
+        """Whether programs may take another course: by another network, number, flag or word.
+
+        Results that a list has got, and modes, are no reason to look at a pair again.
+        """
+        return not self.holds() and any(
+            isinstance(c.was, nn.Module)
+            or isinstance(c.now, nn.Module)
+            or (_is_setting(c.was) and _is_setting(c.now) and c.name != "training")
+            for c in self.changes()
+        )
 
     def restore(self, *, everything: bool) -> None:
         """Puts back numbers, flags, words, results and lists of them; or everything.
@@ -431,6 +436,11 @@ def is_same(was: object, now: object) -> bool:
     if type(was) is not type(now) or not is_plain(was):
         return False
     return bool(was == now) or (was != was and now != now)
+
+
+def _is_setting(value: object) -> bool:
+    """Whether it is a number, a flag or a word, or a tuple of them."""
+    return is_plain(value) or (isinstance(value, tuple) and all(map(_is_setting, value)))
 
 
 def _is_result(value: object) -> bool:

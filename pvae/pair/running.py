@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -38,14 +37,12 @@ __all__ = [
     "rebuild",
     "root_of",
     "run_pair",
-    "settings_of",
     "tensors_of",
 ]
 
 Batch = tuple[Any, ...]
 Spec = tuple[Any, ...] | None
 R = TypeVar("R")
-_PLAIN = (bool, int, float, str)
 
 
 def as_batch(batch: object) -> Batch:
@@ -351,82 +348,3 @@ def modules_reached(program: object) -> list[nn.Module]:
 def networks_of(programs: Iterable[object]) -> list[nn.Module]:
     """All modules of programs: their own, and those that they reach."""
     return Held(programs).modules
-
-
-def settings_of(program: object) -> list[object]:
-    """Numbers, flags and words that a program or its modules hold, and may ask as they run.
-
-    Example:
-        >>> network = torch.nn.Dropout(0.5)
-        >>> settings_of(lambda x, scale=2.0, network=network: network(scale * x))
-        [2.0, 'p', 0.5, 'inplace', False]
-    """
-    settings: list[object] = []
-    for thing in _reached_by(program):
-        if isinstance(thing, nn.Module):
-            for module in thing.modules():
-                for name, value in vars(module).items():
-                    if isinstance(value, _PLAIN) and name != "training" and name[0] != "_":
-                        settings += [name, value]
-        elif isinstance(thing, _PLAIN):
-            settings.append(thing)
-    return settings
-
-
-def _reached_by(program: object) -> list[object]:
-    """What a program holds, and what that holds, down to modules; the program comes first."""
-    reached: list[object] = []
-    visited: set[int] = set()
-
-    def visit(thing: object) -> None:
-        if not isinstance(thing, _PLAIN):
-            if id(thing) in visited:
-                return
-            visited.add(id(thing))
-        reached.append(thing)
-        if isinstance(thing, nn.Module):
-            if thing is not program:
-                return
-            thing = type(thing).forward
-        for part in _parts_of(thing):
-            visit(part)
-
-    visit(program)
-    return reached
-
-
-def _parts_of(thing: object) -> Iterator[object]:
-    """What a function, a method, a partial or a container of them holds."""
-    if isinstance(thing, functools.partial):
-        yield from (thing.func, *thing.args, *thing.keywords.values())
-    elif isinstance(thing, types.MethodType):
-        yield from (thing.__self__, thing.__func__)
-        if not isinstance(thing.__self__, nn.Module):
-            yield from getattr(thing.__self__, "__dict__", {}).values()
-    elif isinstance(thing, types.FunctionType):
-        yield from _parts_of_function(thing)
-    elif isinstance(thing, dict):
-        yield from thing.values()
-    elif isinstance(thing, list | tuple):
-        yield from thing
-
-
-def _parts_of_function(function: types.FunctionType) -> Iterator[object]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not yet assigned
-            continue
-    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    yield from _globals_of(function.__code__, function.__globals__)
-
-
-def _globals_of(code: types.CodeType, names: dict[str, object]) -> Iterator[object]:
-    """Modules, numbers, and functions of the same file, that a function's code names."""
-    for value in map(names.get, code.co_names):
-        is_ours = isinstance(value, types.FunctionType) and value.__globals__ is names
-        if is_ours or isinstance(value, (nn.Module, *_PLAIN)):
-            yield value
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals_of(constant, names)

@@ -10,6 +10,7 @@ from torch.distributions.constraints import Constraint
 
 from pvae.data import Source, Support, check_rows, first_batch
 from pvae.errors import PairError
+from pvae.limits import support_of
 from pvae.pair import Structure, observed_sites, probing, run_pair
 from pvae.types import Dist
 
@@ -55,13 +56,10 @@ def _supports(structure: Structure, source: Source) -> dict[int, tuple[str, Cons
 
 def _support_of(fn: Dist) -> Constraint | None:
     """A distribution's support; None if it has none, or one that differs from row to row."""
-    try:
-        support = fn.support
-    except NotImplementedError:
+    support = support_of(fn)
+    if support is None or constraints.is_dependent(support):
         return None
-    while isinstance(support, _Independent):
-        support = support.base_constraint
-    return None if constraints.is_dependent(support) else with_constant_bounds(support)
+    return with_constant_bounds(support)
 
 
 def _words(site: str, support: Constraint) -> str:
