@@ -26,6 +26,14 @@ def test_an_exact_pair_gains_nothing(kind: str) -> None:
     assert found.findings()[0].verdict == "good"
 
 
+def test_rows_are_counted_along_their_axis() -> None:
+    e = exact.KINDS["second_axis"]()
+    x, _ = e.batch
+    found = trial(e.pair, e.batch)
+    assert found.num_rows == x.shape[1] // 2 != len(x)
+    assert not found.is_unfinished
+
+
 def test_the_gain_is_the_elbos_of_rows_that_were_not_stepped_on() -> None:
     """One mean of a Gaussian, by hand: Adam moves it by lr a step, and z doesn't matter."""
 

@@ -127,7 +127,8 @@ def trial(
     lr = max(gains, key=lambda rate: float(gains[rate].mean()))
     num_data = evaluation.num_rows if evaluation.structure.global_sites else 1
     found = Estimate("trial steps", gains[lr], by="draw" if num_data > 1 else "datum")
-    return Trial(found, lr, num_steps, len(step_on[0]), num_data)
+    num_rows = evaluation.structure.num_rows_of(step_on)
+    return Trial(found, lr, num_steps, num_rows, num_data)
 
 
 def _halves(evaluation: terms.Evaluation) -> tuple[Batch, terms.Evaluation]:
@@ -152,7 +153,7 @@ def _train(
 ) -> None:
     objective = ELBO()
     objective.check(structure)
-    state = objective.make_state(structure, len(batch[0]))
+    state = objective.make_state(structure, structure.num_rows_of(batch))
     optimizer = torch.optim.Adam(parameters, lr)
     with in_mode(structure.modules, training=True), torch.enable_grad():
         for _ in range(num_steps):
