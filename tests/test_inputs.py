@@ -146,6 +146,26 @@ def test_labels_that_a_part_takes_are_not() -> None:
     assert not torch.equal(a, b)
 
 
+@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x.mT, lambda x: x.data.T])
+def test_an_argument_of_which_a_view_is_observed_is_used(view: Any) -> None:
+    """Without a warning, and the evidence is that of the rows, log N(0, I + 1 1^T)."""
+    x = torch.randn(2, 10)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", x.shape[1]):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            loc = z[..., None] + torch.zeros(2)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=view(x))
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", x.shape[1]):
+            pyro.sample("z", dist.Normal(view(x).sum(1) / 3, 3**-0.5))
+
+    pair = pvae.Pair(model, guide, plate="data")
+    exact = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1).log_prob(x.T).mean()
+    assert bounds.evidence(pair, x, 3, progress=False).mean == pytest.approx(float(exact))
+
+
 def test_an_argument_that_training_alone_uses_is_used() -> None:
     """A weight of each row on a penalty, which evaluation doesn't see."""
 

@@ -42,10 +42,11 @@ class Uses(TorchFunctionMode):
         """Calls the function, and notes which entries it was given."""
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
         given = {p for a in (args, (kwargs or {}).values()) for p in self._places_in(a)}
-        if not given or name in _QUESTIONS:
+        is_view = name == "__get__" and isinstance(result, Tensor)  # x.T, x.data
+        if not given or (name in _QUESTIONS and not is_view):
             return result
         is_part = name == "__getitem__" and isinstance(args[1], slice)
-        if (is_part or name in _SAME) and isinstance(result, Tensor):
+        if is_view or ((is_part or name in _SAME) and isinstance(result, Tensor)):
             self._places.setdefault(id(result), min(given))
             self._kept.append(result)
             return result
