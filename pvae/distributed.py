@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pvae.devices import as_device, automatic
 from pvae.errors import ArgumentError
 from pvae.internals import import_compiler
 from pvae.randomness import derive_seed
@@ -168,9 +169,10 @@ def joined(device: str | torch.device = "auto") -> Iterator[World]:
     if not is_started_by_torchrun() or dist.is_initialized():
         yield current()
         return
+    where = automatic([], processes=2) if device == "auto" else as_device(device)
     import_compiler()
     options: dict[str, Any] = {"backend": "gloo"}
-    if torch.cuda.is_available() and (device == "auto" or torch.device(device).type == "cuda"):
+    if where.type == "cuda":
         options = {"backend": "nccl", "device_id": _own_gpu(device)}
     dist.init_process_group(timeout=PATIENCE, **options, **_meeting_point())
     try:

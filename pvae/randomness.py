@@ -38,6 +38,8 @@ def get_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         for i, cuda in enumerate(torch.cuda.get_rng_state_all()):
             state[f"cuda.{i}"] = cuda
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
     numbers = [float(position), float(has_gauss), float(gauss)]
     state["numpy.keys"] = torch.from_numpy(np.array(keys, dtype=np.int64))
@@ -57,6 +59,8 @@ def set_state(state: dict[str, Tensor]) -> None:
         for i in range(torch.cuda.device_count()):
             if f"cuda.{i}" in state:
                 torch.cuda.set_rng_state(state[f"cuda.{i}"].cpu(), i)
+    if torch.backends.mps.is_available() and "mps" in state:
+        torch.mps.set_rng_state(state["mps"].cpu())
     position, has_gauss, gauss = state["numpy.rest"].tolist()
     keys = state["numpy.keys"].cpu().numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002

@@ -24,6 +24,7 @@ GROUND = {  # imports the ground
     "conditional",
     "data",
     "described",
+    "devices",
     "distributed",
     "distributions",
     "divergence",

@@ -265,8 +265,8 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
     "no such device": (
         lambda: fit(vae(), binary(), device="gpu"),
         "device",
-        "'auto', 'cpu', 'cuda', ...; got 'gpu'",
-        None,
+        "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'; got 'gpu'",
+        "device='auto'",
     ),
     "objective's class": (
         lambda: pvae.fit(vae(), binary(), ELBO, progress=False),

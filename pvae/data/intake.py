@@ -13,6 +13,7 @@ from pvae.data.arrays import Data, as_arrays
 from pvae.data.checks import RowCheck, Support
 from pvae.data.fetched import DatasetSource, Fetched, LoaderSource
 from pvae.data.sources import ArraySource, Axes, Batch, Source, checked, is_even
+from pvae.devices import as_device
 from pvae.errors import DataError
 
 __all__ = ["as_source", "check_rows", "in_memory", "joined"]
@@ -39,7 +40,7 @@ def as_source(
     Raises:
         DataError: If the data are empty, of unequal lengths, or not numbers.
     """
-    device = torch.device(device)
+    device = as_device(device)
     known = None if axes == "any" else axes
     if isinstance(data, Source):
         return data if known is None else data.along(known)

@@ -14,6 +14,8 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pvae.data import LoaderSource, Source, first_batch
+from pvae.devices import as_device, automatic, check_use
+from pvae.distributed import current
 from pvae.errors import ArgumentError, PairError, warn
 from pvae.pair.held import Held
 from pvae.pair.plates import PlateName
@@ -171,23 +173,26 @@ class Pair:
     ) -> tuple[torch.device, torch.dtype]:
         """Moves the pair's modules to a device; returns it, and the pair's floating type.
 
-        ``"auto"`` is CUDA where there is one; for functions, which can't be moved, it is where
-        the data are that the pair is to be run on.
+        ``"auto"`` is CUDA where there is one, or else Apple's MPS where there is one and the pair
+        is in float32; for functions, which can't be moved, it is where the data are that the pair
+        is to be run on.
 
         Raises:
-            ArgumentError: If there is no such device.
+            ArgumentError: If there is no such device, or it hasn't the pair's floating type.
         """
         modules = [p for p in (self.model, self.guide) if isinstance(p, nn.Module)]
-        dtypes = [t.dtype for t in tensors_of(modules) if t.is_floating_point()]
+        dtypes = [t.dtype for t in tensors_of(modules) if t.is_floating_point() or t.is_complex()]
+        dtype = dtypes[0] if dtypes else torch.get_default_dtype()
         if device != "auto":
-            where = _as_device(device)
+            where = as_device(device)
         elif dtypes:
-            where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            where = automatic(dtypes, current().size)
         else:
             where = self.home(data).device
+        check_use(where, dtypes or [dtype], current().size)
         for module in modules:
             module.to(where)
-        return where, dtypes[0] if dtypes else torch.get_default_dtype()
+        return where, dtype
 
     @property
     def checked_sources(self) -> WeakSet[Source]:
@@ -271,14 +276,3 @@ def _module_state(module: nn.Module) -> object:
     named = module.named_parameters(recurse=False)
     parameters = [(name, id(p), p.requires_grad) for name, p in named]
     return id(module), parameters, [*map(id, module.buffers(recurse=False))]
-
-
-def _as_device(device: str | torch.device) -> torch.device:
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise ArgumentError("device", "'auto', 'cpu', 'cuda', ...", repr(device)) from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        fixes = ["device='auto'", "pvae doctor"]
-        raise ArgumentError("device", "a device of this machine", "cuda, and there is none", fixes)
-    return where
