@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pvae
 from pvae import VAE, bounds, guides, likelihoods, priors, recipes
 from pvae.data import LinearGaussian, principal_components
-from pvae.errors import UndefinedError
+from pvae.errors import PvaeWarning, UndefinedError
 from pvae.networks import MLP
 from pvae.pair import Pair
 from tests import pairs
