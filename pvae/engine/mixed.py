@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,19 @@ class MixedStepper:
         sums = {part: sum(own["rows"] * own[part] for own in ran) for part in PARTS}
         whole = {part: total / max(rows, 1.0) for part, total in sums.items()} | {"rows": rows}
         return whole | {f"{k}_{name}": v for name, own in apart.items() for k, v in own.items()}
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether any step had penalties so far, of whatever kind its batch was."""
+        return any(stepper.has_penalties for stepper in self.steppers.values())
+
+    def seen(self) -> dict[str, Any]:
+        """What steps of all kinds have shown of the pair, as JSON has it."""
+        return self.first.seen() | {"has_penalties": self.has_penalties}
+
+    def restore_seen(self, seen: Mapping[str, Any]) -> None:
+        """Takes in what the steps before had shown."""
+        self.first.restore_seen(seen)
 
     def reset(self) -> None:
         """Starts new averages."""

@@ -54,7 +54,7 @@ class Passes:
         monitor: Judges each pass.
         moving: The buffers that a pass changes, where it is known, as while one is recorded.
         names: Names of the parameters that the last pass had gradients of.
-        has_penalties: Whether the last pass had any.
+        has_penalties: Whether any pass had some so far.
         announced: Parameters, by identity, that a pass announces: the last, with ``late``; or set.
         value: What one of Pyro's objectives returned, a number or a tuple of them.
     """
@@ -126,7 +126,8 @@ class Passes:
             self._note({"guide": [g for g, _ in traces], "model": [m for _, m in traces]})
         if is_narrow:
             check_densities(terms)
-        self._num_rows, self.has_penalties = terms.num_rows, terms.has_penalties
+        self._num_rows = terms.num_rows
+        self.has_penalties = self.has_penalties or terms.has_penalties
         divisor = self.structure.divisor(terms.num_rows)
         loss = objective.surrogate(terms, self.state)
         loss = loss / divisor if self.per_datum else loss

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import pyro
 import torch
@@ -200,6 +200,22 @@ class Stepper:
     def failure(self) -> Failure | None:
         """The first step that failed, if one has, and what was wrong in this stepper's own."""
         return self.monitor.look(self.passes.names)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether any step had penalties so far."""
+        return self.passes.has_penalties
+
+    def seen(self) -> dict[str, Any]:
+        """What steps have shown of the pair, as JSON has it; what comes after depends on it."""
+        named = self.structure.parameters.items()
+        moved = [name for name, parameter in named if id(parameter) in self.moved]
+        return {"has_penalties": self.has_penalties, "moved": moved}
+
+    def restore_seen(self, seen: Mapping[str, Any]) -> None:
+        """Takes in what the steps before had shown."""
+        self.passes.has_penalties = seen["has_penalties"]
+        self.moved |= {id(self.structure.parameters[name]) for name in seen["moved"]}
 
     def share(self, first: Stepper, sums: Tensor) -> None:
         """Has with another stepper one record of what has failed and moved; and sums elsewhere."""

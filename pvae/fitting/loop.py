@@ -130,7 +130,7 @@ def _record(training: Training) -> Record:
         "log_likelihood": average["log_likelihood"],
         "rate": None if no_rate else average["rate"],
     }
-    if stepper.passes.has_penalties:
+    if stepper.has_penalties:
         record["penalty"] = average["penalty"]
     if isinstance(stepper, MixedStepper):
         for name, own in stepper.steppers.items():

@@ -52,6 +52,7 @@ def _snapshot(training: Training, states: list[dict[str, Tensor]]) -> checkpoint
         "progress": {**numbers, "history": list(progress.history)},
         "optimizer": rest,
         "objective_step": None if stepper.state is None else stepper.state.step,
+        "steps": stepper.seen(),
         "settings": training.identity,
         "environment": checkpoint.environment(training.structure.device),
         "job": job(),
@@ -75,6 +76,7 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
     optimizer = saved.part("optimizer"), saved.meta["optimizer"]
     checkpoint.restore_optimizer(stepper.optimizer, *optimizer)
     stepper.sums.copy_(saved.tensors["sums"])
+    stepper.restore_seen(saved.meta["steps"])
     if stepper.state is not None:
         stepper.state.restore(saved.part("objective"), saved.meta["objective_step"])
     numbers = dict(saved.meta["progress"])
