@@ -5,8 +5,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 PROCESSES ?= 2
+SPREAD := --numprocesses $(PROCESSES) --dist worksteal
 
-.PHONY: demo test lint tutorials bench peers clean
+.PHONY: demo test test-device lint tutorials bench peers clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -19,7 +20,12 @@ demo: .venv/installed
 	$(BIN)/pvae train --out runs/demo --overwrite
 
 test: .venv/installed
-	$(BIN)/pytest --quiet --numprocesses $(PROCESSES) --dist worksteal
+	$(BIN)/pytest --quiet $(SPREAD)
+
+# On a GPU, or the pretend one of tests/pretend; then the CPU's tests as on a machine with a GPU.
+test-device: .venv/installed
+	$(BIN)/python -m tests.pretend cuda -m pytest --quiet --device cuda $(SPREAD)
+	$(BIN)/python -m tests.pretend cuda -m pytest --quiet $(SPREAD)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ import torch
 
 from pvae import randomness
 
+collect_ignore = ["pretend"]  # no tests, and not to be imported where there is no pretend device
+
 
 @pytest.fixture(autouse=True)
 def _float64(request: pytest.FixtureRequest, _guard: None) -> Iterator[None]:
