@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,11 +28,13 @@ __all__ = [
     "UndefinedError",
     "as_shape",
     "check_choice",
+    "check_file",
     "check_int",
     "check_number",
     "check_path",
     "is_out_of_memory",
     "oxford",
+    "shown",
     "telling_memory",
     "warn",
 ]
@@ -61,6 +64,9 @@ class PvaeError(Exception):
     def __init__(
         self, where: str, expected: str = "", actual: str | None = None, fixes: Sequence[str] = ()
     ) -> None:
+        if expected:
+            where, expected = shown(where).replace("\n", "\\n"), shown(expected)
+            actual, fixes = actual and shown(actual), [shown(fix) for fix in fixes]
         self.where, self.expected, self.actual, self.fixes = where, expected, actual, tuple(fixes)
         got = "" if actual is None else f"; got {actual}"
         lines = [f"{where}: expected {expected}{got}." if expected else where]
@@ -145,6 +151,25 @@ def telling_memory(where: str, rows: int | None, option: str | None = "max_rows"
         raise OutOfMemoryError(where, expected, first, fixes) from error
 
 
+def shown(text: str) -> str:
+    r"""Text as it can be shown anywhere, what a terminal would act on written out.
+
+    Names come from data and from files: a control character in one could clear a screen, reverse
+    a line, or be no character at all.
+
+    Example:
+        >>> print(shown("a\x1b[2Jb"), shown("z ~ N(0, σ²)"))
+        a\x1b[2Jb z ~ N(0, σ²)
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _written_out(c) for c in text)
+
+
+def _written_out(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
 def oxford(names: Iterable[object]) -> str:
     """Joins names for a sentence.
 
@@ -211,10 +236,40 @@ def check_choice(where: str, value: object, choices: Iterable[object]) -> None:
 
 def check_path(where: str, path: str | Path) -> Path:
     """Returns a path, or raises an `ArgumentError`; an empty one would be the folder at hand."""
-    if not isinstance(path, (str, Path)) or not str(path).strip():
+    if not isinstance(path, (str, Path)) or not str(path).strip() or "\0" in str(path):
         fixes = ["'.', for the folder at hand"]
         raise ArgumentError(where, "the path of a folder or file", repr(path), fixes)
     return Path(path)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_file(path: Path, error: type[PvaeError], most: int | None = None) -> None:
+    """Refuses what isn't a file with something in it: a folder, a device, a pipe that never ends.
+
+    Arguments:
+        path: The file.
+        error: What to raise.
+        most: Most bytes that it may have; None for any number.
+    """
+    expected = "a file with something in it"
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as found:
+        raise error(str(path), expected, getattr(found, "strerror", None) or str(found)) from found
+    if not stat.S_ISREG(status.st_mode):
+        raise error(str(path), expected, _KINDS.get(stat.S_IFMT(status.st_mode), "something else"))
+    if status.st_size == 0:
+        raise error(str(path), expected, "an empty one")
+    if most is not None and status.st_size > most:
+        raise error(str(path), f"a file of at most {most} bytes", f"one of {status.st_size}")
 
 
 def as_shape(where: str, shape: int | Sequence[int]) -> tuple[int, ...]:

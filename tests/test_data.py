@@ -329,7 +329,7 @@ def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG....")
     with pytest.raises(DataError, match="an IDX file"):
         data.read_idx(path)
-    path.write_bytes(gzip.compress(bytes(100))[:20])
+    path.write_bytes(gzip.compress(bytes(100))[:12])
     with pytest.raises(DataError, match="a readable IDX file"):
         data.read_idx(path)
     with pytest.raises(DataError, match="No such file"):
@@ -412,10 +412,10 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"an array 'x'.*got a, b"):
         data.load(tmp_path / "odd.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK nothing")
-    with pytest.raises(DataError, match=r"an \.npz file of numbers"):
+    with pytest.raises(DataError, match=r"bad\.npz: expected a file of numbers"):
         data.load(tmp_path / "bad.npz")
     np.save(tmp_path / "pickled.npy", np.array([{}, {}], dtype=object))
-    with pytest.raises(DataError, match=r"an \.npy file of numbers"):
+    with pytest.raises(DataError, match=r"real numbers; got dtype object, which would run code"):
         data.load(tmp_path / "pickled.npy")
 
 

@@ -215,12 +215,12 @@ def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Ten
     from pvae.data import as_source, check_rows, load
     from pvae.runs import open_run
 
-    _, vae, splits = open_run(run, device)
+    config, vae, splits = open_run(run, device)
     chosen = splits.test
     if data is not None:
         if not data.is_file():
             raise DataError("--data", "a file", f"{data}, which is none")
-        own = load(data, valid=0, test=0, shuffle=False)
+        own = load(data, valid=0, test=0, shuffle=False, limits=config.limits)
         if own.event_shape != splits.event_shape:
             expected = f"data of shape {splits.event_shape}"
             raise DataError(str(data), expected, f"shape {own.event_shape}")

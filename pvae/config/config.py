@@ -18,7 +18,7 @@ from torch import nn
 
 from pvae import corruptions, guides, likelihoods, objectives, penalties, priors, recipes
 from pvae.config.option import Option, field, flag, numbers_of, part_options, recipe_options
-from pvae.data import Splits, load
+from pvae.data import Limits, Splits, load
 from pvae.data.arrays import BINARIZE, Binarize
 from pvae.engine import ASKED
 from pvae.errors import ArgumentError, CheckpointError, check_path
@@ -81,6 +81,14 @@ class Config(BaseModel):
         "How grey values become 0 or 1: dynamic draws them anew for every batch, static once.",
         "dynamic",
         choices=BINARIZE,
+    )
+    max_file_bytes: int = _data(
+        Limits.max_bytes,
+        "Most bytes of the arrays of a data file, unpacked; an .npy file has no such limit.",
+        2**33,
+    )
+    max_file_rows: int = _data(
+        Limits.max_rows, "Most rows that an array of a data file may have.", 10**9
     )
     recipe: str = _pair(
         "vae", "Kind of autoencoder; all but vae are deterministic.", "ae", choices=recipes.named
@@ -193,10 +201,22 @@ class Config(BaseModel):
         """Numbers of recipes, corruptions and penalties that were given."""
         return self.model_extra or {}
 
+    @property
+    def limits(self) -> Limits:
+        """How large a file's arrays may be."""
+        return Limits(self.max_file_bytes, self.max_file_rows)
+
     def load_data(self, *, fetch: bool = False) -> Splits:
         """The data, scaled as the likelihood wants them."""
         how: Binarize = self.binarize  # type: ignore[assignment]
-        splits = load(self.data, self.data_dir, binarize=how, seed=self.seed, fetch=fetch)
+        splits = load(
+            self.data,
+            self.data_dir,
+            binarize=how,
+            seed=self.seed,
+            fetch=fetch,
+            limits=self.limits,
+        )
         if self.likelihood_for(splits) != "gaussian" or splits.levels in (None, 2):
             return splits
         data, scale = (splits.train, splits.valid, splits.test), 1.0 / (splits.levels - 1)

@@ -8,9 +8,10 @@ from pvae.data.arrays import Data
 from pvae.data.batches import Batches
 from pvae.data.checks import RowCheck, Support
 from pvae.data.fetched import LoaderSource
+from pvae.data.files import Limits, read_idx
 from pvae.data.intake import as_source, check_rows, in_memory, joined
 from pvae.data.mixed import Mixed
-from pvae.data.readers import Splits, load, read_idx
+from pvae.data.readers import Splits, load
 from pvae.data.remote import download
 from pvae.data.sources import Axes, Source, first_batch, num_rows_of
 from pvae.data.toys import LinearGaussian, principal_components
@@ -19,6 +20,7 @@ __all__ = [
     "Axes",
     "Batches",
     "Data",
+    "Limits",
     "LinearGaussian",
     "LoaderSource",
     "Mixed",

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import struct
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pvae.data.arrays import Array, Binarize, Data, MappedRows, check_binarize
+from pvae.data.files import Arrays, Limits, read_idx
 from pvae.data.remote import FILES, REMOTE, download
 from pvae.errors import ArgumentError, DataError, check_number, check_path
 
-__all__ = ["NAMES", "Splits", "load", "read_idx"]
+__all__ = ["NAMES", "Splits", "load"]
 
 NAMES = ("digits", *REMOTE, "static_mnist", "freyfaces")
 """Data sets that `load` knows by name; all but the digits are looked for in a folder."""
 
-Arrays = tuple[Array, ...]
-Parts = tuple[Arrays, dict[str, Arrays], int | None]
+Parts = tuple[tuple[Array, ...], dict[str, tuple[Array, ...]], int | None]
 """A data set's arrays, the parts that it has of its own (such as ``"test"``), and its levels."""
 
 
@@ -51,33 +48,6 @@ class Splits:
         return self.train.event_shape
 
 
-_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-
-
-def read_idx(path: str | Path) -> np.ndarray:
-    """Reads an IDX file, the format of the MNIST family, gzipped or not.
-
-    Raises:
-        DataError: If the file is missing, cut short or no IDX file.
-    """
-    path = check_path("path", path)
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(str(path), "a readable IDX file", f"{error}") from error
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_TYPES:
-        raise DataError(str(path), "an IDX file (two zero bytes, type, rank)", f"{raw[:4]!r}")
-    rank, dtype = raw[3], np.dtype(_IDX_TYPES[raw[2]])
-    start = 4 + 4 * rank
-    shape = struct.unpack(f">{rank}I", raw[4:start]) if len(raw) >= start else ()
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if len(raw) != start + size:
-        expected, got = f"{size} bytes of data for shape {shape}", f"{len(raw) - start} bytes"
-        raise DataError(str(path), expected, got, ["the file was cut short: fetch it again"])
-    return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
-
-
 def load(
     data: str | Path,
     data_dir: str | Path | None = None,
@@ -88,6 +58,7 @@ def load(
     seed: int = 0,
     shuffle: bool = True,
     fetch: bool = False,
+    limits: Limits | None = None,
 ) -> Splits:
     """Loads a data set by name or from a file.
 
@@ -116,10 +87,11 @@ def load(
         shuffle: Whether rows are shuffled before they are split; otherwise the last ones are
             taken for test and validation.
         fetch: Download the data set if it isn't in the folder.
+        limits: How large the arrays of a file may be, unpacked; None for those of `Limits`.
 
     Raises:
         ArgumentError: If an argument can't be used.
-        DataError: If the data can't be found or read.
+        DataError: If the data can't be found or read, or are larger than the limits.
 
     Example:
         >>> splits = load("digits")
@@ -132,7 +104,7 @@ def load(
     folder = check_path("data_dir", in_environment if data_dir is None else data_dir)
     if name in REMOTE and fetch:
         download(name, folder)
-    arrays, own, levels = _read(name, folder)
+    arrays, own, levels = _read(name, folder, limits or Limits())
     rows = np.arange(len(arrays[0]))
     left = np.random.default_rng(seed).permutation(rows) if shuffle else rows
     rows_of = {}
@@ -166,27 +138,56 @@ def _cut(
     return rows[:keep], rows[keep:]
 
 
-def _read(name: str, folder: Path) -> Parts:
+def _read(name: str, folder: Path, limits: Limits) -> Parts:
     if name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         return (digits.data.astype(np.float32), digits.target), {}, 17
     if name in REMOTE:
-        files = [_find(folder / name, file.removesuffix(".gz"), name) for file in FILES]
-        x, y, test_x, test_y = map(read_idx, files)
-        return (x[:, None], y), {"test": (test_x[:, None], test_y)}, 256
+        return _read_family(folder, name, limits)
     if name == "static_mnist":
-        packed = _read_numpy(_find(folder, "binarized_mnist.npz", name))
+        path = _find(folder, "binarized_mnist.npz", name)
+        parts = ["train", "valid", "test"]
         train, valid, test = (
-            (np.unpackbits(packed[part], axis=1)[:, :784].reshape(-1, 1, 28, 28),)
-            for part in ("train", "valid", "test")
+            (np.unpackbits(_shaped(path, part, x, (98,)), axis=1)[:, :784].reshape(-1, 1, 28, 28),)
+            for part, x in zip(parts, Arrays(path, limits).read(*parts), strict=True)
         )
         return train, {"valid": valid, "test": test}, 2
     if name == "freyfaces":
-        x = _read_numpy(_find(folder, "freyfaces.npz", name))["x"]
-        return (x.reshape(-1, 1, 28, 20),), {}, 256
-    return _read_file(Path(name))
+        path = _find(folder, "freyfaces.npz", name)
+        (x,) = Arrays(path, limits).read("x")
+        shape = (28, 20) if x.ndim == 3 else (560,)
+        return (_shaped(path, "x", x, shape).reshape(-1, 1, 28, 20),), {}, 256
+    return _read_file(Path(name), limits)
+
+
+def _shaped(path: Path, name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a known data set, whose rows are bytes of this shape."""
+    if x.dtype != np.uint8 or x.shape[1:] != shape or not x.ndim:
+        expected = f"bytes of shape {('N', *shape)}".replace("'", "")
+        actual = f"{x.dtype} of shape {x.shape}"
+        raise DataError(f"{path}, array '{name}'", expected, actual, ["fetch the file again"])
+    return x
+
+
+def _read_family(folder: Path, name: str, limits: Limits) -> Parts:
+    """A data set of the MNIST family: images and labels for training, and for the test."""
+    paths = [_find(folder / name, file.removesuffix(".gz"), name) for file in FILES]
+    x, y, test_x, test_y = (read_idx(path, limits) for path in paths)
+    size = x.shape[1:] if x.ndim == 3 else (28, 28)
+    for path, images in ((paths[0], x), (paths[2], test_x)):
+        _shaped(path, "images", images, size)
+    for path, images, labels in ((paths[1], x, y), (paths[3], test_x, test_y)):
+        _shaped(path, "labels", labels, ())
+        _check_lengths(path, "labels", len(labels), len(images))
+    return (x[:, None], y), {"test": (test_x[:, None], test_y)}, 256
+
+
+def _check_lengths(path: Path, name: str, rows: int, expected: int) -> None:
+    if rows != expected:
+        where, fixes = f"{path}, array '{name}'", ["files that were made together"]
+        raise DataError(where, f"{expected} rows, one for each datum", f"{rows} rows", fixes)
 
 
 def _find(folder: Path, stem: str, name: str) -> Path:
@@ -199,49 +200,58 @@ def _find(folder: Path, stem: str, name: str) -> Path:
     raise DataError(f"data set {name}", f"{stem} in {folder}", "no such file", fixes)
 
 
-def _read_numpy(path: Path) -> dict[str, np.ndarray]:
-    try:
-        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
-        if isinstance(loaded, np.ndarray):
-            return {"x": loaded}
-        with loaded as archive:
-            return dict(archive)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        expected = f"an {path.suffix} file of numbers"
-        raise DataError(str(path), expected, str(error).splitlines()[0]) from error
-
-
-def _read_file(path: Path) -> Parts:
-    if not path.exists():
+def _read_file(path: Path, limits: Limits) -> Parts:
+    if not os.path.exists(path):  # noqa: PTH110  which raises nothing, whatever the name
         expected = f"one of {', '.join(NAMES)}, or a file"
         raise DataError("data", expected, f"'{path}', which doesn't exist")
-    is_numpy = path.suffix in (".npy", ".npz")
-    arrays = _read_numpy(path) if is_numpy else {"x": read_idx(path)}
-    first = next((k for k in ("train", "x", *arrays) if k in arrays), "")
-    if first not in ("train", "x") and len(arrays) != 1:
-        got = ", ".join(arrays) or "nothing"
-        raise DataError(str(path), "an array 'x' (and 'y'), or 'train'", got)
-    x = arrays[first]
-    _check_layout(path, x)
-    own = [k for k in ("valid", "test") if first == "train" and k in arrays]
-    labels = [arrays["y"]] if first == "x" and "y" in arrays else []
+    arrays = Arrays(path, limits)
+    names = arrays.names
+    first = next((k for k in ("train", "x", *names) if k in names), "")
+    if first not in ("train", "x") and len(names) != 1:
+        got = ", ".join(names[:10]) or "nothing"
+        fixes = ["np.savez('data.npz', x=x)"]
+        raise DataError(str(path), "an array 'x' (and 'y'), or 'train'", got, fixes)
+    own = [k for k in ("valid", "test") if first == "train" and k in names]
+    labels = ["y"] if first == "x" and "y" in names else []
+    for name in (first, *own):
+        _check_layout(path, name, arrays.shape_of(name), 3 if name == first else 1)
+    if labels:
+        rows, *_ = *arrays.shape_of("y"), 0
+        _check_lengths(path, "y", rows, arrays.shape_of("x")[0])
+    x, *others = arrays.read(first, *own, *labels)
+    for name, other in zip(own, others, strict=False):
+        _check_alike(path, name, other, x)
 
     def one(x: np.ndarray) -> Array:
         x = x[:, None] if x.ndim == 3 else x  # rows of one-channel images
         return MappedRows(x) if isinstance(x, np.memmap) else x
 
-    return (one(x), *labels), {k: (one(arrays[k]),) for k in own}, _levels(x)
+    parts: dict[str, tuple[Array, ...]] = {
+        name: (one(other),) for name, other in zip(own, others, strict=False)
+    }
+    return (one(x), *others[len(own) :]), parts, _levels(x)
 
 
-def _check_layout(path: Path, x: np.ndarray) -> None:
-    if x.ndim < 2 or len(x) < 3:
-        expected = "at least 3 rows of data, each with at least one axis"
-        fixes = ["x[:, None], for one number a row"] if x.ndim == 1 else []
-        raise DataError(str(path), expected, f"shape {x.shape}", fixes)
-    if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
-        got = f"shape {x.shape}, with channels last"
+def _check_alike(path: Path, name: str, x: np.ndarray, train: np.ndarray) -> None:
+    """Refuses a part whose rows aren't of the shape and kind of the training data."""
+    if x.shape[1:] != train.shape[1:] or x.dtype.kind != train.dtype.kind:
+        expected = f"rows like those of 'train', of shape {train.shape[1:]} and {train.dtype}"
+        actual = f"shape {x.shape[1:]} and {x.dtype}"
+        raise DataError(
+            f"{path}, array '{name}'", expected, actual, [f"{name}.astype(train.dtype)"]
+        )
+
+
+def _check_layout(path: Path, name: str, shape: tuple[int, ...], least: int) -> None:
+    where = f"{path}, array '{name}'"
+    if len(shape) < 2 or shape[0] < least:
+        expected = f"at least {least} rows of data, each with at least one axis"
+        fixes = ["x[:, None], for one number a row" if len(shape) == 1 else "np.save('x.npy', x)"]
+        raise DataError(where, expected, f"shape {shape}", fixes)
+    if len(shape) == 4 and shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4):
+        got = f"shape {shape}, with channels last"
         expected = "images with channels first, (N, C, H, W)"
-        raise DataError(str(path), expected, got, ["np.moveaxis(x, -1, 1)"])
+        raise DataError(where, expected, got, ["np.moveaxis(x, -1, 1)"])
 
 
 def _levels(x: np.ndarray) -> int | None:
