@@ -7,13 +7,25 @@ double precision is so on the host there.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, oxford
 
-__all__ = ["as_device", "automatic", "check_use", "counts", "double", "floats", "synchronize"]
+__all__ = [
+    "as_device",
+    "automatic",
+    "beside",
+    "check_use",
+    "counts",
+    "double",
+    "floats",
+    "synchronize",
+]
+
+T = TypeVar("T")
 
 _WIDE = {torch.float64, torch.complex128}
 """What MPS has no type for."""
@@ -111,6 +123,16 @@ def double(tensor: Tensor) -> Tensor:
     """
     tensor = tensor if floats(tensor.device) == torch.float64 else tensor.cpu()
     return tensor.double()
+
+
+def beside(thing: T | Tensor, tensor: Tensor) -> T | Tensor:
+    """The thing itself, or, of a tensor, its copy on the other one's device.
+
+    Example:
+        >>> beside(2.0, torch.ones(2))
+        2.0
+    """
+    return thing.to(tensor.device) if isinstance(thing, Tensor) else thing
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pvae.devices import double
 from pvae.errors import ArgumentError, check_int
 
 __all__ = ["Kernel", "TwoSampleTest", "kernel_named", "median_kernel", "mmd", "two_sample_test"]
@@ -134,7 +135,7 @@ def two_sample_test(
             what = f"{tuple(sample.shape)}" if sample.dim() != 2 else "NaN or infinity"
             raise ArgumentError(f"two_sample_test, {name}", "finite points (N, D)", what)
     k = _checked(x, y, "imq" if kernel is None else kernel, 2)
-    both = torch.cat([x, y]).detach().double()
+    both = double(torch.cat([x, y]).detach())
     k = median_kernel(both) if kernel is None else k
     gram = k(_squared_distances(both, both)).fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +150,7 @@ def two_sample_test(
     values += ((second @ gram) * second).sum(1) / (m * (m - 1))
     values -= 2 * (from_first * second).sum(1) / (n * m)
     tolerance = 1e-12 * gram.mean()  # permutations that change nothing are as great
-    p_value = (values >= values[0] - tolerance).double().mean()
+    p_value = double(values >= values[0] - tolerance).mean()
     return TwoSampleTest(float(values[0]), float(p_value))
 
 

@@ -18,6 +18,7 @@ from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import WeightSums, require_evidence
 from pvae.data import joined
+from pvae.devices import double
 from pvae.errors import check_choice, check_int, check_number
 from pvae.estimate import Estimate, with_error
 from pvae.options import Options, tool
@@ -196,7 +197,7 @@ def _anneal(
     for gap, beta, step in zip(gaps[1:], betas, steps, strict=True):
         state, chance = transition(path, state, beta, step)
         log_weight = log_weight + gap * state.log_ratio
-        total = total + chance
+        total = total + double(chance)
     return log_weight, total / len(betas) if betas else total * math.nan
 
 

@@ -15,6 +15,7 @@ from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
 from pvae.bounds.modes import missed_by_fits, said
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import Influence, Sums, WeightSums, facts, require_evidence
+from pvae.devices import double
 from pvae.engine import Asked, Repeated
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
 from pvae.estimate import Estimate
@@ -87,9 +88,9 @@ def elbo(
 
 def _parts(terms: Terms, *, is_split: bool) -> Tensor:
     """Sums over particles of log weight, its square, log likelihood and rate, ``(4, n)``."""
-    log_weight = terms.log_weight.double()
+    log_weight = double(terms.log_weight)
     split = [terms.log_likelihood, terms.log_q - terms.log_prior] if is_split else [log_weight] * 2
-    return torch.stack([log_weight, log_weight.square(), *split]).double().sum(1)
+    return torch.stack([double(part) for part in (log_weight, log_weight.square(), *split)]).sum(1)
 
 
 def _with_globals(name: str, evaluation: Evaluation, joint: JointWeights) -> Estimate:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pvae.devices import double
 from pvae.errors import UndefinedError
 
 __all__ = ["Ends", "Path", "State", "adapt", "pilot_length", "transition"]
@@ -31,7 +32,7 @@ class State:
     @property
     def log_ratio(self) -> Tensor:
         """log end - log start, in double precision."""
-        return self.log_end.double() - self.log_start.double()
+        return double(self.log_end) - double(self.log_start)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def transition(path: Path, state: State, beta: float, step: Tensor) -> tuple[Sta
         proposal, slope = path.gradient(proposal.u + step * momentum, beta)
         momentum = momentum + 0.5 * step * slope
     after = proposal.log_density(beta) - 0.5 * momentum.square().sum(-1)
-    finite = after.isfinite() & proposal.log_ratio.isfinite()
+    finite = after.isfinite() & proposal.log_start.isfinite() & proposal.log_end.isfinite()
     chance = torch.where(finite, (after - before).clamp(max=0).exp(), 0.0).nan_to_num(0.0)
     accept = torch.rand_like(chance) < chance
     moved = State(

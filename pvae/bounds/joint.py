@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import Sums, facts, weights_by_chunk
+from pvae.devices import double
 from pvae.errors import PairError
 from pvae.estimate import Estimate
 from pvae.options import progress_bar
@@ -136,7 +137,7 @@ def _blocks(
             given = {name: value.repeat_interleave(k, 0) for name, value in given.items()}
         sums, log_p = Sums(torch.logaddexp), None
         for rows, terms in stream(evaluation, count * k, given):
-            now = terms.global_log_p.double().view(count, -1)[:, 0]
+            now = double(terms.global_log_p).view(count, -1)[:, 0]
             log_p = now if log_p is None else _same(log_p, now)
             sums.add(rows, _reduced(terms.log_weight, count))
             possible.take(rows, terms)
@@ -167,5 +168,5 @@ def _same(log_p: Tensor, now: Tensor) -> Tensor:
 
 def _reduced(log_weight: Tensor, count: int) -> Tensor:
     """Log sums over local draws of weights and of their squares, ``(2, count, n)``."""
-    each = log_weight.double().view(count, -1, log_weight.shape[-1])
+    each = double(log_weight).view(count, -1, log_weight.shape[-1])
     return torch.stack([each.logsumexp(1), (2 * each).logsumexp(1)])

@@ -16,6 +16,7 @@ from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence
+from pvae.devices import double
 from pvae.errors import check_choice, check_int, check_number
 from pvae.terms import Evaluation
 
@@ -109,7 +110,7 @@ def fit_locally(
                 groups = groups_of(num_particles, evaluation.max_rows // density.num_rows)
                 if possible is not None:
                     density.watch = partial(possible.take, rows, of_guide=False)
-                weights = torch.cat([q.log_weights(density, k).double() for k in groups])
+                weights = torch.cat([double(q.log_weights(density, k)) for k in groups])
                 density.watch = None
                 bar.update(share)
                 yield Fitted(rows, family, weights[:, :count], settled, instead)
@@ -152,7 +153,7 @@ def _look(q: LocalFamily, density: LatentDensity, particles: int) -> Tensor:
     """The mean ELBO of all data for each of some draws, the same at every look."""
     with torch.no_grad(), randomness.forked(0):
         draws = [q.log_weights(density, particles) for _ in range(max(1, _LOOKS // particles))]
-    each = torch.cat(draws).double()
+    each = double(torch.cat(draws))
     return torch.where(each.isfinite(), each, 0.0).sum(1) / each.isfinite().sum(1).clamp(min=1)
 
 

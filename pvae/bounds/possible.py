@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.bounds.weights import Sums
+from pvae.devices import beside, double
 from pvae.errors import oxford
 from pvae.estimate import Estimate
 from pvae.limits import is_on_edge, is_without_mass
@@ -70,22 +71,22 @@ class Possible(Sums):
         return total
 
     def _of_pass(self, terms: Terms, *, of_guide: bool) -> Tensor:
-        extent, zero = extent_of(terms), terms.like.new_zeros(1, 1, dtype=torch.float64)
+        extent, zero = extent_of(terms), double(terms.like.new_zeros(1, 1))
         shape = (terms.num_particles, terms.num_rows)
-        limit = extent.limit.double().expand(shape)
+        limit = double(extent.limit).expand(shape)
         largest = [limit, -limit, extent.marks, extent.entries, extent.continuous]
         largest.append(zero + (not extent.is_normalised))
         added = [zero + 1, *self._rate(terms, zero, of_guide=of_guide)]
         for name in self.sites:
             added += self._site(terms, name, zero, of_guide=of_guide)
-        maxima = [part.double().expand(shape).amax(0) for part in largest]
-        return torch.stack(maxima + [part.double().expand(shape).sum(0) for part in added])
+        maxima = [double(part).expand(shape).amax(0) for part in largest]
+        return torch.stack(maxima + [double(part).expand(shape).sum(0) for part in added])
 
     def _rate(self, terms: Terms, zero: Tensor, *, of_guide: bool) -> list[Tensor]:
         """log p(z) - log q(z) of draws, and the size of what it is made of."""
         if not (of_guide and self.has_rate) or terms.is_joint:
             return [zero, zero]
-        log_p, log_q = terms.log_prior.double(), terms.log_q.double()
+        log_p, log_q = double(terms.log_prior), double(terms.log_q)
         return [log_p - log_q, log_p.abs() + log_q.abs()]
 
     def _site(self, terms: Terms, name: str, zero: Tensor, *, of_guide: bool) -> list[Tensor]:
@@ -103,7 +104,8 @@ class Possible(Sums):
         is_listed = name in self.structure.guide_states  # all states are, with or without mass
         clamped = None if is_listed else is_without_mass(node["fn"], node["value"])
         if clamped is not None:
-            outside = outside | (count_where(terms, node, clamped) > 0)
+            count = count_where(terms, node, clamped)
+            outside = beside(outside, count) | (count > 0)
         return [outside, broken, on_edge]
 
     @property
@@ -169,7 +171,7 @@ class Possible(Sums):
     def _above(self, estimate: Estimate) -> Iterator[str]:
         """Says so where an evidence is above what any data could have."""
         limit, rounding = self.all[0], ROUNDING * self._eps
-        values = estimate.values.double()
+        values = double(estimate.values)
         total, most = float(values.sum()), float(limit.sum())
         if estimate.by == "draw":
             most *= len(values)

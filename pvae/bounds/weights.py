@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from pvae.devices import double
 from pvae.errors import UndefinedError, check_int, oxford
 from pvae.estimate import BoundKind, Estimate
 from pvae.options import Options, tool
@@ -79,7 +80,7 @@ def weights_by_chunk(
     for _, same in itertools.groupby(passes, key=lambda part: part[0].start):
         parts = []
         for rows, terms in same:
-            parts.append(terms.log_weight.double())
+            parts.append(double(terms.log_weight))
             if possible is not None:
                 possible.take(rows, terms)
         yield torch.cat(parts)
@@ -181,7 +182,7 @@ class Influence:
     def add(self, rows: slice, log_weight: Tensor) -> None:
         """Takes in the log weights of a chunk's particles, ``(k, n)``."""
         if self._is_kept:
-            self._parts.setdefault(rows.start, []).append(log_weight.double())
+            self._parts.setdefault(rows.start, []).append(double(log_weight))
 
     @property
     def of_mean(self) -> Tensor | None:
@@ -209,7 +210,7 @@ class WeightSums(Sums):
 
     def reduce(self, log_weight: Tensor) -> Tensor:
         """Both sums of log weights ``(K, n)`` over their K particles, ``(2, n)``."""
-        powers = self.power * log_weight.double()
+        powers = self.power * double(log_weight)
         return torch.stack([powers.logsumexp(0), (2 * powers).logsumexp(0)])
 
     def estimate(self, name: str, k: int, structure: Structure) -> Estimate:

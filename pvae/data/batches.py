@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ def _ahead(
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch() -> tuple[Tensor, ...] | None:
-        with torch.cuda.stream(stream):  # None does nothing
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             return next(batches, None)
 
     with ThreadPoolExecutor(1, "pvae-batches") as thread:

@@ -117,7 +117,7 @@ class ArraySource(Source):
             resident = size < 0.5 * torch.cuda.mem_get_info(device)[0]
         self.resident = resident
         on_device = self.data.arrays if resident else ()
-        self._tensors = self._cast(_as_tensor(a).to(device) for a in on_device)
+        self._tensors = [a.to(device) for a in self._cast(map(_as_tensor, on_device))]
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The rows at ``index``; the first array scaled and binarised."""
@@ -131,7 +131,7 @@ class ArraySource(Source):
         else:
             host = index.cpu()
             pairs = zip(self.data.arrays, self.axes, strict=True)
-            batch = self._cast(self._send(a, host, axis) for a, axis in pairs)
+            batch = [self._send(x) for x in self._cast(_rows_of(a, host, i) for a, i in pairs)]
         x = batch[0]
         if x.dtype in (torch.uint8, torch.bool):
             x = x.to(self.dtype)
@@ -166,20 +166,23 @@ class ArraySource(Source):
             return self
         return ArraySource(checked(self.data, axes), self.device, self.dtype, axes)
 
-    def _send(self, array: Array, index: Tensor, axis: int | None) -> Tensor:
-        if axis == 0 or isinstance(array, MappedRows):  # of which another axis is read whole
-            tensor = _as_tensor(array[index] if isinstance(array, Tensor) else array[index.numpy()])
-        else:
-            tensor = _as_tensor(array)
-            tensor = tensor if axis is None else tensor.index_select(axis, index)
+    def _send(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+        return tensor.to(self.device)
 
     def _cast(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         floats = [x.to(self.dtype) if x.is_floating_point() else x for x in tensors]
         labels = [x.long() if x.dtype == torch.uint8 else x for x in floats[1:]]
         return floats[:1] + labels
+
+
+def _rows_of(array: Array, index: Tensor, axis: int | None) -> Tensor:
+    """Rows of an array along an axis, where the array is."""
+    if axis == 0 or isinstance(array, MappedRows):  # of which another axis is read whole
+        return _as_tensor(array[index] if isinstance(array, Tensor) else array[index.numpy()])
+    tensor = _as_tensor(array)
+    return tensor if axis is None else tensor.index_select(axis, index)
 
 
 class WholeSource(Source):

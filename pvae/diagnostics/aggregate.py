@@ -12,6 +12,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from pvae import terms
+from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import DISTANCE, P_VALUE, Verdict
 from pvae.errors import UndefinedError, check_int
@@ -163,12 +164,12 @@ def aggregated_posterior(
 
 
 def _side_by_side(values: Iterable[Tensor]) -> Tensor:
-    return torch.cat([value.double().reshape(len(value), -1) for value in values], 1)
+    return torch.cat([double(value).reshape(len(value), -1) for value in values], 1)
 
 
 def _correlations(values: Tensor) -> Tensor:
-    centred = values.double() - values.double().mean(0)
+    centred = double(values) - double(values).mean(0)
     norm = centred.square().sum(0).sqrt()
-    tiny = 1e-9 * values.double().abs().amax(0).clamp(min=1e-300) * len(values) ** 0.5
+    tiny = 1e-9 * double(values).abs().amax(0).clamp(min=1e-300) * len(values) ** 0.5
     unit = centred / torch.where(norm > tiny, norm, torch.nan)
     return unit.T @ unit

@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae import terms
+from pvae.devices import double
 from pvae.diagnostics.thresholds import ACTIVITY
 from pvae.errors import UndefinedError, check_int, check_number
 from pvae.jacobian import squared_jacobian_norm
@@ -59,7 +60,7 @@ def active_units(
         site = terms.only_site("active_units", "latent of the data", structure.latents, site)
         check_int("active_units, rows of data", evaluation.num_rows, minimum=2)
         means, noise = means_and_noise(evaluation, site, num_particles)
-    return means.double().var(0) - noise.double().mean(0) > threshold
+    return double(means).var(0) - double(noise).mean(0) > threshold
 
 
 def hoyer(codes: Tensor) -> Tensor:

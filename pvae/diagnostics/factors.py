@@ -11,6 +11,7 @@ import torch
 from scipy.stats import entropy
 from torch import Tensor
 
+from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import DataError, check_int, check_number
 from pvae.latent.coding import as_matrix
@@ -354,11 +355,11 @@ def as_codes_and_factors(
         rows: How many rows each value of a discrete factor has to have.
         least: How many factors there have to be.
     """
-    z = as_matrix(f"{where}, codes", torch.as_tensor(codes).double()).cpu().numpy()
+    z = as_matrix(f"{where}, codes", double(torch.as_tensor(codes))).cpu().numpy()
     given = torch.as_tensor(factors).detach()
     given = given[:, None] if given.dim() == 1 else given
-    as_matrix(f"{where}, factors", given.double())
-    v = given.double().cpu().numpy() if given.is_floating_point() else given.cpu().numpy()
+    as_matrix(f"{where}, factors", double(given))
+    v = double(given).cpu().numpy() if given.is_floating_point() else given.cpu().numpy()
     v = v.astype(np.int64) if _is_discrete(v) else v
     size, dims = z.shape
     fewest, of_codes, of_factors = max(4, 2 * rows), f"{where}, codes", f"{where}, factors"

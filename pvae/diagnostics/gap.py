@@ -13,6 +13,7 @@ from pvae import bounds, randomness
 from pvae.bounds.modes import FIND_MODES, missed_by_fits
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence, require_local, weights_by_chunk
+from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import GAP
 from pvae.errors import ArgumentError, UndefinedError, check_int
@@ -142,7 +143,7 @@ class Gap(Result):
         if self.missed is not None:
             meaning = "annealing from the prior finds more: modes that guide and fits have missed"
             lines.append(Finding.of(self.missed, meaning, "bad", FIND_MODES))
-        worse = float(self.is_worse.double().mean())
+        worse = float(double(self.is_worse).mean())
         if worse > 0:
             meaning = "share of data for which the guide's q is better than the fitted one"
             advice = (

@@ -15,6 +15,7 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from pvae import terms
+from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result
 from pvae.engine import Backup
 from pvae.errors import ArgumentError, UndefinedError, check_int
@@ -282,7 +283,7 @@ class _Gradients:
         loss = self.objective.surrogate(evaluated, self.state)
         gradients = _gradients(loss / structure.divisor(evaluated.num_rows), structure)
         self.state.measured = None
-        flat = {name: g.detach().flatten().double() for name, g in gradients.items()}
+        flat = {name: double(g.detach().flatten()) for name, g in gradients.items()}
         self.times.append(_clock(structure.device) - started)
         for name, g in flat.items():
             self.sums.setdefault(name, Sums(g, num_repeats)).add(g)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pvae.bounds.joint import JointWeights, is_joint, is_nested, joint_weights, num_draws
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence, require_whole, weights_by_chunk
+from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import JOINT_GAP, JOINT_KHAT, KHAT, NOISE, UNRELIABLE
 from pvae.errors import DataError, check_int, check_number, oxford
@@ -62,7 +63,7 @@ def khat(log_weights: Tensor, tolerance: float = 1e-3) -> Tensor:
     _check(log_weights)
     from arviz_stats.base import array_stats  # imports for seconds
 
-    weights = log_weights.detach().double()
+    weights = double(log_weights.detach())
     tail = _tail_size(len(weights))
     top = weights.topk(tail + 1, dim=0).values
     excess = (top - top[0]).exp() - (top[-1] - top[0]).exp()
@@ -155,7 +156,7 @@ class Importance(Result):
     @property
     def unreliable(self) -> float:
         """Share of data whose k-hat is above 0.7."""
-        return float((self.khat > KHAT).double().mean())
+        return float(double(self.khat > KHAT).mean())
 
     @property
     def se_unreliable(self) -> float:
@@ -212,7 +213,7 @@ class Importance(Result):
             ("no tail", is_tied, "weights that repeat, as those of a discrete latent: no k-hat"),
         ):
             if bool(is_one.any()):
-                share = float(is_one.double().mean())
+                share = float(double(is_one).mean())
                 lines.append(Finding(name, share, meaning=f"share of data with {why}"))
         effective = Estimate("effective draws", self.ess / len(self.log_weights), unit="")
         return [

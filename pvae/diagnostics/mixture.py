@@ -13,6 +13,7 @@ from torch import Tensor
 from pvae import terms
 from pvae.bounds.possible import Possible
 from pvae.data import first_batch
+from pvae.devices import beside, double
 from pvae.errors import UndefinedError, oxford
 from pvae.modes import evaluating
 from pvae.options import progress_bar
@@ -75,7 +76,7 @@ def _terms_of(chunk: terms.Terms) -> dict[str, dict[str, Tensor]]:
     chunk.require_split()
     kinds = ("value", "rate", "distortion", "log_q_dims", "log_p_dims")
     parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
-    parts["log_q"] = {"q": chunk.log_q.double()}
+    parts["log_q"] = {"q": double(chunk.log_q)}
     zero = torch.zeros_like(chunk.log_q)
     for name, site in chunk.sites.items():
         if not site.has_density:
@@ -84,14 +85,14 @@ def _terms_of(chunk: terms.Terms) -> dict[str, dict[str, Tensor]]:
         if is_drawn or site.log_q is not None:
             log_p = site.log_p if is_drawn else None
             log_q, log_p = (zero if value is None else value for value in (site.log_q, log_p))
-            parts["rate"][name] = (log_q - log_p).double()
+            parts["rate"][name] = double(log_q - log_p)
         elif site.log_p is not None:
-            parts["distortion"][name] = -site.log_p.double()
+            parts["distortion"][name] = -double(site.log_p)
         if name in chunk.structure.latents and site.value is not None:
             parts["value"][name] = site.value
         for kind, dims in (("log_q_dims", site.log_q_dims), ("log_p_dims", site.log_p_dims)):
             if dims is not None:
-                parts[kind][name] = dims.double()
+                parts[kind][name] = double(dims)
     return parts
 
 
@@ -156,7 +157,7 @@ def score_mixture(evaluation: terms.Evaluation, own: Draws, max_rows: int | None
             own_rows = torch.arange(start, min(start + size, k * n), device=own.log_q.device) % n
             parts = [
                 _log_sums(evaluation, chosen, own_rows, others, by_dimension=by_dimension)
-                for others in torch.arange(n, device=own.log_q.device).split(rows)
+                for others in torch.arange(n, device=evaluation.source.device).split(rows)
             ]
             sums.append([functools.reduce(torch.logaddexp, p) for p in zip(*parts, strict=True)])
     joint, without, *dims = (torch.cat(part) for part in zip(*sums, strict=True))
@@ -179,11 +180,11 @@ def _log_sums(
     batch, structure = evaluation.source.rows(others), evaluation.structure
     scores = terms.score_guide(structure, batch, values, per_dimension=by_dimension).values()
     log_q = sum_of(s.log_q for s in scores if s.has_density)
-    left_out = log_q.masked_fill(own_rows[:, None] == others, -torch.inf)
+    left_out = log_q.masked_fill(own_rows[:, None] == beside(others, own_rows), -torch.inf)
     sums = [log_q.logsumexp(1), left_out.logsumexp(1)]
     if by_dimension:
         each = next(s.log_q_dims for s in scores if s.log_q_dims is not None)
-        sums.append(each.double().flatten(2).logsumexp(1))
+        sums.append(double(each).flatten(2).logsumexp(1))
     return sums
 
 
@@ -192,4 +193,4 @@ _LEAST_ROWS = 65536
 
 def sum_of(parts: Iterable[Tensor | None]) -> Tensor:
     """The sum of tensors, in double precision."""
-    return torch.stack([p.double() for p in parts if p is not None]).sum(0)
+    return torch.stack([double(p) for p in parts if p is not None]).sum(0)

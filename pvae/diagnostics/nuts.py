@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pvae.bounds.weights import require_whole
 from pvae.data import first_batch
+from pvae.devices import double
 from pvae.diagnostics.importance import richer_guide
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import CORRELATION, OFFSET, RHAT, SD_RATIO, Threshold
@@ -359,7 +360,7 @@ def _entries(name: str, shape: Sequence[int]) -> list[str]:
 def _side_by_side(values: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
     """Draws of several sites, ``(S, D)``."""
     flat = [values[name].detach().reshape(len(values[name]), -1) for name in names]
-    return torch.cat(flat, 1).double()
+    return double(torch.cat(flat, 1))
 
 
 def _convergence(chains: Tensor) -> tuple[Tensor, Tensor]:

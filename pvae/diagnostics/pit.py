@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from pvae import terms
+from pvae.devices import double
 from pvae.diagnostics.predictive import Function
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, UndefinedError, check_int
@@ -179,7 +180,7 @@ def _per_datum(statistic: Function | None, x: Tensor, num_rows: int) -> Tensor:
             f"shape {tuple(value.shape)}" if value.dim() else f"the number {float(value):g}",
             ["diagnostics.predictive, for one number of a whole data set"],
         )
-    return value.double()
+    return double(value)
 
 
 def _uniform(u: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import terms
+from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import P_VALUE, REPLICATES, Verdict
 from pvae.errors import ArgumentError, UndefinedError, check_int
@@ -298,21 +299,21 @@ def _defaults(replicates: Replicates) -> dict[str, Function]:
         common = classes[counts.argsort(descending=True)[:5]].tolist()
         return {f"share of class {c}": _share_of(c, labels, seen) for c in sorted(common)}
     chosen: dict[str, Function] = {
-        "mean": lambda x: x[seen].double().mean(),
-        "sd": lambda x: x[seen].double().std(),
-        "min": lambda x: x[seen].double().min(),
-        "max": lambda x: x[seen].double().max(),
+        "mean": lambda x: double(x[seen]).mean(),
+        "sd": lambda x: double(x[seen]).std(),
+        "min": lambda x: double(x[seen]).min(),
+        "max": lambda x: double(x[seen]).max(),
     }
     if observed[0].numel() > 1:
-        counts = seen.reshape(n, -1).sum(1)
+        counts = double(seen).reshape(n, -1).sum(1)
 
         def spread_of_means(x: Tensor) -> Tensor:
-            sums = torch.where(seen, x.double(), 0.0).reshape(n, -1).sum(1)
+            sums = double(torch.where(seen, x, 0)).reshape(n, -1).sum(1)
             return (sums / counts)[counts > 0].std()
 
         chosen["sd of means"] = spread_of_means
     if bool((observed[seen] == 0).any()):
-        chosen["share of zeros"] = lambda x: (x[seen] == 0).double().mean()
+        chosen["share of zeros"] = lambda x: double(x[seen] == 0).mean()
     if n < 2:
         chosen = {name: fn for name, fn in chosen.items() if not name.startswith("sd")}
     return chosen
@@ -328,4 +329,4 @@ def _seen(replicates: Replicates) -> Tensor:
 
 
 def _share_of(label: int, labels: Callable[[Tensor], Tensor], seen: Tensor) -> Function:
-    return lambda x: (labels(x)[seen] == label).double().mean()
+    return lambda x: double(labels(x)[seen] == label).mean()

@@ -11,6 +11,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from pvae.devices import double
 from pvae.diagnostics.uniformity import ranked
 from pvae.errors import UndefinedError, check_int, oxford
 from pvae.internals import copied_guide
@@ -134,7 +135,7 @@ def _fitted(
     with evaluating(structure.modules):
         found = draw_guide(structure, batch, num_particles=num_draws)
     values = [found[name].value for name in sites]
-    flat = [v.reshape(num_draws, 1, -1).double() for v in values if v is not None]
+    flat = [double(v.reshape(num_draws, 1, -1)) for v in values if v is not None]
     return torch.cat(flat, 2)
 
 

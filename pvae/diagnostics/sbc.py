@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae import terms
+from pvae.devices import double
 from pvae.diagnostics.refits import Refit, ranks_of_refits
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import P_VALUE
@@ -241,7 +242,7 @@ def _of_ranks(
     refits: int | None = None,
 ) -> SBC:
     """Tests and coverage of ranks ``(S, D)``."""
-    inside = torch.stack([(ranks >= a) & (ranks <= num_particles - a) for a in cuts]).double()
+    inside = double(torch.stack([(ranks >= a) & (ranks <= num_particles - a) for a in cuts]))
     coverage = inside.mean(1).cpu()
     nominal = 1 - 2 * torch.tensor(cuts, dtype=torch.float64) / (num_particles + 1)
     error = (nominal * (1 - nominal) / len(ranks)).sqrt()[:, None].expand_as(coverage)

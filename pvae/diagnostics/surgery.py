@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pvae import terms
 from pvae.bounds.possible import Possible
+from pvae.devices import double
 from pvae.diagnostics.mixture import Draws, Mixture, draw, require_mixture, score_mixture, sum_of
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import (
@@ -237,7 +238,7 @@ def surgery(
         for name in evaluation.structure.latents:
             with _noted(undefined, f"activity of {name}"):
                 means, noise = means_and_noise(evaluation, name, 32)
-                activity[name] = (means.double().var(0) - noise.double().mean(0)).clamp(min=0)
+                activity[name] = (double(means).var(0) - double(noise).mean(0)).clamp(min=0)
     found = _assemble(own, mixture, activity, undefined, threshold)
     return _marked(found, possible.reasons())
 

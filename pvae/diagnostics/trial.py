@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import bounds, randomness, terms
+from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import ERRORS, TRIAL, WHOLE
 from pvae.engine import Backup
@@ -60,7 +61,7 @@ class Trial(Result):
 
     @property
     def _error(self) -> float:
-        values = self.gain.values.double()
+        values = double(self.gain.values)
         return float(values.std()) / len(values) ** 0.5
 
     def findings(self) -> list[Finding]:

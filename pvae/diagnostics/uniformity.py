@@ -12,6 +12,7 @@ from scipy.special import gammaln
 from scipy.stats import binom, chisquare
 from torch import Tensor
 
+from pvae.devices import double
 from pvae.simulate import random_rank
 
 __all__ = ["Uniformity", "ranked", "uniformity"]
@@ -96,7 +97,7 @@ def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
     ecdf_p = np.array([_p_value(size, points, float(least)) for least in two_sided])
     chi2_p = _chi_squared(counts, num_draws)
     low, high = _limits(size, points, _level(size, points, 0.05 / columns))
-    unit = ranks.double() / num_draws
+    unit = double(ranks) / num_draws
     variance = (num_draws + 2) / (12 * num_draws)  # of a uniform rank / L
     fourth = variance * (3 * (num_draws + 1) ** 2 - 7) / (20 * num_draws**2)
     squares = (unit - 0.5).square().mean(0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae import randomness
+from pvae.devices import double
 from pvae.engine.compiler import UncompilableError, compile_function
 from pvae.engine.monitor import Measured
 from pvae.engine.optimizers import Backup
@@ -251,8 +252,8 @@ def check_numbers(passes: Passes, expected: list[Tensor], graphs: list[Tensor]) 
     """Refuses a graph whose loss, or whose gradients as one vector, aren't the eager ones."""
     worst = float("inf")
     if [x.shape for x in expected] == [x.shape for x in graphs]:
-        right = [x.nan_to_num().double() for x in expected]
-        change = [x.nan_to_num().double() - y for x, y in zip(graphs, right, strict=True)]
+        right = [double(x.nan_to_num()) for x in expected]
+        change = [double(x.nan_to_num()) - y for x, y in zip(graphs, right, strict=True)]
         of_loss = float(change[0].abs() / right[0].abs().clamp(min=1.0))
         worst = max(of_loss, _norm(change[1:]) / max(_norm(right[1:]), 1e-12))
     dtype = torch.bfloat16 if passes.precision == "bf16" else passes.structure.dtype

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pvae.engine.monitor import PARTS, Failure
 from pvae.engine.stepper import Engine, Stepper
+from pvae.engine.sums import zero_sums
 
 __all__ = ["MixedStepper"]
 
@@ -34,8 +34,7 @@ class MixedStepper:
         self.first = first = next(iter(self.steppers.values()))
         self.structure, self.objective, self.state = first.structure, first.objective, first.state
         self.optimizer, self.world, self.passes = first.optimizer, first.world, first.passes
-        shape = len(self.steppers), len(PARTS) + 1
-        self.sums = torch.zeros(shape, dtype=torch.float64, device=self.structure.device)
+        self.sums = zero_sums(self.structure.device, len(self.steppers), len(PARTS) + 1)
         for row, stepper in zip(self.sums, self.steppers.values(), strict=True):
             stepper.share(first, row)
 

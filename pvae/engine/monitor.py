@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pvae.devices import floats
+from pvae.engine.sums import add_to, sums_of, zero_sums
+
 __all__ = ["PARTS", "Failure", "Measured", "Monitor"]
 
 PARTS = ("loss", "elbo", "log_likelihood", "rate", "penalty", "grad_norm")
@@ -51,7 +54,8 @@ class Monitor:
         device: Where steps run.
 
     Attributes:
-        sums: Sums of each of `PARTS` times the step's rows, and of the rows.
+        sums: Sums of each of `PARTS` times the step's rows, and of the rows, as `sums_of` reads
+            them.
         loss: Loss of the last step.
         number: Number of the step that runs.
         failed: Whether a step has failed.
@@ -60,8 +64,8 @@ class Monitor:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums = zero_sums(device, len(PARTS) + 1)
+        self.loss = torch.zeros((), dtype=floats(device), device=device)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
@@ -82,11 +86,11 @@ class Monitor:
             norm: Norm of the whole gradient.
         """
         parts, densities = measured.parts, measured.densities
-        row = torch.cat([parts, norm[None], norm.new_ones(1)]).to(torch.float64) * num_rows
+        row = torch.cat([parts, norm[None], norm.new_ones(1)]).to(self.loss.dtype) * num_rows
         self.loss.copy_(parts[0])
         is_readable = self.may_look and parts.device.type == "cpu"
         if is_readable and not self.failed and (parts[0] + norm).isfinite():
-            self.sums.add_(row)
+            add_to(self.sums, row)
             return self._good
         finite = parts[0].isfinite() & norm.isfinite()
         ok = finite & ~self.failed
@@ -97,7 +101,7 @@ class Monitor:
         self._bad_parameters = self._first_bad(self._bad_parameters, ~norms.isfinite())
         self.failed_at.copy_(torch.where(finite | self.failed, self.failed_at, self.number))
         self.failed.copy_(~ok)
-        self.sums.add_(torch.where(ok, row, torch.zeros_like(row)))
+        add_to(self.sums, torch.where(ok, row, torch.zeros_like(row)))
         return ok
 
     def _first_bad(self, known: Tensor, bad: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ class Monitor:
 
     def averages(self) -> dict[str, float]:
         """Averages over data since the last `reset`, and ``"rows"``; waits for the device."""
-        *sums, rows = self.sums.tolist()
+        *sums, rows = sums_of(self.sums).tolist()
         means = {name: total / max(rows, 1.0) for name, total in zip(PARTS, sums, strict=True)}
         return means | {"rows": rows}
 

@@ -17,6 +17,7 @@ from pyro.infer import ELBO as PyroELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pvae.devices import floats
 from pvae.distributed import World
 from pvae.engine.monitor import PARTS, Measured, Monitor
 from pvae.engine.optimizers import Backup
@@ -160,7 +161,8 @@ class Passes:
         loss = self._one_loss(objective, self.value) / divisor
         given = {n: p.grad for n, p in self.parameters.items()}
         gradients = {n: g.div_(divisor) for n, g in given.items() if g is not None}
-        parts = loss.new_full((len(PARTS) - 1,), float("nan"), device=self.structure.device)
+        device = self.structure.device
+        parts = torch.full((len(PARTS) - 1,), torch.nan, dtype=floats(device), device=device)
         parts[0] = loss
         return Measured(parts, gradients, {})
 
@@ -171,8 +173,8 @@ class Passes:
             actual = f"{type(objective).__name__}, which returns a {type(value).__name__}"
             fixes = ["pvae.SVI or pyro.infer.SVI with it, and a loop of your own"]
             raise ArgumentError("objective", "one that returns one loss", actual, fixes)
-        tensors = [torch.as_tensor(one).detach().to(torch.float64) for one in several]
-        return torch.stack(tensors).sum()
+        tensors = [torch.as_tensor(one).detach() for one in several]
+        return torch.stack([one.to(floats(one.device)) for one in tensors]).sum()
 
     def _note(self, traces: Mapping[str, Iterable[Trace]]) -> None:
         """Takes up the parameters that programs announced and that weren't known."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.bounds.weights import require_whole
+from pvae.devices import beside, double
 from pvae.errors import ArgumentError, UndefinedError, oxford
 from pvae.pair import Structure, is_inside
 from pvae.simulate import Origin, Simulation, check_generative, draws
@@ -279,7 +280,7 @@ def _data(name: str) -> Pick:
     def pick(run: Simulation) -> Tensor:
         data, mask = run.data(name), run.mask(name)
         if mask is not None:
-            data = torch.where(mask, data if data.is_floating_point() else data.double(), math.nan)
+            data = torch.where(mask, data if data.is_floating_point() else double(data), math.nan)
         return data.unsqueeze(0)
 
     return pick
@@ -325,8 +326,8 @@ def _fill(v: Variable, array: Tensor, chosen: slice, rows: slice, run: Simulatio
     here = array[place] if v.num_draws is None else array[(chosen, *place)]
     value = v.pick(run)
     if v.outside is not None:
-        value = value.double().sum(1)
-        value = value + v.outside(run) if rows.start == 0 else value
+        value = double(value).sum(1)
+        value = value + beside(v.outside(run), value) if rows.start == 0 else value
     value = value.to("cpu", v.dtype)
     value = value[0] if v.num_draws is None else value[: len(here)]  # a point mass has one draw
     here.copy_(value if v.outside is None else here + value)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pvae import checkpoint, randomness
 from pvae.distributed import job
+from pvae.engine.sums import set_sums, sums_of
 from pvae.errors import CheckpointError, check_path, warn
 from pvae.fitting.history import History
 from pvae.fitting.identity import differences
@@ -44,7 +45,7 @@ def _snapshot(training: Training, states: list[dict[str, Tensor]]) -> checkpoint
         saved.add(f"rng{rank or ''}", state)
     tensors, rest = checkpoint.optimizer_state(stepper.optimizer)
     saved.add("optimizer", tensors)
-    saved.tensors["sums"] = stepper.sums
+    saved.tensors["sums"] = sums_of(stepper.sums)
     if stepper.state is not None:
         saved.add("objective", stepper.state.tensors())
     numbers = {k: v for k, v in vars(progress).items() if k not in ("history", "best_tensors")}
@@ -75,7 +76,7 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
     copy_into(saved.part("buffer"), training.buffers, where, "buffers")
     optimizer = saved.part("optimizer"), saved.meta["optimizer"]
     checkpoint.restore_optimizer(stepper.optimizer, *optimizer)
-    stepper.sums.copy_(saved.tensors["sums"])
+    set_sums(stepper.sums, saved.tensors["sums"])
     stepper.restore_seen(saved.meta["steps"])
     if stepper.state is not None:
         stepper.state.restore(saved.part("objective"), saved.meta["objective_step"])

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pvae import randomness
 from pvae.conditional import Conditional, as_conditional
+from pvae.devices import double
 from pvae.errors import ArgumentError, DataError, TrainingError, check_int, check_number
 from pvae.latent.coding import as_matrix
 from pvae.options import progress_bar
@@ -79,7 +80,7 @@ def fit_density(
     if len(codes) < 2:
         fixes = ["the codes of more data"]
         raise DataError("codes", "at least two, as one has no spread", "one", fixes)
-    z = codes.double()
+    z = double(codes)
     loc, spread = z.mean(0), z.var(0, correction=0)
     unit = max(float(spread.mean()), 1e-12 * float(z.square().mean())) or 1.0
     noise = ridge * unit

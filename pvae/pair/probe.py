@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pvae.devices import double
 from pvae.distributions import is_improper, log_density_of_delta
 from pvae.errors import PvaeError, telling_memory, warn
 from pvae.pair.arguments import Uses
@@ -176,5 +177,5 @@ def _removed_scales(sites: Iterable[Site]) -> dict[str, float]:
     for site in sites:
         scale = site["scale"] / plate_scale(site)
         if isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-9:
-            removed[site["name"]] = float(torch.as_tensor(scale).double().mean())
+            removed[site["name"]] = float(double(torch.as_tensor(scale)).mean())
     return removed

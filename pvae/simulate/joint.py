@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae.data import joined
+from pvae.devices import double
 from pvae.errors import PvaeError, UndefinedError, check_int, oxford
 from pvae.modes import evaluating
 from pvae.options import progress_bar
@@ -50,7 +51,7 @@ class Score:
     def of(self, terms: Terms) -> Tensor:
         """Of the latents of a pass, ``(K, N)``."""
         value = terms.log_weight if self.is_weight else terms.log_joint
-        return (value.double() / self.step).round().nan_to_num(nan=-math.inf) * self.step
+        return (double(value) / self.step).round().nan_to_num(nan=-math.inf) * self.step
 
     @classmethod
     def of_simulated(
@@ -214,4 +215,4 @@ def names_of_dimensions(run: Simulation, sites: Sequence[str]) -> tuple[str, ...
 def _flat(value: Tensor | None, axes: int) -> Tensor:
     """A value with all axes but the first ones flattened."""
     assert value is not None  # noqa: S101
-    return value.reshape(*value.shape[:axes], -1).double()
+    return double(value.reshape(*value.shape[:axes], -1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.data import LoaderSource, Source, first_batch
+from pvae.devices import double
 from pvae.errors import PairError, telling_memory
 from pvae.modes import evaluating
 from pvae.pair import Batch, Structure
@@ -158,7 +159,7 @@ def draw_globals(
 
 def _log_q(sites: Mapping[str, SiteTerms], k: int) -> Tensor:
     outside = [s.log_q for s in sites.values() if not s.is_local and s.has_density]
-    parts = [part.double() for part in outside if part is not None]
+    parts = [double(part) for part in outside if part is not None]
     return torch.stack(parts).sum(0) if parts else torch.zeros(k, dtype=torch.float64)
 
 

@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pvae.devices import beside
 from pvae.distributions import log_density_of_delta
 from pvae.errors import PairError, UndefinedError
 from pvae.internals import ENUMERATE_DIM
@@ -151,7 +152,7 @@ class Collector:
 
     def summed(self, site: Site, each: Tensor, *, is_masked: bool) -> Tensor:
         """Numbers of a site's batch entries, masked unless they are, summed as log p is."""
-        kept = each if is_masked else scale_and_mask(each, mask=site["mask"])
+        kept = each if is_masked else scale_and_mask(each, mask=beside(site["mask"], each))
         return self._reduce(kept, site["name"], is_local=is_inside(self.structure, site))
 
     def _reduce(self, log_prob: Tensor, name: str, *, is_local: bool) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from pvae.devices import beside, double
 from pvae.distributions import base_of
 from pvae.limits import is_discrete, largest_log_prob
 from pvae.pair import is_inside, is_penalty, mask_of
@@ -44,7 +45,7 @@ class Extent:
 def extent_of(terms: Terms) -> Extent:
     """What a pass, of particles that went through at once, has."""
     collect = Collector(terms.structure, terms.num_particles, per_dimension=False)
-    zeros = terms.like.new_zeros((terms.num_particles, terms.num_rows), dtype=torch.float64)
+    zeros = double(terms.like.new_zeros((terms.num_particles, terms.num_rows)))
     limit, marks, entries, continuous = zeros, zeros, zeros, zeros
     is_normalised = True
     for site in sample_sites(terms.model_trace):
@@ -54,7 +55,9 @@ def extent_of(terms: Terms) -> Extent:
             limit = limit + math.inf
             continue
         weight = plate_scale(site, without=terms.structure.plates)
-        limit = limit + weight * _reduced(terms, collect, site, largest_log_prob(site["fn"]))
+        limit = limit + beside(weight, limit) * _reduced(
+            terms, collect, site, largest_log_prob(site["fn"])
+        )
         own_marks, count = _marks_of(terms, site)
         marks = marks + _reduced(terms, collect, site, own_marks, is_masked=True)
         count = _reduced(terms, collect, site, count, is_masked=True)
@@ -77,7 +80,7 @@ def _reduced(
     """A number of each batch entry of a site, summed as its log densities are."""
     while raw.dim() > collect.rank:  # over states that are enumerated
         raw = raw.amax(0)
-    total = collect.summed(site, raw.double(), is_masked=is_masked)
+    total = collect.summed(site, double(raw), is_masked=is_masked)
     return total[:, : terms.num_rows] if total.dim() == 2 else total
 
 
@@ -87,10 +90,11 @@ def _marks_of(terms: Terms, site: Site) -> tuple[Tensor, Tensor]:
     event_dim = len(fn.event_shape)
     shape = [*fn.batch_shape[-terms.structure.nesting :], *fn.event_shape]
     axis = terms.structure.axis_in(len(shape) - event_dim)
-    value = value.double().expand(torch.broadcast_shapes(value.shape, shape))
+    value = double(value).expand(torch.broadcast_shapes(value.shape, shape))
     sizes = [1 if i == axis else size for i, size in enumerate(shape)]
     place = torch.arange(math.prod(sizes), dtype=torch.float64, device=value.device)
-    marks, mask = value * (1 + place).sin().add(2).reshape(sizes), mask_of(site)
+    marks = value * (1 + place).sin().add(2).reshape(sizes)
+    mask = beside(mask_of(site), marks)
     count = torch.ones_like(marks)
     if mask is not None:
         marks, count = torch.where(mask, marks, 0.0), torch.where(mask, count, 0.0)
