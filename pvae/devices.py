@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, oxford
+from pvae.errors import ArgumentError
 
 __all__ = [
     "as_device",
@@ -68,42 +68,47 @@ def as_device(device: str | int | torch.device, where: str = "device") -> torch.
         raise ArgumentError(where, expected, f"'{found}'", fixes)
     if (found.index or 0) >= here[found.type]:
         there = [f"'{kind}'" if n == 1 else f"{n} of '{kind}'" for kind, n in here.items() if n]
-        expected = f"a device of this machine, which has {oxford(there)}"
+        expected = f"a device of this machine, which has {', '.join(there)}"
         raise ArgumentError(where, expected, f"'{found}'", fixes)
     return found
 
 
-def automatic(dtypes: Iterable[torch.dtype], processes: int = 1) -> torch.device:
+def automatic(tensors: Iterable[Tensor] = (), processes: int = 1) -> torch.device:
     """CUDA where there is one, or else MPS where there is one and can be taken, or else the CPU.
 
     Arguments:
-        dtypes: Of the tensors that are to be there.
+        tensors: What is to be there.
         processes: How many train together, which they can't on MPS.
     """
     here = counts()
     if here["cuda"]:
         return torch.device("cuda")
-    fits = here["mps"] and processes == 1 and not _WIDE.intersection(dtypes)
+    fits = here["mps"] and processes == 1 and _WIDE.isdisjoint(t.dtype for t in tensors)
     return torch.device("mps" if fits else "cpu")
 
 
-def check_use(device: torch.device, dtypes: Iterable[torch.dtype], processes: int = 1) -> None:
+def check_use(device: torch.device, tensors: Iterable[Tensor], processes: int = 1) -> None:
     """Refuses a pair that can't be on a device.
 
     Arguments:
         device: Where the pair is to be.
-        dtypes: Of its tensors.
+        tensors: The pair's.
         processes: How many train it together.
 
     Raises:
-        ArgumentError: If the device is MPS, and a tensor is in float64 or the processes are many.
+        ArgumentError: If a tensor has no values; if the device is MPS, and a tensor is in float64
+            or the processes are many.
     """
+    tensors = list(tensors)
+    if any(t.is_meta for t in tensors):
+        fixes = ["module.to_empty(device='cpu'), and load_state_dict"]
+        raise ArgumentError("pair", "tensors with values", "some on the device 'meta'", fixes)
     if device.type != "mps":
         return
-    if wide := sorted(map(str, _WIDE.intersection(dtypes))):
+    if wide := sorted({str(t.dtype) for t in tensors if t.dtype in _WIDE}):
         expected = "a pair in float32 on 'mps', which has no wider type"
         fixes = ["model.float() and guide.float()", "device='cpu'"]
-        raise ArgumentError("device", expected, oxford(wide), fixes)
+        raise ArgumentError("device", expected, ", ".join(wide), fixes)
     if processes > 1:
         fixes = ["one process", "device='cpu'"]
         raise ArgumentError("device", "one process on 'mps'", f"{processes}", fixes)

@@ -169,7 +169,7 @@ def joined(device: str | torch.device = "auto") -> Iterator[World]:
     if not is_started_by_torchrun() or dist.is_initialized():
         yield current()
         return
-    where = automatic([], processes=2) if device == "auto" else as_device(device)
+    where = automatic(processes=2) if device == "auto" else as_device(device)
     import_compiler()
     options: dict[str, Any] = {"backend": "gloo"}
     if where.type == "cuda":

@@ -171,8 +171,12 @@ def hooks_of(tensor: Tensor) -> int:
 
 
 def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is left out where ``optimizer.found_inf`` says so on the device."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    """Whether a step is left out where ``optimizer.found_inf`` says so on the device.
+
+    Torch's fused kernels for MPS are given it, too, and don't look at it.
+    """
+    devices = {p.device.type for group in optimizer.param_groups for p in group["params"]}
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and "mps" not in devices
 
 
 def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:

@@ -55,7 +55,7 @@ def _as_path(text: str) -> Path:
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder that 'pvae train' wrote.", parser=_as_path)]
 Device = Annotated[
-    str, option("Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+    str, option("Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
 ]
 Particles = Annotated[
     int, option("Number K of draws from the guide for each datum.", "--num-particles", "-K")

@@ -51,7 +51,8 @@ class Fetched(Source):
             self.check(parts, named, self.axes)
         dtypes = [self.dtype if p.is_floating_point() else p.dtype for p in parts]
         typed = zip(parts, dtypes, strict=True)
-        moved = (p.to(self.device, d, non_blocking=True) for p, d in typed)
+        is_cuda = self.device.type == "cuda"
+        moved = (p.to(self.device, d, non_blocking=is_cuda) for p, d in typed)
         return tuple(p.clone() if p.is_inference() else p for p in moved)
 
 

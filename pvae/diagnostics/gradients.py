@@ -15,7 +15,7 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
 from pvae import terms
-from pvae.devices import double
+from pvae.devices import double, synchronize
 from pvae.diagnostics.result import Finding, Result
 from pvae.engine import Backup
 from pvae.errors import ArgumentError, UndefinedError, check_int
@@ -85,7 +85,7 @@ class GradientNoise(Result):
         parameters: By name.
         sides: Moments of all parameters of ``"model"`` and of ``"guide"``.
         sites: Moments of the parameters that a site's distribution has, by ``"site (side)"``.
-        seconds: Time of a gradient, median: processor time, or on CUDA the clock's.
+        seconds: Time of a gradient, median: processor time, or on a GPU the clock's.
         step_ratio: The same over the first objective's, where several are compared.
     """
 
@@ -376,8 +376,8 @@ def _joined(parts: list[Moments]) -> Moments:
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds: of the processor, or on CUDA of the clock with all work done."""
-    if device.type != "cuda":
+    """Seconds: of the processor, or on a GPU of the clock with all work done."""
+    if device.type == "cpu":
         return time.process_time()
-    torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()

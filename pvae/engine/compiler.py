@@ -44,8 +44,9 @@ class UncompilableError(Exception):
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether graphs can be compiled: on a CPU that takes a C++ compiler."""
-    return device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+    """Whether graphs can be compiled: on a CPU that takes a C++ compiler, and on MPS none is tried."""
+    has_one = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+    return device.type == "cuda" or (device.type == "cpu" and has_one)
 
 
 def compile_function(function: Callable[..., T], example: tuple[Tensor, ...]) -> Callable[..., T]:

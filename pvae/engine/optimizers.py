@@ -52,7 +52,9 @@ def update(optimizer: torch.optim.Optimizer, ok: Tensor, parameters: Sequence[Te
     if ok.device.type == "cpu":  # nothing to wait for
         if bool(ok) and not _adam(optimizer):
             optimizer.step()
-    elif can_skip_on_device(optimizer):
+        return
+    had = {p for p in parameters if optimizer.state.get(p)}
+    if can_skip_on_device(optimizer):
         setattr(optimizer, "found_inf", (~ok).to(torch.float32))  # noqa: B010
         groups = optimizer.param_groups
         optimizer.param_groups = _merged(groups)
@@ -64,6 +66,10 @@ def update(optimizer: torch.optim.Optimizer, ok: Tensor, parameters: Sequence[Te
         backup = Backup([*parameters, *(v for v in tensors if v.device == ok.device)])
         optimizer.step()
         backup.restore_unless(ok)
+    made = [p for p in parameters if p not in had and optimizer.state.get(p)]
+    if made and not bool(ok):  # which is read at the first step alone
+        for parameter in made:
+            del optimizer.state[parameter]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
+from pvae.devices import synchronize
 from pvae.engine.compiler import UncompilableError, compile_function, has_compiler
 from pvae.engine.stepper import Asked
 from pvae.errors import ArgumentError, warn
@@ -64,8 +65,8 @@ class Repeated:
         before = randomness.get_state() if self.engine != "eager" else {}
         started = time.perf_counter()
         result = self.function(static, *tensors)
-        if result.device.type == "cuda" and self.engine == "auto":
-            torch.cuda.synchronize()
+        if self.engine == "auto":
+            synchronize(result.device)
         self._seconds.setdefault(key, []).append(time.perf_counter() - started)
         self.left -= 1
         if self._pays(key, tensors):

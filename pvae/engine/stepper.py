@@ -13,6 +13,7 @@ import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 
+from pvae.devices import synchronize
 from pvae.distributed import World
 from pvae.engine.captured import CapturedStep
 from pvae.engine.compiler import UncompilableError, has_compiler
@@ -262,7 +263,6 @@ def time_pass(stepper: Stepper, batch: tuple[Tensor, ...]) -> float:
         for _ in range(4):
             started = time.perf_counter()
             stepper.passes.run(*batch)
-            if stepper.structure.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(stepper.structure.device)
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])

@@ -181,15 +181,16 @@ class Pair:
             ArgumentError: If there is no such device, or it hasn't the pair's floating type.
         """
         modules = [p for p in (self.model, self.guide) if isinstance(p, nn.Module)]
-        dtypes = [t.dtype for t in tensors_of(modules) if t.is_floating_point() or t.is_complex()]
+        tensors = list(tensors_of(modules))
+        dtypes = [t.dtype for t in tensors if t.is_floating_point()]
         dtype = dtypes[0] if dtypes else torch.get_default_dtype()
         if device != "auto":
             where = as_device(device)
         elif dtypes:
-            where = automatic(dtypes, current().size)
+            where = automatic(tensors, current().size)
         else:
             where = self.home(data).device
-        check_use(where, dtypes or [dtype], current().size)
+        check_use(where, tensors or [torch.zeros(())], current().size)
         for module in modules:
             module.to(where)
         return where, dtype
