@@ -19,6 +19,7 @@ from torch import Tensor
 from pvae import randomness
 from pvae.conditional import Conditional
 from pvae.data import first_batch
+from pvae.devices import double
 from pvae.errors import ContractError, PvaeError, UndefinedError, warn
 from pvae.modes import evaluating
 from pvae.objectives import ELBO
@@ -151,9 +152,11 @@ def _require_gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> None:
 
 
 def _check_double(conditional: Conditional, context: tuple[Tensor, ...]) -> None:
-    double = copy.deepcopy(conditional).double()
-    parts = [c.double() if c.is_floating_point() else c for c in context]
-    fn = double(*parts)
+    tensors = (*conditional.parameters(), *conditional.buffers())
+    where = next((double(t).device for t in (*tensors, *context)), torch.device("cpu"))
+    wide = copy.deepcopy(conditional).to(where).double()
+    parts = [double(c) if c.is_floating_point() else c.to(where) for c in context]
+    fn = wide(*parts)
     dtype = fn.log_prob(_draw(fn, None)).dtype
     rule = "dtype: everything follows .double()"
     fix = "register_buffer for constants; build the distribution in forward"
