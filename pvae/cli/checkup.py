@@ -35,8 +35,7 @@ def doctor() -> None:
         properties = torch.cuda.get_device_properties(i)
         typer.echo(f"  cuda:{i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if torch.backends.mps.is_available():
-        size = torch.mps.recommended_max_memory() / 2**30
-        typer.echo(f"  mps: Apple's GPU, {size:.0f} GiB; in float32 alone, and not tried on hardware")
+        typer.echo("  mps: Apple's GPU, for float32 alone; pvae hasn't been tried on one")
     elif not torch.cuda.is_available():
         typer.echo("  no GPU that pvae uses (CUDA or Apple's MPS): pvae runs on the CPU")
     troubles = list(_troubles())

@@ -44,7 +44,7 @@ class UncompilableError(Exception):
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether graphs can be compiled: on a CPU that takes a C++ compiler, and on MPS none is tried."""
+    """Whether it pays to try a graph: on a CPU if there is a C++ compiler; on MPS it doesn't."""
     has_one = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
     return device.type == "cuda" or (device.type == "cpu" and has_one)
 
