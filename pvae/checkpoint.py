@@ -131,19 +131,34 @@ def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
 
 def environment(device: torch.device) -> dict[str, object]:
     """What has to be the same for a resumed training to be the same, bit for bit."""
-    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    is_cuda = device.type == "cuda"
+    cpu: Any = torch.backends.mkldnn
+    matmul: Any = torch.backends.cuda.matmul if is_cuda else cpu.matmul
+    others: Any = torch.backends.cudnn if is_cuda else cpu
     return {
         "pvae": pvae.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": device.type,
-        "cuda": cuda,
+        "cuda": torch.cuda.get_device_name(device) if is_cuda else None,
         "threads": torch.get_num_threads(),
         "processes": current().size,
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul": _precision(matmul),
+        "float32_conv": _precision(others.conv),
+        "float32_rnn": _precision(others.rnn),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def _precision(operations: Any) -> str:
+    """What float32 is computed in: ``"ieee"``, ``"tf32"`` or ``"bf16"``.
+
+    Torch's older settings, such as ``allow_tf32``, show here, too; reading them fails where both
+    kinds have been set.
+    """
+    precision: str = operations.fp32_precision
+    return "ieee" if precision == "none" else precision
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -96,7 +96,7 @@ def _restore_generators(saved: checkpoint.Checkpoint, training: Training, step: 
         randomness.set_state(saved.part(f"rng{training.world.rank or ''}"))
     else:
         randomness.set_seed(training.world.seed(training.settings.seed, step))
-    changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if now[k] != then.get(k)]
+    changed = [f"{k} was {then[k]}, is {now[k]}" for k in now if k in then and now[k] != then[k]]
     if changed:
         warn(f"The training goes on, but not bit for bit as before: {'; '.join(changed)}.")
 

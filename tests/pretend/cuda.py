@@ -125,6 +125,7 @@ def patch(library: ctypes.CDLL) -> None:
     put(torch.accelerator, {"is_available": lambda: True, "device_count": lambda: 1})
     put(torch.accelerator, {"current_stream": current_stream, "current_device_index": lambda: 0})
     put(torch.accelerator, {"synchronize": torch.cuda.synchronize})
+    put(torch.Tensor, {"record_stream": lambda self, stream: None})
     patch_tensors("cuda")
 
 
