@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from pvae.engine.sums import add_to, set_sums, sums_of, zero_sums
 from pvae.errors import ArgumentError, PvaeWarning
 
 D, N = 6, 40
+backends: Any = torch.backends  # of which torch's types don't know all
 
 
 def data() -> Tensor:
@@ -223,16 +225,15 @@ def old_way() -> None:
 
 
 def new_way() -> None:
-    torch.backends.fp32_precision = "tf32"
+    backends.fp32_precision = "tf32"
 
 
 @pytest.fixture
 def _precision() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision("highest")
-    torch.backends.fp32_precision = "none"
-    torch.backends.cuda.matmul.fp32_precision = "none"
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    for part in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+        part.fp32_precision = "none"
 
 
 @pytest.mark.device
