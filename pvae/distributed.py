@@ -98,6 +98,15 @@ class World:
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
 
+    def highest(self, value: int) -> int:
+        """The highest of all processes' values."""
+        if self.size == 1:
+            return value
+        where = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        shared = torch.tensor(value, device=where)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order."""
         if self.size == 1:

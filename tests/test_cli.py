@@ -193,7 +193,7 @@ def test_ctrl_c_can_be_resumed(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
     assert process.returncode == 130
-    assert errors.strip() == f"interrupted; to go on: pvae train --resume --out {folder}"
+    assert errors.splitlines()[-1] == f"interrupted; to go on: pvae train --resume --out {folder}"
     epochs = len((folder / "history.jsonl").read_text().splitlines())
     done = pvae_command("train", "--resume", "--out", str(folder), "--epochs", str(epochs + 1))
     assert f"{epochs + 1} epoch(s)" in done.stdout

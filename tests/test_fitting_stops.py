@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
-from pvae import VAE, data, guides, likelihoods, priors, randomness, schedules
+from pvae import VAE, checkpoint, data, guides, likelihoods, priors, randomness, schedules
 from pvae.errors import (
     ArgumentError,
     CheckpointError,
@@ -188,6 +188,82 @@ def test_a_loaders_epoch_is_finished_after_ctrl_c(device: torch.device) -> None:
     assert run.interrupted
     run.refine(3)
     assert run.history["epoch"] == [0, 1, 2, 3]
+
+
+# Signals of a scheduler
+
+
+def sends(number: int) -> Callable[[Tensor], Tensor]:
+    def send(x: Tensor) -> Tensor:
+        os.kill(os.getpid(), number)
+        return x
+
+    return send
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_ends_the_program_after_a_checkpoint(
+    name: str, tmp_path: Path, device: torch.device
+) -> None:
+    """Sent in mid-epoch; what goes on from the checkpoint ends as if nothing had been."""
+    number = getattr(signal, name)
+    pair, again, whole = vae(), vae(), vae()
+    fit(whole, binary(), epochs=4, device=device)
+    pair.guide.__class__ = does_at(4, sends(number))
+    before = signal.getsignal(number)
+    with (
+        pytest.raises(SystemExit) as ended,
+        pytest.warns(PvaeWarning, match=f"{name}: the training ends here. It is saved in .*step 5"),
+    ):
+        fit(pair, binary(), epochs=4, folder=tmp_path, device=device)
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    again.guide.__class__ = does_at(10**9, poison)
+    fit(again, binary(), epochs=4, folder=tmp_path, resume=True, device=device)
+    assert same(state(again), state(whole))
+
+
+def test_without_a_folder_a_signal_says_that_nothing_is_saved(device: torch.device) -> None:
+    pair = vae()
+    pair.guide.__class__ = does_at(4, sends(signal.SIGTERM))
+    with pytest.raises(SystemExit), pytest.warns(PvaeWarning, match="Nothing is saved"):
+        fit(pair, binary(), epochs=4, device=device)
+
+
+def test_a_handler_that_was_there_is_called_after_the_checkpoint_and_training_goes_on(
+    tmp_path: Path, device: torch.device
+) -> None:
+    pair, whole, steps = vae(), vae(), []
+    fit(whole, binary(), epochs=4, device=device)
+
+    def handle(number: int, frame: object) -> None:
+        saved = checkpoint.load(tmp_path / "checkpoint.safetensors")
+        steps.append(saved.meta["progress"]["global_step"])
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        pair.guide.__class__ = does_at(4, sends(signal.SIGUSR1))
+        run = fit(pair, binary(), epochs=4, folder=tmp_path, device=device)
+        assert signal.getsignal(signal.SIGUSR1) is handle
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert steps == [5]
+    assert not run.interrupted
+    assert same(state(pair), state(whole))
+
+
+def test_a_signal_that_is_ignored_stays_so(device: torch.device) -> None:
+    pair = vae()
+    pair.guide.__class__ = does_at(4, sends(signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        run = fit(pair, binary(), epochs=4, device=device)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(run.history) == 4
+
+
+# The best epoch
 
 
 def test_the_best_epoch_comes_back_when_training_ends_not_when_it_is_interrupted(

@@ -20,6 +20,7 @@ from pvae.engine import MixedStepper
 from pvae.errors import TrainingError, oxford, warn
 from pvae.fitting.history import History, Record
 from pvae.fitting.saving import copy_into, save_checkpoint
+from pvae.fitting.signals import Signals, waiting_for_signals
 from pvae.fitting.training import Training
 from pvae.modes import in_mode, with_gradients
 from pvae.schedules import Constant
@@ -33,7 +34,7 @@ LOOK_EVERY = 50
 def train(training: Training) -> None:
     """Trains up to ``training.progress.epochs`` epochs in all."""
     progress, training.interrupted, is_first = training.progress, False, True
-    with _at_work(training) as (bar, interrupt):
+    with _at_work(training) as (bar, interrupt, signals):
         while progress.epoch < progress.epochs and not (
             progress.stopped_early or training.interrupted
         ):
@@ -46,7 +47,7 @@ def train(training: Training) -> None:
                 progress.step += 1
                 progress.global_step += 1
                 bar.update()
-                _look_and_save(training, bar)
+                _look_and_save(training, bar, signals)
                 if interrupt.is_set():
                     break
             _look(training, bar)
@@ -60,14 +61,20 @@ def train(training: Training) -> None:
         copy_into(progress.best_tensors, training.tensors, "best epoch", "tensors")
 
 
-def _look_and_save(training: Training, bar: tqdm) -> None:
-    """What is to be done within an epoch, every so many steps."""
-    step, save_steps = training.progress.global_step, training.settings.save_steps
-    is_due = save_steps is not None and step % save_steps == 0
+def _look_and_save(training: Training, bar: tqdm, signals: Signals) -> None:
+    """What is to be done within an epoch, every so many steps, or where a signal has come."""
+    step, settings = training.progress.global_step, training.settings
+    number = signals.agreed(step)
+    is_due = number or (settings.save_steps is not None and step % settings.save_steps == 0)
     if is_due or step % LOOK_EVERY == 0:
         _look(training, bar)
     if is_due:
         save_checkpoint(training)
+    if number:
+        saved = "Nothing is saved, as fit() has no folder."
+        if settings.folder is not None:
+            saved = f"It is saved in {settings.folder} after step {step}; resume=True goes on."
+        signals.deliver(number, saved)
 
 
 def _look(training: Training, bar: tqdm) -> None:
@@ -222,13 +229,15 @@ def _warn_of_the_impossible(history: History) -> None:
 
 
 @contextmanager
-def _at_work(training: Training) -> Iterator[tuple[tqdm, threading.Event]]:
+def _at_work(training: Training) -> Iterator[tuple[tqdm, threading.Event, Signals]]:
     """Training mode, generators of its own, Pyro's validation off; all is put back afterwards.
 
     Yields:
-        A progress bar, and an event that is set when Ctrl-C is pressed.
+        A progress bar, an event that is set when Ctrl-C is pressed, and other signals.
     """
     settings, world = training.settings, training.world
+    on_cpu = training.structure.device.type == "cpu"  # where asking others waits for no device
+    signals = Signals(world, every=1 if on_cpu else LOOK_EVERY)
     bar = tqdm(
         total=training.progress.epochs * training.steps_per_epoch,
         initial=training.progress.global_step,
@@ -242,11 +251,12 @@ def _at_work(training: Training) -> Iterator[tuple[tqdm, threading.Event]]:
         randomness.forked(world.seed(settings.seed)),
         in_mode(training.structure.modules, training=True),
         pyro.validation_enabled(is_validate=False),
+        waiting_for_signals(signals),
         _on_interrupt(alone=world.size == 1) as interrupt,
     ):
         if training.generators is not None:
             randomness.set_state(training.generators)
-        yield bar, interrupt
+        yield bar, interrupt, signals
 
 
 @contextmanager
