@@ -188,7 +188,9 @@ def check_pair(pair: PairLike, batch: object, *, tolerance: float = 1e-4) -> Non
         batch = first_batch(evaluation.source, evaluation.num_rows)
     structure = pair.inspect(batch)
     with evaluating(structure.modules), randomness.forked(seed=0):
-        if not structure.enumerated and not structure.masked_apart:  # where Pyro's is wrong
+        if not (
+            structure.enumerated or structure.masked_apart or structure.imputed
+        ):  # Pyro's is wrong
             _check_elbo(batch, structure, tolerance)
         compute(structure, batch, num_particles=2)
         if structure.takes_any_rows:

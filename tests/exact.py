@@ -40,6 +40,7 @@ class Exact:
         marginal: Mean and standard deviation of each entry of x under the model, ``(N, D)``.
         num_data: N; 1 where the whole data set is one datum.
         axis: The axis of the first entry that counts the data.
+        site: The site that observes x.
     """
 
     pair: Pair
@@ -50,6 +51,7 @@ class Exact:
     marginal: tuple[Tensor, Tensor] | None = None
     num_data: int = N
     axis: int = 0
+    site: str = "x"
 
     @property
     def x(self) -> Tensor:
@@ -319,6 +321,30 @@ def masked_apart() -> Exact:
     return replace(found, pair=Pair(found.pair.model, Guide()))
 
 
+def imputed() -> Exact:
+    """Every fourth datum is missing, by ``obs_mask=``, and has no guide: there q is the prior."""
+    x, keep = data(), torch.arange(N) % 4 != 0
+
+    class Model(Generate):
+        def forward(self, x: Tensor, keep: Tensor) -> None:  # type: ignore[override]
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(Q), 1.0).to_event(1))
+                of_x = dist.Normal(self.decoder(z), SIGMA).to_event(1)
+                pyro.sample("x", of_x, obs=x, obs_mask=keep)
+
+    class Guide(Infer):
+        def forward(self, x: Tensor, keep: Tensor) -> None:  # type: ignore[override]
+            scale = torch.where(keep[..., None], self.log_scale.exp(), 1.0)
+            with pyro.plate("data", len(x)):
+                mean = torch.where(keep[..., None], self.encoder(x), 0.0)
+                pyro.sample("z", dist.Normal(mean, scale).to_event(1))
+
+    mean = torch.where(keep[:, None], posterior_mean(x), 0.0)
+    evidence, rate = (torch.where(keep, v, 0.0) for v in (log_marginal(x), rate_of(mean)))
+    found = Exact(Pair(Model(), Guide()), (x, keep), evidence, {"z": mean}, rate, marginal_of())
+    return replace(found, site="x_observed")
+
+
 def guide_factor() -> Exact:
     """A term of the training in the guide, as of a classifier of codes: no part of log q."""
 
@@ -518,6 +544,7 @@ KINDS: dict[str, Callable[[], Exact]] = {
         subsampling,
         masked,
         masked_apart,
+        imputed,
         guide_factor,
         enumerated,
         discrete,

@@ -9,12 +9,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import ELBO as PyroELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 import pvae
 from pvae import Pair, bounds, diagnostics, export, objectives, testing
-from pvae.errors import PairError
+from pvae.errors import PairError, PvaeError
 
 pytestmark = pytest.mark.usefixtures("store")
 N, D = 12, 3
@@ -217,6 +219,138 @@ def test_where_it_would_be_wrong_it_is_refused(name: str) -> None:
         with pytest.raises(PairError, match=words) as caught:
             look()
         assert "poutine.mask(mask=...) around" in str(caught.value)
+
+
+def read_apart() -> Programs:
+    """What the guide's mask leaves out is read at x: with q in place of the prior, wrong."""
+
+    def masked(x: Tensor, seen: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", posterior(x).mask(seen))
+
+    return model, masked
+
+
+def regression(x: Tensor, seen: Tensor) -> None:
+    """Missing covariates, which the outcomes read; no guide draws them."""
+    slope = pyro.param("slope", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0), obs=x, obs_mask=seen)
+        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=torch.ones(len(x)))
+
+
+def nothing(x: Tensor, seen: Tensor) -> None:
+    """A guide of no latents."""
+
+
+READ = {
+    "a guide's mask": (read_apart, "latent 'z'.*site 'x', whose density changes"),
+    "missing covariates": (lambda: (regression, nothing), "'x_unobserved'.*site 'y', whose dens"),
+    "a mask that comes later": (
+        lambda: (model, masked_at_need),
+        "latent 'z'.*a mask in each batch, or in none",
+    ),
+}
+
+
+def masked_at_need(x: Tensor, seen: Tensor) -> None:
+    with pyro.plate("data", len(x)), poutine.mask(mask=True if bool(seen.all()) else seen):
+        pyro.sample("z", posterior(x))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_mask_that_hides_nothing_at_first_is_looked_at_again(name: str) -> None:
+    """The first 128 rows, by which pairs are looked at, are all seen; later ones aren't."""
+    kind, words = READ[name]
+    programs, whole = kind(), torch.arange(300) < 200
+    x = torch.linspace(-2.0, 2.0, 300)
+    pair = Pair(*programs)
+    bounds.elbo(pair, (x[:150], whole[:150]))  # of these it is right
+    looks: dict[str, Callable[[], object]] = {
+        "elbo": lambda: bounds.elbo(pair, (x, whole), max_rows=128),
+        "fit": lambda: pvae.fit(pair, (x, whole), epochs=1, batch_size=128, progress=False),
+        "svi": lambda: steps(programs, pvae.SVI, Trace_ELBO(), x, whole),
+        "Pyro's": lambda: steps(programs, pyro.infer.SVI, objectives.ELBO(), x, whole),
+    }
+    for look in looks.values():
+        with pytest.raises(PairError, match=words):
+            look()
+
+
+def steps(
+    programs: Programs, kind: type[pyro.infer.SVI], loss: PyroELBO, x: Tensor, seen: Tensor
+) -> None:
+    svi = kind(*programs, pyro.optim.Adam({"lr": 1e-3}), loss)
+    for start in (0, 100, 200):
+        svi.step(x[start : start + 100], seen[start : start + 100])
+
+
+def test_compiled_steps_wait_until_a_mask_hides_something() -> None:
+    x, seen = data()
+    pair = Pair(*rows_of_the_model())
+    adam = pyro.optim.Adam({"lr": 1e-9})
+    svi = pvae.SVI(*rows_of_the_model(), adam, Trace_ELBO(), engine="compiled")
+    with pytest.warns(pvae.PvaeWarning, match="site 'z'.*leaves something out, before steps"):
+        svi.step(x, torch.ones(N, dtype=torch.bool))
+    assert svi.step(x, seen) == pytest.approx(-float(exact(x)[seen].sum()), rel=1e-6)
+    assert "z" in pair.inspect((x, seen)).masked_apart
+
+
+def with_missing(x: Tensor, seen: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand(x.shape[:1]))
+        scale = pyro.param("scale", torch.tensor(1.0))
+        x = pyro.sample("x", dist.Normal(z, scale), obs=x, obs_mask=seen)
+
+
+def at_the_posterior(x: Tensor, seen: Tensor) -> None:
+    weight = pyro.param("weight", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        mean = torch.where(seen, weight * x, 0.0)
+        pyro.sample("z", dist.Normal(mean, torch.where(seen, 0.5**0.5, 1.0)))
+
+
+@pytest.mark.parametrize("first", ["all seen", "some missing"])
+def test_missing_values_without_a_guide_are_left_out(first: str) -> None:
+    """p(x) of what is seen; the gradient of the likelihood's scale is that of log p(x) too."""
+    x, seen = data()
+    pair = Pair(with_missing, at_the_posterior)
+    if first == "all seen":
+        pair.inspect((x, torch.ones(N, dtype=torch.bool)))
+    expected = torch.where(seen, exact(x), 0.0)
+    for found in (bounds.elbo(pair, (x, seen), 3), bounds.evidence(pair, (x, seen), 4)):
+        torch.testing.assert_close(found.per_datum, expected, rtol=1e-9, atol=1e-9)
+        assert "left out: 'x_unobserved', missing values of no guide" in found.remarks
+    structure = pair.inspect((x, seen))
+    objective = objectives.ELBO(20_000)
+    terms = objective.compute_terms(structure, (x, seen))
+    loss = objective.surrogate(terms, objective.make_state(structure))
+    (gradient,) = torch.autograd.grad(loss, structure.parameters["scale"])
+    scale = torch.ones((), requires_grad=True)
+    evidence = dist.Normal(0.0, (1 + scale**2) ** 0.5).log_prob(x[seen]).sum()
+    (right,) = torch.autograd.grad(-evidence, scale)
+    assert float(gradient) == pytest.approx(float(right), abs=0.1)
+
+
+def test_missing_classes_are_found_to_be_read() -> None:
+    """One missing class among a hundred: draws of it repeat, and are made often enough."""
+
+    def labelled(x: Tensor, y: Tensor, seen: Tensor) -> None:
+        rate = pyro.param("rate", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(rate), obs=y, obs_mask=seen)
+            pyro.sample("x", dist.Normal(y, 1.0), obs=x)
+
+    x, seen = torch.zeros(100), torch.arange(100) != 7
+    with pytest.raises(PairError, match=r"site 'y_unobserved'.*site 'x', whose density"):
+        bounds.elbo((labelled, lambda *_: None), (x, torch.ones(100), seen))
+
+
+def test_pyros_objectives_are_refused_missing_values_without_a_guide() -> None:
+    """Pyro counts their density under the model, and none under the guide."""
+    programs = with_missing, at_the_posterior
+    with pytest.raises(PvaeError, match=r"TraceMeanField_ELBO, in whose loss .*'x_unobserved'"):
+        pvae.fit(programs, data(), TraceMeanField_ELBO(), epochs=1, progress=False)
 
 
 def test_equal_masks_are_no_difference() -> None:

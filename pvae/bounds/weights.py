@@ -146,6 +146,7 @@ def left_out(structure: Structure) -> tuple[str, ...]:
         f"left out: what one program alone masks of latent '{name}'"
         for name in structure.masked_apart
     ]
+    lines += [f"left out: '{name}', missing values of no guide" for name in structure.imputed]
     whole = "no plate counts the data: the one datum is the whole data set"
     return (*lines, *([] if structure.has_plate else [whole]))
 

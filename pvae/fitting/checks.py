@@ -245,3 +245,8 @@ def check_pair(structure: Structure, objective: PyroELBO) -> None:
         raise ArgumentError("objective", expected, f"plate='{plate}'", fixes)
     if isinstance(objective, Objective):
         objective.check(structure)
+    elif structure.imputed:
+        name, expected = type(objective).__name__, "one of pvae's, which leave missing values out"
+        actual = f"{name}, in whose loss the density of {oxford(structure.imputed)} counts"
+        fixes = ["objectives.ELBO()", f"pyro.sample('{structure.imputed[0]}', ...) in the guide"]
+        raise ArgumentError("objective", expected, actual, fixes)

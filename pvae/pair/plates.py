@@ -11,7 +11,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
 from torch import Tensor
 
 from pvae.errors import PairError, oxford
-from pvae.pair.messages import in_plates, is_factor, is_penalty, sample_sites
+from pvae.pair.messages import in_plates, infer_of, is_factor, is_penalty, sample_sites
 from pvae.pair.running import Batch
 from pvae.types import Site
 
@@ -47,7 +47,8 @@ class Sites:
         all: The guide's and then the model's.
         training: Names of the guide's factors that are no part of a density.
         latents: Names of those that the model draws, and the guide too.
-        unguided: Names of those that the model alone draws.
+        imputed: Names of those that the model alone draws as ``obs_mask=`` says that they miss.
+        unguided: Names of all others that the model alone draws.
         data_plate: The plate that is named, or else the only one that has the batch's length; None
             where no plate counts the data, or all share a state that is summed out. They are one
             datum then.
@@ -69,7 +70,9 @@ class Sites:
         self.training = tuple(name for name in unmarked if name not in densities)
         drawn = [n for n, s in self.in_model.items() if not s["is_observed"]]
         self.latents = [name for name in drawn if name in self.guided]
-        self.unguided = [name for name in drawn if name not in self.guided]
+        alone = [name for name in drawn if name not in self.guided]
+        self.imputed = [name for name in alone if self._is_imputed(name)]
+        self.unguided = [name for name in alone if name not in self.imputed]
         self.data_plate = None if plate is False else _data_plate(self, batch, plate)
         shared = [name for name in self.unguided if not self.is_inside(self.in_model[name])]
         if shared and plate:
@@ -79,6 +82,13 @@ class Sites:
             raise PairError("data plate", f"{expected} a term by itself", actual, fixes)
         if shared:
             self.data_plate = None
+
+    def _is_imputed(self, name: str) -> bool:
+        """Whether a site has what is missing of another, as Pyro calls the two of an obs_mask."""
+        whole, _, end = name.rpartition("_")
+        seen = self.in_model.get(f"{whole}_observed")
+        is_listed = infer_of(self.in_model[name]).get("enumerate") == "parallel"
+        return end == "unobserved" and seen is not None and seen["is_observed"] and not is_listed
 
     def is_inside(self, site: Site) -> bool:
         """Whether a site is inside the data plate; without one all are of the one datum."""
@@ -94,7 +104,7 @@ class Sites:
     def with_density(self) -> list[str]:
         """Names of the sites that are part of a density: no penalties, no training terms."""
         names = [site["name"] for site in self.all if not is_penalty(site)]
-        return [name for name in names if name not in self.training]
+        return [name for name in names if name not in (*self.training, *self.imputed)]
 
     def outside(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of the names whose sites, in model and guide, are outside the data plate."""

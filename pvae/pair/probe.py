@@ -23,7 +23,7 @@ from pvae.pair.checks import (
     check_sites,
     check_with_pyro,
 )
-from pvae.pair.masks import masked_apart
+from pvae.pair.masks import PENDING, RERUNS, check_imputed, masked_apart
 from pvae.pair.messages import infer_of, is_factor, plate_scale
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, PlateName, Sites
@@ -33,8 +33,6 @@ from pvae.pair.structure import Structure
 from pvae.types import Program, Site
 
 __all__ = ["inspect_pair"]
-
-RERUNS = 3
 
 
 def inspect_pair(
@@ -80,7 +78,8 @@ def inspect_pair(
             def replayed(other: Trace) -> Trace:
                 return poutine.trace(poutine.replay(model, trace=other)).get_trace(*batch)
 
-            apart = masked_apart(sites, guide_trace, again, replayed)
+            apart, pending = masked_apart(sites, guide_trace, again, replayed)
+            unknown = check_imputed(sites, guide_trace, model_trace, replayed)
     tensors = (*parameters.by_name.values(), *tensors_of(parameters.modules), *batch)
     return Structure(
         model=model,
@@ -96,6 +95,7 @@ def inspect_pair(
         densities=densities,
         training_terms=sites.training,
         masked_apart=apart,
+        imputed=tuple(sites.imputed),
         shapes={name: tuple(sites.guided[name]["fn"].event_shape) for name in sites.latents},
         parameters=parameters.by_name,
         sides=parameters.sides,
@@ -103,6 +103,7 @@ def inspect_pair(
         anchor=first_floating(tensors),
         categories=tuple(sorted(uses.categories)),
         oddities=(*parameters.oddities, *uses.unused(batch)),
+        notes={PENDING: (*pending, *unknown)},
     )
 
 

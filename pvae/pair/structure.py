@@ -48,6 +48,8 @@ class Structure:
         training_terms: All its other unmarked factors: what the loss has beside log q.
         masked_apart: Latents with different masks in model and guide, of which every entry that one
             of them leaves out is left out in both.
+        imputed: Values that ``obs_mask=`` says are missing, which the guide leaves to the model; no
+            other density depends on them.
         not_reparametrised: Sites of the guide whose draws have no gradient.
         shapes: Event shapes of latents that have a guide.
         parameters: Trainable parameters (unconstrained) by name.
@@ -84,6 +86,7 @@ class Structure:
     densities: tuple[str, ...]
     training_terms: tuple[str, ...]
     masked_apart: tuple[str, ...]
+    imputed: tuple[str, ...]
     not_reparametrised: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     parameters: dict[str, Tensor]

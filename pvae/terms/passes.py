@@ -22,7 +22,7 @@ from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_capturing_graph
 from pvae.origin import first_line
 from pvae.pair import Batch, Structure, as_batch, is_inside, probing, run_pair
-from pvae.pair.masks import align_masks
+from pvae.pair.masks import align_masks, look_at_masks
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
@@ -292,14 +292,18 @@ def _one_pass(
     before = randomness.get_state() if stop_guide and not is_capturing_graph() else None
     with _Detached() if detach else contextlib.nullcontext():
         guide_trace, model_trace = run_pair(model, guide, batch)
+    look_at_masks(structure, batch, guide_trace, model_trace)
     align_masks(structure.masked_apart, guide_trace, model_trace)
+    for name in structure.imputed:
+        model_trace.nodes[name]["mask"] = False
     traces = guide_trace, model_trace
     states = States(structure, *traces, rank, of_guide) if has_states else None
     collect = Collector(structure, num_particles, per_dimension=per_dimension, states=states)
     for site in sample_sites(guide_trace):
         collect.guide(site, in_model=site["name"] in model_trace.nodes)
     for site in sample_sites(model_trace):
-        collect.model(site)
+        if site["name"] not in structure.imputed:
+            collect.model(site)
     terms = collect.terms()
     terms.guide_trace, terms.model_trace = guide_trace, model_trace
     if stop_guide:
