@@ -16,6 +16,7 @@ import pvae
 from pvae import bounds, diagnostics, latent
 from pvae.errors import ArgumentError, UndefinedError
 
+pytestmark = pytest.mark.usefixtures("store")
 N, T, PHI = 60, 4, 0.5
 QUICK: dict[str, Any] = {"num_simulations": 300, "num_particles": 19, "progress": False}
 FALSE_ALARM = 1e-5
@@ -47,11 +48,36 @@ def from_batch(x: Tensor) -> None:
 
 
 def at_once(x: Tensor) -> None:
-    """One site reads its own data, as under teacher forcing."""
+    """Each entry of one site reads the one before it, as under teacher forcing."""
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
         before = torch.cat([torch.zeros(len(x), 1), x[:, :-1]], 1)
         pyro.sample("x", dist.Normal(z[..., None] + PHI * before, 1.0).to_event(1), obs=x)
+
+
+def in_a_plate(x: Tensor) -> None:
+    """The same, with time in a plate of its own and along the first axis of the data."""
+    with pyro.plate("data", x.shape[1], dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("time", T, dim=-2):
+            before = torch.cat([torch.zeros(1, x.shape[1]), x[:-1]])
+            pyro.sample("x", dist.Normal(z + PHI * before, 1.0), obs=x)
+
+
+def from_the_end(x: Tensor) -> None:
+    """Each entry reads the one after it."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        after = torch.cat([x[:, 1:], torch.zeros(len(x), 1)], 1)
+        pyro.sample("x", dist.Normal(z[..., None] + PHI * after, 1.0).to_event(1), obs=x)
+
+
+def last_reads_itself(x: Tensor) -> None:
+    """In single precision its draws settle as well, and are no draws of the model."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        own = torch.where(torch.arange(x.shape[1]) < x.shape[1] - 1, 0.0, 0.01)
+        pyro.sample("x", dist.Normal(z[..., None] + own * x, 1.0).to_event(1), obs=x)
 
 
 def hardly(x: Tensor) -> None:
@@ -72,7 +98,7 @@ def guide_of(factor: float) -> Callable[[Tensor], None]:
     return guide
 
 
-@pytest.mark.parametrize("model", [by_return, from_batch])
+@pytest.mark.parametrize("model", [by_return, from_batch, at_once])
 def test_sequences_are_ranked(model: Any) -> None:
     """Columns are put back where they stand: the exact guide passes, and no other."""
     x = sequences()
@@ -91,9 +117,78 @@ def test_samples_of_sequences_are_the_models(model: Any) -> None:
     assert abs(float(drawn.std()) / sd - 1) < 5 / (2 * n) ** 0.5
 
 
-def test_a_sample_of_what_reads_its_own_data_is_refused() -> None:
-    with pytest.raises(UndefinedError, match="sample: site 'x'"):
-        latent.sample((at_once, guide_of(1.0)), sequences())
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("model", [at_once, in_a_plate])
+def test_a_site_that_reads_its_own_earlier_entries_is_drawn_in_turn(
+    model: Any, *, mean: bool
+) -> None:
+    """Means and standard deviations by hand, within 5 standard errors; of means, that of z."""
+    x, n = 30 + torch.randn(N, T), 4000
+    pair = pvae.Pair(model, no_latent_but_z, plate="data")
+    drawn = latent.sample(pair, x.T if model is in_a_plate else x, n, mean=mean)
+    of_z, noise = 0.0, 0.0
+    for t in range(T):
+        of_z, noise = 1 + PHI * of_z, 1 + PHI**2 * noise
+        sd = (of_z**2 + noise * (not mean)) ** 0.5
+        assert abs(float(drawn[:, t].mean())) < 5 * sd / n**0.5
+        assert abs(float(drawn[:, t].std()) / sd - 1) < 5 / (2 * n) ** 0.5
+
+
+def no_latent_but_z(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[0] if x.shape[0] != T else x.shape[1]):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+
+def test_bits_that_read_those_before_are_drawn_in_turn() -> None:
+    """A bit is 1 with probability 0.8 as long as none was 1 before, and then never again."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            before = torch.cat([torch.zeros(len(x), 1), x.cumsum(1)[:, :-1]], 1)
+            pyro.sample("x", dist.Bernoulli(0.8 * (before == 0)).to_event(1), obs=x)
+
+    x, n = torch.ones(N, T), 4000
+    x[:, 1:] = 0
+    drawn = latent.sample((model, no_latent_but_z), x, n)
+    assert bool((drawn.sum(1) <= 1).all())
+    for t in range(T):
+        p = 0.8 * 0.2**t
+        assert abs(float(drawn[:, t].mean()) - p) < 5 * (p * (1 - p) / n) ** 0.5
+    with pytest.raises(
+        UndefinedError, match=r"mean of site 'x', whose .*Bernoulli.*\n.*mean=False"
+    ):
+        latent.sample((model, no_latent_but_z), x, mean=True)
+
+
+@pytest.mark.parametrize("model", [by_return, from_batch])
+def test_means_of_sequences_are_given_the_means_before(model: Any) -> None:
+    """z (1 + PHI + PHI^2 + ...), and nothing of the data."""
+    x = 30 + torch.randn(N, T)
+    pair = model, guide_of(1.0)
+    z = latent.sample(pair, x, site="z", mean=True)
+    for t in range(T):
+        expected = z * sum(PHI**k for k in range(t + 1))
+        torch.testing.assert_close(latent.sample(pair, x, site=f"x_{t}", mean=True), expected)
+
+
+def test_a_mean_given_labels_that_were_drawn_is_refused_by_site() -> None:
+    """A mean of labels is no label; what has no mean is refused where it is asked for."""
+    batch = torch.randn(N), torch.full((N,), 2)
+    with pytest.raises(UndefinedError, match=r"mean of site 'y', whose data are read: .*Categor"):
+        latent.sample((labelled, of_label), batch, site="x", mean=True)
+
+    def unread(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("y", dist.Categorical(torch.tensor([0.5, 0.3, 0.2])), obs=y)
+            pyro.sample("x", dist.Normal(3 * z, 1.0), obs=x)
+
+    pair = unread, of_label
+    z, x = (latent.sample(pair, batch, site=site, mean=True) for site in ("z", "x"))
+    torch.testing.assert_close(x, 3 * z)
+    with pytest.raises(UndefinedError, match="site 'y': expected a distribution that has a mean"):
+        latent.sample(pair, batch, site="y", mean=True)
 
 
 @pytest.mark.parametrize("model", [by_return, from_batch])
@@ -110,11 +205,11 @@ def test_sequences_are_drawn_as_the_model_has_them(model: Any) -> None:
         assert abs(float(spread.mean()) / sd - 1) < 5 / (2 * 200 * 50) ** 0.5
 
 
-@pytest.mark.parametrize("model", [at_once, hardly])
+@pytest.mark.parametrize("model", [hardly, from_the_end, last_reads_itself])
 def test_a_site_that_reads_its_own_data_is_refused(model: Any) -> None:
-    for tool in (diagnostics.sbc, diagnostics.predictive):
+    for tool in (diagnostics.sbc, diagnostics.predictive, latent.sample):
         with pytest.raises(UndefinedError, match=r"site 'x': .* as under teacher forcing"):
-            tool((model, guide_of(1.0)), sequences())
+            tool((model, guide_of(1.0)), sequences().float())
 
 
 def labelled(x: Tensor, y: Tensor) -> None:

@@ -19,7 +19,7 @@ from pvae.internals import mask_of
 from pvae.options import tool
 from pvae.pair import Pair, PairLike, Structure, as_pair, is_inside, probing, rows_to
 from pvae.pair.messages import is_factor, sample_sites
-from pvae.simulate import RunOptions, run_model, simulate_batch
+from pvae.simulate import RunOptions, require_mean, run_model, simulate_batch
 from pvae.sites import LATENT, announce_parameters
 from pvae.terms import look_at, only_site
 from pvae.types import Dist, Program
@@ -124,9 +124,9 @@ def sample(
     r"""Draws from p(x) by ancestral sampling: latents from the prior, then data given these.
 
     The guide isn't used; of the data only the number of rows matters, and what the model doesn't
-    observe, such as labels. Where it reads at one site what it observes at another, these are drawn
-    in turn. The same seed gives the same run of the model, so that latents and data
-    that belong together come from two calls.
+    observe, such as labels. Where it reads at one site what it observes at another, or earlier
+    entries of the same, these are drawn in turn. The same seed gives the same run of the model, so
+    that latents and data that belong together come from two calls.
 
     Arguments:
         pair: A model and its guide.
@@ -134,8 +134,8 @@ def sample(
         num_samples: N, how many data are made (not K draws for each datum); rows repeat, or are
             left out. None for one a row. Where no plate counts the data, one data set is made.
         site: What is returned, observed or latent; None if the model observes one site.
-        mean: Observed sites have their distribution's mean instead of a draw, given the latents,
-            and given the batch's own data where a model reads these at another site.
+        mean: Observed sites have their distribution's mean instead of a draw, given the latents;
+            given the means of other sites where a model reads these, or of its own earlier entries.
         seed: Seed of the draws; the caller's generators are left as they are.
 
     Returns:
@@ -144,7 +144,8 @@ def sample(
 
     Raises:
         UndefinedError: If there is no one site to return, it has no mean, the prior is improper,
-            the model has factors, which no draw follows, or a site reads its own data.
+            the model has factors, which no draw follows, a site reads its own later data, or, with
+            ``mean``, a site reads one whose mean isn't among its values, as that of a label.
 
     Example:
         >>> sample(pvae.recipes.vae(64, 2), torch.zeros(1, 64), 3).shape
@@ -157,7 +158,7 @@ def sample(
         size = source.num_rows if num_samples is None else check_int("num_samples", num_samples)
         batch = source.rows(torch.arange(size, device=source.device) % source.num_rows)
         options: RunOptions = {"where": "sample", "mean": mean, "keep_masked": False}
-        if structure is None or mean:
+        if structure is None:
             trace = run_model(pair.model, batch, **options)
         else:
             trace = simulate_batch(structure, batch, **options).drawn()
@@ -165,6 +166,8 @@ def sample(
     observed = [n for n, s in sites.items() if s["is_observed"] and not is_factor(s)]
     what, names = ("observed site", observed) if site is None else ("site", [*sites])
     chosen = sites[only_site("sample", what, names, site)]
+    if mean and chosen["is_observed"]:
+        require_mean("sample", chosen)
     value: Tensor = chosen["value"]
     if structure is None or not (structure.has_plate and is_inside(structure, chosen)):
         return value

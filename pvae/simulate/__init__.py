@@ -10,6 +10,7 @@ from pvae.simulate.ancestral import (
     Origin,
     RunOptions,
     Simulation,
+    require_mean,
     run_model,
     simulate_batch,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "flat_values",
     "names_of_dimensions",
     "random_rank",
+    "require_mean",
     "require_rows",
     "run_model",
     "simulate_batch",

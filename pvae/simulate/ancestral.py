@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pvae import randomness
+from pvae.distributions import base_of
 from pvae.errors import UndefinedError, check_choice, oxford
 from pvae.modes import evaluating
 from pvae.pair import (
@@ -27,14 +28,15 @@ from pvae.pair import (
     rows_to,
     run_pair,
 )
-from pvae.pair.messages import is_factor, is_penalty, sample_sites, score
+from pvae.pair.messages import is_factor, is_penalty, sample_sites
 from pvae.pair.observed import DATA, observed_sites, put_back
+from pvae.simulate.settling import Settled, settle
 from pvae.terms import Terms, compute, mean_of
 from pvae.terms.collect import PARTICLES
 from pvae.terms.passes import can_vectorize, in_particles, no_guide
 from pvae.types import Dist, Program, Site
 
-__all__ = ["Origin", "Simulation", "require_proper", "run_model", "simulate_batch"]
+__all__ = ["Origin", "Simulation", "require_mean", "require_proper", "run_model", "simulate_batch"]
 
 Origin = Literal["posterior", "prior", "mixed"]
 """Where latents come from: all from the guide; all from the model; those outside the data plate
@@ -109,15 +111,6 @@ def run_model(
     return trace
 
 
-@dataclass(frozen=True)
-class Settled:
-    """A draw of data: the batch with it, the model's trace, and whether data fed other data."""
-
-    batch: Batch
-    trace: Trace
-    is_fed: bool
-
-
 @dataclass
 class Simulation:
     """K draws of latents and data on one batch of N, in one pass or, where looped, one by one."""
@@ -137,14 +130,16 @@ class Simulation:
         if FEEDS in self.structure.notes and self.options.get("draw_data", True):
             ones = [replace(self, guides=[guide], terms=None) for guide in self.guides]
             return [one.settled().trace for one in ones]
-        return [self._run(guide) for guide in self.guides]
+        return [self.once(guide) for guide in self.guides]
 
-    def _run(self, guide: Trace | None, batch: Batch | None = None) -> Trace:
+    def once(self, guide: Trace | None, batch: Batch | None = None) -> Trace:
+        """A run of the model, on the batch or another."""
         with evaluating(self.structure.modules):  # traces run when they are first asked for
-            return run_model(self._model, batch or self.batch, guide, **self.options)
+            return run_model(self.program, batch or self.batch, guide, **self.options)
 
     @property
-    def _model(self) -> Program:
+    def program(self) -> Program:
+        """The model in the plate of particles, with what is given."""
         return in_particles(self.structure.model, self.structure, self.per_pass, self.given)
 
     @property
@@ -171,6 +166,8 @@ class Simulation:
             assert value is not None  # noqa: S101
             return value
         nodes = [trace.nodes[name] for trace in self.traces]
+        if self.options.get("mean", False) and name in self.structure.observed:
+            require_mean(self.where, nodes[0])
         return torch.cat([self._laid_out(node["value"], node) for node in nodes])
 
     def data(self, name: str) -> Tensor:
@@ -205,10 +202,14 @@ class Simulation:
         ``places`` says where in the batch a site's data stand, by its name, where a user knows.
         Refused if some data are no entry of the batch.
         """
-        return self._filled(self.traces[0], places)
+        return self.filled(self.traces[0], places)
 
-    def _filled(self, trace: Trace, places: Mapping[str, int] | None) -> Batch:
+    def filled(
+        self, trace: Trace, places: Mapping[str, int] | None, only: str | None = None
+    ) -> Batch:
+        """The batch with the data of a trace in it, of all sites or of one."""
         observed = observed_sites(self.structure, trace, self.batch)
+        observed = observed if only is None else {only: observed[only]}
         values = {name: trace.nodes[name]["value"] for name in observed}
         return put_back(self.where, observed, values, self.batch, self.structure.axes, places)
 
@@ -230,56 +231,10 @@ class Simulation:
     def settled(self, places: Mapping[str, int] | None = None) -> Settled:
         """One draw of data, in the batch that the model has read when it drew them.
 
-        A model may read at one site what it observes at another, from the batch: a label in its
-        decoder, the number before in a sequence. What it draws there follows the batch's data, and
-        not those drawn. So it is run again, from the same state of the generators, on the batch
-        with what was drawn, until the same is drawn; with each run one more site of a chain is
-        right. Refused where that doesn't end: a site reads its own data, as under teacher forcing.
+        Raises:
+            UndefinedError: As `pvae.simulate.settling.settle` says.
         """
-        state = randomness.get_state()
-        trace = self._run(self.guides[0])
-        names = list(observed_sites(self.structure, trace, self.batch))
-        filled = self._filled(trace, places)
-        odd = self._fed(trace, filled)
-        if odd is None:
-            return Settled(filled, trace, is_fed=False)
-        for _ in range(len(names) + 1):
-            with randomness.forked():
-                randomness.set_state(state)
-                again = self._run(self.guides[0], filled)
-            for name in names:
-                again.nodes[name]["infer"][DATA] = trace.nodes[name]["infer"][DATA]
-            pairs = [(trace.nodes[name]["value"], again.nodes[name]["value"]) for name in names]
-            trace, filled = again, self._filled(again, places)
-            is_same = all(torch.equal(before, now) for before, now in pairs)
-            if is_same and self._fed(trace, filled) is None:
-                return Settled(filled, trace, is_fed=True)
-        raise UndefinedError(
-            f"{self.where}: site '{odd}'",
-            "a distribution that depends on latents, covariates and other sites alone",
-            "a model that reads x besides observing it, as under teacher forcing, or changes it "
-            "first",
-            ["obs=x, unchanged", "x itself in no other distribution of the model"],
-        )
-
-    def _fed(self, trace: Trace, filled: Batch) -> str | None:
-        """The first site that has another density with the drawn data in the batch; None if none.
-
-        What the model drew must have the same density if the drawn data are in the batch from the
-        start, as in `put_back`'s, and not only where they are observed.
-        """
-        again = run_pair(poutine.replay(self._model, trace=trace), no_guide, filled)[1]
-        of_guide = {} if self.guides[0] is None else self.guides[0].nodes
-        for site in sample_sites(trace):
-            name = str(site["name"])
-            if is_factor(site) or name in of_guide or name in self.given:
-                continue
-            ours, other = score(site), score(again.nodes[name])
-            off = torch.where(ours == other, 0.0, ours - other).abs().max()
-            size = ours.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0)
-            if not bool(off <= 1e-4 * size):
-                return name
-        return None
+        return settle(self, places)
 
     def _laid_out(self, value: Tensor, site: Site) -> Tensor:
         """A value as the programs have it, particles first and then data."""
@@ -331,6 +286,14 @@ def simulate_batch(
         guide = in_particles(structure.guide, structure, k, given)
         guides = [run_pair(structure.model, guide, batch, model_too=False)[0] for _ in guides]
     return Simulation(structure, batch, guides, given, k, options, terms)
+
+
+def require_mean(where: str, site: Site) -> None:
+    """Refuses the means of data that have none, as of classes, which are NaN."""
+    value = site["value"]
+    if value.is_floating_point() and value.numel() and bool(value.isnan().all()):
+        what, expected = type(base_of(site["fn"])).__name__, "a distribution that has a mean"
+        raise UndefinedError(f"{where}: site '{site['name']}'", expected, what, ["mean=False"])
 
 
 def require_proper(structure: Structure, given: Container[str] = ()) -> None:

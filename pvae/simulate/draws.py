@@ -77,7 +77,7 @@ def check_generative(
     That is so where there are factors, which no draw of the model follows; where an enumerated
     latent of the data, which the guide doesn't have, would have to come from its posterior; and,
     unless it is latents alone that are drawn, where an observed site's distribution is fed the
-    data that it scores, as with teacher forcing.
+    data that it scores, but for those before them, as with teacher forcing.
     """
     structure = evaluation.structure
     if structure.enumerated and origin == "posterior":
