@@ -18,7 +18,14 @@ from torch.distributions.constraints import Constraint
 from pvae.internals import mask_of
 from pvae.types import Dist
 
-__all__ = ["is_discrete", "is_on_edge", "is_without_mass", "largest_log_prob", "support_of"]
+__all__ = [
+    "is_discrete",
+    "is_on_edge",
+    "is_outside",
+    "is_without_mass",
+    "largest_log_prob",
+    "support_of",
+]
 
 _HALF_LOG_TAU = math.log(2 * math.pi) / 2
 
@@ -159,6 +166,28 @@ def is_on_edge(fn: Dist, value: Tensor) -> Tensor | None:
     if not edges:
         return None
     return _any_entry(torch.stack(torch.broadcast_tensors(*edges)).any(0), fn, value)
+
+
+def is_outside(fn: Dist, value: Tensor) -> Tensor | None:
+    """Which values have an entry outside the support; None where it has no ends that tell.
+
+    Not every density says so: that of a Poisson distribution is finite between whole numbers.
+
+    Example:
+        >>> is_outside(dist.Exponential(1.0), torch.tensor([-0.5, 0.0, 2.0]))
+        tensor([ True, False, False])
+    """
+    support = support_of(fn)
+    has_ends = support is not None and vars(support).keys() & {"lower_bound", "upper_bound"}
+    is_whole = support is not None and support.is_discrete and support.event_dim == 0
+    if support is None or not (has_ends or is_whole):
+        return None
+    if has_ends and not support.is_discrete and value.is_floating_point():
+        least = torch.finfo(value.dtype).tiny
+        below = value < torch.as_tensor(vars(support).get("lower_bound", -math.inf)) - least
+        outside = below | (value > torch.as_tensor(vars(support).get("upper_bound", math.inf)))
+        return _any_entry(outside | value.isnan(), fn, value)
+    return _any_entry(~support.check(value), fn, value)
 
 
 def _any_entry(each: Tensor, fn: Dist, value: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class SVI(pyro.infer.SVI):
         self.optim: Optim = optim if isinstance(optim, torch.optim.Optimizer) else of_pyro
         self.engine: Engine = engine
         self.plate = getattr(self.objective, "plate", None) if plate is None else plate
+        self.densities = getattr(self.objective, "densities", None) or ()
         self.optimizer: torch.optim.Optimizer | None = None
         self._updates: OptimizerOfPyro | _Given | None = None
         self._state: ObjectiveState | None = None
@@ -165,14 +166,16 @@ class SVI(pyro.infer.SVI):
             programs = [self.model, self.guide]
             if not _is_flat(spec):
                 programs = [called_by(spec, program) for program in programs]
-            self._pairs[spec] = Pair(*programs, plate=self.plate)
+            self._pairs[spec] = Pair(*programs, plate=self.plate, densities=self.densities)
         structure = self._pairs[spec].inspect(batch)
         known = {id(p) for p in structure.parameters.values()}
         frozen = {f"{i}": p for i, p in self._parameters.items() if i not in known}
         structure = replace(structure, parameters={**frozen, **structure.parameters})
         if isinstance(self.objective, Objective):
             self.objective.check(structure)
-            self._state = self._state or self.objective.make_state(structure)
+            if self._state is None:
+                self.objective.warn_of_factors(structure)
+                self._state = self.objective.make_state(structure)
         self._prepare(structure)
         assert self.optimizer is not None  # noqa: S101
         stepper = Stepper(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -451,3 +452,36 @@ def test_the_upper_bound_of_a_data_set_is_refused(device: torch.device) -> None:
         bounds.evidence((model, guide), batch, method="cubo")
     with pytest.raises(UndefinedError, match="global site"):
         bounds.iwae_curve((model, guide), batch, 16)
+
+
+@pytest.mark.parametrize("method", ["importance", "cubo", "ais"])
+def test_a_difference_with_one_seed_has_the_error_of_common_draws(method: Any) -> None:
+    """Over 30 seeds its standard deviation is the error that it says, and not that of a sum.
+
+    The ratio of the two is within 5 standard errors of 1; a sum's is several times as large.
+    """
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor, off: float) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + off, 0.8 + off / 2))
+
+    x, off = torch.linspace(-2.0, 2.0, 6), []
+    how = {"ais": bounds.AIS(num_temperatures=2)} if method == "ais" else {}
+    said, apart = 0.0, 0.0
+    for seed in range(30):
+        options: dict[str, Any] = {"method": method, "seed": seed, "progress": False, **how}
+        one, two = (
+            bounds.evidence((model, functools.partial(guide, off=b)), x, 30, **options)
+            for b in (0.1, 0.12)
+        )
+        difference = one - two
+        off.append(difference.mean)
+        said += difference.se_draws / 30
+        apart += math.hypot(one.se_draws, two.se_draws) / 30
+    assert abs(float(torch.tensor(off).std()) / said - 1) < 5 / 60**0.5
+    assert apart > 1.5 * said

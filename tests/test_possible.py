@@ -198,6 +198,78 @@ def test_draws_outside_the_priors_support_have_their_share() -> None:
     assert "outside the prior's support" in reason
 
 
+OUTSIDE: dict[str, tuple[Callable[[bool | None], dist.TorchDistribution], float]] = {
+    "uniform": (lambda check: dist.Uniform(0.0, 9.0, validate_args=check), 0.0),
+    "gamma": (lambda check: dist.Gamma(2.0, 1.0, validate_args=check), 0.0),
+    "exponential": (lambda check: dist.Exponential(1.0, validate_args=check), 0.0),
+    "beta": (lambda check: dist.Beta(tensor(2.0), 2.0, validate_args=check), 0.0),
+    "pareto": (lambda check: dist.Pareto(tensor(0.3), 2.0, validate_args=check), 0.3),
+    "poisson": (lambda check: dist.Poisson(tensor(1.0), validate_args=check), math.inf),
+    "binomial": (lambda check: dist.Binomial(3, tensor(0.4), validate_args=check), math.inf),
+}
+"""Priors, checked by torch or not, and below which value a draw is outside of their support."""
+
+
+@pytest.mark.parametrize("is_checked", [None, False])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_every_tool_marks_draws_outside_a_support_alike(
+    name: str, *, is_checked: bool | None
+) -> None:
+    """Whether torch looks at values or not: the share of draws, to six standard errors."""
+    prior, end = OUTSIDE[name]
+    spread = dist.Normal(tensor(0.5), 0.2 if name == "beta" else 0.6)
+    pair, x = pair_of(lambda: prior(is_checked), lambda: spread), torch.zeros(N)
+    share = 1.0 if end == math.inf else float(spread.cdf(tensor(end)))
+    share += 1 - float(spread.cdf(tensor(1.0))) if name == "beta" else 0.0
+    elbo, evidence = bounds.elbo(pair, x, 200), bounds.evidence(pair, x, 200, progress=False)
+    surgery = diagnostics.surgery(pair, x, num_particles=200, progress=False)
+    curve = bounds.iwae_curve(pair, x, 256)[1]
+    for found in (elbo, evidence, surgery.rate, curve):
+        assert found.kind == "impossible"
+        reason = found.reasons[0]
+        assert reason.startswith("site 'z'")
+        assert reason.endswith("of the guide's draws are outside the prior's support")
+        shown = float(reason.split(": ")[1].split("%")[0]) / 100
+        assert abs(shown - share) < 6 * math.sqrt(share / (200 * N)) + 5e-4
+    with pytest.warns(PvaeWarning, match=r"log_weights, impossible: site 'z': .* outside the pri"):
+        bounds.log_weights(pair, x, 10)
+
+
+def test_a_draw_outside_another_guides_support_is_no_error() -> None:
+    """q(z) is a mixture of uniform densities, each 0 outside of its own: 0.5 where one covers."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(x - 1, x + 1))
+
+    x = torch.tensor([-3.0, 0.0, 3.0, 6.0])
+    found = diagnostics.surgery((model, guide), x, num_particles=50, progress=False)
+    assert found.rate.kind != "impossible"
+    assert found.information is not None
+    assert found.information.mean == pytest.approx(math.log(len(x)), rel=1e-6)
+    for tool in (bounds.elbo, bounds.evidence, bounds.log_weights):
+        tool((model, guide), x, 5)
+
+
+def test_weights_that_are_possible_come_without_a_word() -> None:
+    pair = pair_of(lambda: dist.Normal(tensor(0.0), 1.0), lambda: dist.Normal(tensor(0.0), 0.7))
+    assert bounds.log_weights(pair, torch.zeros(N), 50).shape == (50, N)
+
+
+def test_weights_above_any_density_are_said_to_be_impossible() -> None:
+    """log q is too low by 2 nats, and so all weights are too high by as much."""
+    pair = pair_of(
+        lambda: dist.Normal(tensor(0.0), 1.0), lambda: Off(tensor(0.0), tensor(0.1), 2.0)
+    )
+    with pytest.warns(PvaeWarning, match="log_weights, impossible: .*at site 'x'"):
+        bounds.log_weights(pair, torch.zeros(N), 50)
+
+
 @pytest.mark.parametrize("kind", ["categorical", "one hot", "bernoulli", "logits"])
 def test_states_that_the_prior_lacks(kind: str) -> None:
     """torch clamps a probability of 0 to 1e-16, so that the ELBO is finite, and wrong."""

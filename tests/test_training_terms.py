@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pvae
 from pvae import Pair, bounds, export, objectives
-from pvae.errors import PairError
+from pvae.errors import ArgumentError, PairError, PvaeWarning
 from pvae.objectives.table import ALL
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -229,23 +229,53 @@ def test_their_gradient_goes_through_the_draws(kind: type[objectives.Objective])
     torch.testing.assert_close(gradients[1] - gradients[0], expected)
 
 
+def lognormal(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
+
+
+def by_hand(x: Tensor) -> None:
+    """z = exp(u): log q(z) = log q(u) - u."""
+    with pyro.plate("data", len(x)):
+        weight = pyro.param("weight", torch.tensor(0.5))
+        normal = dist.Normal(weight * x, 0.5**0.5)
+        u = pyro.sample("u", normal, infer={"is_auxiliary": True})
+        pyro.factor("jacobian", -u, has_rsample=True)
+        pyro.factor("extra", u.square(), has_rsample=True)
+        pyro.sample("z", dist.Delta(u.exp()))
+
+
+@pytest.mark.parametrize("kind", [pyro.infer.SVI, pvae.SVI])
+def test_densities_reach_loops_of_ones_own(kind: type[pyro.infer.SVI]) -> None:
+    """At the posterior each weight is p(x), whatever the draws; "extra" is in the loss beside it.
+
+    E[u^2] = (x / 2)^2 + 1 / 2; ten standard errors.
+    """
+    x, adam = series(), pyro.optim.Adam({"lr": 1e-12})
+    objective = objectives.IWAE(2000, densities="jacobian")
+    loss = kind(lognormal, by_hand, adam, objective).step(x)
+    mean = (x / 2).square() + 0.5
+    error = (2 * 0.25 + 4 * 0.5 * (x / 2).square()).sum().div(2000).sqrt()
+    assert abs(loss - float((mean - exact(x)).sum())) < 10 * float(error)
+    with pytest.warns(PvaeWarning, match=r"Factor 'jacobian' and 'extra' .*densities=\('jac"):
+        untold = kind(lognormal, by_hand, adam, objectives.IWAE(2000)).step(x)
+    assert abs(untold - loss) > 1
+    for silent in (objectives.IWAE(5, densities=()), objectives.IWAE(1), objectives.ELBO(5)):
+        kind(lognormal, by_hand, adam, silent).step(x)
+    with pytest.raises(PairError, match=r"densities: expected names of factors .*got 'jacobean'"):
+        kind(lognormal, by_hand, adam, objectives.IWAE(5, densities="jacobean")).step(x)
+
+
+def test_a_pair_and_its_objective_have_to_name_the_same_densities() -> None:
+    objective = objectives.IWAE(5, densities="jacobian")
+    with pytest.raises(ArgumentError, match=r"(?s)densities: .*Pair\(model, guide, densities='jac"):
+        pvae.fit((lognormal, by_hand), series(), objective, epochs=1, progress=False)
+    pair = Pair(lognormal, by_hand, densities="jacobian")
+    pvae.fit(pair, series(), objective, epochs=1, batch_size=None, progress=False)
+
+
 def test_a_jacobian_is_a_density_where_the_pair_says_so() -> None:
-    """z = exp(u), by hand: log q(z) = log q(u) - u; the model has z ~ LogNormal."""
-
-    def lognormal(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
-
-    def by_hand(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            weight = pyro.param("weight", torch.tensor(0.5))
-            normal = dist.Normal(weight * x, 0.5**0.5)
-            u = pyro.sample("u", normal, infer={"is_auxiliary": True})
-            pyro.factor("jacobian", -u, has_rsample=True)
-            pyro.factor("extra", u.square(), has_rsample=True)
-            pyro.sample("z", dist.Delta(u.exp()))
-
     x = series()
     pair = Pair(lognormal, by_hand, densities=["jacobian"])
     for found in (bounds.elbo(pair, x, 3), bounds.evidence(pair, x, 3)):

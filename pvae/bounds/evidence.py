@@ -14,7 +14,8 @@ from pvae.bounds.joint import JointWeights, joint_weights, num_draws
 from pvae.bounds.local import FAMILIES, Family, LocalFit, fit_locally
 from pvae.bounds.modes import missed_by_fits, said
 from pvae.bounds.possible import Possible
-from pvae.bounds.weights import Influence, Sums, WeightSums, facts, require_evidence
+from pvae.bounds.sums import Sums
+from pvae.bounds.weights import Influence, WeightSums, facts, require_evidence
 from pvae.devices import double
 from pvae.engine import Asked, Repeated
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
@@ -216,13 +217,13 @@ def evidence(
         require_evidence(structure, "evidence", by_datum=method == "cubo")
         if method == "cubo":
             name = f"chi upper bound of order {order:g}, estimate"
-            weights, possible = _weighed(WeightSums(order), evaluation, k, engine)
-            found = replace(weights.estimate(name, k, structure), kind="estimate")
+            weights, possible, each = _weighed(WeightSums(order), evaluation, k, engine)
+            found = replace(weights.estimate(name, k, structure, each), kind="estimate")
             return possible.mark(found, is_limited=False)
         if structure.global_sites:
             return _of_joint_draws(evaluation, num_global, num_particles)
-        weights, possible = _weighed(WeightSums(), evaluation, k, engine)
-        return possible.mark(weights.estimate(f"evidence, IWAE-{k}", k, structure))
+        weights, possible, each = _weighed(WeightSums(), evaluation, k, engine)
+        return possible.mark(weights.estimate(f"evidence, IWAE-{k}", k, structure, each))
 
 
 def _of_joint_draws(
@@ -253,13 +254,16 @@ def _check_settings(method: str, **settings: object) -> None:
 
 def _weighed(
     weights: WeightSums, evaluation: Evaluation, num_particles: int, engine: Asked
-) -> tuple[WeightSums, Possible]:
-    """Sums up the weights of draws from the guide."""
+) -> tuple[WeightSums, Possible, Influence]:
+    """Sums up the weights of draws from the guide; keeps them, where they are few."""
     structure, possible = evaluation.structure, Possible(evaluation.structure)
+    each = Influence(evaluation, num_particles)
 
     def reduced(k: int, *batch: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         terms = compute(structure, batch, num_particles=k, states="summed", given=given)
-        return torch.cat([weights.reduce(terms.log_weight), possible.reduce(terms)])
+        log_weight = double(terms.log_weight)
+        kept = [log_weight] if each.is_kept else []
+        return torch.cat([weights.reduce(log_weight), possible.reduce(terms), *kept])
 
     calls = -(-evaluation.num_rows * num_particles // evaluation.max_rows)
     repeated = Repeated(reduced, calls, structure.dtype, engine)
@@ -273,19 +277,22 @@ def _weighed(
 
     for rows, sums in stream(evaluation, num_particles, run=run):
         weights.add(rows, sums[:2])
-        possible.add(rows, sums[2:])
-    return weights, possible
+        possible.add(rows, sums[2 : 2 + possible.num_sums])
+        each.add(rows, sums[2 + possible.num_sums :])
+    return weights, possible, each
 
 
 def _by_annealing(evaluation: Evaluation, ais: AIS, num_chains: int) -> Estimate:
     require_evidence(evaluation.structure, "evidence", by_datum=False, density=False)
     weights, possible, acceptance = WeightSums(), Possible(evaluation.structure), []
+    each = Influence(evaluation, num_chains)
     # each of a loader's batches would have its own pilot chains
     for chunk in annealed(evaluation.in_memory(), ais, num_chains, possible=possible):
         weights.add(chunk.rows, weights.reduce(chunk.forward))
+        each.add(chunk.rows, chunk.forward)
         acceptance.append(chunk.acceptance)
     name = f"evidence, AIS-{ais.num_temperatures}"
-    found = weights.estimate(name, num_chains, evaluation.structure)
+    found = weights.estimate(name, num_chains, evaluation.structure, each)
     found = replace(found, kind="lower", acceptance=torch.cat(acceptance))
     return possible.mark(found, is_limited=possible.has_one_limit)
 
@@ -295,11 +302,13 @@ def _by_local_fits(
 ) -> Estimate:
     evaluation = evaluation.in_memory()  # a loader may shuffle, and modes are looked for again
     weights, possible = WeightSums(), Possible(evaluation.structure)
+    each = Influence(evaluation, num_particles)
     wanted: tuple[Family, ...] = FAMILIES[1:] if family == "flow" else (family,)
     for fit in fit_locally(evaluation, how, num_particles, families=wanted, possible=possible):
         if fit.family == family:
             weights.add(fit.rows, weights.reduce(fit.log_weights))
+            each.add(fit.rows, fit.log_weights)
     name = f"evidence, local {family.replace('_', '-')} IWAE-{num_particles}"
-    found = possible.mark(weights.estimate(name, num_particles, evaluation.structure))
+    found = possible.mark(weights.estimate(name, num_particles, evaluation.structure, each))
     missed = missed_by_fits(evaluation, found)
     return found if missed is None else replace(found, remarks=(*found.remarks, said(missed)))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pvae.bounds.possible import Possible
-from pvae.bounds.weights import Sums, facts, weights_by_chunk
+from pvae.bounds.sums import Sums
+from pvae.bounds.weights import facts, weights_by_chunk
 from pvae.devices import double
 from pvae.errors import PairError
 from pvae.estimate import Estimate

@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pvae.bounds.weights import Sums
+from pvae.bounds.sums import Sums
 from pvae.devices import beside, double
 from pvae.errors import oxford
 from pvae.estimate import Estimate
-from pvae.limits import is_on_edge, is_without_mass
+from pvae.limits import is_on_edge, is_outside, is_without_mass
 from pvae.measure import Measure
 from pvae.pair import Structure
 from pvae.terms import Terms
@@ -55,6 +55,11 @@ class Possible(Sums):
         self.structure = structure
         self.sites = (*structure.latents, *structure.global_latents)
         self.has_rate = not (structure.global_sites or structure.points or structure.improper)
+
+    @property
+    def num_sums(self) -> int:
+        """R, how many numbers of each datum a pass has."""
+        return _MAXIMA + 3 + 3 * len(self.sites)
 
     def take(self, rows: slice, terms: Terms, *, of_guide: bool = True) -> None:
         """Takes in a pass; ``of_guide`` says whether latents are the guide's own draws."""
@@ -103,9 +108,12 @@ class Possible(Sums):
         broken = _by_row(~(log_q.isfinite() & (site.log_p < math.inf)))
         is_listed = name in self.structure.guide_states  # all states are, with or without mass
         clamped = None if is_listed else is_without_mass(node["fn"], node["value"])
-        if clamped is not None:
-            count = count_where(terms, node, clamped)
-            outside = beside(outside, count) | (count > 0)
+        beyond = None if is_listed else is_outside(node["fn"], node["value"])
+        for found in (clamped, beyond):
+            if found is not None:
+                count = count_where(terms, node, found)
+                outside = beside(outside, count) | (count > 0)
+        broken = broken & ~beside(outside, broken)
         return [outside, broken, on_edge]
 
     @property

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from collections.abc import Iterator
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from pvae.bounds.possible import Possible
+from pvae.bounds.sums import Sums
 from pvae.devices import double
-from pvae.errors import UndefinedError, check_int, oxford
+from pvae.errors import UndefinedError, check_int, oxford, warn
 from pvae.estimate import BoundKind, Estimate
 from pvae.options import Options, tool
 from pvae.pair import PairLike, Structure
 from pvae.terms import Evaluation, prepared, stream
 
-if TYPE_CHECKING:
-    from pvae.bounds.possible import Possible
-
 __all__ = [
     "Influence",
-    "Sums",
     "WeightSums",
     "facts",
     "log_weights",
@@ -58,6 +56,9 @@ def log_weights(
         UndefinedError: If a latent has a point-mass guide or an improper prior, or there are sites
             outside the data plate, whose weight is no single datum's.
 
+    Warns:
+        PvaeWarning: If the numbers can't be, with sites and reasons, as `evidence` marks them.
+
     Example:
         >>> vae = pvae.recipes.vae(4, 2, hidden=(8,))
         >>> log_weights(vae, torch.zeros(5, 4), 10).shape
@@ -66,7 +67,11 @@ def log_weights(
     check_int("num_particles", num_particles)
     with prepared(pair, data, options, "log_weights") as evaluation:
         require_evidence(evaluation.structure, "importance weights")
-        return torch.cat(list(weights_by_chunk(evaluation, num_particles)), 1)
+        possible = Possible(evaluation.structure)
+        weights = torch.cat(list(weights_by_chunk(evaluation, num_particles, possible)), 1)
+    if reasons := possible.mark(Estimate.of_evidence("evidence", weights)).reasons:
+        warn(f"log_weights, impossible: {'; '.join(reasons)}.")
+    return weights
 
 
 def weights_by_chunk(
@@ -151,24 +156,6 @@ def left_out(structure: Structure) -> tuple[str, ...]:
     return (*lines, *([] if structure.has_plate else [whole]))
 
 
-class Sums:
-    """Sums over each datum's particles, which come in any number of chunks."""
-
-    def __init__(self, plus: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
-        self._plus = plus
-        self._sums: dict[int, Tensor] = {}  # by a chunk's first row; the rows last
-
-    def add(self, rows: slice, new: Tensor) -> None:
-        """Takes in the sums of a chunk's particles."""
-        before = self._sums.get(rows.start)
-        self._sums[rows.start] = new if before is None else self._plus(before, new)
-
-    @property
-    def all(self) -> Tensor:
-        """The sums of all data, in order."""
-        return torch.cat(list(self._sums.values()), -1)
-
-
 class Influence:
     """What each draw moves each datum's mean by; kept where there are few enough draws.
 
@@ -177,21 +164,29 @@ class Influence:
     """
 
     def __init__(self, evaluation: Evaluation, num_particles: int) -> None:
-        self._is_kept = num_particles > 1 and evaluation.num_rows * num_particles <= _KEPT
+        self.is_kept = num_particles > 1 and evaluation.num_rows * num_particles <= _KEPT
         self._parts: dict[int, list[Tensor]] = {}
 
     def add(self, rows: slice, log_weight: Tensor) -> None:
         """Takes in the log weights of a chunk's particles, ``(k, n)``."""
-        if self._is_kept:
+        if self.is_kept:
             self._parts.setdefault(rows.start, []).append(double(log_weight))
+
+    @property
+    def _draws(self) -> Tensor | None:
+        every = [torch.cat(parts) for parts in self._parts.values()]
+        return torch.cat(every, 1) if every else None
 
     @property
     def of_mean(self) -> Tensor | None:
         """That of the mean of log weights, ``(K, N)``; None where there are too many."""
-        if not self._parts:
-            return None
-        draws = torch.cat([torch.cat(parts) for parts in self._parts.values()], 1)
-        return draws - draws.mean(0)
+        draws = self._draws
+        return None if draws is None else draws - draws.mean(0)
+
+    def of_log_mean(self, power: float = 1.0) -> Tensor | None:
+        """That of the log of the mean of a power of the weights, over the power."""
+        draws = self._draws
+        return None if draws is None else (len(draws) * (power * draws).softmax(0) - 1) / power
 
 
 _KEPT = 2**22  # draws of all data, 32 MiB
@@ -214,8 +209,10 @@ class WeightSums(Sums):
         powers = self.power * double(log_weight)
         return torch.stack([powers.logsumexp(0), (2 * powers).logsumexp(0)])
 
-    def estimate(self, name: str, k: int, structure: Structure) -> Estimate:
-        """The estimate that the sums over K particles make."""
+    def estimate(
+        self, name: str, k: int, structure: Structure, influence: Influence | None = None
+    ) -> Estimate:
+        """The estimate that the sums over K particles make, with what each draw moves it by."""
         first, second = self.all
         nothing = first == -math.inf  # no draw has any weight: none counts, and no error is known
         inverse_size = torch.where(nothing, math.inf, (second - 2 * first).exp())
@@ -226,5 +223,6 @@ class WeightSums(Sums):
             variances if k > 1 else None,
             num_particles=k,
             ess=1 / inverse_size,
+            influence=None if influence is None else influence.of_log_mean(self.power),
             **facts(structure),
         )

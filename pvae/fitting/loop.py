@@ -87,16 +87,16 @@ def _look(training: Training, bar: tqdm) -> None:
             what = f"a value that isn't finite at site {oxford(failure.sites)}"
         elif failure.parameters:
             what = f"a gradient that isn't finite, of {oxford(failure.parameters[:3])}"
-        raise TrainingError(
-            f"epoch {training.progress.epoch}, batch {training.progress.step}",
-            "a finite loss and gradient",
-            what,
-            [
-                "the pair is as it was before that step: save it, or look at it",
-                "a lower learning rate, or clip_norm=10",
-                "a floor under scales; logits instead of probabilities",
-            ],
-        )
+        fixes = [
+            "the pair is as it was before that step: save it, or look at it",
+            "a lower learning rate, or clip_norm=10",
+            "a floor under scales; logits instead of probabilities",
+        ]
+        structure = training.structure
+        if {*failure.sites} & {*structure.latents, *structure.global_latents}:
+            fixes.append("a guide whose draws are in the prior's support")
+        where = f"epoch {training.progress.epoch}, batch {training.progress.step}"
+        raise TrainingError(where, "a finite loss and gradient", what, fixes)
     average = training.stepper.averages()
     value = average["elbo"] if math.isfinite(average["elbo"]) else -average["loss"]
     bar.set_postfix_str(f"{training.structure.quantity} {value:.2f}", refresh=False)

@@ -13,7 +13,7 @@ from pyro.infer import ELBO as PyroELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pvae.errors import ArgumentError, check_int
+from pvae.errors import ArgumentError, check_int, oxford, warn
 from pvae.objectives.refusals import Need, check_needs
 from pvae.objectives.settings import Weight, as_annotated, hints, written
 from pvae.objectives.state import ObjectiveState, Training
@@ -51,6 +51,8 @@ class Objective(PyroELBO):
         vectorize_particles: Whether they go through the networks at once; None to find out.
         plate: Name of the data plate in Pyro's own ``SVI``, where the batch's length doesn't tell;
             elsewhere the pair says it.
+        densities: Names of factors in the guide that are densities, such as a Jacobian's, likewise;
+            ``()`` says that none is, and None leaves it to a warning where it matters.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Objective(PyroELBO):
     penalty_weight: Weight = 1.0
     vectorize_particles: bool | None = None
     plate: str | None = None
+    densities: str | tuple[str, ...] | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,11 +120,28 @@ class Objective(PyroELBO):
         if self.plate is not None and self.plate not in structure.plates:
             expected = f"the pair's data plate, '{structure.plate}'"
             raise ArgumentError("plate", expected, repr(self.plate))
+        if self.densities is not None and _names(self.densities) != structure.densities:
+            expected = f"the pair's, {structure.densities!r}"
+            fixes = [f"pvae.Pair(model, guide, densities={self.densities!r})"]
+            raise ArgumentError("densities", expected, repr(self.densities), fixes)
         check_needs(type(self).__name__, structure, *self.needs)
 
     @abstractmethod
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
+
+    def warn_of_factors(self, structure: Structure) -> None:
+        """Warns of factors of the guide where it matters to the loss whether they are densities.
+
+        That is under a logarithm of several draws; elsewhere both are in the loss alike.
+        """
+        terms, is_weighted = structure.training_terms, "unscaled" in self.needs
+        if terms and is_weighted and self.num_draws > 1 and self.densities is None:
+            warn(
+                f"Factor {oxford(terms)} of the guide is taken for a term of the training, and for "
+                f"no part of the weights. densities={terms!r} in {type(self).__name__} says that "
+                "it is a density, such as a Jacobian's, and densities=() that it isn't."
+            )
 
     def make_state(
         self,
@@ -224,13 +244,15 @@ class Objective(PyroELBO):
         known: _Known = self.__dict__.setdefault(_REMEMBERED, {})
         programs = _with(kwargs, model, guide)
         if (model, guide) not in known:
-            known[model, guide] = Pair(*programs, plate=self.plate), None, set()
+            pair = Pair(*programs, plate=self.plate, densities=_names(self.densities))
+            known[model, guide] = pair, None, set()
         pair, state, before = known[model, guide]
         structure = pair.inspect(batch)
         parameters = {id(p) for p in structure.parameters.values()}
         if state is None or parameters != before:
             self.check(structure)
             if state is None or not parameters & before:
+                self.warn_of_factors(structure)
                 state = self.make_state(structure)
             known[model, guide] = pair, state, parameters
         if kwargs or pair.model != model:
@@ -245,6 +267,10 @@ class Objective(PyroELBO):
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace
+
+
+def _names(densities: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (densities,) if isinstance(densities, str) else tuple(densities or ())
 
 
 def _with(kwargs: dict[str, object], model: Program, guide: Program) -> tuple[Program, Program]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pyro.distributions as dist
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from pvae.distributions import base_of, is_transformed, masks_of
 from pvae.errors import PairError, UndefinedError, is_out_of_memory
-from pvae.internals import DETERMINISTIC
+from pvae.internals import DETERMINISTIC, unvalidated
+from pvae.limits import is_outside
 from pvae.origin import first_line, line_of_user
 from pvae.sites import PENALTY
 from pvae.types import Site
@@ -81,13 +83,17 @@ def log_prob_of(site: Site) -> Tensor:
 def score(site: Site) -> Tensor:
     """The same; a value that the distribution refuses is a `PairError` that names the site.
 
-    One that a flow can't go back from, as it has no inverse, is an `UndefinedError`.
+    A draw of a latent outside the support has density 0, which is no error here. A value that a
+    flow can't go back from, as it has no inverse, is an `UndefinedError`.
     """
     try:
         return log_prob_of(site)
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
+        density = None if site["is_observed"] else _zero_outside(site)
+        if density is not None:
+            return density
         if is_transformed(site["fn"]) and isinstance(error, (KeyError, NotImplementedError)):
             raise _without_inverse(site) from error
         line = line_of_user(error)
@@ -97,6 +103,16 @@ def score(site: Site) -> Tensor:
             f"{first_line(error)} ({line})" if line else first_line(error),
             ["data in the likelihood's support", "a guide whose draws are in the prior's support"],
         ) from error
+
+
+def _zero_outside(site: Site) -> Tensor | None:
+    """The log density of draws of which some are outside the support; None if none are."""
+    outside = is_outside(site["fn"], site["value"])
+    if outside is None or not bool(outside.any()):
+        return None
+    with unvalidated():
+        density = log_prob_of(site)
+    return torch.where(outside, -math.inf, density)
 
 
 def _without_inverse(site: Site) -> UndefinedError:

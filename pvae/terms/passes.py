@@ -253,7 +253,8 @@ def _compare(structure: Structure, batch: Batch) -> str:
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of log densities; 0 where it is within rounding."""
-    off = torch.where(ours == theirs, 0.0, ours - theirs).abs().max()  # infinities may be equal
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities may be equal, too
+    off = torch.where(same, 0.0, ours - theirs).abs().max()
     size = theirs.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0)
     return 0.0 if bool(off <= _TOLERANCE.get(ours.dtype, 1e-2) * size) else float(off)
 
