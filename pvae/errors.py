@@ -6,6 +6,7 @@ instead, and what to try. The layout of messages is written here and nowhere els
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import operator
@@ -14,6 +15,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pvae.memory import memory_of
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "ArgumentError",
@@ -28,12 +35,15 @@ __all__ = [
     "UndefinedError",
     "as_shape",
     "check_choice",
+    "check_count",
     "check_file",
     "check_int",
+    "check_memory",
     "check_number",
     "check_path",
     "is_out_of_memory",
     "oxford",
+    "quoted",
     "shown",
     "telling_memory",
     "warn",
@@ -103,7 +113,7 @@ class CheckpointError(PvaeError, RuntimeError):
 
 
 class OutOfMemoryError(PvaeError, MemoryError):
-    """The rows that go through a pair at once don't fit into memory."""
+    """What was asked for doesn't fit into memory."""
 
 
 class ContractError(PvaeError, AssertionError):
@@ -166,6 +176,23 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else _written_out(c) for c in text)
 
 
+def quoted(value: object) -> str:
+    """A value on one line, short, whatever it is: what a message says was there instead.
+
+    Example:
+        >>> quoted("a" * 1000)[-25:], quoted([1.0, 2.0])
+        ('aaa... (1002 characters)', '[1.0, 2.0]')
+    """
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a number of too many digits, lists nested too deep, a repr of someone's own
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+
+
+_LONGEST = 120  # characters of a value in a message
+
+
 def _written_out(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
@@ -189,14 +216,24 @@ def warn(text: str) -> None:
     warnings.warn(text, PvaeWarning, stacklevel=depth)
 
 
+_LARGEST = 2**63 - 1
+"""The largest integer that torch and NumPy hold."""
+
+
 def check_int(where: str, value: object, minimum: int = 1) -> int:
-    """Returns ``value`` as an int, or raises an `ArgumentError` if it isn't one >= ``minimum``."""
+    """Returns ``value`` as an int, or raises an `ArgumentError`.
+
+    It must be at least ``minimum``, and at most what torch and NumPy hold in 64 bits.
+    """
     try:
         number = minimum - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, RuntimeError, ValueError):  # as of tensors and arrays
         number = minimum - 1
+    fixes = _given(where, str(max(minimum, 1)))
     if number < minimum:
-        raise ArgumentError(where, f"an integer of at least {minimum}", repr(value))
+        raise ArgumentError(where, f"an integer of at least {minimum}", quoted(value), fixes)
+    if number > _LARGEST:
+        raise ArgumentError(where, f"an integer of at most {_LARGEST}", quoted(value), fixes)
     return number
 
 
@@ -217,28 +254,56 @@ def check_number(
         ("of at most", maximum, operator.le),
     ]
     given = [(words, limit, holds) for words, limit, holds in limits if limit is not None]
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or not all(holds(number, limit) for _, limit, holds in given):
+
+    def fits(number: float) -> bool:
+        return math.isfinite(number) and all(holds(number, limit) for _, limit, holds in given)
+
+    number = _as_float(value)
+    if not fits(number):
         bounds = " and ".join(f"{words} {limit:g}" for words, limit, _ in given)
-        raise ArgumentError(where, f"a finite number {bounds}".rstrip(), repr(value))
+        candidates = (1.0, 0.5, 0.1, 2.0, *(limit for _, limit, _ in given))
+        fixes = _given(where, next((f"{n:g}" for n in candidates if fits(n)), ""))
+        raise ArgumentError(where, f"a finite number {bounds}".rstrip(), quoted(value), fixes)
     return number
+
+
+def _as_float(value: object) -> float:
+    """A number, also one in an array; NaN for what is none: text, a truth value, several."""
+    if isinstance(value, (str, bytes, bool)):
+        return math.nan
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+
+
+def _given(where: str, value: str) -> list[str]:
+    """How the argument, option or field of this name is given a value; nothing if it has none."""
+    name = where.rpartition(".")[2]
+    if name.startswith("--"):
+        return [f"{name} {value}"]
+    return [f"{name}={value}"] if value and name.isidentifier() else []
 
 
 def check_choice(where: str, value: object, choices: Iterable[object]) -> None:
     """Raises an `ArgumentError` if ``value`` isn't one of ``choices``."""
     choices = list(choices)
-    if value not in choices:
-        raise ArgumentError(where, f"one of {oxford(choices)}", repr(value))
+    if not any(value is choice or _is_same(value, choice) for choice in choices):
+        near = difflib.get_close_matches(str(value), map(str, choices), 1) if choices else []
+        best = [choice for choice in choices if str(choice) in near] or choices
+        fixes = [fix for choice in best[:2] for fix in _given(where, repr(choice))]
+        raise ArgumentError(where, f"one of {oxford(choices)}", quoted(value), fixes)
+
+
+def _is_same(value: object, choice: object) -> bool:
+    return type(value) is type(choice) and value == choice
 
 
 def check_path(where: str, path: str | Path) -> Path:
     """Returns a path, or raises an `ArgumentError`; an empty one would be the folder at hand."""
     if not isinstance(path, (str, Path)) or not str(path).strip() or "\0" in str(path):
         fixes = ["'.', for the folder at hand"]
-        raise ArgumentError(where, "the path of a folder or file", repr(path), fixes)
+        raise ArgumentError(where, "the path of a folder or file", quoted(path), fixes)
     return Path(path)
 
 
@@ -272,12 +337,59 @@ def check_file(path: Path, error: type[PvaeError], most: int | None = None) -> N
         raise error(str(path), f"a file of at most {most} bytes", f"one of {status.st_size}")
 
 
+def check_memory(
+    where: str,
+    num_bytes: int,
+    actual: str,
+    fixes: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> None:
+    """Raises an `OutOfMemoryError` for what can't fit: it takes more memory than there is at all.
+
+    Arguments:
+        where: The argument that asks for it.
+        num_bytes: How much it takes, at the least.
+        actual: What was asked for.
+        fixes: What to try.
+        device: Where it would be; None for the host.
+    """
+    there = memory_of(device)
+    if num_bytes > there:
+        expected = f"what fits into the {_gib(there)} of memory that there are"
+        raise OutOfMemoryError(where, expected, f"{actual}, which takes {_gib(num_bytes)}", fixes)
+
+
+def check_count(where: str, count: int, each: int, device: torch.device | None = None) -> None:
+    """Raises an `OutOfMemoryError` for a number of things that can't fit, with one that would.
+
+    Arguments:
+        where: The argument that counts them.
+        count: How many are asked for.
+        each: Bytes of one.
+        device: Where they would be; None for the host.
+    """
+    most = max(1, memory_of(device) // (2 * max(1, each)))  # which leaves some for the work
+    rounded = most // 10 ** (len(str(most)) - 1) * 10 ** (len(str(most)) - 1)
+    check_memory(where, count * each, f"{count}", _given(where, str(rounded)), device)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes < 2**70 else "more than a billion TiB"
+
+
 def as_shape(where: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     """Returns an event shape as a tuple; an integer is a vector of that length.
+
+    Raises:
+        ArgumentError: If it is no integer of at least 1, nor several of them.
+        OutOfMemoryError: If one array of that shape, in single precision, wouldn't fit.
 
     Example:
         >>> as_shape("event_shape", 784), as_shape("event_shape", (1, 28, 28))
         ((784,), (1, 28, 28))
     """
-    sizes = shape if isinstance(shape, Sequence) else (shape,)
-    return tuple(check_int(where, size) for size in sizes)
+    is_text = isinstance(shape, (str, bytes))
+    axes = shape if isinstance(shape, Sequence) and not is_text else (shape,)
+    sizes = tuple(check_int(where, size) for size in axes)
+    check_memory(where, 4 * math.prod(sizes), quoted(shape), _given(where, "256"))
+    return sizes

@@ -7,7 +7,7 @@ labels, which are joined to the first: integers as one-hot vectors, floating num
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,11 +16,18 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from pvae.described import Described
-from pvae.errors import ArgumentError, PairError, as_shape, check_int, check_number
+from pvae.errors import ArgumentError, PairError, as_shape, check_int, check_memory, check_number
 from pvae.internals import Convolution
 from pvae.types import Shape
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "activation_named", "unit_norm"]
+__all__ = [
+    "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
+    "activation_named",
+    "check_weights",
+    "unit_norm",
+]
 
 
 def activation_named(
@@ -87,6 +94,20 @@ def _join(x: Tensor, event_dim: int, context: Sequence[Tensor], context_dim: int
     return torch.cat([p.expand(*batch, p.shape[-1]) for p in (x, *parts)], dim=-1)
 
 
+def check_weights(where: str, shapes: Iterable[Sequence[int]]) -> None:
+    """Refuses layers whose weights, of these shapes, take more memory than there is.
+
+    Raises:
+        OutOfMemoryError: With widths to try.
+    """
+    shapes = list(shapes)
+    num_bytes = sum(map(math.prod, shapes)) * torch.get_default_dtype().itemsize
+    largest = " x ".join(map(str, max(shapes, key=math.prod, default=())))
+    name = where.rpartition(".")[2]
+    fixes = [f"{name} 256,256" if name.startswith("--") else f"{name}=(256, 256)"]
+    check_memory(where, num_bytes, f"weights of up to {largest}", fixes)
+
+
 def _features(c: Tensor, context_dim: int, x: Tensor) -> Tensor:
     """A context as features in its last axis: one-hot if it is integer."""
     if not c.dtype.is_floating_point:
@@ -149,8 +170,8 @@ class MLP(Described):
         self.out_shape = as_shape("MLP.out_shape", out_shape)
         self.context_dim = check_int("MLP.context_dim", context_dim, minimum=0)
         self.in_scale = check_number("in_scale", in_scale)
-        widths = [check_int("MLP.hidden", width) for width in hidden]
-        widths.insert(0, math.prod(self.in_shape) + context_dim)
+        widths = [math.prod(self.in_shape) + context_dim, *as_shape("MLP.hidden", hidden)]
+        check_weights("MLP.hidden", pairwise([*widths, math.prod(self.out_shape)]))
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), activation()]
@@ -233,17 +254,20 @@ class ConvEncoder(Described):
         self.context_dim = check_int("ConvEncoder.context_dim", context_dim, minimum=0)
         self.in_scale = check_number("in_scale", in_scale)
         widths = [self.in_shape[0], *as_shape("ConvEncoder.channels", channels)]
+        height, width = _halvings(*self.in_shape[1:], len(widths) - 1)[-1]
+        flat = widths[-1] * height * width + context_dim
+        outer = (flat, hidden), (hidden, check_int("ConvEncoder.out_features", out_features))
+        check_weights("ConvEncoder.channels", (*((*pair, 9) for pair in pairwise(widths)), *outer))
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1))
             layers += [_Residual(after, activation)] if residual else []
             layers.append(activation())
         self.convolutions = nn.Sequential(*layers)
-        height, width = _halvings(*self.in_shape[1:], len(widths) - 1)[-1]
         self.head = nn.Sequential(
-            nn.Linear(widths[-1] * height * width + context_dim, hidden),
+            nn.Linear(flat, hidden),
             activation(),
-            nn.Linear(hidden, check_int("ConvEncoder.out_features", out_features)),
+            nn.Linear(hidden, out_features),
             *([] if out_activation is None else [out_activation()]),
         )
 
@@ -295,6 +319,9 @@ class ConvDecoder(Described):
         widths = as_shape("ConvDecoder.channels", channels)
         self._sizes = _halvings(*self.out_shape[1:], len(widths))[::-1]
         height, width = self._sizes[0]
+        outer = (in_features + context_dim, hidden), (hidden, widths[0] * height * width)
+        inner = ((*pair, 9) for pair in pairwise([*widths, self.out_shape[0]]))
+        check_weights("ConvDecoder.channels", (*inner, *outer))
         self.head = nn.Sequential(
             nn.Linear(in_features + context_dim, hidden),
             activation(),

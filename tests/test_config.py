@@ -300,24 +300,86 @@ def test_options_win_over_the_file_and_a_run_goes_on_with_its_own(tmp_path: Path
     assert len((a / "history.jsonl").read_text().splitlines()) == 4
 
 
-FILES = {
+FILES: dict[str, tuple[str | bytes, str]] = {
     "unknown": ('{"latent_dims": 3}', "latent_dims: expected an option.*Try: latent_dim"),
-    "value": ('{"lr": "fast"}', "lr: expected a valid number; got 'fast'"),
+    "value": ('{"lr": "fast"}', "lr: expected a number; got 'fast'"),
     "choice": ('{"prior": "cauchy"}', "prior: expected one of standard_normal, "),
     "list": ("[1, 2]", "JSON or TOML file with the same names; got ValueError"),
     "text": ("prior = laplace", "JSON or TOML file with the same names; got JSONDecodeError"),
     "widths": ('{"hidden": [3, "a"]}', "hidden: expected a valid integer; got 'a'"),
-}
+    "number as text": ('{"epochs": "5"}', "epochs: expected an integer; got '5'"),
+    "number as a list": ('{"epochs": [5]}', r"epochs: expected an integer; got \[5\]"),
+    "number as a truth": ('{"epochs": true}', "epochs: expected an integer; got True"),
+    "number as a table": ('{"lr": {"a": 1}}', "lr: expected a number; got {'a': 1}"),
+    "name as a number": ('{"recipe": 3}', "recipe: expected a valid string; got 3"),
+    "name as a list": ('{"data": ["a"]}', "data: expected a valid string"),
+    "half an epoch": ('{"epochs": 2.5}', "epochs: expected a valid integer; got 2.5"),
+    "no rate": ('{"lr": -0.0}', "lr: expected a finite number above 0; got -0.0.*Try: lr 1"),
+    "no epochs": ('{"epochs": -0}', "epochs: expected an integer of at least 1; got 0"),
+    "negative seed": ('{"seed": -1}', "seed: expected an integer of at least 0"),
+    "infinite": ('{"lr": 1e400}', "lr: expected a finite number above 0; got inf"),
+    "infinite weight": ('{"beta": 1e400}', "beta: expected a finite number of at least 0; got inf"),
+    "negative weight": ('{"contractive": -1}', "contractive: expected a finite number of at least"),
+    "NaN": ('{"lr": NaN}', "NaN, which is no JSON"),
+    "Infinity": ('{"noise": -Infinity}', "-Infinity, which is no JSON"),
+    "NaN in TOML": ("lr = nan", "lr: expected a finite number above 0; got nan"),
+    "sigma": ('{"sigma": -1.0}', "sigma: expected a finite number above 0; got -1.0"),
+    "sigma as text": ('{"sigma": "nan"}', "sigma: expected a finite number above 0; got nan"),
+    "width": ('{"hidden": [1000000000000]}', "hidden: expected what fits into the .* GiB"),
+    "wide together": ('{"hidden": [9000000, 9000000]}', "hidden: expected what fits into"),
+    "width of a decoder": ('{"decoder_hidden": [10000000000000]}', "decoder_hidden: .* fits into"),
+    "no width": ('{"hidden": [0]}', "hidden: expected an integer of at least 1; got 0"),
+    "lists of lists": ('{"hidden": [[3], [4]]}', "hidden: expected a valid integer; got .4."),
+    "table of widths": ('{"hidden": {"a": 3}}', "hidden: expected a valid tuple"),
+    "latent": ('{"latent_dim": 1000000000000}', "latent_dim: expected what fits into the"),
+    "no latent": ('{"latent_dim": 0}', "latent_dim: expected an integer of at least 1; got 0"),
+    "draws": ('{"num_particles": 100000000000}', "num_particles: expected what.*particles \\d+"),
+    "beyond 64 bits": ('{"epochs": 1' + "0" * 30 + "}", "epochs: expected an integer of at most"),
+    "digits": ('{"epochs": 1' + "0" * 5000 + "}", "Exceeds the limit"),
+    "nested": ("[" * 100_000, "got RecursionError"),
+    "nested tables": ('{"a":' * 100_000, "got RecursionError"),
+    "nested TOML": ("a = " + "[" * 100_000, "TOML|JSON"),
+    "nested value": ('{"hidden": ' + "[" * 500 + "]" * 500 + "}", "hidden: expected a valid"),
+    "this object": ('{"self": 1}', "self: expected an option"),
+    "class": ('{"__class__": 1}', "expected an option of pvae train"),
+    "a name with an escape": ('{"a\\u001b[2Jb": 1}', r"a\\x1b\[2Jb: expected an option"),
+    "null": ("null", "no table of names and values"),
+    "empty": ("", "got an empty one"),
+    "bytes": (b"\xff\xfe{}", "got UnicodeDecodeError"),
+    "two tables": ("{}{}", "got JSONDecodeError: Extra data"),
+    "long": ("{" + " " * 2**20 + "}", "got one of 1048578"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_are_no_configuration(name: str, tmp_path: Path) -> None:
+    """In one line, before anything is read or made."""
     content, words = FILES[name]
-    path = tmp_path / "mine.json"
-    path.write_text(content)
-    with pytest.raises(CheckpointError, match=f"(?s)mine.json.*{words}"):
-        call("train", "--config", str(path), "--out", str(tmp_path / "run"))
+    path = tmp_path / ("mine.toml" if "TOML" in name else "mine.json")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=f"(?s)mine..?.?.?.?.*{words}") as error:
+        Config.read(path)
+    assert "\x1b" not in str(error.value)
+    assert len(error.value.one_line()) < 1000
+
+
+def test_a_file_is_refused_before_the_run_has_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"hidden": [1000000000000]}')
+    with pytest.raises(CheckpointError, match=r"mine\.json, hidden: expected what fits into"):
+        call("train", "--config", str(tmp_path / "mine.json"), "--out", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "device", "missing", "long"])
+def test_what_is_no_file_is_no_configuration(kind: str, tmp_path: Path) -> None:
+    names: dict[str, str | Path] = {
+        "folder": tmp_path,
+        "device": "/dev/zero",
+        "missing": "no",
+        "long": "a" * 5000,
+    }
+    with pytest.raises(CheckpointError, match=r"expected the config\.json of a run"):
+        Config.read(names[kind])
 
 
 VALUES: dict[str, tuple[dict[str, object], str]] = {

@@ -32,6 +32,7 @@ GROUND = {  # imports the ground
     "estimate",
     "limits",
     "measure",
+    "memory",
     "internals",
     "jacobian",
     "mmd",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import json
-import tomllib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,12 +18,22 @@ from torch import nn
 
 from pvae import corruptions, guides, likelihoods, objectives, penalties, priors, recipes
 from pvae.config.option import Option, field, flag, numbers_of, part_options, recipe_options
+from pvae.config.reading import check_kinds, values_in
 from pvae.data import Limits, Splits, load
 from pvae.data.arrays import BINARIZE, Binarize
 from pvae.engine import ASKED
-from pvae.errors import ArgumentError, CheckpointError, check_path
+from pvae.errors import (
+    ArgumentError,
+    CheckpointError,
+    PvaeError,
+    as_shape,
+    check_count,
+    check_number,
+    check_path,
+    quoted,
+)
 from pvae.fitting import fit
-from pvae.networks import activation_named
+from pvae.networks import activation_named, check_weights
 from pvae.objectives import Objective
 from pvae.penalties import Penalty
 from pvae.schedules import Warmup
@@ -162,11 +172,11 @@ class Config(BaseModel):
         None, "Weight of the rate KL(q(z | x) || p(z)) in the objective; 1 is the ELBO.", 4.0
     )
     warmup: int = _objective(
-        0, "Number of epochs in which the weight of the rate rises from 0.", 10
+        0, "Number of epochs in which the weight of the rate rises from 0.", 10, least=0
     )
     epochs: int = _training(100, "Number of passes over the training data.", 50)
     batch_size: int = _training(64, "Number of data in a batch.", 128)
-    lr: float = _training(1e-3, "Learning rate of Adam.", 3e-4)
+    lr: float = _training(1e-3, "Learning rate of Adam.", 3e-4, is_positive=True)
     patience: int | None = _training(
         None,
         "Number of epochs without a better validation value after which training stops.",
@@ -177,10 +187,10 @@ class Config(BaseModel):
         "auto", "How a step is run; auto compiles it where that pays.", "eager", choices=ASKED
     )
     seed: int = _training(
-        0, "Seed of the split of data, of the networks' first weights, of draws.", 1
+        0, "Seed of the split of data, of the networks' first weights, of draws.", 1, least=0
     )
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, /, **values: object) -> None:
         known = options()
         given = {n: v for n, v in values.items() if v is not None or n in type(self).model_fields}
         for name in given.keys() - known.keys():
@@ -192,6 +202,13 @@ class Config(BaseModel):
             raise _in_our_words(error) from None
         for name, option in known.items():
             option.check(name, getattr(self, name, None))
+        if isinstance(sigma := self._sigma(), float):
+            check_number("--sigma", sigma, above=0)
+        as_shape(flag("latent_dim"), self.latent_dim)
+        check_count(flag("num_particles"), self.num_particles or 1, 4 * self.latent_dim)
+        for name in ("hidden", "decoder_hidden"):
+            widths = as_shape(flag(name), getattr(self, name) or ())
+            check_weights(flag(name), pairwise([*widths, self.latent_dim]))
         for name in ("activation", "code_activation"):
             if (value := getattr(self, name)) is not None:
                 activation_named(value, flag(name))
@@ -319,22 +336,7 @@ class Config(BaseModel):
         Raises:
             CheckpointError: If the file can't be read or isn't a configuration.
         """
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            text = path.read_text()
-            values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError("no table of names and values")
-        except (OSError, ValueError) as error:
-            expected = "the config.json of a run, or a JSON or TOML file with the same names"
-            fixes = ["--config runs/a/config.json, of a run that pvae train wrote"]
-            if path.name == "config.json":
-                fixes = [
-                    "pvae train --out DIR first, then the folder DIR",
-                    "of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python",
-                ]
-            actual = f"{type(error).__name__}: {error}"
-            raise CheckpointError(str(path), expected, actual, fixes) from error
+        values = values_in(path / "config.json" if os.path.isdir(path) else path)  # noqa: PTH112
         for name in ("resolved", "job"):  # which say what came of it
             values.pop(name, None)
         return values
@@ -347,13 +349,15 @@ class Config(BaseModel):
             CheckpointError: If the file isn't a configuration.
         """
         path = check_path("path", path)
-        path = path / "config.json" if path.is_dir() else path
+        path = path / "config.json" if os.path.isdir(path) else path  # noqa: PTH112
         values = cls.values_in(path)
         try:
+            check_kinds(values, options())
             return cls(**values)
-        except ArgumentError as error:
+        except PvaeError as error:
             where = f"{path}, {error.where.removeprefix('--').replace('-', '_')}"
-            fixes = [fix.removeprefix("--").replace("-", "_") for fix in error.fixes]
+            named = [fix.removeprefix("--").partition(" ") for fix in error.fixes]
+            fixes = [f"{name.replace('-', '_')} {value}".strip() for name, _, value in named]
             raise CheckpointError(where, error.expected, error.actual, fixes) from error
 
 
@@ -383,4 +387,4 @@ def _in_our_words(error: ValidationError) -> ArgumentError:
     last = error.errors()[-1]  # of an integer or a number, what the number would have to be
     expected = last["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     expected = expected if "widths" in expected else expected.split(", ")[0]
-    return ArgumentError(flag(str(last["loc"][0])), expected, repr(last["input"]))
+    return ArgumentError(flag(str(last["loc"][0])), expected, quoted(last["input"]))

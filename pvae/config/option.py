@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from pvae import corruptions, penalties, recipes
-from pvae.errors import ArgumentError
+from pvae.errors import ArgumentError, check_int, check_number, quoted
 from pvae.vae import VAE
 
 __all__ = ["Option", "field", "flag", "numbers_of", "part_options", "recipe_options"]
@@ -28,6 +28,8 @@ class Option:
         kind: What its values are: a name, a number, widths.
         default: The value where none is given, in words where recipe or data decide.
         choices: Names that it can have; None for any value.
+        least: The least number that it can be; None for the least that its kind allows.
+        is_positive: Whether a number has to be above 0.
     """
 
     group: str
@@ -36,11 +38,18 @@ class Option:
     kind: str
     default: str
     choices: Collection[str] | None = None
+    least: int | None = None
+    is_positive: bool = False
 
     def check(self, name: str, value: object) -> None:
-        """Refuses a value that is none of the choices."""
+        """Refuses a value that is none of the choices, and a number outside of its limits."""
+        if value is not None and self.kind == "<int>":
+            check_int(flag(name), value, 1 if self.least is None else self.least)
+        if value is not None and self.kind == "<float>":
+            limit = {"above": 0.0} if self.is_positive else {"minimum": 0.0}
+            check_number(flag(name), value, **limit)
         if self.choices is not None and value is not None and value not in self.choices:
-            raise ArgumentError(flag(name), f"one of {', '.join(self.choices)}", repr(value))
+            raise ArgumentError(flag(name), f"one of {', '.join(self.choices)}", quoted(value))
 
     def text(self, name: str) -> str:
         """The help in full: what it is, its choices, its default, an example."""
@@ -66,11 +75,13 @@ def field(
     *,
     choices: Collection[str] | None = None,
     unset: str = "decided by the objective",
+    least: int | None = None,
+    is_positive: bool = False,
 ) -> Any:
     """A field of `Config` that knows its `Option`."""
     kind = "<str>" if isinstance(example, str) else _kind(type(example).__name__)
     words = unset if default is None else str(default)
-    option = Option(group, text, str(example), kind, words, choices)
+    option = Option(group, text, str(example), kind, words, choices, least, is_positive)
     return Field(default, description=text, json_schema_extra={"option": option})  # type: ignore[dict-item]
 
 
