@@ -257,7 +257,7 @@ MISTAKES = {
     "likelihood": (["train", "--likelihood", "poisson"], "--likelihood: expected one of bernoulli"),
     "not binary": (["train", "--likelihood", "bernoulli"], "--binarize dynamic"),
     "hidden": (["train", "--hidden", "a,b"], "--hidden: expected widths such as 256,256"),
-    "latent": (["train", "--latent-dim", "0"], "latent_dim: expected an integer of at least 1"),
+    "latent": (["train", "--latent-dim", "0"], "--latent-dim: expected an integer of at least 1"),
     "device": (["train", "--device", "gpu", "--epochs", "1"], "device: expected 'auto'"),
     "activation": (["train", "--activation", "Relu"], "a torch.nn activation"),
     "sigma": (["train", "--likelihood", "gaussian", "--sigma", "big"], "Gaussian.sigma"),
