@@ -7,7 +7,7 @@ BIN := .venv/bin
 PROCESSES ?= 2
 SPREAD := --numprocesses $(PROCESSES) --dist worksteal
 
-.PHONY: demo test test-device lint tutorials bench peers clean
+.PHONY: demo test test-device lint tutorials bench gpu peers clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -40,6 +40,10 @@ tutorials: .venv/installed
 # Real data, about an hour and a half on one core; PVAE_DATA names the folder with MNIST.
 bench: .venv/installed
 	$(BIN)/python benchmarks/quality.py a b c d
+
+# What a first half hour with a GPU runs; benchmarks/gpu.py --help says how to run it without one.
+gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py
 
 # The libraries that benchmarks/throughput.py measures beside pvae, in an environment of their own.
 peers: .venv-peers/installed

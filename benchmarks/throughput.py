@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 FUSED, PYRO, PYTHAE, NUMPYRO = "hand-written, fused Adam", "Pyro SVI", "pythae", "NumPyro"
 EAGER, COMPILED, CUDAGRAPH = "pvae eager", "pvae compiled", "pvae cudagraph"
+CAPTURED = "hand-written, fused Adam, captured"
 PRODUCTS = "matrix products alone"
 
 ALL = ("mlp", "iwae", "conv", "flow")
@@ -57,6 +58,7 @@ SIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # file, option, models
     "hand-written, Adam": ("hand", "default", ("mlp",)),
     FUSED: ("hand", "fused", ALL),
     "hand-written, fused Adam, compiled": ("hand", "compiled", ALL),
+    CAPTURED: ("hand", "captured", ALL),
     PYRO: ("pyro_svi", "same", ("mlp",)),
     "Pyro SVI, its example's layers": ("pyro_svi", "example", ("mlp",)),
     PYTHAE: ("pythae_vae", "memory", ("mlp",)),
@@ -64,6 +66,7 @@ SIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # file, option, models
     NUMPYRO: ("numpyro_svi", "", ("mlp", "iwae")),
     PRODUCTS: ("floor", "", ("mlp",)),
 }
+OF_CUDA = ("cudagraph", "captured")
 IN_PEERS = ("pythae_vae", "numpyro_svi")
 NOT_WRITTEN = {
     ("conv", NUMPYRO): "not written",
@@ -191,18 +194,22 @@ class Worker:
 
 def sides_of(case: Case) -> Iterator[str]:
     for name, (_, option, models) in SIDES.items():
-        if case.model in models and (option != "cudagraph" or case.device == "cuda"):
+        if case.model in models and (option not in OF_CUDA or case.device == "cuda"):
             yield name
 
 
-def measure(case: Case, rounds: int, warmup: int, core: int | None) -> dict[str, Any]:
-    """Alternating rounds of all sides of a case."""
+def measure(
+    case: Case, rounds: int, warmup: int, core: int | None, names: Collection[str] = ()
+) -> dict[str, Any]:
+    """Alternating rounds of a case's sides: those of these names, or all."""
     left_out = {side: why for (model, side), why in NOT_WRITTEN.items() if model == case.model}
     about: dict[str, dict[str, Any]] = {}
     times: dict[str, list[Measured]] = {}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name in sides_of(case):
+            if names and name not in names:
+                continue
             try:
                 workers[name] = worker = Worker(name, case, core)
             except LeftOutError as error:

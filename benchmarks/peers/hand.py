@@ -1,7 +1,8 @@
-"""Plain torch, written by hand; the option is ``"default"`` Adam, ``"fused"`` or ``"compiled"``.
+"""Plain torch, by hand; options: ``"default"`` Adam, ``"fused"``, ``"compiled"``, ``"captured"``.
 
 The scale is exp(log variance / 2). The rate of ``mlp`` and ``conv`` is in closed form, that of
-``flow`` is drawn. ``"compiled"`` is fused Adam, and torch.compile of the loss.
+``flow`` is drawn. ``"compiled"`` is fused Adam, and torch.compile of the loss; ``"captured"`` is
+fused Adam, and the whole step as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -99,12 +100,32 @@ def stream(x: Tensor, batch: int) -> Iterator[Tensor]:
             yield x[order[start : start + batch]]
 
 
+def captured(step: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """The step as a graph, for batches of the example's shape."""
+    batch, stream = example.clone(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(batch)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(batch)
+
+    def replay(x: Tensor) -> Tensor:
+        batch.copy_(x)
+        graph.replay()
+        return loss.clone()
+
+    return replay
+
+
 def make(case: Case, option: str) -> Side:
     torch.set_num_threads(1)
     torch.manual_seed(case.seed)
     pair = networks(case.model).to(case.device)
-    fused = None if option == "default" else True
-    optimizer = torch.optim.Adam(pair.parameters(), lr=LR, fused=fused)
+    fused, capturable = None if option == "default" else True, option == "captured"
+    optimizer = torch.optim.Adam(pair.parameters(), lr=LR, fused=fused, capturable=capturable)
     x = torch.from_numpy(images(case)).to(case.device)
     if case.model == "conv":
         x = x.reshape(-1, 1, 28, 28)
@@ -117,14 +138,16 @@ def make(case: Case, option: str) -> Side:
     compute: Any = torch.compile(loss_of) if option == "compiled" else loss_of
     source = stream(x, case.batch)
 
+    def step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = compute(batch)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    once = captured(step, x[: case.batch]) if option == "captured" else step
+
     def run(steps: int) -> float:
-        losses = []
-        for batch in itertools.islice(source, steps):
-            optimizer.zero_grad()
-            loss = compute(batch)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        return float(torch.stack(losses).mean())
+        return float(torch.stack([once(batch) for batch in itertools.islice(source, steps)]).mean())
 
     return Side(run, sum(p.numel() for p in pair.parameters()), ("torch",))

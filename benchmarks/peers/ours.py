@@ -55,7 +55,7 @@ def make(case: Case, option: str) -> Side:
     x = torch.from_numpy(images(case)).to(case.device)
     if case.model == "conv":
         x = x.reshape(-1, 1, 28, 28)
-    batches = Batches(as_source(x), case.batch, case.seed)
+    batches = Batches(as_source(x, case.device), case.batch, case.seed)
 
     def stream() -> Iterator[Tensor]:
         for epoch in itertools.count():
@@ -66,6 +66,6 @@ def make(case: Case, option: str) -> Side:
 
     def run(steps: int) -> float:
         losses = [step(batch) for batch in itertools.islice(source, steps)]
-        return sum(losses) / (steps * case.batch)
+        return float(sum(losses)) / (steps * case.batch)
 
     return Side(run, sum(p.numel() for p in pair.parameters()), ("pvae", "torch", "pyro-ppl"))
