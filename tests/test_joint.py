@@ -256,3 +256,30 @@ def test_default_draws_are_bounded_whatever_the_number_of_data() -> None:
     found = bounds.evidence((Mean(), guide), x, progress=False)
     assert found.name == "evidence, joint IWAE-83"
     assert found.total == pytest.approx(Mean.log_evidence(x), rel=1e-9)
+
+
+def test_the_screen_says_what_its_bound_is_of_and_names_the_models_sites() -> None:
+    """The ELBO is a datum's share, beside a gap of the data set; no auxiliary site is named."""
+    toy = Regression(inside=True, centre=10.0)
+    guide = AutoMultivariateNormal(toy.model)
+    found = pvae.diagnose((toy.model, guide), toy.batch, checks=["elbo", "importance", "sbc"])
+    units = {line.name: line.unit for line in found.findings()}
+    assert units["ELBO"] == "nats per datum"
+    assert units["joint gap, at least"] == "nats"
+    elbo = bounds.elbo((toy.model, guide), toy.batch, 10)
+    value = next(line.value for line in found.findings() if line.name == "ELBO")
+    assert value == pytest.approx(elbo.total / elbo.num_data)
+    for text in (str(found), str(elbo), found.undefined["sbc"]):
+        assert "_AutoMultivariateNormal_latent" not in text
+        assert "_unconstrained" not in text
+
+
+def test_training_comes_first_where_noise_hides_whether_it_is_done() -> None:
+    """A curve of 30 epochs as noisy as one draw makes it, of a guide that has hardly moved."""
+    toy = Regression(inside=True)
+    pair = toy.model, AutoMultivariateNormal(toy.model)
+    run = pvae.fit(pair, toy.batch, epochs=30, batch_size=None, lr=1e-4, progress=False)
+    found = run.diagnose(progress=False)
+    assert "could hide" in str(found)
+    assert found.advice.startswith("train on")
+    assert not any("AutoIAF" in line.advice for line in found.findings())

@@ -18,6 +18,7 @@ import pvae
 from pvae import Pair, bounds, export, objectives
 from pvae.errors import ArgumentError, PairError, PvaeWarning
 from pvae.objectives.table import ALL
+from pvae.sites import penalty
 
 pytestmark = pytest.mark.usefixtures("store")
 N = 12
@@ -304,3 +305,29 @@ def test_a_factor_beside_an_autoguide() -> None:
     torch.testing.assert_close(weights(guide), weights(auto))
     found = bounds.elbo((model, guide), x, 3)
     assert found.remarks == ("left out: factor 'extra' of the guide",)
+
+
+def test_a_factor_of_the_model_is_in_the_density_and_said_by_site() -> None:
+    """Its value, 0.3 a datum, is in every bound; a penalty's isn't, nor is it named."""
+
+    def with_factor(x: Tensor) -> None:
+        with pyro.plate("data", N, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("potential", 0.3 * torch.ones(len(x)))
+        penalty("small", torch.ones(()))
+
+    pair = with_factor, guide_of
+    for found in (bounds.elbo(pair, series(), 3), bounds.evidence(pair, series(), 3)):
+        torch.testing.assert_close(found.per_datum, exact(series()) + 0.3, rtol=1e-9, atol=1e-9)
+        assert found.remarks == ("in the density: factor 'potential' of the model",)
+    tree = export.to_arviz(pair, series(), num_particles=2, progress=False)
+    assert tree.attrs["factors"] == "'potential'"
+    screen = pvae.diagnose(pair, series(), checks=["elbo"], progress=False)
+    assert "in the density: factor 'potential' of the model" in str(screen)
+
+
+def guide_of(x: Tensor) -> None:
+    """The posterior."""
+    with pyro.plate("data", N, subsample_size=len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("weight", torch.tensor(0.5)) * x, 0.5**0.5))

@@ -6,6 +6,7 @@ What was recorded runs as it is, without torch's compiler, which would take seco
 from __future__ import annotations
 
 import functools
+import math
 import random
 import types
 import warnings
@@ -317,6 +318,63 @@ def test_a_number_in_a_tensor_is_an_input(recorded: list[int]) -> None:
     expected, _ = losses(make, weights)
     assert losses(make, weights, engine="compiled")[0] == pytest.approx(expected, rel=1e-7)
     assert len(recorded) == 1
+
+
+def plainly(weight: float) -> Any:
+    return weight
+
+
+def with_arithmetic(weight: float) -> Any:
+    return 0.5 * (1 - weight) ** 2 + weight
+
+
+def with_mathematics(weight: float) -> Any:
+    return math.exp(-weight)
+
+
+def with_a_branch(weight: float) -> Any:
+    return weight if weight > 0.6 else 0.6
+
+
+def of_arguments(
+    change: Callable[[float], Any], weights: Sequence[float], kind: type[infer.SVI], **options: Any
+) -> list[float]:
+    """Losses of steps whose weight of the KL is an argument, in a dictionary."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+
+    def of_pair(program: Callable[..., None]) -> Callable[..., None]:
+        return lambda x, more: program(x, change(more["weight"]))
+
+    adam = pyro.optim.Adam({"lr": 0.01})
+    svi = kind(of_pair(model), of_pair(guide), adam, Trace_ELBO(), **options)
+    x = torch.linspace(-2.0, 2.0, N)
+    return [svi.step(x, more={"weight": weight}) for weight in weights]
+
+
+@pytest.mark.parametrize("change", [plainly, with_arithmetic])
+def test_a_float_among_the_arguments_becomes_an_input(
+    change: Callable[[float], Any], recorded: list[int]
+) -> None:
+    """Its first value is recorded; when it changes, the graph takes it, and no other is made."""
+    weights = [0.1 + k / 7 for k in range(7)]
+    expected = of_arguments(change, weights, infer.SVI)
+    found = of_arguments(change, weights, pvae.SVI, engine="compiled")
+    assert found == pytest.approx(expected, rel=1e-7)
+    assert len(recorded) == 2
+
+
+@pytest.mark.parametrize("change", [with_mathematics, with_a_branch])
+def test_a_float_that_python_computes_with_is_no_input(
+    change: Callable[[float], Any], recorded: list[int]
+) -> None:
+    """The warning names it, and what to write."""
+    weights = [0.25, 0.5, 0.75, 1.0, 1.25]
+    expected = of_arguments(change, weights, infer.SVI)
+    with pytest.warns(PvaeWarning, match=r"argument.1, from 0.5 to 0.75.*torch.tensor\(0.5\)"):
+        found = of_arguments(change, weights, pvae.SVI, engine="compiled")
+    assert found == pytest.approx(expected, rel=1e-7)
+    assert len(recorded) == 2
 
 
 def test_what_a_step_does_not_read_may_change(recorded: list[int]) -> None:

@@ -239,7 +239,7 @@ def _of_joint_draws(
 
 def _of_data_set(found: Estimate, evaluation: Evaluation) -> Estimate:
     """The number of the one datum that the data set is, as one of the data set."""
-    sites, num_data = evaluation.structure.global_sites, evaluation.num_rows
+    sites, num_data = evaluation.structure.shared_sites, evaluation.num_rows
     return replace(
         found, by="data set", num_data=num_data, global_sites=sites, remarks=found.remarks[:-1]
     )

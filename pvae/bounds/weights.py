@@ -114,7 +114,7 @@ def require_local(structure: Structure, what: str) -> None:
             "bounds.evidence(pair, x), of the data set",
             "diagnostics.importance(pair, x).log_weights, of joint draws",
         ]
-        actual = f"global site {oxford(structure.global_sites)}"
+        actual = f"global site {oxford(structure.shared_sites)}"
         raise UndefinedError(f"{what} of single data", expected, actual, fixes)
 
 
@@ -137,13 +137,13 @@ def facts(structure: Structure) -> Facts:
     """What an average of a pair's log weights is, and what is not in it."""
     return {
         "kind": "lower" if structure.quantity == "elbo" else "none",
-        "global_sites": structure.global_sites,
+        "global_sites": structure.shared_sites,
         "remarks": left_out(structure),
     }
 
 
 def left_out(structure: Structure) -> tuple[str, ...]:
-    """What of a pair is in no density, and what its one datum is, a line each."""
+    """What is in no density, or in it though it is no site's, and what one datum is; by line."""
     scales = structure.removed_scales.items()
     lines = [f"left out: poutine.scale of {scale:g} at site '{site}'" for site, scale in scales]
     lines += [f"left out: factor '{name}' of the guide" for name in structure.training_terms]
@@ -152,6 +152,7 @@ def left_out(structure: Structure) -> tuple[str, ...]:
         for name in structure.masked_apart
     ]
     lines += [f"left out: '{name}', missing values of no guide" for name in structure.imputed]
+    lines += [f"in the density: factor '{name}' of the model" for name in structure.factors]
     whole = "no plate counts the data: the one datum is the whole data set"
     return (*lines, *([] if structure.has_plate else [whole]))
 

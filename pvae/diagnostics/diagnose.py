@@ -96,7 +96,9 @@ class Diagnosis(Result):
         tests = {check for check, line in rows.values() if line.p_value is not None}
         lines = [(check, _corrected(line, len(tests))) for check, line in rows.values()]
         if self.training is None:
-            return lines
+            is_tried = isinstance(self.results.get("trial"), Trial)  # and gains nothing
+            return [(c, replace(n, advice="") if is_tried and c == "learning" else n)
+                    for c, n in lines]  # fmt: skip
         return [(c, n if c in _TRAINING else replace(n, advice="")) for c, n in lines]
 
     @property
@@ -122,9 +124,11 @@ class Diagnosis(Result):
 
     @property
     def has_curve(self) -> bool:
-        """Whether there is a learning curve of so many epochs that no trial is needed."""
+        """Whether there is a learning curve that says so much that no trial is needed."""
         curve = self.results.get("learning")
-        return isinstance(curve, LearningCurve) and len(curve.values) >= ENOUGH_EPOCHS
+        if not isinstance(curve, LearningCurve) or curve.is_open:
+            return False
+        return len(curve.values) >= ENOUGH_EPOCHS
 
     @property
     def unseen(self) -> dict[str, str]:
@@ -244,7 +248,8 @@ def diagnose(
             or an observed site, to which ``"predictive"`` does. None for all: latents together, and
             a line for each of several observed sites.
         history: History of the training, one row an epoch, as `Fit.history` is; without one, or
-            with fewer than 20 epochs, ``"trial"`` says whether to train on, too.
+            with fewer than 20 epochs or noise that could hide a rise, ``"trial"`` says whether to
+            train on, too.
         options: As in `pvae.options.Options`.
 
     Example:

@@ -409,12 +409,12 @@ def richer_guide(structure: Structure) -> str:
 
 _DEPENDENT = (
     "pvae.fit((model, pyro.infer.autoguide.AutoMultivariateNormal(model)), x), a guide whose "
-    "latents depend on one another, or AutoLowRankMultivariateNormal; "
-    "diagnostics.against_nuts(pair, x) says what is off"
+    "latents depend on one another, or AutoLowRankMultivariateNormal; diagnostics.trial(pair, x) "
+    "says whether more training would do, diagnostics.against_nuts(pair, x) what is off"
 )
 _CURVED = (
-    "pvae.fit((model, pyro.infer.autoguide.AutoIAFNormal(model)), x), or more training; "
-    "diagnostics.against_nuts(pair, x) says what is off"
+    "pvae.fit((model, pyro.infer.autoguide.AutoIAFNormal(model)), x); diagnostics.trial(pair, x) "
+    "says whether more training would do, diagnostics.against_nuts(pair, x) what is off"
 )
 _RICHER = dict.fromkeys(("AutoMultivariateNormal", "AutoIAFNormal"), _CURVED)
 """By class of guide, what is worth trying; `_DEPENDENT` for all others."""

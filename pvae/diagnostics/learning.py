@@ -76,6 +76,12 @@ class LearningCurve(Result):
         return self.state == "rising" and CURVE.verdict(self.slope * self.window) != "good"
 
     @property
+    def is_open(self) -> bool:
+        """Whether noise could hide a rise that would be worth going on for."""
+        gain, error = self.slope * self.window, self.se_slope * self.window
+        return self.state == "plateau" and not gain + 2 * error < HIDDEN
+
+    @property
     def title(self) -> str:
         """How many epochs there are, and how noisy they are."""
         return f"{self.name} of {len(self.values)} epochs, noise {self.noise:.2g} nats"
@@ -94,11 +100,11 @@ class LearningCurve(Result):
             verdict, advice = "look", MORE_EPOCHS
         elif self.state == "rising":
             meaning = f"{self.name} still rises, but hardly"
-        elif gain + 2 * error < HIDDEN:
-            meaning = f"{self.name} has levelled off"
-        else:
+        elif self.is_open:
             meaning = "no trend above the noise, which could hide one"
             verdict, advice = "look", f"{MORE_EPOCHS}; or more validation data"
+        else:
+            meaning = f"{self.name} has levelled off"
         lines = [Finding("learning curve", gain, error, "nats", verdict, meaning, advice)]
         if self.generalisation is not None:
             meaning = "what training data have above validation data"

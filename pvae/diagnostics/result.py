@@ -79,7 +79,8 @@ class Finding:
     ) -> Finding:
         """The mean of an estimate, with its error over data, or over draws if it has no other.
 
-        One that is impossible is bad, and says why.
+        Of a number of the whole data set that is a datum's share, and its unit says so. One that is
+        impossible is bad, and says why.
 
         Example:
             >>> Finding.of(Estimate("rate", torch.tensor([1.0, 2.0, 3.0]))).number
@@ -90,7 +91,9 @@ class Finding:
         if estimate.kind == "impossible":
             verdict, meaning = "bad", f"impossible: {'; '.join(estimate.reasons)}"
             advice = IMPOSSIBLE
-        return cls(estimate.name, estimate.mean, known, estimate.unit, verdict, meaning, advice)
+        is_share = estimate.is_whole and estimate.num_data > 1
+        unit = f"{estimate.unit} per datum" if is_share else estimate.unit
+        return cls(estimate.name, estimate.mean, known, unit, verdict, meaning, advice)
 
     @property
     def number(self) -> str:

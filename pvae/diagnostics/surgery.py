@@ -250,7 +250,7 @@ def _check(structure: Structure, num_rows: int) -> None:
     got = "" if structure.latents else "no latent with a guide"
     got = "plates inside the data plate" if structure.latents and structure.nesting > 1 else got
     if structure.global_sites:
-        got = f"global site(s) {oxford(structure.global_sites)}"
+        got = f"global site(s) {oxford(structure.shared_sites)}"
     if got:
         expected = "a pair whose latents are all in the data plate, and in no other"
         fixes = ["bounds.elbo, for rate and distortion of the data set"]

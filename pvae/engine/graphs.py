@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.devices import double
+from pvae.engine.arguments import as_tensors, type_of_numbers
 from pvae.engine.compiler import UncompilableError, compile_function
 from pvae.engine.monitor import Measured
 from pvae.engine.optimizers import Backup
@@ -93,6 +94,11 @@ class Recordings(Generic[T]):
             )
         return sum(map(len, self._known.values())) < MAX_GRAPHS
 
+    def floats_before(self, kind: Hashable) -> dict[int, float]:
+        """The floats that the last graph was made with, where others are what is in its way."""
+        known = self._known.get(kind, [])
+        return known[-1].watch.floats if known and known[-1].watch.is_of_other_floats else {}
+
     def add(self, kind: Hashable, recorded: Recorded[T]) -> Recorded[T]:
         """Keeps a graph."""
         self._known.setdefault(kind, []).append(recorded)
@@ -111,15 +117,48 @@ class CompiledPass(Generic[Result]):
         self.passes: Passes = passes
         self.eager: Callable[..., Result] = eager
         self._recordings: Recordings[Result] = Recordings()
+        self._floats: dict[Hashable, torch.dtype | None] = {}  # of tensors in their place
 
     def __call__(self, batch: Batch) -> Result:
         """Runs the graph, compiled if need be; a batch of one kind too many runs as Python.
 
+        Floats among the arguments become inputs of the graph when they change, if that is right.
+
         Raises:
             UncompilableError: If there can be no graph, or it gives other numbers.
         """
-        kind = kind_of(self.passes, batch)
-        recorded = self._recordings.find(kind, batch)
+        kind, recorded = kind_of(self.passes, batch), None
+        dtype = self._floats.get(kind)
+        if dtype is None:
+            recorded = self._recordings.find(kind, batch)
+            is_new = recorded is None and kind not in self._floats
+            before = self._recordings.floats_before(kind) if is_new else {}
+            if before:
+                dtype = self._floats[kind] = self._type_of_floats(batch, before)
+        if dtype is not None:
+            other = as_tensors(batch, dtype, self.passes.structure.device)
+            with_inputs = kind_of(self.passes, other)
+            try:
+                return self._run(with_inputs, other, self._recordings.find(with_inputs, other))
+            except UncompilableError:
+                self._floats[kind] = None
+                recorded = self._recordings.find(kind, batch)
+        return self._run(kind, batch, recorded)
+
+    def _type_of_floats(self, batch: Batch, before: dict[int, float]) -> torch.dtype | None:
+        """Of what type floats can be inputs: with these and those before, numbers are the same."""
+        earlier = tuple(before.get(i, part) for i, part in enumerate(batch))
+        structure = self.passes.structure
+        with undoing(self.passes) as undo:
+
+            def measure(batch: Batch) -> list[Tensor]:
+                found = numbers(self.passes, self.eager(*batch))
+                undo()
+                return found
+
+            return type_of_numbers([batch, earlier], measure, structure.dtype, structure.device)
+
+    def _run(self, kind: Hashable, batch: Batch, recorded: Recorded[Result] | None) -> Result:
         if recorded is None:
             if not self._recordings.has_room(kind):
                 return self.eager(*batch)

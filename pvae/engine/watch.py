@@ -84,10 +84,14 @@ class Watch:
         structure: The pair.
         ran: What ran in the step.
         batch: What it was called with; tensors in it may be others each time.
+
+    Attributes:
+        floats: Those among the arguments, by place.
     """
 
     def __init__(self, structure: Structure, ran: Ran, batch: Sequence[object]) -> None:
         self._ran = ran
+        self.floats = {i: part for i, part in enumerate(batch) if type(part) is float}
         programs = structure.model, structure.guide
         self._held = Held((*programs, *structure.modules, *ran.things.values()), ran.names)
         self._held.places += _of_pyro_and_torch(structure)
@@ -112,6 +116,12 @@ class Watch:
                 line = self._ran.line_of(change.name)
                 raise UncompilableError(f"each step changes {change.what}{line}")
             change.place.ignored.add(change.name)
+
+    @property
+    def is_of_other_floats(self) -> bool:
+        """Whether the first thing that isn't as it was is a float among the arguments."""
+        change = self.change()
+        return change is not None and change.place.label == "argument" and type(change.now) is float
 
     def change(self) -> Change | None:
         """The first thing that isn't as it was."""

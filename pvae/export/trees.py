@@ -138,6 +138,7 @@ def to_arviz(
         "left_out": "; ".join(f"{name}: {why}" for name, why in plan.left_out.items()),
         "removed_scales": oxford(structure.removed_scales) if structure.removed_scales else "",
         "training_terms": oxford(structure.training_terms) if structure.training_terms else "",
+        "factors": oxford(structure.factors) if structure.factors else "",
     }
     return _tree(plan, arrays, khat, attributes, coords or {})
 

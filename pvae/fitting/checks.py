@@ -106,7 +106,7 @@ def _check_rows_kept(structure: Structure, batches: Batches) -> None:
 def _check_minibatches(structure: Structure, batches: Batches) -> None:
     if not structure.global_sites or structure.is_scaled:
         return
-    shared, plate = oxford(structure.global_sites[:4]), structure.plate
+    shared, plate = oxford(structure.shared_sites[:4]), structure.plate
     num_rows, (_, whole) = batches.source.num_rows, _words(batches)
     scaled = f"pyro.plate('{plate}', {num_rows}, subsample_size=len(x))"
     advice = (

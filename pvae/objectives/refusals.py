@@ -32,7 +32,7 @@ def _gradient(name: str, structure: Structure) -> None:
 
 
 def _local(name: str, structure: Structure) -> None:
-    if sites := structure.global_sites:
+    if sites := structure.shared_sites:
         fixes = ["objectives.ELBO or IWAE, which know what they share"]
         expected = "sites inside the data plate alone"
         raise PairError(name, expected, f"global site(s) {oxford(sites)}", fixes)

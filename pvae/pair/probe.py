@@ -24,7 +24,7 @@ from pvae.pair.checks import (
     check_with_pyro,
 )
 from pvae.pair.masks import PENDING, RERUNS, check_imputed, masked_apart
-from pvae.pair.messages import infer_of, is_factor, plate_scale
+from pvae.pair.messages import infer_of, is_factor, is_penalty, plate_scale
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, PlateName, Sites
 from pvae.pair.rows import find_rows
@@ -88,6 +88,7 @@ def inspect_pair(
         axes=axes,
         **_latents(sites, again),
         observed=_where(sites.in_model.values(), _is_data),
+        factors=_where(sites.in_model.values(), lambda s: is_factor(s) and not is_penalty(s)),
         auxiliary=_where(sites.guided.values(), lambda s: s["name"] not in sites.in_model),
         not_reparametrised=_where(sites.guided.values(), lambda s: not s["fn"].has_rsample),
         global_sites=sites.outside(sites.with_density),

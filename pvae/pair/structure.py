@@ -37,6 +37,7 @@ class Structure:
         global_latents: Latent sites outside it.
         global_sites: All sites outside it that have a density, auxiliary ones and factors too.
         observed: Observed sites.
+        factors: Factors of the model that are no penalties, and so part of its density.
         auxiliary: Sites of the guide that the model doesn't have.
         points: Latents whose guide is a point mass, which has no density.
         improper: Latents whose prior is improper, so that there is no evidence.
@@ -76,6 +77,7 @@ class Structure:
     global_latents: tuple[str, ...]
     global_sites: tuple[str, ...]
     observed: tuple[str, ...]
+    factors: tuple[str, ...]
     auxiliary: tuple[str, ...]
     points: frozenset[str]
     improper: tuple[str, ...]
@@ -117,6 +119,12 @@ class Structure:
     def takes_any_rows(self) -> bool:
         """Whether the pair runs on any rows that it is given, of which there may be many."""
         return self.has_plate and self.subsample_size is None and self.tied_to is None
+
+    @property
+    def shared_sites(self) -> tuple[str, ...]:
+        """``global_sites`` for a reader: without what an autoguide draws its latents at."""
+        named = tuple(name for name in self.global_sites if name not in self.auxiliary)
+        return named or self.global_sites
 
     @property
     def shared(self) -> tuple[str, ...]:

@@ -171,7 +171,7 @@ _REFITS = "diagnostics.sbc(pair, x, refits=20), which fits the guide to each sim
 def require_rows(where: str, structure: Structure) -> None:
     """Refuses pairs with improper priors, or whose data and latents aren't drawn row by row."""
     structure.require_proper(where)
-    outside = structure.global_sites
+    outside = structure.shared_sites
     if outside or not structure.latents:
         raise UndefinedError(
             where,
