@@ -54,5 +54,15 @@ peers: .venv-peers/installed
 	.venv-peers/bin/pip install --quiet --requirement $<
 	touch $@
 
+# Whether versions of the lock have known vulnerabilities; asks a database on the network.
+audit: .venv-audit/installed
+	.venv-audit/bin/pip-audit --requirement constraints-dev.txt --no-deps --disable-pip
+
+.venv-audit/installed:
+	$(PYTHON) -m venv .venv-audit
+	echo '*' > .venv-audit/.gitignore
+	.venv-audit/bin/pip install --quiet pip-audit
+	touch $@
+
 clean:
-	rm -rf .venv .venv-peers runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-audit runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
