@@ -24,6 +24,8 @@ class LinearGaussian:
     References:
         Probabilistic Principal Component Analysis (Tipping & Bishop, 1999)
 
+    Draws and densities are where the weights are, and so go the data that are given.
+
     Arguments:
         weight: W, shape ``(D, Q)``.
         bias: b, shape ``(D,)``.
@@ -53,25 +55,25 @@ class LinearGaussian:
     def sample(self, num_samples: int, seed: int = 0) -> Tensor:
         """Draws of x, shape ``(num_samples, D)``."""
         generator = torch.Generator().manual_seed(seed)
-        z = torch.randn(num_samples, self.weight.shape[1], generator=generator)
-        noise = torch.randn(num_samples, len(self.bias), generator=generator)
+        z = torch.randn(num_samples, self.weight.shape[1], generator=generator).to(self.weight)
+        noise = torch.randn(num_samples, len(self.bias), generator=generator).to(self.bias)
         return z @ self.weight.T + self.bias + self.sigma * noise
 
     def log_evidence(self, x: Tensor) -> Tensor:
         """log p(x) of each row in nats, shape ``(N,)``."""
         d = len(self.bias)
-        covariance = self.weight @ self.weight.T + self.sigma**2 * torch.eye(d)
+        covariance = self.weight @ self.weight.T + self.sigma**2 * torch.eye(d).to(self.weight)
         factor = torch.linalg.cholesky(covariance)
-        white = torch.linalg.solve_triangular(factor, (x - self.bias).T, upper=False)
+        white = torch.linalg.solve_triangular(factor, (x.to(self.bias) - self.bias).T, upper=False)
         log_det = 2 * factor.diagonal().log().sum()
         return -0.5 * (white.square().sum(0) + log_det + d * math.log(2 * math.pi))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, shape ``(N, Q)``, and covariance, shape ``(Q, Q)``, of p(z | x)."""
         q = self.weight.shape[1]
-        precision = self.weight.T @ self.weight + self.sigma**2 * torch.eye(q)
+        precision = self.weight.T @ self.weight + self.sigma**2 * torch.eye(q).to(self.weight)
         inverse = torch.linalg.inv(precision)
-        return (x - self.bias) @ self.weight @ inverse, self.sigma**2 * inverse
+        return (x.to(self.bias) - self.bias) @ self.weight @ inverse, self.sigma**2 * inverse
 
 
 def principal_components(x: Tensor, latent_dim: int) -> LinearGaussian:

@@ -127,7 +127,10 @@ struct PinnedMemory final : c10::Allocator {
   }
 } pinned_memory;
 
-// Random numbers: a stream of its own, so that what draws from the CPU's is seen
+// Random numbers: a stream of its own, so that what draws from the CPU's is seen; or the CPU's, so
+// that results can be compared
+
+std::atomic<bool> draws_as_cpu{false};
 
 struct Draws {
   Generator cpu;
@@ -150,7 +153,7 @@ struct DeviceGenerator final : c10::GeneratorImpl {
   void set_current_seed(uint64_t seed) override {
     TORCH_CHECK(!capturing, "CUDAGeneratorImpl::set_current_seed cannot be called during capture");
     draws->seed = seed;
-    draws->cpu.set_current_seed(seed ^ 0x9E3779B97F4A7C15ULL);
+    draws->cpu.set_current_seed(draws_as_cpu ? seed : seed ^ 0x9E3779B97F4A7C15ULL);
   }
   void set_offset(uint64_t) override {}
   uint64_t get_offset() const override { return 0; }
@@ -271,8 +274,6 @@ Tensor& set_tensor(Tensor& self, const Tensor& from) {
   return at::native::set_storage_cpu_(
       self, from.storage(), from.storage_offset(), from.sizes(), from.strides());
 }
-
-void record_stream(Tensor&, c10::Stream) {}
 
 // Every other operation: checked as the device would, then run by the CPU's kernel
 
@@ -426,7 +427,6 @@ void implement(torch::Library& aten) {
   aten.impl("copy_", &copy_);
   aten.impl("_copy_from_and_resize", &copy_from_and_resize);
   aten.impl("resize_", &resize_);
-  aten.impl("record_stream", &record_stream);
   aten.impl("set_.source_Storage", &set_whole);
   aten.impl("set_.source_Storage_storage_offset", &at::native::set_storage_cpu_);
   aten.impl("set_.source_Tensor", &set_tensor);
@@ -463,6 +463,7 @@ bool is_pinned(const Tensor& t) {
 
 Generator the_generator() { return default_generator(); }
 bool in_graph(const Generator& g) { return DeviceGenerator::of(g).draws->in_graph; }
+void draw_as_cpu(bool on) { draws_as_cpu = on; }
 void put_in_graph(const Generator& g, bool on) { DeviceGenerator::of(g).draws->in_graph = on; }
 
 }  // namespace
@@ -472,6 +473,7 @@ TORCH_LIBRARY(pretend, m) {
   m.def("is_pinned", &is_pinned);
   m.def("generator", &the_generator);
   m.def("in_graph", &in_graph);
+  m.def("draw_as_cpu(bool on) -> ()", &draw_as_cpu);
   m.def("put_in_graph(Generator? generator, bool on) -> ()", &put_in_graph);
 }
 

@@ -38,6 +38,7 @@ def patch_tensors(kind: str) -> None:
     put(_StorageBase, {"mps": lambda self: self.to("mps")})
     pretend = torch.ops.pretend
     put(torch.Tensor, {"pin_memory": lambda self, device=None: pretend.pin(self)})
+    put(torch.Tensor, {"record_stream": lambda self, stream: None})
     put(torch.Tensor, {"is_pinned": lambda self, device=None: pretend.is_pinned(self)})
 
 
