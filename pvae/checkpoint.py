@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ __all__ = [
     "environment",
     "load",
     "optimizer_state",
+    "other_versions",
     "restore_optimizer",
     "save",
     "write_atomically",
@@ -114,7 +116,8 @@ def load(path: str | Path) -> Checkpoint:
     if "pvae" not in header:
         raise refused("a checkpoint that pvae wrote", "a safetensors file of other origin")
     if (number := header.get("pvae_format")) != str(FORMAT):
-        raise refused(f"format {FORMAT}", f"format {number}", "the version of pvae that wrote it")
+        fix = "a version of pvae as new as the one that wrote it"
+        raise refused(f"format {FORMAT}", f"format {number}", fix)
     if header.get("pvae_digest") != _digest(tensors, header["pvae"]):
         raise refused("content that matches its digest", "changed content", "an earlier copy")
     return Checkpoint(tensors, json.loads(header["pvae"]))
@@ -138,6 +141,7 @@ def environment(device: torch.device) -> dict[str, object]:
     return {
         "pvae": pvae.__version__,
         "torch": torch.__version__,
+        "pyro": pyro.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": device.type,
@@ -159,6 +163,13 @@ def _precision(operations: Any) -> str:
     """
     precision: str = operations.fp32_precision
     return "ieee" if precision == "none" else precision
+
+
+def other_versions(saved: Checkpoint) -> list[str]:
+    """Which versions have changed since a checkpoint was written, in words."""
+    then, now = saved.meta["environment"], environment(torch.device("cpu"))
+    names = [name for name in ("pvae", "torch", "pyro", "python") if then.get(name) != now[name]]
+    return [f"{name} was {then.get(name)}, is {now[name]}" for name in names]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

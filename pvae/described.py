@@ -16,6 +16,7 @@ from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 
 from pvae.distributions import arguments_of
+from pvae.origin import is_users
 
 __all__ = ["Described", "description"]
 
@@ -68,11 +69,16 @@ class Described(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, and further public attributes."""
-        shown = {name: self._shown(name, text) for name, text in self._arguments.items()}
+        shown = self.said()
         for name, value in vars(self).items():
             if not name.startswith("_") and name != "training" and not isinstance(value, Tensor):
                 shown.setdefault(name, description(value))
-        return ", ".join(f"{name}={text}" for name, text in shown.items() if text)
+        return ", ".join(f"{name}={text}" for name, text in shown.items())
+
+    def said(self) -> dict[str, str]:
+        """The arguments of the constructor in words, but for those that are modules of it now."""
+        shown = {name: self._shown(name, text) for name, text in self._arguments.items()}
+        return {name: text for name, text in shown.items() if text}
 
     def _shown(self, name: str, given: str) -> str:
         """An argument as it is now, if the module has it; nothing for a part, which has a line."""
@@ -103,8 +109,15 @@ def description(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, (Tensor, np.ndarray)):
-        return _of_numbers(value if isinstance(value, Tensor) else torch.as_tensor(value))
+    if isinstance(value, Tensor):
+        is_trained = isinstance(value, nn.Parameter) or value.requires_grad
+        return (
+            f"parameter of shape {tuple(value.shape)}"
+            if is_trained
+            else _of_numbers(_as_array(value))
+        )
+    if isinstance(value, np.ndarray):
+        return _of_numbers(value)
     if isinstance(value, nn.Module):
         return type(value).__name__
     if isinstance(value, np.generic):
@@ -113,6 +126,8 @@ def _text(value: object) -> str:
         return _call("partial", value.keywords, _text(value.func), *map(description, value.args))
     if inspect.isclass(value) or inspect.isroutine(value):
         module = getattr(value, "__module__", None)
+        if module and is_users(module):  # whose file may have another name next time
+            return value.__name__
         return f"{module}.{value.__qualname__}" if module else value.__qualname__
     if isinstance(value, _MADE):
         with contextlib.suppress(AttributeError):
@@ -137,21 +152,24 @@ def _call(name: str, keywords: dict[str, object], *positional: str) -> str:
     return f"{name}({', '.join(given)})"
 
 
-def _of_numbers(tensor: Tensor) -> str:
-    """All numbers of a small tensor; the shape and a digest of a large one."""
-    shape = tuple(tensor.shape)
-    if isinstance(tensor, nn.Parameter) or tensor.requires_grad:
-        return f"parameter of shape {shape}"
-    tensor = tensor.detach().cpu()
+def _as_array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         tensor = tensor.float()  # numpy has no bfloat16
-    array = tensor.numpy()
+    return tensor.numpy()
+
+
+def _of_numbers(array: np.ndarray) -> str:
+    """All numbers of a small array; the shape and a digest of a large one."""
+    shape = array.shape
+    if array.dtype.kind == "O":
+        return description(array.tolist())
     if array.size and (array == array.flat[0]).all():
         number = str(array.flat[0])
         return f"full({shape}, {number})" if shape else number
     if array.size <= _MOST:
         return str(array.astype(str).tolist()).replace("'", "")
-    exact = array.astype(np.float64) if tensor.is_floating_point() else array
+    exact = array.astype(np.float64) if array.dtype.kind == "f" else array
     return f"tensor of shape {shape} with digest {_digest(exact.tobytes())}"
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "network_parts",
     "network_state",
     "norms",
+    "pyro_attributes",
     "unvalidated",
     "version",
     "waiting_states",
@@ -83,6 +84,12 @@ def network_parts(module: nn.Module) -> list[object]:
     """A module's own parameters, buffers, modules and hooks, which no public method has as such."""
     hooks = module._forward_pre_hooks, module._forward_hooks
     return [module._parameters, module._buffers, module._modules, *hooks]
+
+
+def pyro_attributes(module: nn.Module) -> dict[str, object]:
+    """The priors and constraints of a PyroModule's attributes, which it keeps for itself."""
+    kept = vars(module)
+    return {**kept.get("_pyro_samples", {}), **kept.get("_pyro_params", {})}
 
 
 def network_state(modules: Iterable[nn.Module]) -> list[object]:

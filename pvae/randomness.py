@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seed", "forked", "get_state", "set_seed", "set_state"]
+__all__ = [
+    "GENERATORS",
+    "Own",
+    "derive_seed",
+    "forked",
+    "get_own",
+    "get_state",
+    "set_own",
+    "set_seed",
+    "set_state",
+]
+
+Own = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+"""A generator that is somebody's own, not the process's."""
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def derive_seed(*keys: int) -> int:
@@ -69,9 +84,76 @@ def set_state(state: dict[str, Tensor]) -> None:
     random.setstate((version, tuple(internal), rest[0] if rest else None))
 
 
+# Generators that a data set, a loader or a program keeps for itself
+
+
+def _get_own(generator: Own) -> object:
+    """The state of a generator, as JSON has it."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes().hex()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return _plain(generator.bit_generator.state)
+
+
+def _set_own(generator: Own, state: Any) -> None:
+    """Puts a state back that `_get_own` returned."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
+    elif isinstance(generator, random.Random):
+        version, internal, gauss = state
+        generator.setstate((version, tuple(internal), gauss))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_arrays(state))
+    else:
+        generator.bit_generator.state = _arrays(state)
+
+
+def _seed_own(generator: Own, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, random.Random | np.random.RandomState):
+        generator.seed(seed)
+    else:
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return (
+        {"dtype": str(value.dtype), "items": value.tolist()} if hasattr(value, "dtype") else value
+    )
+
+
+def _arrays(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"dtype", "items"}:
+        return np.array(value["items"], dtype=value["dtype"])
+    return {name: _arrays(part) for name, part in value.items()}
+
+
+def get_own(own: Sequence[Own]) -> list[object]:
+    """The states of generators that belong to parts of a program, as JSON has them."""
+    return [*map(_get_own, own)]
+
+
+def set_own(own: Sequence[Own], states: Sequence[object]) -> None:
+    """Puts states back that `get_own` returned."""
+    for generator, state in zip(own, states, strict=True):
+        _set_own(generator, state)
+
+
 @contextmanager
-def forked(seed: int | None = None) -> Iterator[None]:
+def forked(seed: int | None = None, own: Sequence[Own] = ()) -> Iterator[None]:
     """Runs a block on copies of all generators, seeded anew if ``seed`` is given.
+
+    Arguments:
+        seed: Seed of the copies; None for copies that go on as the generators would.
+        own: Generators beside those of the process, which are put back, too.
 
     Example:
         >>> before = torch.get_rng_state()
@@ -80,10 +162,13 @@ def forked(seed: int | None = None) -> Iterator[None]:
         >>> bool((torch.get_rng_state() == before).all())
         True
     """
-    state = get_state()
+    state, states = get_state(), get_own(own)
     try:
         if seed is not None:
             set_seed(seed)
+            for generator in own:
+                _seed_own(generator, seed)
         yield
     finally:
         set_state(state)
+        set_own(own, states)

@@ -458,9 +458,9 @@ def test_other_parts_arent_resumed(tmp_path: Any, device: torch.device) -> None:
 
     run(corruption=corruptions.Noise(0.1), penalties=penalties.MMD(10.0))
     run(corruption=corruptions.Noise(0.1), penalties=penalties.MMD(10.0))
-    with pytest.raises(CheckpointError, match=r"Noise\(sigma=0\.1\).*Masking\(rate=0\.9\)"):
+    with pytest.raises(CheckpointError, match=r"corruption: saved Noise, now Masking"):
         run(corruption=corruptions.Masking(0.9), penalties=penalties.MMD(10.0))
-    with pytest.raises(CheckpointError, match=r"MMD\(weight=10.*MMD\(weight=500"):
+    with pytest.raises(CheckpointError, match=r"weight: saved 10\.0, now 500\.0"):
         run(corruption=corruptions.Noise(0.1), penalties=penalties.MMD(500.0))
 
 

@@ -21,6 +21,7 @@ ROOT = Path(pvae.__file__).parent
 # that isn't built yet may stand there already.
 
 GROUND = {  # imports the ground
+    "code",
     "conditional",
     "data",
     "described",

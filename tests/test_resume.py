@@ -169,11 +169,11 @@ def test_a_training_is_never_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"seed": 3}, "seed=0"),
-        ({"lr": 0.5}, r"lr=0\.001"),
-        ({"batch_size": 8}, "batch_size=16"),
-        ({"optimizer": torch.optim.RMSprop}, r"optimizer='Adam\(amsgrad"),
-        ({"data": binary(41)}, "num_rows=40"),
+        ({"seed": 3}, "seed: saved 0, now 3"),
+        ({"lr": 0.5}, r"lr: saved 0\.001, now 0\.5"),
+        ({"batch_size": 8}, "batch_size: saved 16, now 8"),
+        ({"optimizer": torch.optim.RMSprop}, "optimizer: saved Adam, now RMSprop"),
+        ({"data": binary(41)}, "num_rows: saved 40, now 41"),
     ],
 )
 def test_another_training_isnt_resumed(
@@ -189,25 +189,26 @@ def test_another_pair_isnt_resumed(tmp_path: Path) -> None:
     other = recipes.vae(6, 3, hidden=(8,))
     with pytest.raises(
         CheckpointError,
-        match=r"StandardNormal\(event_shape=\(2,\).*got model=.*\(event_shape=\(3,\)",
+        match=r"model\.prior\.event_shape: saved \(2,\), now \(3,\)",
     ):
         fit(other, tmp_path, 3, resume=True)
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "words"),
     [
-        (priors.Laplace(2, rate=1.0), priors.Laplace(2, rate=1.01)),
-        (priors.StudentT(2, df=3.0), priors.StudentT(2, df=4.0)),
+        (priors.Laplace(2, rate=1.0), priors.Laplace(2, rate=1.01), r"rate: .*1\.0.*1\.01"),
+        (priors.StudentT(2, df=3.0), priors.StudentT(2, df=4.0), r"df: .*3\.0.*4\.0"),
         (
             dist.Normal(torch.zeros(2), 1.0).to_event(1),
             dist.Normal(torch.zeros(2), 2.0).to_event(1),
+            r"scale: .*1\.0.*2\.0",
         ),
     ],
     ids=["laplace", "student", "instance"],
 )
 def test_a_part_with_another_number_isnt_resumed(
-    first: object, second: object, tmp_path: Path
+    first: object, second: object, words: str, tmp_path: Path
 ) -> None:
     """A checkpoint would put the first pair's buffers in the second one's place."""
 
@@ -219,7 +220,7 @@ def test_a_part_with_another_number_isnt_resumed(
         )
 
     fit(vae(first), tmp_path)
-    with pytest.raises(CheckpointError, match="the settings that it was made with: model='"):
+    with pytest.raises(CheckpointError, match=r"model\.prior\..*" + words):
         fit(vae(second), tmp_path, 3, resume=True)
     fit(vae(first), tmp_path, 3, resume=True)
 

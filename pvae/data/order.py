@@ -18,6 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pvae.described import description
 from pvae.errors import DataError
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "is_by_row",
     "is_shuffled",
     "num_rows_of_loader",
+    "order_in_words",
     "refuse_once_only",
     "rows_left_out",
     "rows_per_batch",
@@ -64,6 +66,15 @@ def num_rows_of_loader(loader: DataLoader) -> int | None:
         raise DataError("data", "a dataset with a length", type(loader.dataset).__name__, fixes)
     drops = rows_per_batch(loader)[1] and not is_shuffled(loader)
     return len(rows) // size * size if drops else len(rows)
+
+
+def order_in_words(loader: DataLoader) -> str:
+    """What picks the rows of a loader, with its settings, and how many make a batch."""
+    picks, size = _picks(loader)
+    names = ("replacement", "num_samples", "indices", "weights")
+    kept = {name: description(getattr(picks, name)) for name in names if hasattr(picks, name)}
+    settings = ", ".join(f"{name}={text}" for name, text in kept.items())
+    return f"{type(picks).__name__}({settings}), batches of {size}"
 
 
 def rows_left_out(loader: DataLoader) -> int:

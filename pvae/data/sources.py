@@ -84,6 +84,10 @@ class Source(ABC):
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The rows at ``index``, an integer tensor on the device."""
 
+    def stored(self, index: Tensor) -> Batch:
+        """The rows at ``index`` as they are kept: no draws are made of them, as `rows` may do."""
+        return self.rows(index)
+
     def origin_of(self, row: int) -> int:
         """The number of a row where it came from, such as a file."""
         return row
@@ -119,19 +123,22 @@ class ArraySource(Source):
         on_device = self.data.arrays if resident else ()
         self._tensors = [a.to(device) for a in self._cast(map(_as_tensor, on_device))]
 
-    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """The rows at ``index``; the first array scaled and binarised."""
-        if not self.data.arrays:
-            return ()
+    def stored(self, index: Tensor) -> Batch:
+        """The rows at ``index``, not yet scaled and binarised."""
         if self.resident:
-            batch = [
+            return tuple(
                 x if axis is None else x.index_select(axis, index)
                 for x, axis in zip(self._tensors, self.axes, strict=True)
-            ]
-        else:
-            host = index.cpu()
-            pairs = zip(self.data.arrays, self.axes, strict=True)
-            batch = [self._send(x) for x in self._cast(_rows_of(a, host, i) for a, i in pairs)]
+            )
+        host = index.cpu()
+        pairs = zip(self.data.arrays, self.axes, strict=True)
+        return tuple(self._send(x) for x in self._cast(_rows_of(a, host, i) for a, i in pairs))
+
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
+        """The rows at ``index``; the first array scaled and binarised."""
+        batch = self.stored(index)
+        if not batch:
+            return ()
         x = batch[0]
         if x.dtype in (torch.uint8, torch.bool):
             x = x.to(self.dtype)

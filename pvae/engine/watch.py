@@ -19,11 +19,12 @@ import pyro
 import torch
 from torch import Tensor
 
+from pvae.code import names_in
 from pvae.engine.compiler import UncompilableError
 from pvae.internals import hooks_of
 from pvae.origin import is_users
 from pvae.pair import Structure
-from pvae.pair.held import Change, Held, Place, is_plain, names_in
+from pvae.pair.held import Change, Held, Place, is_plain
 
 __all__ = ["Ran", "Watch", "noting"]
 

@@ -188,6 +188,7 @@ class Fit:
     def refine(self, epochs: int) -> Fit:
         """Trains for more epochs, from where the last training ended; returns itself."""
         check_int("epochs", epochs)
+        self.training.record.renew()
         with alone(), telling_memory("refine", self.training.batches.batch_size, "batch_size"):
             check_outside("refine")
             self.training.set_epochs(self.progress.epoch + epochs)

@@ -16,6 +16,7 @@ from pvae.distributed import World
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.fitting.checks import trying
 from pvae.fitting.identity import differences
+from pvae.fitting.training import Training
 from pvae.internals import BatchNorm
 from pvae.objectives import Objective
 from pvae.pair import Structure
@@ -36,18 +37,21 @@ def warn_if_apart(world: World) -> None:
         )
 
 
-def agree(world: World, settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
+def agree(world: World, training: Training) -> None:
     """Refuses processes that train different things; gives all the first one's tensors.
 
     Raises:
         ArgumentError: Naming what differs: a setting, the data, a parameter's shape.
     """
-    mine = settings | {n: f"{tuple(x.shape)} {x.dtype}" for n, x in tensors.items()}
+    first, tensors = training.record.first, training.tensors
+    parts = {name: e for name, e in first.entries.items() if name not in first.restored}
+    shapes = {name: f"{tuple(x.shape)} {x.dtype}" for name, x in tensors.items()}
+    mine = {**training.identity, **parts, **shapes}
     for rank, theirs in enumerate(world.gather(mine)):
-        for expected, actual in differences(theirs, mine):
-            where, expected = f"process {world.rank}", f"the same as in process {rank}: {expected}"
+        for what, there, here in differences(theirs, mine):
+            where, expected = f"process {world.rank}", f"the same as in process {rank}: {what} "
             fixes = ["the same call, with the same data, in every process"]
-            raise ArgumentError(where, expected, actual, fixes)
+            raise ArgumentError(where, expected + there, f"{what} {here}", fixes)
     world.copy_from_first(tensors.values())
 
 

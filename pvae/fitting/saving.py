@@ -11,15 +11,26 @@ from torch import Tensor, nn
 from pvae import checkpoint, randomness
 from pvae.distributed import job
 from pvae.engine.sums import set_sums, sums_of
-from pvae.errors import CheckpointError, check_path, warn
+from pvae.errors import CheckpointError, check_path, oxford, warn
 from pvae.fitting.history import History
-from pvae.fitting.identity import differences
+from pvae.fitting.identity import (
+    Difference,
+    Values,
+    account_of,
+    differences,
+    listed,
+    without,
+)
 from pvae.fitting.settings import CHECKPOINT
 from pvae.fitting.training import Progress, Training, named_tensors
 from pvae.options import tool
-from pvae.pair import PairLike, as_pair
+from pvae.pair import Account, Pair, PairLike, as_pair
 
 __all__ = ["copy_into", "load_parameters", "restore", "save_checkpoint"]
+
+
+_UNKNOWN: dict[str, Any] = {"entries": {}, "changing": []}
+_UNSEEN: dict[str, Any] = {"has_penalties": False, "moved": []}
 
 
 def save_checkpoint(training: Training, path: Path | None = None) -> None:
@@ -54,6 +65,7 @@ def _snapshot(training: Training, states: list[dict[str, Tensor]]) -> checkpoint
         "optimizer": rest,
         "objective_step": None if stepper.state is None else stepper.state.step,
         "steps": stepper.seen(),
+        "pair": training.record.as_json(is_trained=progress.global_step > 0),
         "settings": training.identity,
         "environment": checkpoint.environment(training.structure.device),
         "job": job(),
@@ -68,16 +80,18 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
         CheckpointError: If the checkpoint is of another pair or another training.
     """
     where, stepper = str(training.settings.checkpoint_file), training.stepper
-    if pairs := differences(saved.meta["settings"], training.identity):
-        then, now = (", ".join(texts) for texts in zip(*pairs, strict=True))
+    found = _other_parts(saved, training.record.first, where)
+    if found := [*found, *_other_settings(saved, training.identity)]:
         fixes = ["the same call as before", "another folder, to train anew"]
-        raise CheckpointError(where, f"the settings that it was made with: {then}", now, fixes)
+        expected = "the pair, data and settings that it was made with"
+        raise CheckpointError(where, expected, listed(found), fixes)
+    training.record.changing |= {*saved.meta.get("pair", _UNKNOWN)["changing"]}
     copy_into(saved.part("param"), training.structure.parameters, where, "parameters")
     copy_into(saved.part("buffer"), training.buffers, where, "buffers")
     optimizer = saved.part("optimizer"), saved.meta["optimizer"]
     checkpoint.restore_optimizer(stepper.optimizer, *optimizer)
     set_sums(stepper.sums, saved.tensors["sums"])
-    stepper.restore_seen(saved.meta["steps"])
+    stepper.restore_seen(saved.meta.get("steps", _UNSEEN))
     if stepper.state is not None:
         stepper.state.restore(saved.part("objective"), saved.meta["objective_step"])
     numbers = dict(saved.meta["progress"])
@@ -86,6 +100,29 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
     device = training.structure.device
     best = {k: v.to(device) for k, v in saved.part("best").items()}
     return Progress(**numbers, history=history, best_tensors=best)
+
+
+def _other_parts(saved: checkpoint.Checkpoint, account: Account, where: str) -> list[Difference]:
+    """What differs of a pair, but for large buffers, which come from the checkpoint: told of."""
+    if "pair" not in saved.meta:
+        warn(f"{where} doesn't say of which pair and data it is, so these aren't compared.")
+    parts, is_old = saved.meta.get("pair", _UNKNOWN), bool(checkpoint.other_versions(saved))
+    now = without(account.entries, parts["changing"])
+    found = differences(parts["entries"], now, in_both=is_old or parts is _UNKNOWN)
+    large = [d for d in found if d.what in account.restored and "digest" in d.saved]
+    if large:
+        names = oxford([difference.what for difference in large])
+        warn(f"{where}: the buffer(s) {names} had other numbers here, and get those saved.")
+    return [difference for difference in found if difference not in large]
+
+
+def _other_settings(saved: checkpoint.Checkpoint, now: Values) -> list[Difference]:
+    """What differs of settings and data; of earlier pvae's, which had other words, the numbers."""
+    then, is_old = saved.meta["settings"], bool(checkpoint.other_versions(saved))
+    if "pair" not in saved.meta:
+        then = {name: value for name, value in then.items() if not isinstance(value, str)}
+        is_old = True
+    return differences(then, now, in_both=is_old)
 
 
 def _restore_generators(saved: checkpoint.Checkpoint, training: Training, step: int) -> None:
@@ -105,21 +142,26 @@ def _restore_generators(saved: checkpoint.Checkpoint, training: Training, step: 
 
 
 @tool
-def load_parameters(pair: PairLike, path: str | Path, batch: object = None) -> dict[str, Any]:
+def load_parameters(
+    pair: PairLike, path: str | Path, batch: object = None, *, strict: bool = True
+) -> dict[str, Any]:
     """Copies a checkpoint's parameters and buffers into a pair built as it was when saved.
 
-    Where the training kept the best epoch, that is what is copied.
+    Where the training kept the best epoch, that is what is copied. The pair has to be the one that
+    was trained in every number that isn't: settings of its parts, code of its functions, and what
+    these read.
 
     Arguments:
         pair: A model and its guide.
         path: A checkpoint, or a folder that `pvae.fit` wrote.
         batch: A batch of data; only needed for functions, whose parameters a trace has to find.
+        strict: Whether a pair that differs is refused; if not, the differences are warned of.
 
     Returns:
         What the checkpoint says of the training: progress, settings, environment.
 
     Raises:
-        CheckpointError: If the file can't be read, or is of another pair.
+        CheckpointError: If the file can't be read, or is of another pair; names what differs.
 
     Example:
         >>> import tempfile
@@ -147,12 +189,26 @@ def load_parameters(pair: PairLike, path: str | Path, batch: object = None) -> d
                 expected = "a module, or a batch to trace the function with"
                 raise CheckpointError(name, expected, "a function", ["batch=(x[:10],)"])
         parameters, buffers = (named_tensors(pair, trainable=is_so) for is_so in (True, False))
+    _check_parts(saved, pair, str(path), strict=strict)
     if best := saved.part("best"):
         copy_into(best, {**parameters, **buffers}, str(path), "tensors")
     else:
         copy_into(saved.part("param"), parameters, str(path), "parameters")
         copy_into(saved.part("buffer"), buffers, str(path), "buffers")
     return saved.meta
+
+
+def _check_parts(saved: checkpoint.Checkpoint, pair: Pair, where: str, *, strict: bool) -> None:
+    """Refuses a pair that isn't the one that was trained, or warns; warns of other versions."""
+    if versions := checkpoint.other_versions(saved):
+        warn(f"{where} was written by other versions: {'; '.join(versions)}.")
+    if not (found := _other_parts(saved, account_of(pair), where)):
+        return
+    expected = "the pair that it was made with"
+    if strict:
+        fixes = ["the pair as it was built then", "strict=False, to load it all the same"]
+        raise CheckpointError(where, expected, listed(found), fixes)
+    warn(f"{where} is of another pair: {listed(found)}.")
 
 
 def copy_into(saved: dict[str, Tensor], present: dict[str, Tensor], where: str, what: str) -> None:

@@ -18,6 +18,7 @@ from pvae.fitting.checks import (
     check_pair,
     check_whole,
 )
+from pvae.fitting.identity import PairRecord
 from pvae.fitting.kinds import check_state, mixed, one_training
 from pvae.fitting.processes import agree, check_parts, warn_if_apart
 from pvae.fitting.saving import restore
@@ -37,7 +38,7 @@ def set_up(
 
     Nothing in the folder is changed before all else has been checked.
     """
-    world, objective = distributed.current(), as_objective(objective)
+    world, objective, record = distributed.current(), as_objective(objective), PairRecord(pair)
     warn_if_apart(world)
     if settings.patience is not None and valid is None:
         fixes = ["valid=x_valid"]
@@ -57,9 +58,10 @@ def set_up(
         }
         stepper = _make_stepper(objective, structures, together, parts, settings, world)
         batches = mixed(parts, settings, world) if len(parts) > 1 else next(iter(parts.values()))
-        training = Training(pair, settings, batches, validation, stepper)
+        training = Training(pair, settings, batches, validation, stepper, record)
         _warn_of_long_schedules(training)
-        agree(world, training.identity, training.tensors)
+        if world.size > 1:
+            agree(world, training)
         _open_folder(training)
     return training
 
@@ -154,7 +156,7 @@ def _open_folder(training: Training) -> None:
     file = settings.checkpoint_file if settings.resume else None
     saved = world.from_first(lambda: checkpoint.load(file) if file and file.exists() else None)
     before = None if saved is None else saved.meta["settings"].get("engine")
-    training.stepper.engine = training.identity["engine"] = _choose_engine(training, before)
+    training.stepper.engine = training.chosen = _choose_engine(training, before)
     if saved is not None:
         training.progress = restore(saved, training)
         training.generators = randomness.get_state()

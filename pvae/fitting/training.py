@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyro
 from torch import Tensor, nn
 
 from pvae.data import Batches, Mixed, Source
-from pvae.engine import MixedStepper, Stepper
+from pvae.engine import Asked, MixedStepper, Stepper
 from pvae.errors import DataError, check_number, oxford, warn
 from pvae.fitting.history import History
-from pvae.fitting.identity import identity_of
+from pvae.fitting.identity import PairRecord, Values, identity_of, of_data
 from pvae.fitting.settings import Settings
 from pvae.objectives import Objective
 from pvae.pair import Pair
@@ -68,7 +69,8 @@ class Training:
         num_steps: Steps of the whole training, at least one, which schedules may span.
         buffers: Buffers and frozen parameters of the pair's networks, by name.
         tensors: These and the parameters.
-        identity: What a resumed training must have in common with the first one, by name.
+        record: What the pair was at the start.
+        chosen: The engine that the training has chosen, or was told.
         progress: How far it has come.
         generators: States of the random generators where the training was left; None before.
         interrupted: Whether the last training was stopped by Ctrl-C, at a step's end.
@@ -80,6 +82,7 @@ class Training:
     batches: Batches | Mixed
     valid: Source | None
     stepper: Stepper | MixedStepper
+    record: PairRecord
     generators: dict[str, Tensor] | None = None
     interrupted: bool = False
 
@@ -92,13 +95,22 @@ class Training:
             self.steps_per_epoch = -(-self.source.num_rows // size)
         self.buffers = named_tensors(self.pair, self.structure.modules, trainable=False)
         self.tensors = {**self.structure.parameters, **self.buffers}
-        self.identity = identity_of(
-            self.pair, self.settings, self.objective, stepper.optimizer, batches
-        )
+        self.chosen: Asked = self.settings.engine
+        self._named = identity_of(self.settings, self.objective, stepper.optimizer, batches)
         self.progress = Progress(epochs=self.settings.epochs)
         self.store = set(pyro.get_param_store().keys())
         self._lrs = [float(group["lr"]) for group in stepper.optimizer.param_groups]
         self.set_epochs(self.settings.epochs)
+
+    @property
+    def identity(self) -> Values:
+        """What a resumed training must have in common with the first one, beside the pair."""
+        return {**self._named, "engine": self.chosen, **self._data}
+
+    @cached_property
+    def _data(self) -> Values:
+        """Fingerprints of the data, which take a while where there are many."""
+        return of_data(self.batches, self.valid)
 
     # Schedules
 

@@ -4,6 +4,7 @@
 Parts build pairs, tools work on them.
 """
 
+from pvae.pair.account import Account, Entry
 from pvae.pair.arguments import Uses
 from pvae.pair.base import Pair, PairLike, as_pair
 from pvae.pair.messages import is_penalty, mask_of
@@ -12,7 +13,9 @@ from pvae.pair.running import Batch, as_batch, probing, put_back, run_pair
 from pvae.pair.structure import Structure, is_inside, only_site, rows_from, rows_to
 
 __all__ = [
+    "Account",
     "Batch",
+    "Entry",
     "Observed",
     "Pair",
     "PairLike",

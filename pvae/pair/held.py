@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pvae.code import names_in
 from pvae.internals import network_parts
 from pvae.origin import is_users
 
@@ -28,7 +29,7 @@ __all__ = [
     "Place",
     "is_plain",
     "is_same",
-    "names_in",
+    "slots_of",
 ]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
@@ -51,13 +52,6 @@ _ALWAYS = itertools.repeat(MISSING)
 def is_plain(value: object) -> bool:
     """Whether it is a number, a flag, a word or None."""
     return isinstance(value, _PLAIN)
-
-
-def names_in(code: types.CodeType) -> set[str]:
-    """The names that code may read things under: globals, attributes, words."""
-    inner = (names_in(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    words = (c for c in code.co_consts if isinstance(c, str))
-    return {*code.co_names, *words}.union(*inner)
 
 
 class Place:
@@ -243,10 +237,14 @@ class Held:
                 self._visited[id(thing)] = thing
                 queue.extend(self._parts(thing, label))
 
+    def found(self, kinds: type | tuple[type, ...]) -> list[Any]:
+        """All things of some kinds that are reached, in the order of that."""
+        return [thing for thing in self._visited.values() if isinstance(thing, kinds)]
+
     @property
     def modules(self) -> list[nn.Module]:
         """All networks that are reached, with the modules in them."""
-        return [thing for thing in self._visited.values() if isinstance(thing, nn.Module)]
+        return self.found(nn.Module)
 
     def holds(self) -> bool:
         """Whether everything that counts is as it was."""
@@ -359,7 +357,7 @@ class Held:
             yield from self._parts_of_attributes(attributes, own, label)
         if isinstance(thing, nn.Module):
             yield from ((part, label) for part in network_parts(thing))
-        slots = [n for base in own for n in _slots_of(base)]
+        slots = [n for base in own for n in slots_of(base)]
         read = functools.partial(_attributes, thing, slots)
         yield from self._note(Place(label, slots, read, functools.partial(setattr, thing)))
 
@@ -407,7 +405,8 @@ def _fill_array(array: Any, _: str, content: bytes) -> None:
     array[...] = np.frombuffer(content, array.dtype).reshape(array.shape)
 
 
-def _slots_of(kind: type) -> list[str]:
+def slots_of(kind: type) -> list[str]:
+    """Names that a class keeps attributes under without a dictionary."""
     slots = vars(kind).get("__slots__", ())
     return [n for n in ([slots] if isinstance(slots, str) else slots) if not n.startswith("__")]
 
