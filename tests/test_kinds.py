@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -249,3 +250,52 @@ def test_what_is_refused_of_several_kinds() -> None:
 
     with pytest.raises(PairError, match="count once for each kind"):
         fit((model, guide), arrays, batch_size=None)
+
+
+@pytest.mark.parametrize("mix", [None, {"labelled": 2, "unlabelled": 3}], ids=["all", "mix"])
+@pytest.mark.parametrize("at", [4, 16])
+def test_a_training_of_two_kinds_resumes_within_an_epoch(
+    mix: dict[str, int] | None, at: int, tmp_path: Path
+) -> None:
+    """From a checkpoint of every third step, after a step that failed: bit for bit the same end."""
+
+    class Fails(Regression):
+        count = 0
+
+        def model(self, x: Tensor, y: Tensor | None = None) -> None:
+            super().model(x, y)
+            type(self).count += self.training
+            if self.training and type(self).count > at:
+                pyro.factor("odd", self.decode.bias.sum() * float("nan"))
+
+    whole, failing, again = Regression(), Regression(), Regression()
+    failing.__class__ = Fails
+    options: dict[str, Any] = {"mix": mix, "epochs": 4, "save_steps": 3}
+    expected = fit((whole.model, whole.guide), kinds(number=True), **options)
+    for pair, resume in ((failing, False), (again, True)):
+        pyro.clear_param_store()
+        with contextlib.ExitStack() as stack:
+            if not resume:
+                stack.enter_context(pytest.raises(TrainingError))
+                stack.enter_context(pyro.validation_enabled(is_validate=False))
+            run = fit((pair.model, pair.guide), kinds(number=True), folder=tmp_path,
+                      resume=resume, **options)  # fmt: skip
+        if not resume:
+            saved = pvae.checkpoint.load(tmp_path / "checkpoint.safetensors")
+            assert saved.meta["progress"]["step"] > 0  # within an epoch
+        pair.__class__ = Regression
+    assert same(state(again), state(whole))
+    assert run.history["loss_labelled"] == expected.history["loss_labelled"]
+
+
+LEARNING: dict[str, Any] = {
+    "GECO": lambda: pvae.objectives.GECO(tolerance=1.0),
+    "moving_average": lambda: pvae.objectives.ELBO(baseline="moving_average"),
+}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_objectives_that_learn_are_refused_several_kinds_by_name(name: str) -> None:
+    pair = Regression()
+    with pytest.raises(ArgumentError, match=f"learns nothing by itself.*{name}"):
+        fit((pair.model, pair.guide), kinds(number=True), LEARNING[name](), epochs=1)
