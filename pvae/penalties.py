@@ -176,7 +176,7 @@ class Activations(Penalty):
         if self.code if outputs.side == "guide" else self.output:
             counted.append(_mean(outputs))
         batch = tuple(outputs.fn.batch_shape)
-        return sum((_per_datum(a, batch) for a in counted), torch.zeros(()).to(outputs.z))
+        return sum((_per_datum(a, batch) for a in counted), outputs.z.new_zeros(()))
 
 
 @named.put("contractive")
@@ -275,7 +275,7 @@ class WeightDecay(Penalty):
     def forward(self, outputs: SideOutputs) -> Tensor:
         """The sum over all weights."""
         squares = [weight.square().sum() for weight in _weights(outputs.part)]
-        return sum(squares, torch.zeros(()).to(outputs.z))
+        return sum(squares, outputs.z.new_zeros(()))
 
 
 @named.put("mmd")

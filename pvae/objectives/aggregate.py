@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pvae import randomness
 from pvae.errors import ArgumentError, PairError, UndefinedError
 from pvae.mmd import Kernel, mmd
+from pvae.modes import is_capturing_graph
 from pvae.objectives.base import Objective
 from pvae.objectives.settings import AtLeastZero, Positive
 from pvae.objectives.state import ObjectiveState, Training
@@ -119,7 +120,7 @@ class TCVAE(_Aggregate):
         fn = site.guide.base_dist if len(site.guide.event_shape) else site.guide
         each = fn.log_prob(z.reshape(len(z), 1, *site.guide.event_shape))
         matrix = each.reshape(len(z), len(z), -1)  # log q(z_i | x_j) by dimension, (N, N, D)
-        weight = self._log_weights(terms, state).to(matrix)
+        weight = self._log_weights(terms, state)
         log_qz = (matrix.sum(2) + weight).logsumexp(1)
         log_product = (matrix + weight[..., None]).logsumexp(1).sum(1)
         information = (site.log_q[0] - log_qz).mean()
@@ -141,9 +142,9 @@ class TCVAE(_Aggregate):
         if size < rows:
             raise ArgumentError("num_data", f"at least the batch's {rows}", f"{size}")
         if self.weights == "weighted":
-            return torch.full((rows, rows), -math.log(size * rows))
+            return terms.like.new_full((rows, rows), -math.log(size * rows))
         others = math.log((size - 1) / (size * (rows - 1)))
-        return torch.full((rows, rows), others).fill_diagonal_(-math.log(size))
+        return terms.like.new_full((rows, rows), others).fill_diagonal_(-math.log(size))
 
 
 @dataclass(frozen=True)
@@ -254,14 +255,17 @@ class _Discriminator(ObjectiveState):
         self.network = nn.Sequential(*layers[:-1]).to(self.like)
         self.network.requires_grad_(requires_grad=False)
         parameters = self.network.parameters()
-        self.optimizer = torch.optim.Adam(parameters, lr=objective.lr, betas=(0.5, 0.9))
+        settings = {"lr": objective.lr, "betas": (0.5, 0.9)}
+        is_fused = self.like.device.type != "cpu"  # and counts its steps there
+        self.optimizer = torch.optim.Adam(parameters, **settings, fused=is_fused or None)
 
-    def advance(self) -> None:
+    def learn(self) -> None:
         """Trains the classifier on the codes that the step has seen."""
+        self.optimizer.param_groups[0]["capturable"] = is_capturing_graph()
         if self.measured is not None:
             z, self.measured = self.measured, None
             both = torch.cat([z, z.gather(0, torch.rand_like(z).argsort(0))])
-            target = torch.zeros(len(both), 1).to(both)
+            target = both.new_zeros(len(both), 1)
             target[: len(z)] = 1.0
             parameters = list(self.network.parameters())
             with torch.enable_grad():
@@ -274,7 +278,6 @@ class _Discriminator(ObjectiveState):
                 p.grad = torch.where(loss.detach().isfinite(), gradient, 0.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        super().advance()
 
     def tensors(self) -> dict[str, Tensor]:
         """Also the optimiser's."""
@@ -289,7 +292,8 @@ class _Discriminator(ObjectiveState):
             start = f"optimizer.{i}."
             own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
             self.optimizer.state[p] = {
-                k: v.clone() if k == "step" else v.to(p, copy=True) for k, v in own.items()
+                k: v.to(p.device, v.dtype if k == "step" else p.dtype, copy=True)
+                for k, v in own.items()
             }
         super().restore(tensors, step)
 

@@ -165,7 +165,7 @@ class TVO(Objective):
 
     def surrogate(self, terms: Terms, state: ObjectiveState) -> Tensor:
         """The plate-scaled loss in nats, a scalar to differentiate."""
-        points = torch.tensor(self.partition, dtype=terms.like.dtype, device=terms.like.device)
+        points = torch.stack([terms.like.new_full((), point) for point in self.partition])
         beta, width = points[:-1, None, None], points.diff()[:, None]
         log_weight = terms.log_weight
         fixed = log_weight.detach()

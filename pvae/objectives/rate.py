@@ -125,10 +125,10 @@ class _Multiplier(MovingAverage):
         """The multiplier."""
         return {"multiplier": float(self.log_multiplier.exp())}
 
-    def advance(self) -> None:
+    def learn(self) -> None:
         """Moves the multiplier after what the step has measured."""
         has_measured = self.measured is not None
-        super().advance()
+        super().learn()
         if has_measured:
             change = (self.speed * self.average).clamp(-self.largest, self.largest)
             self.log_multiplier.add_(change).clamp_(-self.limit, self.limit)

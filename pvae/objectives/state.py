@@ -27,8 +27,9 @@ class ObjectiveState(nn.Module):
 
     Schedules are evaluated on the host and kept as tensors, so that nothing has to be traced or
     compiled anew when they change. Subclasses keep more, in buffers and parameters, which a
-    checkpoint saves: `surrogate` leaves one tensor in ``measured``, and `advance`, which training
-    steps alone call, learns from it.
+    checkpoint saves: `surrogate` leaves one tensor in ``measured``, and `learn`, which training
+    steps alone call, learns from it. What it computes may be captured as a graph, so that it reads
+    no value of a tensor, and keeps no number that changes but in one.
     """
 
     def __init__(self, training: Training) -> None:
@@ -52,8 +53,12 @@ class ObjectiveState(nn.Module):
         for name, schedule in self.schedules.items():
             self.get_buffer(name).fill_(schedule(step))
 
+    def learn(self) -> None:
+        """Learns from what the step has measured; may be called where it measured nothing."""
+
     def advance(self) -> None:
-        """Moves to the next training step."""
+        """Learns, and moves to the next training step."""
+        self.learn()
         self.set_step(self.step + 1)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -89,7 +94,7 @@ class MovingAverage(ObjectiveState):
         mixed = self.decay * self.average + (1 - self.decay) * value
         return torch.where(self.started > 0, mixed, value)
 
-    def advance(self) -> None:
+    def learn(self) -> None:
         """Takes in what the step has measured, if that is finite."""
         if self.measured is not None:
             average = self.averaged(self.measured)
@@ -97,4 +102,3 @@ class MovingAverage(ObjectiveState):
             self.average.copy_(torch.where(ok, average, self.average))
             self.started.copy_(torch.where(ok, 1.0, self.started))
             self.measured = None
-        super().advance()
