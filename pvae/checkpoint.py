@@ -192,14 +192,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Puts back what `optimizer_state` returned."""
+    """Puts back what `optimizer_state` returned, but how the machine computes it."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["state"].items()]:
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     groups = []
     for saved, now in zip(rest["groups"], optimizer.state_dict()["param_groups"], strict=True):
-        groups.append(
-            {k: tuple(v) if isinstance(now.get(k), tuple) else v for k, v in saved.items()}
-        )
+        own = {k: now[k] for k in ("fused", "foreach", "capturable") if k in now}
+        as_it_was = {k: tuple(v) if isinstance(now.get(k), tuple) else v for k, v in saved.items()}
+        groups.append(as_it_was | own)
     optimizer.load_state_dict({"state": state, "param_groups": groups})

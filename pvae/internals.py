@@ -19,16 +19,23 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "CACHED",
+    "COPIES",
     "DETERMINISTIC",
     "ENUMERATE_DIM",
+    "FRESH",
     "INVERSE",
     "BatchNorm",
     "Convolution",
+    "Dispatch",
     "InverseTransform",
     "Norm",
+    "abandon_capture",
+    "allow_uncaptured",
     "can_skip_on_device",
     "copied_guide",
     "count_as_stepped",
@@ -45,9 +52,11 @@ __all__ = [
     "network_state",
     "norms",
     "pyro_attributes",
+    "tensors_in",
     "unvalidated",
     "version",
     "waiting_states",
+    "written",
 ]
 
 # Modules. Libraries derive layers of their own from these, so that naming torch's public layers
@@ -164,6 +173,31 @@ def forget_values(transform: torch.distributions.Transform) -> None:
     transform._cached_x_y = None, None
 
 
+# Operations, one by one
+
+Dispatch = TorchDispatchMode
+"""What sees each operation as the device gets it, those of derivatives among them."""
+
+COPIES = frozenset({torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default})
+"""The operations that bring numbers from one device to another."""
+
+FRESH = torch.ops.aten.lift_fresh.default
+"""What ``torch.tensor`` ends with: its argument is new, and no operation has made it."""
+
+
+def tensors_in(thing: object) -> list[Tensor]:
+    """The tensors among an operation's arguments, or in its result."""
+    return [leaf for leaf in tree_leaves(thing) if isinstance(leaf, Tensor)]
+
+
+def written(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    named = operation._schema.arguments
+    into = {a.name for a in named if a.alias_info is not None and a.alias_info.is_write}
+    given = dict(zip((a.name for a in named), args, strict=False)) | dict(kwargs)
+    return tensors_in([given[name] for name in into & given.keys()])
+
+
 # Optimisers and tensors
 
 
@@ -184,6 +218,31 @@ def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """
     devices = {p.device.type for group in optimizer.param_groups for p in group["params"]}
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and "mps" not in devices
+
+
+def allow_uncaptured(optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimiser that can be captured run outside of a capture without a warning."""
+    setattr(optimizer, "_warned_capturable_if_run_uncaptured", True)  # noqa: B010
+
+
+_abandoned: list[torch.cuda.CUDAGraph] = []
+
+
+def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+    """Has torch take no more memory from a graph's pool, after a capture that couldn't be ended.
+
+    Where CUDA itself ends a capture with an error, ``capture_end`` raises before it has done so,
+    and torch would ask the graph, at each allocation, whether that is part of the capture: so the
+    graph is kept. A capture that was ended properly is left alone.
+    """
+    if pool is None:
+        return
+    try:
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+    except RuntimeError:  # it isn't taken from it any more
+        return
+    torch._C._cuda_releasePool(device.index or 0, pool)
+    _abandoned.append(graph)
 
 
 def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -25,9 +26,23 @@ from pvae.pair.running import Spec, called_by, flatten
 from pvae.threads import alone
 from pvae.types import Program
 
-__all__ = ["SVI"]
+__all__ = ["SVI", "Loss"]
+
+LOOK_EVERY = 50
+"""Steps between looks at a GPU for one that wasn't finite, after the first ones."""
 
 Optim: TypeAlias = pyro.optim.PyroOptim | torch.optim.Optimizer | OptimizerLike
+
+
+class Loss(Tensor):
+    """The loss of a step on a GPU: a scalar tensor in nats, which NumPy reads, too.
+
+    Whatever reads it waits until the GPU has come to the end of that step.
+    """
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
+        """The number, for NumPy and what is built on it, such as plots."""
+        return np.asarray(self.item(), dtype)
 
 
 class SVI(pyro.infer.SVI):
@@ -35,7 +50,8 @@ class SVI(pyro.infer.SVI):
 
     A change of import in a loop that has Pyro's: what it takes, the losses, their gradients and
     the updates are the same. Pyro's validation is on for the first step and off after it. A step
-    whose loss or gradient isn't finite is skipped, with a warning.
+    whose loss or gradient isn't finite is skipped, with a warning: at once on the CPU; on a GPU,
+    where to look for one waits, after steps 1, 2, 4, 8 and so on, and after every 50th.
 
     Arguments:
         model: A Pyro program.
@@ -103,12 +119,20 @@ class SVI(pyro.infer.SVI):
     def step(self, *args: object, **kwargs: object) -> Any:
         """Takes a gradient step and returns the loss in nats, scaled by the plate as Pyro's is.
 
-        Parameters that first appear now are trained from now on. An objective of Pyro's that
-        returns several losses, such as ``ReweightedWakeSleep``, has them returned.
+        Parameters that first appear now are trained from now on.
 
         Arguments:
             *args: What model and guide are called with: tensors, and anything else.
             **kwargs: The same, by name.
+
+        Returns:
+            For a pair on the CPU the number, as Pyro's ``SVI`` gives it. For one on a GPU a
+            `Loss`, a tensor there, so that the step waits for nothing: ``losses.append(loss)``,
+            ``total += loss`` and ``loss / n`` don't wait either, while ``float(loss)``,
+            ``f"{loss:.1f}"``, ``loss < best``, ``np.mean(losses)`` and a plot wait for the step.
+            JSON wants ``float(loss)``. An objective of Pyro's that returns several losses, such as
+            ``ReweightedWakeSleep``, has them returned as numbers: like all of Pyro's objectives
+            it waits for the device itself.
         """
         with alone():
             return self._step(args, kwargs)
@@ -118,17 +142,25 @@ class SVI(pyro.infer.SVI):
         with pyro.validation_enabled(is_validate=self._steps == 0):
             stepper(batch, self._steps)
         self._steps += 1
-        loss = float(stepper.loss)
-        failure = stepper.look(self._steps - 1)
-        if failure is not None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        is_on_host = stepper.loss.device.type == "cpu"
+        if is_on_host or self._steps % LOOK_EVERY == 0 or self._steps.bit_count() == 1:
+            self._look([stepper] if is_on_host else [one for one, _ in self._steppers.values()])
+        if isinstance(value := stepper.passes.value, tuple):
+            return tuple(map(torch_item, value))
+        return float(stepper.loss) if is_on_host else stepper.loss.clone().as_subclass(Loss)
+
+    def _look(self, steppers: Sequence[Stepper]) -> None:
+        """Warns of steps that weren't finite since the last look, which waits for the device."""
+        for stepper in steppers:
+            if (failure := stepper.look()) is None:
+                continue
             stepper.recover(self._steps)
             what = failure.sites or failure.parameters
             where = f", at {oxford(what[:3])}" if what else ""
-            warn(f"Step {failure.step} isn't finite{where}, and was skipped.")
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        value = stepper.passes.value
-        return tuple(map(torch_item, value)) if isinstance(value, tuple) else loss
+            more = f", as were {failure.steps - 1} after it" if failure.steps > 1 else ""
+            warn(f"Step {failure.step} isn't finite{where}, and was skipped{more}.")
 
     def evaluate_loss(self, *args: object, **kwargs: object) -> float:
         """An estimate of the loss in nats, which trains nothing and advances nothing.
@@ -180,7 +212,7 @@ class SVI(pyro.infer.SVI):
         assert self.optimizer is not None  # noqa: S101
         stepper = Stepper(
             structure, self.objective, self.optimizer, self._state,
-            engine=self.engine, per_datum=False, late=self._take_up,
+            engine=self.engine, per_datum=False, each_by_itself=True, late=self._take_up,
         )  # fmt: skip
         stepper.moved = self._moved
         return stepper

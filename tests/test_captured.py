@@ -1,7 +1,8 @@
-"""Steps as CUDA graphs: captured on a GPU; on a CPU, all but the capture itself."""
+"""What is around steps as CUDA graphs, on a CPU; `test_graphs` has the graphs themselves."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pvae import fit, recipes
+from pvae import fit, recipes, schedules
 from pvae import objectives as o
 from pvae.engine import Stepper, captured
 from pvae.engine.passes import PassResult
@@ -40,20 +42,26 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """In place of a capture, a function that runs again; counts its runs by graph."""
     counts: list[int] = []
 
-    def record(function: Function, example: tuple[Tensor, ...]) -> Function:
-        counts.append(0)
-        mine = len(counts) - 1
+    class Replaying:
+        def __init__(self, device: torch.device) -> None:
+            pass
 
-        def replay(*batch: Tensor) -> PassResult:
-            assert [x.shape for x in batch] == [x.shape for x in example]
-            counts[mine] += 1
-            with capturing_graph():
-                return function(*batch)
+        def record(self, function: Function, example: tuple[Tensor, ...]) -> Function:
+            counts.append(0)
+            mine = len(counts) - 1
 
-        return replay
+            def replay(*batch: Tensor) -> PassResult:
+                assert [x.shape for x in batch] == [x.shape for x in example]
+                counts[mine] += 1
+                with capturing_graph():
+                    return function(*batch)
 
-    monkeypatch.setattr(captured, "record", record)
-    monkeypatch.setattr(captured, "run_aside", lambda function, batch: function(*batch))
+            return replay
+
+        def run_aside(self, function: Function, batch: tuple[Tensor, ...]) -> PassResult:
+            return function(*batch)
+
+    monkeypatch.setattr(captured, "Recorder", Replaying)
     monkeypatch.setattr("pvae.engine.stepper.check_engine", lambda *_: None)
     return counts
 
@@ -89,13 +97,12 @@ def test_what_is_around_a_capture(replays: list[int]) -> None:
 def test_a_graph_with_other_numbers_is_not_used(
     replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = captured.record
+    class Wrong(captured.Recorder):
+        def record(self, function: Function, example: tuple[Tensor, ...]) -> Function:
+            replay = super().record(function, example)
+            return lambda *batch: replay(*(1 - x for x in batch))
 
-    def wrong(function: Function, example: tuple[Tensor, ...]) -> Function:
-        replay = record(function, example)
-        return lambda *batch: replay(*(1 - x for x in batch))
-
-    monkeypatch.setattr(captured, "record", wrong)
+    monkeypatch.setattr(captured, "Recorder", Wrong)
     stepper, batch = sgd_stepper(torch.device("cpu"))
     captures(stepper)
     for step in range(captured.WARM_UP):
@@ -133,37 +140,87 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             overwrite=True,
         )
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_capture_that_fails(replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(captured.Recorder):
+        def record(self, function: Function, example: tuple[Tensor, ...]) -> Function:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(captured, "Recorder", Failing)
     stepper, batch = sgd_stepper(torch.device("cpu"))
-
-    def fails(*_: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(captured, "record", fails)
-    monkeypatch.setattr(captured, "run_aside", lambda function, batch: function(*batch))
-    monkeypatch.setattr("pvae.engine.stepper.check_engine", lambda *_: None)
     captures(stepper)
     for step in range(captured.WARM_UP):
         stepper(batch, step)
     with pytest.warns(PvaeWarning, match="the capture fails with operation not permitted when"):
         stepper(batch, 3)
+    assert not replays
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
-def test_on_a_gpu() -> None:
-    """Steps give the eager numbers, draws among them."""
-    cases: list[tuple[Any, o.Objective]] = [
-        (c.vae, o.ELBO()),
-        (c.vae, o.IWAE(3)),
-        (c.vae, o.DReG(3)),
-    ]
-    cases += [(c.noisy, o.ELBO()), (c.flow, o.ELBO())]
-    for kind, objective in cases:
-        found = []
-        for engine in ("eager", "cudagraph"):
-            torch.manual_seed(0)
-            pair = kind(torch.device("cuda"))
-            stepper = c.stepper(pair, objective, engine)
-            found.append(c.run(stepper, [pair[2]] * 8))
-            assert stepper.engine == engine
-        for ours, theirs in zip(*found, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6)
+def launches(stepper: Stepper, batch: tuple[Tensor, ...], step: int) -> Counter[str]:
+    """What a step gives the device to do, one by one."""
+    seen: Counter[str] = Counter()
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Seeing():
+        stepper(batch, step)
+    return seen
+
+
+def test_nothing_but_the_graph_is_launched(
+    replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what has changed on the host: a learning rate, a schedule's value, a step's number."""
+
+    class Silent(captured.Recorder):
+        def record(self, function: Function, example: tuple[Tensor, ...]) -> Function:
+            replay = super().record(function, example)
+            return lambda *batch: replay(*batch) if len(replays) < 2 else last[0]
+
+    model, guide, batch = c.vae(torch.device("cpu"))
+    objective = o.GECO(tolerance=4.0, penalty_weight=schedules.Warmup(6))
+    monkeypatch.setattr(captured, "Recorder", Silent)
+    stepper = c.stepper((model, guide, batch), objective, "cudagraph")
+    for step in range(captured.WARM_UP + 1):
+        stepper(batch, step)
+    last = [stepper.passes.run(*batch)]
+    replays.append(0)
+    assert launches(stepper, batch, 4) == {"fill_": 1}  # of the schedule
+    assert launches(stepper, batch, 5) == {"fill_": 1}
+    assert not launches(stepper, batch, 6)
+    stepper.optimizer.param_groups[0]["lr"] = 0.1
+    assert launches(stepper, batch, 7) == {"fill_": 1}
+    assert launches(stepper, batch, 9) == {"fill_": 1}  # not the one that comes next
+
+
+@pytest.mark.parametrize("where", ["state", "group"])
+def test_an_optimiser_that_counts_in_python(where: str, replays: list[int]) -> None:
+    """A graph would have its counters as they were."""
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for holder in (
+                    [self.state[p] for p in group["params"]] if where == "state" else [group]
+                ):
+                    holder["n"] = holder.get("n", 0) + 1
+            super().step()
+
+    words = {
+        "state": "Counting keeps its 'n' in Python",
+        "group": "the optimiser's 'n' changes from step to step",
+    }
+    model, guide, batch = c.vae(torch.device("cpu"))
+    stepper = c.stepper((model, guide, batch), o.ELBO(), "cudagraph")
+    stepper.optimizer = Counting(stepper.parameters, lr=1e-2)
+    with pytest.warns(PvaeWarning, match=words[where]):
+        c.run(stepper, [batch] * 6)
+    assert stepper.engine == "eager"
+    holders = [*stepper.optimizer.state.values(), *stepper.optimizer.param_groups]
+    assert {holder["n"] for holder in holders if "n" in holder} == {6}  # not what was tried

@@ -279,11 +279,11 @@ def test_a_failed_step_changes_nothing(device: torch.device) -> None:
     bad[3, 2] = float("nan")
     run(made, [(x,)])
     before = [v.detach().clone() for v in (*made.parameters, *made.passes.buffers, made.sums)]
-    assert made.look(0) is None
+    assert made.look() is None
     run(made, [(bad,), (x,)])
     for now, then in zip((*made.parameters, *made.passes.buffers, made.sums), before, strict=True):
         assert torch.equal(now, then)
-    failure = made.look(1)
+    failure = made.look()
     assert failure is not None
     assert (failure.step, set(failure.sites)) == (0, {"z", "x"})
 

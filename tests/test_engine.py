@@ -100,10 +100,10 @@ def test_the_first_failure_is_the_one_named(device: torch.device) -> None:
     with pyro.validation_enabled(is_validate=False):
         stepper((x,), 0)
         before = [p.detach().clone() for p in stepper.parameters]
-        assert stepper.look(0) is None
+        assert stepper.look() is None
         for step, batch in enumerate((bad, x, bad), start=1):
             stepper((batch,), step)
-    failure = stepper.look(3)
+    failure = stepper.look()
     assert failure is not None
     assert failure.step == 1
     assert set(failure.sites) == {"z", "x"}

@@ -132,13 +132,13 @@ def test_averages_count_no_failed_step(device: torch.device) -> None:
         stepper(batch, 5)
     assert stepper.averages() == before
     assert math.isfinite(before["loss"])
-    failure = stepper.look(5)
+    failure = stepper.look()
     assert failure is not None
     assert failure.step == 4
     assert "x" in failure.sites
     stepper.recover(4)
     stepper(batch, 4)
-    assert stepper.look(4) is None
+    assert stepper.look() is None
     assert stepper.averages() != before
 
 

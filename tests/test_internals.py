@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import os
 import subprocess
@@ -280,10 +281,62 @@ def guides() -> None:
     assert copied.locs.z is not guide.locs.z
 
 
+def operations() -> None:
+    """Each is seen with what it writes to; copies are known, and so is what is new."""
+    seen: list[tuple[str, int]] = []
+    into: list[Tensor] = []
+
+    class Seeing(internals.Dispatch):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kind = "copy" if func in internals.COPIES else "other"
+            kind = "fresh" if func is internals.FRESH else kind
+            seen.append((kind, len(internals.tensors_in((args, kwargs)))))
+            into.extend(internals.written(func, args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    a, b = torch.ones(2), torch.zeros(2)
+    with Seeing():
+        a.to(torch.float16)
+        a.copy_(b)
+        torch.tensor([1.0])
+        torch.add(a, b, out=b)
+        torch.stack([a, b])
+    assert seen == [("copy", 1), ("copy", 2), ("fresh", 1), ("other", 3), ("other", 2)]
+    assert [*map(id, into)] == [id(a), id(b)]
+
+
+def captures() -> None:
+    """An attribute by which torch remembers that it has warned; functions that builds have."""
+    assert '"_warned_capturable_if_run_uncaptured"' in inspect.getsource(torch.optim.Optimizer)
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    internals.allow_uncaptured(optimizer)
+    assert all(hasattr(torch._C, n) for n in ("_cuda_endAllocateToPool", "_cuda_releasePool"))
+    device, ended = torch.device("cuda", 0), "endAllocatePool: not currently recording"
+    calls: list[Any] = []
+
+    def end(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 1:
+            raise RuntimeError(ended)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+        patch.setattr(torch._C, "_cuda_releasePool", lambda *given: calls.append(given))
+        graph: Any = object()
+        internals.abandon_capture(graph, device, None)
+        assert not calls
+        internals.abandon_capture(graph, device, (0, 7))  # which was ended properly
+        assert calls == [(0, (0, 7))]
+        internals.abandon_capture(graph, device, (0, 7))
+        assert calls == [(0, (0, 7))] * 3
+
+
 CHECKS: list[Callable[[], None]] = [
     deterministic, enumerate_dim, mask, inverse, cache, version, hooks, skipping, adam, many,
     messengers, networks, gradient_hooks, validation, schedulers, waiting, guessing, compiler,
-    guides,
+    guides, operations, captures,
 ]  # fmt: skip
 
 

@@ -101,6 +101,8 @@ class Batches:
             order = torch.randperm(source.num_rows, generator=generator, device=device)
         else:
             order = torch.arange(source.num_rows, device=device)
+        if source.indexed_on_host:
+            order = order.cpu()  # once an epoch, not at each step
         for step in range(start, self.steps_per_epoch):
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
             index = index[self.world.share(len(index))]

@@ -19,6 +19,7 @@ from pvae.data import order
 from pvae.data.arrays import check_dense
 from pvae.data.checks import RowCheck
 from pvae.data.sources import Axes, Batch, Source, check_length, num_rows_of
+from pvae.devices import sent
 from pvae.errors import ArgumentError, DataError, warn
 
 __all__ = ["DatasetSource", "Fetched", "LoaderSource"]
@@ -51,13 +52,14 @@ class Fetched(Source):
             self.check(parts, named, self.axes)
         dtypes = [self.dtype if p.is_floating_point() else p.dtype for p in parts]
         typed = zip(parts, dtypes, strict=True)
-        is_cuda = self.device.type == "cuda"
-        moved = (p.to(self.device, d, non_blocking=is_cuda) for p, d in typed)
+        moved = (sent(p.to(d), self.device) for p, d in typed)
         return tuple(p.clone() if p.is_inference() else p for p in moved)
 
 
 class DatasetSource(Fetched):
     """A map-style torch ``Dataset``: items are fetched one by one and collated."""
+
+    indexed_on_host = True
 
     def __init__(self, dataset: Dataset, device: torch.device, dtype: torch.dtype) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae.data.arrays import Array, Data, MappedRows, as_array
+from pvae.devices import sent
 from pvae.errors import DataError
 from pvae.randomness import derive_seed
 
@@ -63,6 +64,8 @@ class Source(ABC):
     exact = True
     random = False
     """Whether `rows` draws from the generator it is given."""
+    indexed_on_host = False
+    """Whether `rows` takes an index on the host, where it reads rows: then nothing waits for it."""
 
     def along(self, axes: Axes) -> Source:
         """The same data with their rows along these axes, which a pair's data plate counts.
@@ -82,7 +85,7 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """The rows at ``index``, an integer tensor on the device."""
+        """The rows at ``index``, an integer tensor on the device, or else on the host."""
 
     def stored(self, index: Tensor) -> Batch:
         """The rows at ``index`` as they are kept: no draws are made of them, as `rows` may do."""
@@ -95,8 +98,12 @@ class Source(ABC):
     def all(self, chunk: int = 4096) -> Iterator[tuple[int, Batch]]:
         """All rows in order, in chunks, each with the number of its first row."""
         for start in range(0, self.num_rows, chunk):
-            index = torch.arange(start, min(start + chunk, self.num_rows), device=self.device)
-            yield start, self.rows(index)
+            yield start, self.rows(self.numbers(start, min(start + chunk, self.num_rows)))
+
+    def numbers(self, start: int, stop: int) -> Tensor:
+        """An index of rows one after another, where `rows` takes it."""
+        where = torch.device("cpu") if self.indexed_on_host else self.device
+        return torch.arange(start, stop, device=where)
 
 
 class ArraySource(Source):
@@ -119,7 +126,7 @@ class ArraySource(Source):
         if device.type == "cuda" and resident:
             size = sum(a.nbytes for a in self.data.arrays)
             resident = size < 0.5 * torch.cuda.mem_get_info(device)[0]
-        self.resident = resident
+        self.resident, self.indexed_on_host = resident, not resident
         on_device = self.data.arrays if resident else ()
         self._tensors = [a.to(device) for a in self._cast(map(_as_tensor, on_device))]
 
@@ -132,7 +139,8 @@ class ArraySource(Source):
             )
         host = index.cpu()
         pairs = zip(self.data.arrays, self.axes, strict=True)
-        return tuple(self._send(x) for x in self._cast(_rows_of(a, host, i) for a, i in pairs))
+        rows = self._cast(_rows_of(a, host, i) for a, i in pairs)
+        return tuple(sent(x, self.device) for x in rows)
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The rows at ``index``; the first array scaled and binarised."""
@@ -159,6 +167,7 @@ class ArraySource(Source):
         options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
         if generator is not None:
             return torch.rand(x.shape, generator=generator, **options)
+        index = index.to(x.device)
         uniform, block_of = torch.empty_like(x), index // _BLOCK
         for block in block_of.unique().tolist():
             seeded = torch.Generator(x.device).manual_seed(derive_seed(self.data.seed, block))
@@ -172,11 +181,6 @@ class ArraySource(Source):
         if axes == self.axes:
             return self
         return ArraySource(checked(self.data, axes), self.device, self.dtype, axes)
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
 
     def _cast(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         floats = [x.to(self.dtype) if x.is_floating_point() else x for x in tensors]
@@ -196,6 +200,7 @@ class WholeSource(Source):
     """All rows of a source as one, for a pair whose data no plate counts."""
 
     num_rows = 1
+    indexed_on_host = True
 
     def __init__(self, source: Source) -> None:
         self.source, self.device, self.exact = source, source.device, source.exact
@@ -203,7 +208,7 @@ class WholeSource(Source):
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """All of them, whatever the index, which can be nothing but 0."""
-        return self.source.rows(torch.arange(self.source.num_rows, device=self.device), generator)
+        return self.source.rows(self.source.numbers(0, self.source.num_rows), generator)
 
     def along(self, axes: Axes) -> Source:
         """Back to the source that this is of."""

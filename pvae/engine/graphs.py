@@ -89,8 +89,8 @@ class Recordings(Generic[T]):
         if len(known) > 1 and min(r.served for r in known[-2:]) < WORTH_A_GRAPH:
             raise UncompilableError(
                 f"what a step reads changes from step to step: {known[-1].watch.change()}. A "
-                "number in a tensor, such as torch.tensor(0.5), changed by .fill_(), is read at "
-                "each step"
+                "number in a tensor where the pair is, such as torch.tensor(0.5), changed by "
+                ".fill_(), is read at each step"
             )
         return sum(map(len, self._known.values())) < MAX_GRAPHS
 

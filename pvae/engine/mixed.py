@@ -79,15 +79,20 @@ class MixedStepper:
         """Starts new averages."""
         self.sums.zero_()
 
-    def look(self, step: int) -> Failure | None:
-        """Waits for the device and says whether a step has failed; ``step`` is the last one."""
-        first = self.first.look(step)
+    def look(self) -> Failure | None:
+        """Waits for the device and says whether a step has failed."""
+        first = self.first.look()
         if first is None:
             return None
         found = [stepper.failure() or first for stepper in self.steppers.values()]
         sites = dict.fromkeys(name for failure in found for name in failure.sites)
         parameters = dict.fromkeys(name for failure in found for name in failure.parameters)
         return replace(first, sites=tuple(sites), parameters=tuple(parameters))
+
+    def release(self) -> None:
+        """Drops the graphs on the device with their memory; steps to come make others."""
+        for stepper in self.steppers.values():
+            stepper.release()
 
     def recover(self, step: int) -> None:
         """Makes itself ready to go on at ``step``, after a failure."""

@@ -6,7 +6,6 @@ so often, so that no step waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,11 +23,16 @@ PARTS = ("loss", "elbo", "log_likelihood", "rate", "penalty", "grad_norm")
 
 @dataclass(frozen=True)
 class Failure:
-    """The first step that wasn't finite: its number, and the sites or parameters at fault."""
+    """The first step that wasn't finite: its number, and the sites or parameters at fault.
+
+    Attributes:
+        steps: How many steps changed nothing since, the first one among them.
+    """
 
     step: int
     sites: tuple[str, ...]
     parameters: tuple[str, ...]
+    steps: int
 
 
 class Measured(NamedTuple):
@@ -45,13 +49,33 @@ class Measured(NamedTuple):
     densities: dict[tuple[str, str], Tensor]
 
 
+class StepNumber:
+    """The number of a step, on the device, where it is written only if it isn't the next one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros((), dtype=torch.int64, device=device)
+        self._known = 0
+
+    def set(self, step: int) -> None:
+        """Says which step comes."""
+        if step != self._known:
+            self.tensor.fill_(step)
+        self._known = step + 1
+
+    def advance(self) -> None:
+        """Moves on with the end of a step, which may be captured."""
+        self.tensor.add_(1)
+
+
 class Monitor:
     """Sums of what steps measured, and the first step that failed.
 
-    Once a step has failed, all further ones count as failed, until `recover`.
+    Once a step has failed, all further ones count as failed, until `recover`, unless each is to be
+    judged by itself.
 
     Arguments:
         device: Where steps run.
+        each_by_itself: Whether steps after one that failed may be good.
 
     Attributes:
         sums: Sums of each of `PARTS` times the step's rows, and of the rows, as `sums_of` reads
@@ -60,18 +84,20 @@ class Monitor:
         number: Number of the step that runs.
         failed: Whether a step has failed.
         failed_at: The number of the first one.
+        skipped: How many have failed.
         may_look: Whether values may be read where that costs nothing.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, each_by_itself: bool = False) -> None:
+        self.each_by_itself = each_by_itself
         self.sums = zero_sums(device, len(PARTS) + 1)
         self.loss = torch.zeros((), dtype=floats(device), device=device)
-        self.number = torch.zeros((), dtype=torch.int64, device=device)
+        self.number = StepNumber(device)
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._good = torch.ones((), dtype=torch.bool, device=device)
-        self._bad_sites = self._bad_parameters = self.failed.new_zeros(0)
-        self._sites: list[str] = []
+        self._bad: dict[tuple[str, ...], Tensor] = {}
         self.may_look = True
 
     def judge(
@@ -93,31 +119,39 @@ class Monitor:
             add_to(self.sums, row)
             return self._good
         finite = parts[0].isfinite() & norm.isfinite()
-        ok = finite & ~self.failed
+        ok = finite if self.each_by_itself else finite & ~self.failed
         if densities:
-            self._sites = [site for site, _ in densities]
             bad = ~torch.stack([density.sum() for density in densities.values()]).isfinite()
-            self._bad_sites = self._first_bad(self._bad_sites, bad)
-        self._bad_parameters = self._first_bad(self._bad_parameters, ~norms.isfinite())
-        self.failed_at.copy_(torch.where(finite | self.failed, self.failed_at, self.number))
-        self.failed.copy_(~ok)
+            self._note(("site", *(site for site, _ in densities)), bad)
+        self._note(("parameter", *measured.gradients), ~norms.isfinite())
+        self.failed_at.copy_(torch.where(finite | self.failed, self.failed_at, self.number.tensor))
+        self.failed.logical_or_(~finite)
+        self.skipped.add_(~ok)
         add_to(self.sums, torch.where(ok, row, torch.zeros_like(row)))
         return ok
 
-    def _first_bad(self, known: Tensor, bad: Tensor) -> Tensor:
-        """What was bad at the first failure, once there was one; written where it is known."""
-        if known.shape != bad.shape:
-            return bad
-        return known.copy_(torch.where(self.failed, known, bad))
+    def _note(self, names: tuple[str, ...], bad: Tensor) -> None:
+        """Keeps what was bad at the first failure, once there was one.
+
+        Arguments:
+            names: What ``bad`` is of: ``"site"`` or ``"parameter"``, and the name of each.
+            bad: Which of them aren't finite; its tensor is kept and written from then on, also by
+                graphs, so that each tuple of names has one of its own.
+        """
+        known = self._bad.setdefault(names, bad)
+        if known is not bad:
+            known.copy_(torch.where(self.failed, known, bad))
 
     def share(self, first: Monitor, sums: Tensor) -> None:
         """Has with another monitor one record of the first step that failed; and sums elsewhere."""
         self.number, self.failed, self.failed_at = first.number, first.failed, first.failed_at
+        self.skipped = first.skipped
         self.sums = sums
 
     def tensors(self) -> list[Tensor]:
         """What a step changes."""
-        return [self.sums, self.loss, self.failed, self.failed_at]
+        numbers = [self.number.tensor, self.failed_at, self.skipped]
+        return [self.sums, self.loss, self.failed, *numbers]
 
     def averages(self) -> dict[str, float]:
         """Averages over data since the last `reset`, and ``"rows"``; waits for the device."""
@@ -125,23 +159,21 @@ class Monitor:
         means = {name: total / max(rows, 1.0) for name, total in zip(PARTS, sums, strict=True)}
         return means | {"rows": rows}
 
-    def look(self, parameters: Sequence[str]) -> Failure | None:
-        """Waits for the device and says whether a step has failed.
-
-        Arguments:
-            parameters: Names of those with a gradient.
-        """
+    def look(self) -> Failure | None:
+        """Waits for the device and says whether a step has failed."""
         if not bool(self.failed):
             return None
-        sites = zip(self._sites, self._bad_sites.tolist(), strict=False)
-        named = zip(parameters, self._bad_parameters.tolist(), strict=False)
-        return Failure(
-            int(self.failed_at),
-            tuple(dict.fromkeys(name for name, bad in sites if bad)),
-            tuple(name for name, bad in named if bad),
-        )
+        at_fault: dict[str, dict[str, None]] = {"site": {}, "parameter": {}}
+        for (kind, *names), bad in self._bad.items():
+            rows = zip(names, bad.tolist(), strict=True)
+            at_fault[kind] |= dict.fromkeys(name for name, is_bad in rows if is_bad)
+        sites, parameters = map(tuple, at_fault.values())
+        return Failure(int(self.failed_at), sites, parameters, int(self.skipped))
 
     def recover(self) -> None:
         """Forgets the failure."""
         self.failed.zero_()
         self.failed_at.fill_(-1)
+        self.skipped.zero_()
+        for bad in self._bad.values():
+            bad.zero_()

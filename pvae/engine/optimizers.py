@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, check_number
-from pvae.internals import can_skip_on_device, fused_adam, has_step_hooks, version
+from pvae.internals import allow_uncaptured, can_skip_on_device, fused_adam, has_step_hooks, version
 
-__all__ = ["Backup", "OptimizerLike", "make_optimizer", "update"]
+__all__ = ["Backup", "OptimizerLike", "count_on_device", "make_optimizer", "update"]
 
 OptimizerLike = Callable[..., torch.optim.Optimizer]
 
@@ -44,7 +44,19 @@ def make_optimizer(
     for group in made.param_groups:
         for name in ("lr", "weight_decay"):
             check_number(f"optimizer, {name} of a group", group.get(name, 0.0), minimum=0)
+    count_on_device(made)
     return made
+
+
+def count_on_device(optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimiser that can be captured keep on CUDA what it counts.
+
+    There a step that failed takes it back, and a graph moves it on.
+    """
+    for group in optimizer.param_groups:
+        if "capturable" in group and all(p.device.type == "cuda" for p in group["params"]):
+            group["capturable"] = True
+            allow_uncaptured(optimizer)
 
 
 def update(optimizer: torch.optim.Optimizer, ok: Tensor, parameters: Sequence[Tensor]) -> None:

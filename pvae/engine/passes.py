@@ -54,7 +54,6 @@ class Passes:
         structure, objective, state, clip_norm, precision, per_datum, world, late: As of `Stepper`.
         monitor: Judges each pass.
         moving: The buffers that a pass changes, where it is known, as while one is recorded.
-        names: Names of the parameters that the last pass had gradients of.
         has_penalties: Whether any pass had some so far.
         announced: Parameters, by identity, that a pass announces: the last, with ``late``; or set.
         value: What one of Pyro's objectives returned, a number or a tuple of them.
@@ -80,7 +79,6 @@ class Passes:
         self.parameters, modules = self.structure.parameters, self.structure.modules
         self.buffers = [b for m in modules for b in m.buffers(recurse=False)]
         self.moving: list[Tensor] | None = None
-        self.names: list[str] = []
         self.has_penalties, self._num_rows = False, 0
         self.announced: set[int] = set()
         self.value: object = None
@@ -238,7 +236,6 @@ class Passes:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             clipped = multiply([*gradients.values()], factor)
             gradients = dict(zip(gradients, clipped, strict=True))
-        self.names = [*gradients]
         return PassResult(ok, None if self.state is None else self.state.measured, gradients)
 
     def changing(self) -> list[Tensor]:

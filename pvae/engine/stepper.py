@@ -46,7 +46,7 @@ class Stepper:
     """Runs training steps of a pair and keeps sums of what they measured on the device.
 
     A step whose loss or gradient isn't finite changes nothing, and nor does any step after it,
-    until the host looks and recovers.
+    until the host looks and recovers, unless each step is to be judged by itself.
 
     Arguments:
         structure: What the pair is made of.
@@ -67,6 +67,7 @@ class Stepper:
             anew.
         precision: ``"full"``, the pair's own type, or ``"bf16"``: networks in bfloat16.
         per_datum: Whether the loss is divided by the data plate's full size.
+        each_by_itself: Whether steps after one that wasn't finite may be good.
         world: The processes that share each batch. Each computes loss and gradients on its own
             rows; their means over all rows are what every process then goes on with.
         late: Called with the name and the tensor of a parameter that a later batch announces
@@ -90,13 +91,14 @@ class Stepper:
         *,
         precision: Precision = "full",
         per_datum: bool = True,
+        each_by_itself: bool = False,
         world: World | None = None,
         late: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         self.structure, self.objective, self.state = structure, objective, state
         self.optimizer, self.world = optimizer, world or World()
         self.moved: set[int] = set()
-        self.monitor = Monitor(structure.device)
+        self.monitor = Monitor(structure.device, each_by_itself=each_by_itself)
         self.loss, self.sums = self.monitor.loss, self.monitor.sums
         given = structure, objective, state, self.monitor, clip_norm
         self.passes = Passes(*given, precision, per_datum, self.world, late)
@@ -127,30 +129,27 @@ class Stepper:
         Of several processes each has its own rows of the batch; one without rows has an empty
         tuple, and takes part.
         """
-        self.monitor.number.fill_(step)
+        self.monitor.number.set(step)
         if not isinstance(self.objective, Objective):  # some of Pyro's add to what is there
             self.optimizer.zero_grad(set_to_none=True)
-        result = self._step(batch)
+        self._step(batch)
         if self.state is not None:
-            self.state.measured = result.measured
-            backup = Backup(list(self.state.tensors().values()))
-            self.state.advance()
-            backup.restore_unless(result.ok)
+            self.state.set_step(self.state.step + 1)
 
     def _step(self, batch: tuple[Tensor, ...]) -> PassResult:
-        """The pass and the update, by the engine."""
+        """The pass and all that follows it on the device, by the engine."""
         if self.engine == "cudagraph":
             try:
                 if self._captured is None:
-                    self._captured = CapturedStep(self.passes, self.optimizer, self._update)
+                    self._captured = CapturedStep(self.passes, self.optimizer, self._finish)
                 return self._captured(batch)
             except UncompilableError as error:
                 self._give_up("captured", error)
         if self.world.size > 1:
-            return self._update(
+            return self._finish(
                 self.passes.run_shared(batch, lambda own: self._run(self._own_rows, own))
             )
-        return self._update(self._run(self._whole, batch))
+        return self._finish(self._run(self._whole, batch))
 
     def _run(self, compiled: CompiledPass[Result], batch: tuple[Tensor, ...]) -> Result:
         """A pass, or this process's part of one, compiled or as Python."""
@@ -161,8 +160,18 @@ class Stepper:
             self._give_up("compiled", error)
         return compiled.eager(*batch)
 
-    def _update(self, result: PassResult) -> PassResult:
-        """The optimiser's step, where the pass is good."""
+    def _finish(self, result: PassResult) -> PassResult:
+        """The optimiser's step, and what the objective's state learns, where the pass is good."""
+        self._update(result)
+        if self.state is not None:
+            self.state.measured = result.measured
+            backup = Backup(list(self.state.tensors().values()))
+            self.state.learn()
+            backup.restore_unless(result.ok)
+        self.monitor.number.advance()
+        return result
+
+    def _update(self, result: PassResult) -> None:
         announced = self.passes.announced
         for name, parameter in self.structure.parameters.items():
             gradient = result.gradients.get(name)
@@ -172,11 +181,18 @@ class Stepper:
                 gradient = torch.zeros_like(parameter)  # as Pyro's SVI leaves it: momentum goes on
             parameter.grad = gradient
         update(self.optimizer, result.ok, self.parameters)
-        return result
 
     def _give_up(self, what: str, error: UncompilableError) -> None:
         warn(f"Steps run as Python, not {what}: {error}. The numbers are the same.")
         self.engine = "eager"
+        self.release()
+
+    def release(self) -> None:
+        """Drops the graphs on the device with their memory; steps to come make others."""
+        if self._captured is not None:
+            self._captured = None
+            for parameter in self.parameters:
+                parameter.grad = None
 
     def averages(self) -> dict[str, float]:
         """Averages over data since the last `reset`; waits for the device."""
@@ -186,21 +202,21 @@ class Stepper:
         """Starts new averages."""
         self.sums.zero_()
 
-    def look(self, step: int) -> Failure | None:
-        """Waits for the device and says whether a step has failed; ``step`` is the last one."""
+    def look(self) -> Failure | None:
+        """Waits for the device and says whether a step has failed."""
         failure = self.failure()
         if failure is None:
             return None
         for state in self.optimizer.state.values():  # counters on the host couldn't be masked
             count = None if can_skip_on_device(self.optimizer) else state.get("step")
             if isinstance(count, Tensor) and count.device != self.loss.device:
-                count -= step - failure.step + 1
+                count -= failure.steps
         sites = dict.fromkeys(name for own in self.world.gather(failure.sites) for name in own)
         return replace(failure, sites=tuple(sites))
 
     def failure(self) -> Failure | None:
         """The first step that failed, if one has, and what was wrong in this stepper's own."""
-        return self.monitor.look(self.passes.names)
+        return self.monitor.look()
 
     @property
     def has_penalties(self) -> bool:

@@ -106,6 +106,10 @@ class Watch:
         self._fixed = [*batch]
         return self._held.holds()
 
+    def add(self, places: Sequence[Place]) -> None:
+        """Also looks at these from now on."""
+        self._held.places += places
+
     def settle(self) -> None:
         """Looks at what the step itself has changed since, which is no reason to record it anew.
 

@@ -79,7 +79,7 @@ def _look_and_save(training: Training, bar: tqdm, signals: Signals) -> None:
 
 def _look(training: Training, bar: tqdm) -> None:
     """Waits for the device: shows the average so far, and stops if a step has failed."""
-    failure = training.stepper.look(training.progress.global_step - 1)
+    failure = training.stepper.look()
     if failure is not None:
         training.go_back_to(failure.step)
         what = f"a loss of {type(training.objective).__name__} that isn't finite"
@@ -256,7 +256,10 @@ def _at_work(training: Training) -> Iterator[tuple[tqdm, threading.Event, Signal
     ):
         if training.generators is not None:
             randomness.set_state(training.generators)
-        yield bar, interrupt, signals
+        try:
+            yield bar, interrupt, signals
+        finally:
+            training.stepper.release()
 
 
 @contextmanager

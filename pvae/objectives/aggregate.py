@@ -255,9 +255,8 @@ class _Discriminator(ObjectiveState):
         self.network = nn.Sequential(*layers[:-1]).to(self.like)
         self.network.requires_grad_(requires_grad=False)
         parameters = self.network.parameters()
-        settings = {"lr": objective.lr, "betas": (0.5, 0.9)}
-        is_fused = self.like.device.type != "cpu"  # and counts its steps there
-        self.optimizer = torch.optim.Adam(parameters, **settings, fused=is_fused or None)
+        fused = self.like.device.type != "cpu" or None  # which counts steps on the device
+        self.optimizer = torch.optim.Adam(parameters, objective.lr, (0.5, 0.9), fused=fused)
 
     def learn(self) -> None:
         """Trains the classifier on the codes that the step has seen."""

@@ -38,6 +38,7 @@ class ObjectiveState(nn.Module):
         self.step = 0
         self.measured: Tensor | None = None
         self.like = torch.zeros((), dtype=structure.dtype, device=structure.device)
+        self._written: dict[str, float] = {}
         for name in self.schedules:
             self.register_buffer(name, self.like.clone())
         self.set_step(0)
@@ -48,10 +49,12 @@ class ObjectiveState(nn.Module):
         self.set_step(self.step)
 
     def set_step(self, step: int) -> None:
-        """Moves to a training step."""
+        """Moves to a training step; schedules are written where they have changed."""
         self.step = step
         for name, schedule in self.schedules.items():
-            self.get_buffer(name).fill_(schedule(step))
+            if (value := schedule(step)) != self._written.get(name):
+                self.get_buffer(name).fill_(value)
+                self._written[name] = value
 
     def learn(self) -> None:
         """Learns from what the step has measured; may be called where it measured nothing."""

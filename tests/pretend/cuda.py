@@ -96,8 +96,10 @@ def set_stream(stream: Stream | None) -> None:
 def on_stream(stream: Stream | None) -> Iterator[None]:
     before = current_stream()
     set_stream(stream)
-    yield
-    set_stream(before)  # not after an error, as torch's own
+    try:
+        yield
+    finally:
+        set_stream(before)
 
 
 def not_in_capture(call: str) -> None:
