@@ -44,6 +44,10 @@ class Loss(Tensor):
         """The number, for NumPy and what is built on it, such as plots."""
         return np.asarray(self.item(), dtype)
 
+    def __format__(self, spec: str) -> str:
+        """The number, written as a number is."""
+        return format(self.item(), spec)
+
 
 class SVI(pyro.infer.SVI):
     """``pyro.infer.SVI`` with one fused optimiser, and with steps that can be compiled.

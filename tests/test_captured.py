@@ -21,7 +21,7 @@ from pvae.modes import capturing_graph
 from tests import test_compiled as c
 
 pytestmark = pytest.mark.usefixtures("store")
-Function = Callable[..., PassResult]
+Function = Callable[..., Any]
 
 
 def sgd_stepper(device: torch.device) -> tuple[Stepper, tuple[Tensor, ...]]:
@@ -204,7 +204,7 @@ def test_an_optimiser_that_counts_in_python(where: str, replays: list[int]) -> N
     """A graph would have its counters as they were."""
 
     class Counting(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             for group in self.param_groups:
                 for holder in (
                     [self.state[p] for p in group["params"]] if where == "state" else [group]

@@ -124,7 +124,8 @@ class ArraySource(Source):
             raise DataError("data", expected, f"rows along axis {self.axes[0]}", ["'static'"])
         resident = not any(isinstance(a, MappedRows) for a in self.data.arrays)
         if device.type == "cuda" and resident:
-            size = sum(a.nbytes for a in self.data.arrays)
+            elsewhere = (a for a in map(_as_tensor, self.data.arrays) if a.device.type != "cuda")
+            size = sum(a.nbytes for a in elsewhere)
             resident = size < 0.5 * torch.cuda.mem_get_info(device)[0]
         self.resident, self.indexed_on_host = resident, not resident
         on_device = self.data.arrays if resident else ()
@@ -190,10 +191,10 @@ class ArraySource(Source):
 
 def _rows_of(array: Array, index: Tensor, axis: int | None) -> Tensor:
     """Rows of an array along an axis, where the array is."""
-    if axis == 0 or isinstance(array, MappedRows):  # of which another axis is read whole
-        return _as_tensor(array[index] if isinstance(array, Tensor) else array[index.numpy()])
+    if isinstance(array, MappedRows) or (axis == 0 and isinstance(array, np.ndarray)):
+        return _as_tensor(array[index.numpy()])  # of a memory map another axis is read whole
     tensor = _as_tensor(array)
-    return tensor if axis is None else tensor.index_select(axis, index)
+    return tensor if axis is None else tensor.index_select(axis, sent(index, tensor.device))
 
 
 class WholeSource(Source):
