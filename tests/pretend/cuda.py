@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import threading
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,14 +90,18 @@ def set_stream(stream: Stream | None) -> None:
         streams.current = stream
 
 
-@contextlib.contextmanager
-def on_stream(stream: Stream | None) -> Iterator[None]:
-    before = current_stream()
-    set_stream(stream)
-    try:
-        yield
-    finally:
-        set_stream(before)
+class OnStream:
+    """As torch's own: what it entered it leaves, after an error too, if it is asked to."""
+
+    def __init__(self, stream: Stream | None) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        self.before = current_stream()
+        set_stream(self.stream)
+
+    def __exit__(self, *_: object) -> None:
+        set_stream(self.before)
 
 
 def not_in_capture(call: str) -> None:
@@ -184,7 +186,7 @@ def state_of(library: ctypes.CDLL) -> dict[str, Any]:
         "reset_peak_memory_stats": lambda device=None: library.pretend_reset_peak(),
         "Stream": Stream,
         "Event": Event,
-        "stream": on_stream,
+        "stream": OnStream,
         "set_stream": set_stream,
         "current_stream": current_stream,
         "default_stream": lambda device=None: DEFAULT,
