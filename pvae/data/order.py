@@ -28,11 +28,14 @@ __all__ = [
     "num_rows_of_loader",
     "order_in_words",
     "refuse_once_only",
+    "repeats",
     "rows_left_out",
     "rows_per_batch",
 ]
 
 _LOOK = 64  # rows of an unknown sampler that two passes are compared by
+_FIXED = (SequentialSampler, range, list, tuple)
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 Picks = Iterable[object]
 
 
@@ -68,6 +71,13 @@ def num_rows_of_loader(loader: DataLoader) -> int | None:
     return len(rows) // size * size if drops else len(rows)
 
 
+def repeats(loader: DataLoader) -> bool:
+    """Whether the order of a pass is sure to depend on generators at its start alone."""
+    picks, _ = _picks(loader)
+    has_memory = loader.num_workers > 0 and loader.persistent_workers
+    return type(picks) in (*_FIXED, *_SHUFFLING) and not has_memory
+
+
 def order_in_words(loader: DataLoader) -> str:
     """What picks the rows of a loader, with its settings, and how many make a batch."""
     picks, size = _picks(loader)
@@ -90,9 +100,9 @@ def is_shuffled(loader: DataLoader) -> bool:
     Of samplers that torch doesn't have, and of streams, two passes are compared.
     """
     picks, _ = _picks(loader)
-    if isinstance(picks, SequentialSampler | range | list | tuple):
+    if isinstance(picks, _FIXED):
         return False
-    if isinstance(picks, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+    if isinstance(picks, _SHUFFLING):
         return True
     if picks is None:
         one, other = (next(iter(loader), None) for _ in range(2))

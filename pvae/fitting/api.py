@@ -203,7 +203,7 @@ class Fit:
         """
         with alone(), randomness.forked():
             if self.training.generators is not None:
-                randomness.set_state(self.training.generators)
+                self.training.drawing.set(self.training.generators)
             save_checkpoint(self.training, check_path("path", path))
 
     def diagnose(self, data: object = None, **options: Any) -> Diagnosis:

@@ -19,7 +19,7 @@ from pvae.data.sources import ArraySource, Axes, WholeSource
 from pvae.fitting.generators import own_generators
 from pvae.randomness import forked
 
-__all__ = ["fingerprint"]
+__all__ = ["digest_of", "fingerprint"]
 
 LIMIT = 2**28
 """Bytes of data up to which all rows are read; of more, blocks of rows that are spread evenly."""
@@ -71,7 +71,7 @@ def _of_rows(
         starts = [(num_rows - length) * block // (_BLOCKS - 1) for block in range(_BLOCKS)]
     spans = [range(s, s + length)[i : i + _CHUNK] for s in starts for i in range(0, length, _CHUNK)]
     indices = (torch.arange(span.start, span.stop, device=device) for span in spans)
-    text = _digest(map(rows, indices), axes)
+    text = digest_of(map(rows, indices), axes)
     if asked < num_rows:
         return f"{text} of {length * _BLOCKS} of {num_rows} rows, in {_BLOCKS} blocks"
     return f"{text} of all {num_rows} rows"
@@ -84,7 +84,7 @@ def _of_tensors(dataset: TensorDataset, dtype: torch.dtype) -> str:
 def _of_items(num_rows: int, rows: Rows, read: Read) -> str:
     """Of rows that a user's code makes, if it makes the same ones twice."""
     few = torch.arange(min(_TWICE, num_rows))
-    one, other = (read(lambda: _digest([rows(few)])) for _ in range(2))
+    one, other = (read(lambda: digest_of([rows(few)])) for _ in range(2))
     if one != other:
         return f"{num_rows} rows that are others at each read"
     return read(lambda: _of_rows(num_rows, rows, most=ITEMS))
@@ -100,7 +100,7 @@ def _of_loader(source: LoaderSource, read: Read) -> str:
         rows = lambda index: _tensors(loader.collate_fn(fetch(index.tolist())))  # noqa: E731
         with contextlib.suppress(LookupError, TypeError):  # of keys that are no numbers
             return _of_items(len(dataset), rows, read)  # type: ignore[arg-type]
-    first = lambda: _digest(map(_tensors, itertools.islice(iter(loader), _BATCHES)))  # noqa: E731
+    first = lambda: digest_of(map(_tensors, itertools.islice(iter(loader), _BATCHES)))  # noqa: E731
     one, other = read(first), read(first)
     return f"first {_BATCHES} batches " + (one if one == other else "are others at each read")
 
@@ -115,8 +115,8 @@ def _manner(source: Source) -> str:
     return scale + drawn
 
 
-def _digest(batches: Iterable[Iterable[Tensor]], axes: Axes | None = None) -> str:
-    """Of all numbers of batches; of what all rows share once."""
+def digest_of(batches: Iterable[Iterable[Tensor]], axes: Axes | None = None) -> str:
+    """A digest of all numbers of batches; of what all rows share once."""
     digest = hashlib.sha256()
     for number, batch in enumerate(batches):
         for place, part in enumerate(batch):

@@ -56,7 +56,7 @@ def train(training: Training) -> None:
                 _end_epoch(training, bar)
             training.interrupted = interrupt.is_set()
         save_checkpoint(training)
-        training.generators = randomness.get_state()
+        training.generators = training.drawing.get()
     if progress.best_tensors and not training.interrupted:
         copy_into(progress.best_tensors, training.tensors, "best epoch", "tensors")
 
@@ -255,7 +255,7 @@ def _at_work(training: Training) -> Iterator[tuple[tqdm, threading.Event, Signal
         _on_interrupt(alone=world.size == 1) as interrupt,
     ):
         if training.generators is not None:
-            randomness.set_state(training.generators)
+            training.drawing.set(training.generators)
         try:
             yield bar, interrupt, signals
         finally:

@@ -12,6 +12,7 @@ from pvae import checkpoint, randomness
 from pvae.distributed import job
 from pvae.engine.sums import set_sums, sums_of
 from pvae.errors import CheckpointError, check_path, oxford, warn
+from pvae.fitting.generators import States
 from pvae.fitting.history import History
 from pvae.fitting.identity import (
     Difference,
@@ -40,12 +41,12 @@ def save_checkpoint(training: Training, path: Path | None = None) -> None:
     """
     if path is None and training.settings.folder is None:
         return
-    states = training.world.gather(randomness.get_state())
+    states = training.world.gather(training.drawing.get())
     if training.world.is_first:
         checkpoint.save(path or training.settings.checkpoint_file, _snapshot(training, states))
 
 
-def _snapshot(training: Training, states: list[dict[str, Tensor]]) -> checkpoint.Checkpoint:
+def _snapshot(training: Training, states: list[States]) -> checkpoint.Checkpoint:
     """A training as a checkpoint; ``states`` are those of each process's generators."""
     stepper, progress = training.stepper, training.progress
     saved = checkpoint.Checkpoint()
@@ -53,7 +54,9 @@ def _snapshot(training: Training, states: list[dict[str, Tensor]]) -> checkpoint
     saved.add("buffer", training.buffers)
     saved.add("best", progress.best_tensors)
     for rank, state in enumerate(states):
-        saved.add(f"rng{rank or ''}", state)
+        saved.add(f"rng{rank or ''}", state.process)
+    if progress.step and training.reading.start is not None:
+        saved.add("epoch", training.reading.start.process)
     tensors, rest = checkpoint.optimizer_state(stepper.optimizer)
     saved.add("optimizer", tensors)
     saved.tensors["sums"] = sums_of(stepper.sums)
@@ -65,6 +68,8 @@ def _snapshot(training: Training, states: list[dict[str, Tensor]]) -> checkpoint
         "optimizer": rest,
         "objective_step": None if stepper.state is None else stepper.state.step,
         "steps": stepper.seen(),
+        "own": [state.own for state in states],
+        "reading": training.reading.as_json() if saved.part("epoch") else None,
         "pair": training.record.as_json(is_trained=progress.global_step > 0),
         "settings": training.identity,
         "environment": checkpoint.environment(training.structure.device),
@@ -129,11 +134,16 @@ def _restore_generators(saved: checkpoint.Checkpoint, training: Training, step: 
     """Puts the generators back, or seeds others where there are more or fewer processes."""
     now = checkpoint.environment(training.structure.device)
     then = saved.meta["environment"]
+    changed = [f"{k} was {then[k]}, is {now[k]}" for k in now if k in then and now[k] != then[k]]
     if now["processes"] == then["processes"]:
-        randomness.set_state(saved.part(f"rng{training.world.rank or ''}"))
+        rank = training.world.rank
+        own = saved.meta.get("own", [[]] * (rank + 1))[rank]
+        if not training.drawing.set(States(saved.part(f"rng{rank or ''}"), own)):
+            changed.append("pair and data keep other generators")
     else:
         randomness.set_seed(training.world.seed(training.settings.seed, step))
-    changed = [f"{k} was {then[k]}, is {now[k]}" for k in now if k in then and now[k] != then[k]]
+    if process := saved.part("epoch"):
+        training.reading.restore(process, saved.meta["reading"])
     if changed:
         warn(f"The training goes on, but not bit for bit as before: {'; '.join(changed)}.")
 

@@ -159,7 +159,7 @@ def _open_folder(training: Training) -> None:
     training.stepper.engine = training.chosen = _choose_engine(training, before)
     if saved is not None:
         training.progress = restore(saved, training)
-        training.generators = randomness.get_state()
+        training.generators = training.drawing.get()
         if world.is_first:
             training.progress.history.write(settings.history_file)
         training.set_epochs(settings.epochs)

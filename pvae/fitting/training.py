@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from pvae.data import Batches, Mixed, Source
 from pvae.engine import Asked, MixedStepper, Stepper
 from pvae.errors import DataError, check_number, oxford, warn
+from pvae.fitting.generators import Generators, States
 from pvae.fitting.history import History
 from pvae.fitting.identity import PairRecord, Values, identity_of, of_data
+from pvae.fitting.reading import Reading
 from pvae.fitting.settings import Settings
 from pvae.objectives import Objective
 from pvae.pair import Pair
@@ -72,7 +74,9 @@ class Training:
         record: What the pair was at the start.
         chosen: The engine that the training has chosen, or was told.
         progress: How far it has come.
-        generators: States of the random generators where the training was left; None before.
+        drawing: The random generators.
+        generators: Their states where the training was left; None before.
+        reading: The batches, from any step of an epoch on.
         interrupted: Whether the last training was stopped by Ctrl-C, at a step's end.
         store: Names in Pyro's parameter store that were there before the last epoch.
     """
@@ -83,7 +87,7 @@ class Training:
     valid: Source | None
     stepper: Stepper | MixedStepper
     record: PairRecord
-    generators: dict[str, Tensor] | None = None
+    generators: States | None = None
     interrupted: bool = False
 
     def __post_init__(self) -> None:
@@ -95,6 +99,8 @@ class Training:
             self.steps_per_epoch = -(-self.source.num_rows // size)
         self.buffers = named_tensors(self.pair, self.structure.modules, trainable=False)
         self.tensors = {**self.structure.parameters, **self.buffers}
+        self.drawing = Generators(self.pair.model, self.pair.guide, batches)
+        self.reading = Reading(batches, self.drawing)
         self.chosen: Asked = self.settings.engine
         self._named = identity_of(self.settings, self.objective, stepper.optimizer, batches)
         self.progress = Progress(epochs=self.settings.epochs)
@@ -159,7 +165,7 @@ class Training:
         epoch, start = self.progress.epoch, self.progress.step
         try:
             if self.structure.subsample_size is None:
-                yield from self.batches.epoch(epoch, start)
+                yield from self.reading.epoch(epoch, start)
             else:
                 whole = next(self.batches.epoch(epoch))
                 yield from itertools.repeat(whole, self.steps_per_epoch - start)
