@@ -165,7 +165,7 @@ def joined(device: str | torch.device = "auto") -> Iterator[World]:
     group that is there already is taken as it is. At the end the group is left again.
 
     Arguments:
-        device: Where the pair will be: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        device: Where the pair will be: ``"auto"``, ``"cpu"`` or ``"cuda"``; not ``"mps"``.
 
     Raises:
         ArgumentError: If there are more processes than GPUs, or all are to have the same.

@@ -94,8 +94,8 @@ def fit(
         valid: Validation data, whose ELBO is estimated after each epoch with one fixed draw.
         patience: Stop after that many epochs without a better validation ELBO, and end with the
             best epoch's parameters.
-        device: ``"auto"`` is CUDA where there is one, for modules; for functions, where their
-            parameters are.
+        device: ``"auto"`` is CUDA where there is one, or else Apple's MPS, for modules (on MPS in
+            float32); for functions, where their parameters are.
         engine: How a step runs: ``"eager"``, as Python; ``"compiled"``, as one graph, after up to
             half a minute of compiling for each shape of batch, with the same numbers up to
             rounding; ``"cudagraph"``, captured and replayed, on CUDA; ``"auto"``, compiled where
