@@ -111,11 +111,9 @@ def description(value: object) -> str:
 def _text(value: object) -> str:
     if isinstance(value, Tensor):
         is_trained = isinstance(value, nn.Parameter) or value.requires_grad
-        return (
-            f"parameter of shape {tuple(value.shape)}"
-            if is_trained
-            else _of_numbers(_as_array(value))
-        )
+        if is_trained or value.is_meta:  # which has no values
+            return f"{'parameter' if is_trained else 'tensor'} of shape {tuple(value.shape)}"
+        return _of_numbers(_as_array(value))
     if isinstance(value, np.ndarray):
         return _of_numbers(value)
     if isinstance(value, nn.Module):
