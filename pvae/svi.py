@@ -20,6 +20,7 @@ from pvae.engine import Engine, OptimizerLike, OptimizerOfPyro, Stepper
 from pvae.errors import ArgumentError, oxford, warn
 from pvae.internals import guess_plates, network_state
 from pvae.objectives import ELBO, Objective, ObjectiveState, as_objective
+from pvae.objectives.refusals import check_of_pyro
 from pvae.pair import Pair, Structure
 from pvae.pair.plates import PlateName
 from pvae.pair.running import Spec, called_by, flatten
@@ -212,6 +213,8 @@ class SVI(pyro.infer.SVI):
             if self._state is None:
                 self.objective.warn_of_factors(structure)
                 self._state = self.objective.make_state(structure)
+        elif not isinstance(self.objective, _Function):
+            check_of_pyro(self.objective, structure)
         self._prepare(structure)
         assert self.optimizer is not None  # noqa: S101
         stepper = Stepper(

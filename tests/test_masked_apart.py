@@ -351,6 +351,9 @@ def test_pyros_objectives_are_refused_missing_values_without_a_guide() -> None:
     programs = with_missing, at_the_posterior
     with pytest.raises(PvaeError, match=r"TraceMeanField_ELBO, in whose loss .*'x_unobserved'"):
         pvae.fit(programs, data(), TraceMeanField_ELBO(), epochs=1, progress=False)
+    svi = pvae.SVI(*programs, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+    with pytest.raises(PvaeError, match=r"TraceMeanField_ELBO, in whose loss .*'x_unobserved'"):
+        svi.step(*data())
 
 
 def test_equal_masks_are_no_difference() -> None:

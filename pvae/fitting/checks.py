@@ -17,6 +17,7 @@ from pvae.engine import Backup
 from pvae.errors import ArgumentError, PairError, PvaeError, oxford, warn
 from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
+from pvae.objectives.refusals import check_of_pyro
 from pvae.pair import Batch, Structure, is_penalty, put_back, run_pair
 from pvae.terms import check_own_rows, has_own_rows
 
@@ -245,8 +246,5 @@ def check_pair(structure: Structure, objective: PyroELBO) -> None:
         raise ArgumentError("objective", expected, f"plate='{plate}'", fixes)
     if isinstance(objective, Objective):
         objective.check(structure)
-    elif structure.imputed:
-        name, expected = type(objective).__name__, "one of pvae's, which leave missing values out"
-        actual = f"{name}, in whose loss the density of {oxford(structure.imputed)} counts"
-        fixes = ["objectives.ELBO()", f"pyro.sample('{structure.imputed[0]}', ...) in the guide"]
-        raise ArgumentError("objective", expected, actual, fixes)
+    else:
+        check_of_pyro(objective, structure)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from pvae.errors import PairError, oxford
+from pvae.errors import ArgumentError, PairError, oxford
 from pvae.pair import Structure
 
-__all__ = ["NEEDS", "Need", "check_needs"]
+__all__ = ["NEEDS", "Need", "check_needs", "check_of_pyro"]
 
 Need = Literal["density", "gradient", "local", "own draws", "unscaled", "split", "own parameters"]
 
@@ -84,3 +84,12 @@ NEEDS: dict[Need, tuple[str, Callable[[str, Structure], None]]] = {
     "own parameters": ("no shared parameters", _own_parameters),
 }
 """Each need in the words of `pvae.objectives.table`, and what refuses a pair without it."""
+
+
+def check_of_pyro(objective: object, structure: Structure) -> None:
+    """Refuses one of Pyro's objectives where its loss has missing values that no guide draws."""
+    if structure.imputed:
+        name, expected = type(objective).__name__, "one of pvae's, which leave missing values out"
+        actual = f"{name}, in whose loss the density of {oxford(structure.imputed)} counts"
+        fixes = ["objectives.ELBO()", f"pyro.sample('{structure.imputed[0]}', ...) in the guide"]
+        raise ArgumentError("objective", expected, actual, fixes)
