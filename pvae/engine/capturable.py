@@ -39,6 +39,7 @@ class Used(Dispatch):
     def __init__(self, device: torch.device, batch: Sequence[Tensor]) -> None:
         super().__init__()
         self._has_host = device.type != "cpu"
+        self._batch_there = {_memory_of(x) for x in batch if _is_on_host(x) and self._has_host}
         self._made = {*map(_memory_of, batch)}
         self._found: dict[int, Tensor] = {}
 
@@ -50,6 +51,8 @@ class Used(Dispatch):
         for tensor in given if func is not FRESH else ():
             if (place := _memory_of(tensor)) not in self._made:
                 self._found.setdefault(place, tensor)
+        if self._batch_there.intersection(map(_memory_of, given)):
+            raise RuntimeError("it reads a tensor of the batch on the CPU")
         if self._has_host:
             for tensor in written(func, args, kwargs):
                 if _is_on_host(tensor) and _memory_of(tensor) not in self._made:

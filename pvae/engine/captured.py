@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pvae.devices import sent
 from pvae.engine.capturable import Filling, Used, reason, refusing_waits
 from pvae.engine.compiler import UncompilableError
 from pvae.engine.graphs import (
@@ -93,7 +92,6 @@ class CapturedStep:
         """
         if self.optimizer.state is not self._state:  # another was loaded, and graphs have the old
             self._start()
-        batch = tuple(sent(x, self._device) if isinstance(x, Tensor) else x for x in batch)
         self._write_rates()
         kind = (kind_of(self.passes, batch), self._settings())
         if self._runs[kind] < WARM_UP:
