@@ -70,9 +70,12 @@ def verdict(kind: str, make: linear.Make, seed: int, device: torch.device) -> st
 
 @pytest.mark.parametrize("kind", BAD)
 def test_the_bad_guide_is_caught_and_the_good_one_passes(kind: str, device: torch.device) -> None:
-    """Gaps and weights of the exact guide have no noise; its p-values are above 0.05 19 in 20."""
+    """Gaps and weights of the exact guide have no noise; its p-values are above 0.05 19 in 20.
+
+    None is in four data sets once in 160,000.
+    """
     assert verdict(kind, BAD[kind][0], 0, device) == "bad"
-    assert verdict(kind, linear.exact, 0, device) == "good"
+    assert any(verdict(kind, linear.exact, seed, device) == "good" for seed in range(4))
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_a_run_folder_has_everything(run: Path) -> None:
 
 
 def test_the_summary_says_what_the_saved_pair_is_worth(run: Path) -> None:
-    config, vae, splits = open_run(run, "cpu")
+    config, vae, splits = open_run(run, "auto")
     found = bounds.elbo(vae, splits.test.arrays[0], 10, seed=config.seed)
     number = diagnostics.Finding.of(found).number
     assert number in (run / "summary.txt").read_text()
@@ -86,7 +86,7 @@ def test_the_summary_says_what_the_saved_pair_is_worth(run: Path) -> None:
 
 
 def test_the_evidence_by_other_methods(run: Path) -> None:
-    _, vae, splits = open_run(run, "cpu")
+    _, vae, splits = open_run(run, "auto")
     x = splits.test.arrays[0]
     upper = bounds.evidence(vae, x[:3], 20, method="cubo")
     assert str(upper) in call("evaluate", str(run), "-K", "20", "-n", "3", "--method", "cubo")

@@ -96,7 +96,7 @@ def test_extrapolation_takes_the_bias_off(device: torch.device) -> None:
 
 def test_a_guide_that_misses_gets_a_guess(device: torch.device) -> None:
     model = gaussian.GaussianModel().to(device)
-    x = torch.linspace(-2, 2, 40, device=device)
+    x = torch.linspace(-2, 2, 400, device=device)
     bad = gaussian.GaussianGuide(0.5, 1.2, 0.08).to(device)
     found = bounds.iwae_curve((model, bad), x, 256)
     assert "four times the draws add" in found.doubts[0]

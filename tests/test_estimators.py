@@ -203,18 +203,25 @@ def test_at_the_posterior_stl_and_dreg_have_no_variance(device: torch.device) ->
 
 
 def test_dregs_signal_to_noise_doesnt_fall_with_more_draws(device: torch.device) -> None:
-    """Where IWAE's does (Rainforth et al., 2018): from 8 to 512 draws."""
+    """From 8 to 512 draws it rises as the root of K, and IWAE's falls so (Rainforth et al., 2018).
+
+    The mean of both is the same: IWAE's own is lost in its noise, so that DReG's is taken. Ratios
+    are known to 11 % of 400 gradients: five of those errors around 8 and 1/8.
+    """
     model, guide = gaussian.pair(device)
     rows = torch.full((1,), X, device=device)
 
-    def ratio(objective: Any) -> float:
+    def moments(objective: Any) -> tuple[float, float]:
         draws = torch.stack([gradients(objective, model, guide, rows)[1][1] for _ in range(400)])
-        return float(draws.mean().abs() / draws.std())
+        return float(draws.mean().abs()), float(draws.std())
 
-    few, many = (ratio(o.IWAE(k, vectorize_particles=True)) for k in (8, 512))
-    assert many < 0.6 * few  # falls as the root of K: 1/8 in the limit
-    few, many = (ratio(o.DReG(k, vectorize_particles=True)) for k in (8, 512))
-    assert many > 1.5 * few
+    ours, theirs = [], []
+    for k in (8, 512):
+        signal, noise = moments(o.DReG(k, vectorize_particles=True))
+        ours.append(signal / noise)
+        theirs.append(signal / moments(o.IWAE(k, vectorize_particles=True))[1])
+    assert 0.45 < ours[1] / ours[0] / 8 < 1.55
+    assert 0.45 < theirs[1] / theirs[0] * 8 < 1.55
 
 
 # Guides of two levels, flows

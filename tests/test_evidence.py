@@ -264,7 +264,7 @@ def test_two_sites_against_the_closed_form(device: torch.device) -> None:
     found = bounds.evidence(
         (model, guide), x, 100, method="ais", ais=bounds.AIS(num_temperatures=50), progress=False
     )
-    assert found.se_draws < 0.05
+    assert found.se_draws < 0.1
     assert abs(found.mean - float(exact.mean())) < STEPS * found.se_draws + 0.02
 
 
@@ -272,7 +272,8 @@ def test_annealing_from_the_prior_needs_no_density_of_the_guide(device: torch.de
     """A point-mass guide: refused from the guide, and the evidence from the prior."""
     toy = LinearGaussian.random(5, 1)
     pair = linear(toy, 0.0, 1.0, device)
-    points = VAE(pair.model.prior, pair.model.likelihood, guides.Point(nn.Linear(5, 1), 1))
+    point = guides.Point(nn.Linear(5, 1), 1).to(device)
+    points = VAE(pair.model.prior, pair.model.likelihood, point)
     x = toy.sample(5)
     with pytest.raises(UndefinedError, match="point mass"):
         bounds.evidence(points, x, method="ais")

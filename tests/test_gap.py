@@ -68,15 +68,15 @@ class Gaussian(nn.Module):
 
 def posterior(toy: LinearGaussian, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and precision, in double precision."""
-    weight, bias = toy.weight.double(), toy.bias.double()
-    precision = torch.eye(2).double() + weight.T @ weight / toy.sigma**2
+    weight, bias = toy.weight.to(x), toy.bias.to(x)
+    precision = torch.eye(2).to(x) + weight.T @ weight / toy.sigma**2
     return (x - bias) @ weight @ torch.linalg.inv(precision) / toy.sigma**2, precision
 
 
 def log_evidence(toy: LinearGaussian, x: Tensor) -> Tensor:
-    weight = toy.weight.double()
-    covariance = weight @ weight.T + toy.sigma**2 * torch.eye(3).double()
-    return dist.MultivariateNormal(toy.bias.double(), covariance).log_prob(x)
+    weight = toy.weight.to(x)
+    covariance = weight @ weight.T + toy.sigma**2 * torch.eye(3).to(x)
+    return dist.MultivariateNormal(toy.bias.to(x), covariance).log_prob(x)
 
 
 def data(toy: LinearGaussian, n: int, device: torch.device) -> Tensor:
@@ -95,8 +95,8 @@ def test_the_best_mean_field_q_of_a_correlated_posterior(device: torch.device) -
     _, precision = posterior(CORRELATED, x)
     best = 0.5 * float(precision.diagonal().log().sum() - precision.logdet())
     assert best > 0.5
-    guide = Gaussian(lambda x: posterior(CORRELATED, x)[0], precision.diagonal().rsqrt())
-    found = diagnostics.gap((Toy(CORRELATED), guide), x, progress=False)
+    guide = Gaussian(lambda x: posterior(CORRELATED, x)[0], precision.diagonal().rsqrt()).to(device)
+    found = diagnostics.gap((Toy(CORRELATED).to(device), guide), x, progress=False)
     near(found.amortisation, 0.0)
     near(found.approximation, best)
     near(found.total, best)
@@ -122,8 +122,10 @@ def test_a_bad_encoder_of_the_right_family(
     x = data(ORTHOGONAL, 4, device)
     _, precision = posterior(ORTHOGONAL, x)
     best = precision.diagonal().rsqrt()
-    guide = Gaussian(lambda x: posterior(ORTHOGONAL, x)[0] + shift * x[:, :1], factor * best)
-    found = diagnostics.gap((Toy(ORTHOGONAL), guide), x, flow=False, progress=False)
+    guide = Gaussian(lambda x: posterior(ORTHOGONAL, x)[0] + shift * x[:, :1], factor * best).to(
+        device
+    )
+    found = diagnostics.gap((Toy(ORTHOGONAL).to(device), guide), x, flow=False, progress=False)
     moved = (shift * x[:, :1] / best).square().sum(1)
     kl = 0.5 * moved + factor**2 - 1 - 2 * math.log(factor)
     near(found.amortisation, float(kl.mean()))
@@ -142,8 +144,8 @@ def test_a_full_rank_family_is_its_own(device: torch.device) -> None:
     """It starts diagonal and finds the correlated posterior: no approximation gap is left."""
     x = data(CORRELATED, 4, device)
     _, precision = posterior(CORRELATED, x)
-    guide = Gaussian(lambda x: posterior(CORRELATED, x)[0], torch.eye(2).double())
-    found = diagnostics.gap((Toy(CORRELATED), guide), x, flow=False, progress=False)
+    guide = Gaussian(lambda x: posterior(CORRELATED, x)[0], torch.eye(2).double()).to(device)
+    found = diagnostics.gap((Toy(CORRELATED).to(device), guide), x, flow=False, progress=False)
     kl = 0.5 * float(precision.diagonal().sum() - 2 - precision.logdet())
     near(found.amortisation, kl)
     near(found.approximation, 0.0)
@@ -268,9 +270,9 @@ def test_no_fit_ends_below_its_start(device: torch.device) -> None:
     """With a rate that is far too large, from the exact posterior on: it goes back there."""
     x = data(ORTHOGONAL, 4, device)
     _, precision = posterior(ORTHOGONAL, x)
-    guide = Gaussian(lambda x: posterior(ORTHOGONAL, x)[0], precision.diagonal().rsqrt())
+    guide = Gaussian(lambda x: posterior(ORTHOGONAL, x)[0], precision.diagonal().rsqrt()).to(device)
     wild = bounds.LocalFit(lr=2.0, max_steps=3)
-    found = diagnostics.gap((Toy(ORTHOGONAL), guide), x, local=wild, progress=False)
+    found = diagnostics.gap((Toy(ORTHOGONAL).to(device), guide), x, local=wild, progress=False)
     near(found.amortisation, 0.0, short=1e-4)
     near(found.approximation, 0.0, short=1e-4)
     near(found.gain("flow", "full_rank"), 0.0, short=1e-4)
@@ -299,12 +301,12 @@ def test_a_fit_below_the_guide_is_told(device: torch.device) -> None:
 def test_evidence_by_other_means(device: torch.device) -> None:
     x = data(CORRELATED, 4, device)
     _, precision = posterior(CORRELATED, x)
-    guide = Gaussian(lambda x: posterior(CORRELATED, x)[0], precision.diagonal().rsqrt())
+    guide = Gaussian(lambda x: posterior(CORRELATED, x)[0], precision.diagonal().rsqrt()).to(device)
     exact = log_evidence(CORRELATED, x)
     known = Estimate("exact", exact, num_particles=None)
     quick = bounds.LocalFit(max_steps=20)
     options: dict[str, Any] = {"local": quick, "flow": False, "progress": False}
-    model = Toy(CORRELATED)
+    model = Toy(CORRELATED).to(device)
     found = diagnostics.gap((model, guide), x, evidence=known, **options)
     best = 0.5 * float(precision.diagonal().log().sum() - precision.logdet())
     near(found.approximation, best)
@@ -321,8 +323,10 @@ def test_evidence_by_other_means(device: torch.device) -> None:
 def test_local_evidence_of_a_hopeless_guide(device: torch.device) -> None:
     """Ten standard deviations off, importance sampling finds nothing; the fit finds it all."""
     x = data(CORRELATED, 5, device)
-    guide = Gaussian(lambda x: posterior(CORRELATED, x)[0] + 3.0, torch.full((2,), 0.2).double())
-    model, exact = Toy(CORRELATED), log_evidence(CORRELATED, x)
+    guide = Gaussian(
+        lambda x: posterior(CORRELATED, x)[0] + 3.0, torch.full((2,), 0.2).double()
+    ).to(device)
+    model, exact = Toy(CORRELATED).to(device), log_evidence(CORRELATED, x)
     before, state = torch.get_rng_state(), [p.clone() for p in model.parameters()]
     options: dict[str, Any] = {"progress": False, "max_rows": 48}
     found = bounds.evidence((model, guide), x, 500, method="local", **options)
@@ -343,9 +347,9 @@ def test_local_evidence_by_family(family: bounds.Family, device: torch.device) -
     """However short the fit, draws are weighted: near the closed form, from the exact guide on."""
     x = data(ORTHOGONAL, 3, device)
     _, precision = posterior(ORTHOGONAL, x)
-    guide = Gaussian(lambda x: posterior(ORTHOGONAL, x)[0], precision.diagonal().rsqrt())
+    guide = Gaussian(lambda x: posterior(ORTHOGONAL, x)[0], precision.diagonal().rsqrt()).to(device)
     found = bounds.evidence(
-        (Toy(ORTHOGONAL), guide), x, 400, method="local", family=family,
+        (Toy(ORTHOGONAL).to(device), guide), x, 400, method="local", family=family,
         local=bounds.LocalFit(max_steps=20), progress=False,
     )  # fmt: skip
     near(found, float(log_evidence(ORTHOGONAL, x).mean()))

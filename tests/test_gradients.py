@@ -34,7 +34,10 @@ def by_quadrature(
         z = guide.a * x + guide.c + guide.log_t.exp() * float(noise)
         loss = -gaussian.log_weights(model, guide, x, z[None]).mean()
         rows.append(torch.stack(torch.autograd.grad(loss, parameters)))
-    each, mass = torch.stack(rows).double(), torch.as_tensor(weights / weights.sum())[:, None]
+    each, mass = (
+        torch.stack(rows).double(),
+        torch.as_tensor(weights / weights.sum(), device=x.device)[:, None],
+    )
     mean = (mass * each).sum(0)
     return mean, (mass * (each - mean).square()).sum(0)
 

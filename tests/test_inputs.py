@@ -281,7 +281,7 @@ def test_an_integer_that_nothing_is_looked_up_by_may_be_below_zero() -> None:
 # Modes of autograd
 
 
-def test_training_doesnt_depend_on_the_callers_gradient_mode() -> None:
+def test_training_doesnt_depend_on_the_callers_gradient_mode(device: torch.device) -> None:
     x = binary(40)
     plain, off, inference = vae(), vae(), vae()
     fit(plain, x, epochs=3, batch_size=16)
@@ -290,13 +290,13 @@ def test_training_doesnt_depend_on_the_callers_gradient_mode() -> None:
         assert not torch.is_grad_enabled()
     with torch.inference_mode():
         fit(inference, x.clone(), epochs=3, batch_size=16)
-        made = vae()
+        made = vae().to(device)
         bound = bounds.elbo(inference, x.clone()).mean
     assert same(state(plain), state(off))
     assert same(state(plain), state(inference))
     assert bound == bounds.elbo(plain, x).mean
     with pytest.raises(PairError, match="inference_mode"):
-        fit(made, x, epochs=1)
+        fit(made, x, epochs=1, device=device)
 
 
 # Numbers, names, folders

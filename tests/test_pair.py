@@ -357,7 +357,9 @@ def test_an_option_that_is_the_pairs_says_so() -> None:
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_pyro_modules_in_functions_run_with_pyros_local_names(local: bool) -> None:
+def test_pyro_modules_in_functions_run_with_pyros_local_names(
+    local: bool, device: torch.device
+) -> None:
     """Networks of one name in model and guide are two, and each is trained."""
 
     class Decoder(PyroModule):
@@ -381,12 +383,12 @@ def test_pyro_modules_in_functions_run_with_pyros_local_names(local: bool) -> No
                 pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
     with pyro.settings.context(module_local_params=local):
-        decoder, encoder, x = Decoder(), Encoder(), x_of()
+        decoder, encoder, x = Decoder().to(device), Encoder().to(device), x_of()
         pair = Pair(decoder, encoder)
         if local:
             pair = Pair(lambda x: decoder(x), lambda x: encoder(x))
         before = [p.detach().clone() for m in (decoder, encoder) for p in m.parameters()]
-        pvae.fit(pair, x, epochs=2, progress=False, engine="eager")
+        pvae.fit(pair, x, epochs=2, progress=False, engine="eager", device=device)
         after = [p for m in (decoder, encoder) for p in m.parameters()]
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

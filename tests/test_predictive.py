@@ -189,14 +189,14 @@ def test_statistics_get_data_and_replicates_alike(device: torch.device) -> None:
     seen = []
 
     def ones(x: Tensor) -> Tensor:
-        seen.append((tuple(x.shape), x.dtype, x.device, x.unique().tolist()))
+        seen.append((tuple(x.shape), x.dtype, x.device.type, x.unique().tolist()))
         return x.sum()
 
     for max_rows in (1, 70, 8192):
         seen.clear()
         found = diagnostics.predictive(vae, x, {"ones": ones}, num_particles=9, max_rows=max_rows)
         assert found.statistics["ones"].replicated.shape == (9,)
-        assert set(map(repr, seen)) == {repr(((20, D), x.dtype, device, [0.0, 1.0]))}
+        assert set(map(repr, seen)) == {repr(((20, D), x.dtype, device.type, [0.0, 1.0]))}
         assert len(seen) == 10
 
 

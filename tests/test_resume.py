@@ -279,10 +279,10 @@ def test_load_gives_the_pair_back(tmp_path: Path, device: torch.device) -> None:
             assert torch.equal(a, b)
 
 
-def test_load_takes_the_best_epoch(tmp_path: Path) -> None:
+def test_load_takes_the_best_epoch(tmp_path: Path, device: torch.device) -> None:
     vae = pair()
-    fit(vae, tmp_path, 60, lr=3e-2, valid=binary(9), patience=3)
-    other = pair()
+    fit(vae, tmp_path, 60, lr=3e-2, valid=binary(9), patience=3, device=device)
+    other = pair().to(device)
     pvae.load_parameters(other, tmp_path)
     for a, b in zip(other.parameters(), vae.parameters(), strict=True):
         assert torch.equal(a, b)

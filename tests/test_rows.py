@@ -36,7 +36,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> None:
         x = x.transpose(0, 1) if self.time_first else x
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(y[:, None] * torch.ones(2), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(y[:, None] * x.new_ones(2), 1.0).to_event(1))
             loc = self.decoder(z)[..., None, :].expand(*z.shape[:-1], *x.shape[1:])
             pyro.sample("x", dist.Normal(loc, 1.0).to_event(2), obs=x)
 

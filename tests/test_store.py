@@ -222,10 +222,10 @@ FROZEN: dict[str, Callable[[Frozen], tuple[Any, Any, Frozen]]] = {
 @pytest.mark.parametrize("name", [*FROZEN])
 @pytest.mark.filterwarnings("ignore::pvae.PvaeWarning")  # networks of one name in the store
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
-def test_what_is_frozen_stays_frozen(name: str, local: bool) -> None:
+def test_what_is_frozen_stays_frozen(name: str, local: bool, device: torch.device) -> None:
     x = torch.randn(N, D)
     with pyro.settings.context(module_local_params=local):
-        model, guide, module = FROZEN[name](Frozen())
+        model, guide, module = FROZEN[name](Frozen().to(device))
         weight, bias = module.decoder.weight.detach().clone(), module.decoder.bias.detach().clone()
         pair = Pair(model, guide)
         structure = pair.inspect(x)
@@ -234,7 +234,8 @@ def test_what_is_frozen_stays_frozen(name: str, local: bool) -> None:
         trained = {id(p) for p in structure.parameters.values()}
         assert id(module.decoder.weight) not in trained
         assert id(module.shift) not in trained
-        pvae.fit(pair, x, epochs=2, lr=0.05, batch_size=None, progress=False)
+        options: dict[str, Any] = {"batch_size": None, "device": device, "progress": False}
+        pvae.fit(pair, x, epochs=2, lr=0.05, **options)
     assert torch.equal(module.decoder.weight, weight)
     assert not module.decoder.weight.requires_grad
     assert not module.shift.any()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae import terms as t
+from pvae.distributions import base_of
 from pvae.errors import ArgumentError, PairError
 
 __all__ = ["PRECISIONS", "Precision", "check_densities", "mixed"]
@@ -41,10 +42,19 @@ def mixed(structure: t.Structure) -> Iterator[None]:
 
 
 def check_densities(terms: t.Terms) -> None:
-    """Refuses a density that bfloat16 has got into."""
+    """Refuses a density that bfloat16 has got into.
+
+    So it has where an argument of the distribution is in it: on CUDA autocast takes powers and
+    logarithms in float32, of numbers that have been rounded by then.
+    """
     for site in terms.sites.values():
-        for log_density in (site.log_p, site.log_q):
-            if log_density is not None and log_density.dtype != torch.float32:
-                fixes = ["matrix products in modules like nn.Linear", ".float() on what they give"]
-                expected = "a log density in float32 with precision='bf16'"
-                raise PairError(f"site '{site.name}'", expected, str(log_density.dtype), fixes)
+        scores = [score.dtype for score in (site.log_p, site.log_q) if score is not None]
+        wrong = [dtype for dtype in scores if dtype != torch.float32]
+        for fn in (site.model, site.guide):
+            parts = () if fn is None else vars(base_of(fn)).values()
+            dtypes = {x.dtype for x in parts if isinstance(x, Tensor)}
+            wrong += dtypes & {torch.bfloat16}
+        if wrong:
+            fixes = ["matrix products in modules like nn.Linear", ".float() on what they give"]
+            expected = "a log density in float32 with precision='bf16'"
+            raise PairError(f"site '{site.name}'", expected, str(wrong[0]), fixes)
