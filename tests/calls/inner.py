@@ -105,7 +105,7 @@ def traced(device: torch.device) -> tuple[Any, Any, Any]:
 @call(
     *("pair.Structure", "terms.Structure", "pair.run_pair", "pair.probing", "pair.put_back"),
     *("pair.observed_sites", "pair.Observed", "pair.is_inside", "pair.is_penalty"),
-    *("pair.mask_of", "pair.rows_from", "pair.rows_to", "pair.Uses"),
+    *("pair.mask_of", "pair.rows_from", "pair.rows_to", "pair.Uses", "pair.Account"),
     draws=True,
 )
 def programs(device: torch.device) -> Any:
@@ -120,7 +120,14 @@ def programs(device: torch.device) -> Any:
         structure.guide(*batch)
     seen = pair.observed_sites(structure, trace, batch)["x"].data
     moved = pair.rows_to(1, 0, seen)
-    return sorted(uses.used), moved, pair.rows_from(1, 0, moved), trace.nodes["z"]["value"]
+    account = pair.Account.of({"model": structure.model, "guide": structure.guide})
+    return (
+        sorted(uses.used),
+        sorted(account.entries),
+        moved,
+        pair.rows_from(1, 0, moved),
+        trace.nodes["z"]["value"],
+    )
 
 
 @call("sites.announce_parameters", "sites.without_announcements", draws=True)
@@ -252,6 +259,7 @@ def checkpoints(device: torch.device) -> Any:
 @call(
     *("randomness.forked", "randomness.get_state", "randomness.set_state"),
     *("randomness.set_seed", "randomness.derive_seed"),
+    *("randomness.get_own", "randomness.set_own"),
     draws=True,
 )
 def generators(device: torch.device) -> Any:
@@ -266,4 +274,9 @@ def generators(device: torch.device) -> Any:
     randomness.set_state(state)
     assert torch.equal(draw(), first)
     assert torch.equal(draw(), second)
-    return first, inside, second
+    own = torch.Generator(device).manual_seed(4)
+    states = randomness.get_own([own])
+    third = torch.randn(4, device=device, generator=own)
+    randomness.set_own([own], states)
+    assert torch.equal(torch.randn(4, device=device, generator=own), third)
+    return first, inside, second, third

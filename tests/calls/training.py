@@ -61,7 +61,7 @@ def fit_from_the_host(device: torch.device) -> Any:
     return found, run.history[-1]["loss"]
 
 
-@call("pvae.SVI", "svi.SVI", draws=True)
+@call("pvae.SVI", "svi.SVI", "svi.Loss", draws=True)
 def svi(device: torch.device) -> Any:
     pair = vae(device)
     steps = pvae.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), objectives.ELBO())
