@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
 import pvae
-from pvae import bounds, checkpoint, randomness, recipes
+from pvae import bounds, checkpoint, diagnostics, randomness, recipes
 from pvae.data import as_source
 from pvae.devices import as_device, automatic, beside, double
 from pvae.engine.sums import add_to, set_sums, sums_of, zero_sums
@@ -209,6 +211,27 @@ def test_estimates_are_in_float64(device: torch.device) -> None:
     assert wide.dtype == torch.float64
     assert (wide.device.type == device.type) is (device.type != "mps")
     assert beside(torch.ones(1, device=device), wide).device == wide.device
+
+
+@pytest.mark.device
+@pytest.mark.float32
+@pytest.mark.usefixtures("store")
+def test_what_is_masked_out_has_no_rank(device: torch.device) -> None:
+    x, mask = data().to(device), data() > 0.3
+
+    def model(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample(
+                "x", dist.Normal(z[..., None] * x.new_ones(D), 1.0).mask(mask).to_event(1), obs=x
+            )
+
+    def guide(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1), 0.5))
+
+    found = diagnostics.pit((model, guide), (x, mask.to(device)), num_particles=20)
+    assert torch.equal(found.values.isnan(), ~mask)
 
 
 # What float32 is computed in

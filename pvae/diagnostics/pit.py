@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from pvae import terms
-from pvae.devices import double
+from pvae.devices import beside, double
 from pvae.diagnostics.predictive import Function
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import ArgumentError, UndefinedError, check_int
@@ -162,7 +162,7 @@ def pit(
                 equal += values == own
         u = (below + torch.rand_like(below) * (equal + 1)) / (num_particles + 1)
     if statistic is None and replicates.mask is not None:
-        u[~replicates.mask.expand(u.shape)] = math.nan
+        u[~beside(replicates.mask, u).expand(u.shape)] = math.nan
     u, reason = u.cpu(), ""
     if not replicates.has_honest_p_values:
         reason = "not uniform even if right: each datum was decoded from its own code"
