@@ -107,6 +107,7 @@ def fit(
         folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``.
         resume: Continue from the folder's checkpoint, if there is one. The result is bit for bit
             that of a training that was never stopped, on the same machine, versions and threads.
+            Pair, data and settings have to be those of before, in every number.
         overwrite: Replace the folder's training, once everything has been checked.
         save_every: Epochs between checkpoints.
         save_steps: Steps between checkpoints within an epoch, for long ones; not for a
@@ -120,7 +121,7 @@ def fit(
         ArgumentError: If an argument can't be used.
         DataError: If the data can't be used; names the first offending row.
         PairError: If model and guide don't fit each other or the data.
-        CheckpointError: If the folder holds another training.
+        CheckpointError: If the folder holds another training; names what differs.
         TrainingError: If a loss or gradient isn't finite; names epoch, batch and site, and
             leaves the pair in the state before that step.
 

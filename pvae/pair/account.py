@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -179,9 +180,13 @@ class _Walk:
             yield from self._offer(label, named)
 
     def sequence(self, label: str, items: Any) -> Parts:
-        if len(items) > _LONGEST or _is_flat(items):
+        if _is_flat(items):
             self.entries[label] = description(list(items))
             return []
+        if len(items) > _LONGEST:
+            self.entries[label] = f"{len(items)} items, of which the first ones are compared"
+            items = list(itertools.islice(items, _LONGEST))
+            return _under(label, [(str(i), item) for i, item in enumerate(items)])
         self.entries[label] = f"{len(items)} items"
         return [(f"{label}[{i}]", item) for i, item in enumerate(items)]
 
