@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import pvae
+from pvae.arguments import strict
 from pvae.distributed import current
 from pvae.errors import CheckpointError
 
@@ -80,6 +81,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
+@strict
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint, atomically."""
     from safetensors.torch import save as to_bytes
@@ -90,6 +92,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     write_atomically(Path(path), to_bytes(tensors, metadata=header))
 
 
+@strict
 def load(path: str | Path) -> Checkpoint:
     """Reads a checkpoint, onto the CPU.
 

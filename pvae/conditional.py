@@ -339,7 +339,7 @@ def as_conditional(thing: object, where: str = "distribution") -> Conditional:
         return Flow(thing)
     if callable(thing) and not inspect.isclass(thing):
         return Called(thing)
-    actual, fixes = _class_of(thing), list[str]()
+    actual, fixes = _class_of(thing), ["priors.StandardNormal(20)"]
     if inspect.isclass(thing):
         actual = f"the class {thing.__name__}"
         fixes = ["an instance, such as priors.StandardNormal(20)"]

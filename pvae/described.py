@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 
+from pvae.arguments import check_arguments
 from pvae.distributions import arguments_of
 from pvae.origin import is_users
 
@@ -55,6 +56,8 @@ class Described(nn.Module):
             bound = signature.bind(self, *args, **kwargs)
         except TypeError:  # the constructor says it better
             return self
+        if cls.__init__.__module__.startswith("pvae."):  # others' annotations are their own
+            check_arguments(cls.__init__, bound.arguments, cls.__name__)
         bound.apply_defaults()
         _, *given = bound.arguments.items()
         named: dict[str, object] = {}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
+from pvae.arguments import strict
 from pvae.distributions import is_point
 from pvae.errors import UndefinedError, check_int
 from pvae.estimate import Estimate
@@ -15,6 +16,7 @@ __all__ = ["kl"]
 
 
 @torch.no_grad()
+@strict
 def kl(q: Dist, p: Dist, num_particles: int = 10_000, *, seed: int = 0) -> Estimate:
     r"""How far q is from p, seen from q: 0 if they are equal, else above 0, without a bound.
 

@@ -7,6 +7,7 @@ instead, and what to try. The layout of messages is written here and nowhere els
 from __future__ import annotations
 
 import difflib
+import html
 import inspect
 import math
 import operator
@@ -33,6 +34,7 @@ __all__ = [
     "PvaeWarning",
     "TrainingError",
     "UndefinedError",
+    "as_given",
     "as_shape",
     "check_choice",
     "check_count",
@@ -41,6 +43,7 @@ __all__ = [
     "check_memory",
     "check_number",
     "check_path",
+    "escaped",
     "is_out_of_memory",
     "oxford",
     "quoted",
@@ -176,6 +179,16 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else _written_out(c) for c in text)
 
 
+def escaped(text: str) -> str:
+    """Text as it can stand in a page of HTML.
+
+    Example:
+        >>> escaped("<b>z</b> & more")
+        '&lt;b&gt;z&lt;/b&gt; &amp; more'
+    """
+    return html.escape(shown(text))
+
+
 def quoted(value: object) -> str:
     """A value on one line, short, whatever it is: what a message says was there instead.
 
@@ -213,7 +226,7 @@ def warn(text: str) -> None:
     depth, frame = 1, inspect.currentframe()
     while frame and frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(INNER):
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(text, PvaeWarning, stacklevel=depth)
+    warnings.warn(shown(text), PvaeWarning, stacklevel=depth)
 
 
 _LARGEST = 2**63 - 1
@@ -229,7 +242,7 @@ def check_int(where: str, value: object, minimum: int = 1) -> int:
         number = minimum - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except (TypeError, RuntimeError, ValueError):  # as of tensors and arrays
         number = minimum - 1
-    fixes = _given(where, str(max(minimum, 1)))
+    fixes = as_given(where, str(max(minimum, 1)))
     if number < minimum:
         raise ArgumentError(where, f"an integer of at least {minimum}", quoted(value), fixes)
     if number > _LARGEST:
@@ -262,7 +275,7 @@ def check_number(
     if not fits(number):
         bounds = " and ".join(f"{words} {limit:g}" for words, limit, _ in given)
         candidates = (1.0, 0.5, 0.1, 2.0, *(limit for _, limit, _ in given))
-        fixes = _given(where, next((f"{n:g}" for n in candidates if fits(n)), ""))
+        fixes = as_given(where, next((f"{n:g}" for n in candidates if fits(n)), ""))
         raise ArgumentError(where, f"a finite number {bounds}".rstrip(), quoted(value), fixes)
     return number
 
@@ -277,7 +290,7 @@ def _as_float(value: object) -> float:
         return math.nan
 
 
-def _given(where: str, value: str) -> list[str]:
+def as_given(where: str, value: str) -> list[str]:
     """How the argument, option or field of this name is given a value; nothing if it has none."""
     name = where.rpartition(".")[2]
     if name.startswith("--"):
@@ -291,7 +304,7 @@ def check_choice(where: str, value: object, choices: Iterable[object]) -> None:
     if not any(value is choice or _is_same(value, choice) for choice in choices):
         near = difflib.get_close_matches(str(value), map(str, choices), 1) if choices else []
         best = [choice for choice in choices if str(choice) in near] or choices
-        fixes = [fix for choice in best[:2] for fix in _given(where, repr(choice))]
+        fixes = [fix for choice in best[:2] for fix in as_given(where, repr(choice))]
         raise ArgumentError(where, f"one of {oxford(choices)}", quoted(value), fixes)
 
 
@@ -324,17 +337,21 @@ def check_file(path: Path, error: type[PvaeError], most: int | None = None) -> N
         error: What to raise.
         most: Most bytes that it may have; None for any number.
     """
-    expected = "a file with something in it"
+    expected, fixes = "a file with something in it", ["is the path right?"]
     try:
         status = path.stat()
     except (OSError, ValueError) as found:
-        raise error(str(path), expected, getattr(found, "strerror", None) or str(found)) from found
+        raise error(
+            str(path), expected, getattr(found, "strerror", None) or str(found), fixes
+        ) from found
     if not stat.S_ISREG(status.st_mode):
-        raise error(str(path), expected, _KINDS.get(stat.S_IFMT(status.st_mode), "something else"))
+        raise error(
+            str(path), expected, _KINDS.get(stat.S_IFMT(status.st_mode), "something else"), fixes
+        )
     if status.st_size == 0:
-        raise error(str(path), expected, "an empty one")
+        raise error(str(path), expected, "an empty one", fixes)
     if most is not None and status.st_size > most:
-        raise error(str(path), f"a file of at most {most} bytes", f"one of {status.st_size}")
+        raise error(str(path), f"a file of at most {most} bytes", f"one of {status.st_size}", fixes)
 
 
 def check_memory(
@@ -370,15 +387,20 @@ def check_count(where: str, count: int, each: int, device: torch.device | None =
     """
     most = max(1, memory_of(device) // (2 * max(1, each)))  # which leaves some for the work
     rounded = most // 10 ** (len(str(most)) - 1) * 10 ** (len(str(most)) - 1)
-    check_memory(where, count * each, f"{count}", _given(where, str(rounded)), device)
+    check_memory(where, count * each, f"{count}", as_given(where, str(rounded)), device)
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes < 2**70 else "more than a billion TiB"
 
 
-def as_shape(where: str, shape: int | Sequence[int]) -> tuple[int, ...]:
+def as_shape(where: str, shape: int | Sequence[int], least: int = 0) -> tuple[int, ...]:
     """Returns an event shape as a tuple; an integer is a vector of that length.
+
+    Arguments:
+        where: What the shape is of.
+        shape: The shape.
+        least: How many axes it has to have.
 
     Raises:
         ArgumentError: If it is no integer of at least 1, nor several of them.
@@ -391,5 +413,8 @@ def as_shape(where: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     is_text = isinstance(shape, (str, bytes))
     axes = shape if isinstance(shape, Sequence) and not is_text else (shape,)
     sizes = tuple(check_int(where, size) for size in axes)
-    check_memory(where, 4 * math.prod(sizes), quoted(shape), _given(where, "256"))
+    if len(sizes) < least:
+        expected = "a shape with at least one axis"
+        raise ArgumentError(where, expected, quoted(shape), as_given(where, "1"))
+    check_memory(where, 4 * math.prod(sizes), quoted(shape), as_given(where, "256"))
     return sizes

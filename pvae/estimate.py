@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, UndefinedError, check_number
+from pvae.arguments import strict
+from pvae.errors import ArgumentError, UndefinedError, check_number, escaped, shown
 from pvae.measure import Measure
 
 if TYPE_CHECKING:
@@ -293,14 +293,14 @@ class Estimate:
         return f"{name}: {self.mean:.2f}{errors} {self.unit} per {self.by}, N = {n}, {how}"
 
     def __str__(self) -> str:
-        return "\n".join([self.headline, *(f"  {line}" for line in self.notes)])
+        return shown("\n".join([self.headline, *(f"  {line}" for line in self.notes)]))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The same for notebooks."""
-        notes = "".join(f"<br>{html.escape(note)}" for note in self.notes)
-        return f"<div><b>{html.escape(self.headline)}</b>{notes}</div>"
+        notes = "".join(f"<br>{escaped(note)}" for note in self.notes)
+        return f"<div><b>{escaped(self.headline)}</b>{notes}</div>"
 
     def to_dict(self) -> dict[str, object]:
         """Mean, errors and what it is, as JSON has them: numbers that aren't finite are None."""
@@ -376,6 +376,7 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+@strict
 def with_error(value: float, error: float | None, unit: str = "") -> str:
     """A number and its standard error, with the digits that the error leaves.
 

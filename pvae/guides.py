@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.conditional import FromNetwork, NetworkLike, positive_scale
-from pvae.errors import check_int, check_number
+from pvae.errors import as_shape, check_int, check_number
 from pvae.shelf import Shelf
 from pvae.types import Dist, Shape
 
@@ -145,6 +145,7 @@ class NearestCode(FromNetwork):
         dead: float = 0.01,
     ) -> None:
         super().__init__(network, event_shape)
+        as_shape("NearestCode.event_shape", self.event_shape, least=1)
         size = (check_int("NearestCode.num_codes", num_codes), self.event_shape[-1])
         self.decay = check_number("NearestCode.decay", decay, minimum=0, below=1)
         self.dead = check_number("NearestCode.dead", dead, minimum=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from pvae.arguments import strict
 from pvae.errors import PairError, check_int
 
 __all__ = ["differentiable_twice", "squared_jacobian_norm", "squared_norm_of"]
@@ -21,6 +22,7 @@ def differentiable_twice() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+@strict
 def squared_jacobian_norm(
     function: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -64,6 +66,7 @@ def squared_jacobian_norm(
     )
 
 
+@strict
 def squared_norm_of(
     z: Tensor,
     x: Tensor,
@@ -74,7 +77,8 @@ def squared_norm_of(
 ) -> Tensor:
     """The same norm for codes z that have been computed from ``x``, a tensor with a gradient."""
     if z.dim() < 1 or len(z) != len(x):
-        raise PairError("Jacobian", f"codes of {len(x)} data", f"shape {tuple(z.shape)}")
+        fixes = ["codes with a row for each datum"]
+        raise PairError("Jacobian", f"codes of {len(x)} data", f"shape {tuple(z.shape)}", fixes)
     if not z.requires_grad:
         return x.new_zeros(len(x))  # they don't depend on the data
     with torch.enable_grad():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from pvae.conditional import FromNetwork, NetworkLike, positive_scale
-from pvae.errors import ArgumentError, check_int, check_number
+from pvae.errors import ArgumentError, check_int, check_number, quoted
 from pvae.shelf import Shelf
 from pvae.types import Dist, Shape
 
@@ -237,7 +237,7 @@ class Gaussian(Likelihood):
         self.min_sigma = check_number("Gaussian.min_sigma", min_sigma, above=0)
         if is_named and sigma not in SIGMAS:
             expected = f"a positive number or one of {', '.join(SIGMAS)}"
-            raise ArgumentError("Gaussian.sigma", expected, repr(sigma))
+            raise ArgumentError("Gaussian.sigma", expected, quoted(sigma), ['sigma="optimal"'])
         if isinstance(self.sigma, float):
             self.register_buffer("fixed_sigma", torch.tensor(self.sigma))
         if self.sigma in ("shared", "feature"):

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pvae.arguments import Finite, strict
 from pvae.devices import double
 from pvae.errors import ArgumentError, check_int
 
@@ -21,6 +22,7 @@ KERNELS = ("imq", "rbf")
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
+@strict
 def kernel_named(name: str, dim: int) -> Kernel:
     r"""A kernel for codes of ``dim`` entries near a standard normal.
 
@@ -28,13 +30,16 @@ def kernel_named(name: str, dim: int) -> Kernel:
     Tolstikhin et al. have it; ``"rbf"`` is :math:`\exp(-d^2 / (2 \cdot dim))`.
     """
     if name not in KERNELS:
-        raise ArgumentError("kernel", f"one of {', '.join(KERNELS)}, or a function", repr(name))
+        raise ArgumentError(
+            "kernel", f"one of {', '.join(KERNELS)}, or a function", repr(name), ["kernel='imq'"]
+        )
     if name == "rbf":
         return lambda d2: (-d2 / (2 * dim)).exp()
     widths = [2 * dim * s for s in SCALES]
     return lambda d2: functools.reduce(torch.add, (c / (c + d2) for c in widths)) / len(widths)
 
 
+@strict
 def mmd(
     x: Tensor, y: Tensor, kernel: Literal["imq", "rbf"] | Kernel = "imq", *, unbiased: bool = True
 ) -> Tensor:
@@ -78,7 +83,8 @@ def mmd(
     return within(x) + within(y) - 2 * k(_squared_distances(x, y)).mean((-2, -1))
 
 
-def median_kernel(x: Tensor) -> Kernel:
+@strict
+def median_kernel(x: Finite) -> Kernel:
     r"""The Gaussian kernel :math:`\exp(-d^2 / (2 m^2))`, m the median distance between points.
 
     Arguments:
@@ -89,11 +95,13 @@ def median_kernel(x: Tensor) -> Kernel:
         tensor(0.3679)
     """
     if x.dim() != 2 or len(x) < 2:
-        raise ArgumentError("median_kernel", "at least two points (N, D)", f"{tuple(x.shape)}")
+        raise ArgumentError(
+            "median_kernel", "at least two points (N, D)", f"{tuple(x.shape)}", _MORE
+        )
     above = torch.triu_indices(len(x), len(x), 1, device=x.device)
     median = _squared_distances(x, x)[above[0], above[1]].median()
     if not median > 0:
-        raise ArgumentError("median_kernel", "points that differ", "a median distance of 0")
+        raise ArgumentError("median_kernel", "points that differ", "a median distance of 0", _MORE)
     return lambda d2: (-d2 / (2 * median.to(d2))).exp()
 
 
@@ -104,6 +112,7 @@ class TwoSampleTest(NamedTuple):
     p_value: float
 
 
+@strict
 def two_sample_test(
     x: Tensor,
     y: Tensor,
@@ -154,13 +163,20 @@ def two_sample_test(
     return TwoSampleTest(float(values[0]), float(p_value))
 
 
+_MORE = ["more points, not all alike"]
+_ALIKE = ["two samples of the same kind of points"]
+
+
 def _checked(x: Tensor, y: Tensor, kernel: str | Kernel, least: int) -> Kernel:
+    if min(x.dim(), y.dim()) < 2:
+        actual = f"shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        raise ArgumentError("mmd", "points (..., N, D)", actual, ["x[:, None], for numbers"])
     dim, sizes = x.shape[-1], (x.shape[-2], y.shape[-2])
     if y.shape[-1] != dim:
-        raise ArgumentError("mmd", f"points of {dim} entries", f"{y.shape[-1]} in y")
+        raise ArgumentError("mmd", f"points of {dim} entries", f"{y.shape[-1]} in y", _ALIKE)
     if min(sizes) < least:
         expected = f"at least {least} points in each sample"
-        raise ArgumentError("mmd", expected, f"{sizes[0]} and {sizes[1]}")
+        raise ArgumentError("mmd", expected, f"{sizes[0]} and {sizes[1]}", _ALIKE)
     return kernel_named(kernel, dim) if isinstance(kernel, str) else kernel
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from pvae.arguments import strict
 from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, as_shape, check_int, check_memory, check_number
 from pvae.internals import Convolution
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 
+@strict
 def activation_named(
     name: str | Callable[[], nn.Module], where: str = "activation"
 ) -> Callable[[], nn.Module]:
@@ -57,6 +59,7 @@ class _UnitColumns(Described):
         return unit.movedim(1, 2).flatten(0, 1)
 
 
+@strict
 def unit_norm(network: nn.Module) -> nn.Module:
     """Gives every linear and convolutional layer of a network columns of norm 1; returns it.
 
@@ -166,8 +169,8 @@ class MLP(Described):
         out_activation: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.in_shape = as_shape("MLP.in_shape", in_shape)
-        self.out_shape = as_shape("MLP.out_shape", out_shape)
+        self.in_shape = as_shape("MLP.in_shape", in_shape, least=1)
+        self.out_shape = as_shape("MLP.out_shape", out_shape, least=1)
         self.context_dim = check_int("MLP.context_dim", context_dim, minimum=0)
         self.in_scale = check_number("in_scale", in_scale)
         widths = [math.prod(self.in_shape) + context_dim, *as_shape("MLP.hidden", hidden)]
@@ -198,7 +201,7 @@ class _Residual(nn.Module):
         return x + self.body(x)
 
 
-def _image_shape(where: str, shape: Sequence[int]) -> tuple[int, int, int]:
+def _image_shape(where: str, shape: Shape) -> tuple[int, int, int]:
     sizes = as_shape(where, shape)
     if len(sizes) != 3:
         fixes = ["(1, 28, 28)", "MLP for data without rows and columns"]
@@ -238,7 +241,7 @@ class ConvEncoder(Described):
 
     def __init__(
         self,
-        in_shape: Sequence[int],
+        in_shape: Shape,
         out_features: int,
         channels: Sequence[int] = (32, 64),
         hidden: int = 256,
@@ -256,6 +259,7 @@ class ConvEncoder(Described):
         widths = [self.in_shape[0], *as_shape("ConvEncoder.channels", channels)]
         height, width = _halvings(*self.in_shape[1:], len(widths) - 1)[-1]
         flat = widths[-1] * height * width + context_dim
+        hidden = check_int("ConvEncoder.hidden", hidden)
         outer = (flat, hidden), (hidden, check_int("ConvEncoder.out_features", out_features))
         check_weights("ConvEncoder.channels", (*((*pair, 9) for pair in pairwise(widths)), *outer))
         layers: list[nn.Module] = []
@@ -304,7 +308,7 @@ class ConvDecoder(Described):
     def __init__(
         self,
         in_features: int,
-        out_shape: Sequence[int],
+        out_shape: Shape,
         channels: Sequence[int] = (64, 32),
         hidden: int = 256,
         activation: Callable[[], nn.Module] = nn.ReLU,
@@ -319,6 +323,7 @@ class ConvDecoder(Described):
         widths = as_shape("ConvDecoder.channels", channels)
         self._sizes = _halvings(*self.out_shape[1:], len(widths))[::-1]
         height, width = self._sizes[0]
+        hidden = check_int("ConvDecoder.hidden", hidden)
         outer = (in_features + context_dim, hidden), (hidden, widths[0] * height * width)
         inner = ((*pair, 9) for pair in pairwise([*widths, self.out_shape[0]]))
         check_weights("ConvDecoder.channels", (*inner, *outer))

@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, cast
 import torch
 from tqdm import tqdm
 
-from pvae.errors import ArgumentError, check_int, telling_memory
+from pvae.arguments import check_call
+from pvae.errors import ArgumentError, check_choice, check_int, telling_memory
 from pvae.modes import with_gradients
 from pvae.threads import alone, check_outside
 
@@ -61,8 +62,7 @@ def checked_options(given: Mapping[str, object]) -> Options:
     options = cast("Options", {**_DEFAULTS, **given})
     check_int("max_rows", options["max_rows"])
     check_int("seed", options["seed"], minimum=0)
-    if not isinstance(options["progress"], bool):
-        raise ArgumentError("progress", "True or False", repr(options["progress"]))
+    check_choice("progress", options["progress"], (True, False))
     return options
 
 
@@ -104,7 +104,8 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
           Try: count((model, guide), ...)
            or: count(vae, ...), as a VAE is a pair
     """
-    known = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    known = signature.parameters
     bound = "batch_size" if "batch_size" in known else "max_rows"
     default = known[bound].default if bound in known else _DEFAULTS["max_rows"]
 
@@ -118,6 +119,7 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
                 "a model and its guide as two arguments",
             )
             raise ArgumentError(name, expected, actual, fixes)
+        check_call(function, signature, args, kwargs)
         rows = cast("int | None", kwargs.get(bound, default))
         with alone(), telling_memory(function.__name__, rows, bound), with_gradients():
             check_outside(function.__name__)

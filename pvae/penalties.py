@@ -112,7 +112,8 @@ class Penalty(Described, ABC):
 def _check_sides(penalty: Penalty) -> None:
     if not penalty.sides or set(penalty.sides) - {"guide", "model"}:
         where = f"{type(penalty).__name__}.sides"
-        raise ArgumentError(where, "'guide', 'model' or both", repr(penalty.sides))
+        fixes = ['sides=("guide", "model")']
+        raise ArgumentError(where, "'guide', 'model' or both", repr(penalty.sides), fixes)
 
 
 class Custom(Penalty):
@@ -376,7 +377,7 @@ class Penalties(nn.ModuleList):
 
 def on_side(side: Side, penalties: Penalty | Sequence[Penalty]) -> Penalties:
     """The penalties that are computed on one side of a pair, ``"guide"`` or ``"model"``."""
-    several = (penalties,) if isinstance(penalties, Penalty) else tuple(penalties)
+    several = tuple(penalties) if isinstance(penalties, Sequence) else (penalties,)
     for penalty in several:
         if not isinstance(penalty, Penalty):
             fixes = ["penalties.Custom(function, weight)"]

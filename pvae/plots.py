@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pvae.errors import UndefinedError, check_int
+from pvae.arguments import strict
+from pvae.errors import DataError, UndefinedError, as_shape, check_int, shown
 
 if TYPE_CHECKING:
     from pvae.diagnostics import SBC, TARP, AggregatedPosterior, LearningCurve
@@ -50,6 +51,7 @@ def _figure(width: float, height: float) -> Picture:
     return Picture(figsize=(width, height), dpi=100, layout="constrained")
 
 
+@strict
 def as_images(x: Array, event_shape: Shape = None) -> np.ndarray:
     """Data as images, shape ``(N, H, W)`` or ``(N, H, W, 3)``.
 
@@ -68,7 +70,7 @@ def as_images(x: Array, event_shape: Shape = None) -> np.ndarray:
     """
     array = _numpy(x).astype(np.float32)
     if event_shape is not None:
-        array = array.reshape(len(array), *event_shape)
+        array = array.reshape(len(array), *as_shape("event_shape", event_shape))
     if array.ndim == 2 and math.isqrt(array.shape[1]) ** 2 == array.shape[1]:
         side = math.isqrt(array.shape[1])
         return array.reshape(-1, side, side)
@@ -81,10 +83,16 @@ def as_images(x: Array, event_shape: Shape = None) -> np.ndarray:
     raise UndefinedError("picture of data", expected, f"shape {array.shape}", fixes)
 
 
+def _plain(text: object) -> str:
+    """A name as it is: no maths between dollar signs, no control characters."""
+    return shown(str(text)).replace("$", r"\$")
+
+
 def _numpy(x: Array | Sequence[object]) -> np.ndarray:
     return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
 
 
+@strict
 def grid(
     rows: Mapping[str, Array] | Sequence[Array], title: str = "", event_shape: Shape = None
 ) -> Picture:
@@ -100,7 +108,7 @@ def grid(
     images = [as_images(row, event_shape) for row in several]
     columns = max(map(len, images), default=0)
     if not columns:
-        raise UndefinedError("grid", "at least one image", "none")
+        raise UndefinedError("grid", "at least one image", "none", ["rows of data"])
     low = min(float(row.min()) for row in images)
     high = max(float(row.max()) for row in images)
     margin = 0.1 + 0.08 * max(map(len, labels)) if labels else 0.1
@@ -114,11 +122,12 @@ def grid(
             image = (image - low) / max(high - low, 1e-12) if image.ndim == 3 else image
             axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
     for line, label in zip(axes, labels, strict=False):
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(_plain(label), rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
 
 
+@strict
 def reconstructions(
     x: Array, reconstructed: Array, num: int = 10, event_shape: Shape = None
 ) -> Picture:
@@ -135,6 +144,7 @@ def reconstructions(
     return grid(rows, "originals and their reconstructions (means)", event_shape)
 
 
+@strict
 def samples(
     x: Array,
     columns: int = 10,
@@ -170,7 +180,9 @@ def training_curve(history: History | Fit | Sequence[Record]) -> Picture:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
         for name, points in curves.items():
-            axis.plot(*zip(*points, strict=True), "--" if "valid" in name else "-", label=name)
+            axis.plot(
+                *zip(*points, strict=True), "--" if "valid" in name else "-", label=_plain(name)
+            )
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=9)
         if curves:
@@ -179,6 +191,7 @@ def training_curve(history: History | Fit | Sequence[Record]) -> Picture:
     return figure
 
 
+@strict
 def learning_curve(result: LearningCurve) -> Picture:
     """A learning curve, and the line fitted to its end with two standard deviations of noise.
 
@@ -191,7 +204,7 @@ def learning_curve(result: LearningCurve) -> Picture:
     line = values[-window:].mean() + result.slope * (late - late.mean())
     figure = _figure(4, 3)
     axis = figure.subplots()
-    axis.plot(epochs, values, ".-", lw=0.8, label=result.name)
+    axis.plot(epochs, values, ".-", lw=0.8, label=_plain(result.name))
     axis.plot(late, line, label=f"{result.state}, last {window} epochs")
     band = 2 * result.noise
     axis.fill_between(late, line - band, line + band, alpha=0.3, label="2 sd of an epoch's noise")
@@ -230,6 +243,7 @@ def _leave_out_the_start(axis: Axes, epochs: int) -> None:
         axis.set_xlabel("epoch (the first ones are below)")
 
 
+@strict
 def latent_map(
     codes: Array,
     labels: Array | Sequence[object] | None = None,
@@ -247,7 +261,14 @@ def latent_map(
     """
     z = _numpy(codes)
     if z.ndim != 2 or z.shape[1] < 2:
-        raise UndefinedError("latent map", "codes of shape (N, 2 or more)", f"{z.shape}")
+        fixes = ["latent.codes(pair, x), of a pair with two entries in its latent or more"]
+        raise UndefinedError("latent map", "codes of shape (N, 2 or more)", f"{z.shape}", fixes)
+    if not len(z) or not np.isfinite(z).all():
+        actual = "no rows" if not len(z) else "NaN or infinity"
+        raise DataError("codes", "finite codes, of one row or more", actual, ["codes of data"])
+    if labels is not None and np.shape(labels_of := _numpy(labels)) != z.shape[:1]:
+        expected, actual = f"{len(z)} labels, one for each code", f"shape {labels_of.shape}"
+        raise DataError("labels", expected, actual, ["labels=None"])
     axis = _figure(5, 4.5).subplots() if axis is None else axis
     figure = axis.get_figure(root=True)
     assert figure is not None  # noqa: S101
@@ -275,9 +296,10 @@ def _scatter(axis: Axes, figure: Figure, z: np.ndarray, labels: np.ndarray) -> N
     points = axis.scatter(z[:, 0], z[:, 1], c=colours, s=4, cmap=palette)
     bar = figure.colorbar(points, ax=axis, ticks=np.unique(colours) if is_classes else None)
     if is_classes:
-        bar.ax.set_yticklabels([str(name) for name in classes])
+        bar.ax.set_yticklabels([_plain(name) for name in classes])
 
 
+@strict
 def calibration(result: SBC | TARP) -> Picture:
     """How far the distribution function of ranks is from the uniform one, with its band.
 
@@ -294,7 +316,7 @@ def calibration(result: SBC | TARP) -> Picture:
     axis.fill_between(points, low, high, color="0.85", label="95% of exact guides", step="mid")
     order = np.argsort(tests.p_values.numpy(), kind="stable")
     for rank, column in enumerate(order):
-        label = f"{result.names[column]}, p = {float(tests.p_values[column]):.2g}"
+        label = f"{_plain(result.names[column])}, p = {float(tests.p_values[column]):.2g}"
         style = {"label": label} if rank < 5 else {"color": "0.6", "linewidth": 0.5, "zorder": 1}
         axis.plot(points, tests.ecdf[:, column].numpy() - points, **style)
     axis.set(xlabel="rank of the latent among the guide's draws", ylabel="ECDF - uniform")
@@ -303,6 +325,7 @@ def calibration(result: SBC | TARP) -> Picture:
     return figure
 
 
+@strict
 def aggregated_posterior(result: AggregatedPosterior, num: int = 6) -> Picture:
     """Draws of q(z) over draws of p(z), for the dimensions that differ most, and correlations.
 
@@ -318,7 +341,7 @@ def aggregated_posterior(result: AggregatedPosterior, num: int = 6) -> Picture:
         bins = np.histogram_bin_edges(np.concatenate([q, p]), 30)
         axis.hist(p, bins, density=True, color="0.8", label="p(z)")
         axis.hist(q, bins, density=True, histtype="step", label="q(z)")
-        axis.set_title(f"{result.names[d]}, KS {float(result.ks[d]):.2f}", fontsize=9)
+        axis.set_title(f"{_plain(result.names[d])}, KS {float(result.ks[d]):.2f}", fontsize=9)
         axis.set_yticks([])
     axes[0].legend(fontsize=7)
     image = last.imshow(result.correlation.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
@@ -328,6 +351,7 @@ def aggregated_posterior(result: AggregatedPosterior, num: int = 6) -> Picture:
     return figure
 
 
+@strict
 def manifold(
     decode: Callable[[np.ndarray], Array], num: int = 15, event_shape: Shape = None
 ) -> Picture:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 from torch import Tensor, nn
 
 from pvae import guides, likelihoods, networks, priors
+from pvae.arguments import strict
 from pvae.corruptions import Noise
 from pvae.errors import ArgumentError, as_shape, check_int, check_number
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay
@@ -59,7 +60,7 @@ def _recipe(build: Build) -> Build:
 
 def _deterministic(build: Build) -> Build:
     DETERMINISTIC.append(build.__name__)
-    return _recipe(build)
+    return _recipe(cast("Build", strict(build)))
 
 
 class PairOptions(TypedDict, total=False):
@@ -82,6 +83,7 @@ class PairOptions(TypedDict, total=False):
 
 
 @_recipe
+@strict
 def vae(
     event_shape: Shape,
     latent_dim: int,
@@ -144,10 +146,11 @@ def vae(
         >>> vae(64, 2, prior="laplace", likelihood="binomial", levels=17).sample(3).max() <= 16
         tensor(True)
     """
-    shape = as_shape("event_shape", event_shape)
+    shape = as_shape("event_shape", event_shape, least=1)
     check_int("latent_dim", latent_dim)
     if network not in NETWORKS:
-        raise ArgumentError("network", "'mlp', 'conv' or 'resnet'", repr(network))
+        fixes = ['network="mlp"']
+        raise ArgumentError("network", "'mlp', 'conv' or 'resnet'", repr(network), fixes)
     inner = networks.activation_named(activation)
     last = None if code_activation is None else networks.activation_named(code_activation)
     widths = tuple(hidden)[::-1] if decoder_hidden is None else tuple(decoder_hidden)

@@ -56,6 +56,6 @@ class Shelf(dict[str, T]):
             return part
         if part.lower() not in self:
             near = difflib.get_close_matches(part.lower(), self, 1)
-            fixes = [f'{self.what}="{name}"' for name in near]
+            fixes = [f'{self.what}="{name}"' for name in near or [*self][:2]]
             raise ArgumentError(self.what, f"one of {', '.join(self)}", repr(part), fixes)
         return self[part.lower()]

@@ -17,6 +17,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pvae import randomness
+from pvae.arguments import strict
 from pvae.conditional import Conditional
 from pvae.data import first_batch
 from pvae.devices import double
@@ -36,6 +37,7 @@ def _require(rule: str, holds: object, actual: str, *fixes: str) -> None:
         raise ContractError(rule.split(":")[0], rule.split(":", 1)[1].strip(), actual, fixes)
 
 
+@strict
 def check_conditional(
     conditional: Conditional, *context: Tensor, value: Tensor | None = None, tolerance: float = 1e-4
 ) -> None:

@@ -7,19 +7,21 @@ them: ``SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).s
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pvae import randomness
+from pvae.arguments import strict
 from pvae.conditional import Called, Conditional, as_conditional
+from pvae.data.arrays import as_array
 from pvae.described import Described
 from pvae.distributions import mean_of
-from pvae.errors import ArgumentError, PairError, UndefinedError, check_int
+from pvae.errors import ArgumentError, PairError, UndefinedError, check_count, check_int
 from pvae.jacobian import differentiable_twice
 from pvae.modes import in_mode
 from pvae.pair import Pair, Uses
@@ -99,7 +101,9 @@ class Guide(Described):
         super().__init__()
         self.posterior = as_conditional(posterior, "guide")
         if corruption is not None and not callable(corruption):
-            raise ArgumentError("corruption", "a function or module of x", repr(corruption))
+            fixes = ["corruption=None"]
+            expected = "a function or module of x"
+            raise ArgumentError("corruption", expected, repr(corruption), fixes)
         self.corruption = corruption
         self.penalties = on_side("guide", penalties)
 
@@ -177,6 +181,7 @@ class VAE(Pair, nn.Module):
         self.plate = DATA_PLATE
         _check_bounded(self)
 
+    @strict
     def sample(
         self,
         num_samples: int,
@@ -200,6 +205,9 @@ class VAE(Pair, nn.Module):
             Shape ``(N, *event_shape)``, on the pair's device.
         """
         check_int("num_samples", num_samples)
+        check_count(
+            "num_samples", num_samples, 4 * math.prod(self.model.likelihood.event_shape or ())
+        )
         arrays = self._tensors(*context)
         for part in arrays:
             if not part.dim() or len(part) != num_samples:
@@ -224,6 +232,7 @@ class VAE(Pair, nn.Module):
             raise ArgumentError("context", expected, "labels that neither uses", fixes)
         return samples
 
+    @strict
     def encode(
         self, x: object, *context: object, num_particles: int | None = None, max_rows: int = 8192
     ) -> Tensor:
@@ -241,6 +250,7 @@ class VAE(Pair, nn.Module):
         encoded = partial(_drawn, LATENT, self.guide.posterior, num_particles)
         return self._by_rows(encoded, self._tensors(x, *context), max_rows, num_particles)
 
+    @strict
     def decode(
         self, z: object, *context: object, num_particles: int | None = None, max_rows: int = 8192
     ) -> Tensor:
@@ -261,6 +271,7 @@ class VAE(Pair, nn.Module):
         decoded = partial(_drawn, OBSERVED, self.model.likelihood, num_particles)
         return self._by_rows(decoded, batch, max_rows, num_particles)
 
+    @strict
     def reconstruct(
         self, x: object, *context: object, num_particles: int | None = None, max_rows: int = 8192
     ) -> Tensor:
@@ -284,7 +295,7 @@ class VAE(Pair, nn.Module):
 
     def _tensors(self, *arrays: object) -> tuple[Tensor, ...]:
         """Arrays as tensors on the pair's device, floating ones in its type."""
-        tensors = [torch.as_tensor(a if torch.is_tensor(a) else np.asarray(a)) for a in arrays]
+        tensors = [torch.as_tensor(as_array("array", a)) for a in arrays]
         like = first_floating((*tensors_of([self]), *tensors))
         dtypes = [like.dtype if t.is_floating_point() else t.dtype for t in tensors]
         own = zip(tensors, dtypes, strict=True)
@@ -321,7 +332,9 @@ def _drawn(
     """Draws of a distribution given a context; its mean where no number of them is given."""
     fn = conditional(*context)
     if num_particles is not None:
-        return fn(torch.Size([check_int("num_particles", num_particles)]))
+        k = check_int("num_particles", num_particles)
+        check_count("num_particles", k, 4 * math.prod((*fn.batch_shape, *fn.event_shape)))
+        return fn(torch.Size([k]))
     mean = mean_of(fn)
     if mean is None:
         expected, fixes = (

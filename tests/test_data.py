@@ -295,7 +295,7 @@ def test_static_and_threshold_binarisation(device: torch.device) -> None:
 def test_values_outside_the_unit_interval_arent_binarised() -> None:
     with pytest.raises(DataError, match=r"values in \[0, 1\].*scaling by 1.*to 255"):
         as_source(Data((grey() * 255,), binarize="dynamic"))
-    with pytest.raises(ArgumentError, match="one of none, threshold"):
+    with pytest.raises(ArgumentError, match="'none', 'threshold'"):
         Data((grey(),), binarize="sometimes")  # type: ignore[arg-type]
 
 

@@ -401,8 +401,8 @@ def test_what_a_result_says() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": "posterior"}, "'guide' and 'prior'"),
-        ({"schedule": "cosine"}, "'sigmoid' and 'linear'"),
+        ({"start": "posterior"}, "'guide' or 'prior'"),
+        ({"schedule": "cosine"}, "'sigmoid' or 'linear'"),
         ({"num_temperatures": 0}, "num_temperatures"),
         ({"num_leapfrog": 0}, "num_leapfrog"),
         ({"num_pilot": 0}, "num_pilot"),
@@ -433,10 +433,10 @@ def test_bad_arguments_are_refused_before_work() -> None:
 
     x = torch.zeros(3)
     for options, message in (
-        ({"method": "nuts"}, "'importance', 'local', 'ais' and 'cubo'"),
+        ({"method": "nuts"}, "'importance', 'local', 'ais' or 'cubo'"),
         ({"ais": bounds.AIS()}, "method='ais'"),
         ({"local": bounds.LocalFit()}, "method='local'"),
-        ({"family": "planar"}, "'own', 'full_rank' and 'flow'"),
+        ({"family": "planar"}, "'own', 'full_rank' or 'flow'"),
         ({"num_particles": 0}, "num_particles"),
         ({"order": 1.0, "method": "cubo"}, "above 1"),
         ({"max_rows": 0}, "max_rows"),

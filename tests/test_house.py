@@ -22,6 +22,7 @@ ROOT = Path(pvae.__file__).parent
 # that isn't built yet may stand there already.
 
 GROUND = {  # imports the ground
+    "arguments",
     "code",
     "conditional",
     "data",

@@ -209,7 +209,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
         None,
     ),
     "conv for vectors": (
-        lambda: ConvEncoder(D, 2),  # type: ignore[arg-type]
+        lambda: ConvEncoder(D, 2),
         "ConvEncoder.in_shape",
         "an image shape (channels, height, width); got (6,)",
         "MLP",
@@ -343,7 +343,7 @@ MESSAGES: dict[str, tuple[Call, str, str, str | None]] = {
     "no such binarisation": (
         lambda: data.load("digits", binarize="always"),  # type: ignore[arg-type]
         "binarize",
-        "one of none, threshold, static, dynamic; got 'always'",
+        "'none', 'threshold', 'static' or 'dynamic'; got 'always'",
         None,
     ),
     "which latent": (

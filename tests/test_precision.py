@@ -93,7 +93,7 @@ def test_a_narrow_density_is_refused(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "fp8"}, "one of full, bf16"),
+        ({"precision": "fp8"}, "'full' or 'bf16'"),
         ({"precision": "bf16", "objective": pyro.infer.TraceMeanField_ELBO()}, "of pvae's"),
     ],
 )

@@ -161,5 +161,5 @@ def test_fits_start_where_they_are_asked_to() -> None:
         dist.Normal(2.0, 0.5).log_prob(GRID), lambda z: dist.Normal(z**2, 0.5).log_prob(x[:, None])
     )
     assert right.mean == pytest.approx(float(exact.mean()), abs=0.02)
-    with pytest.raises(ArgumentError, match="LocalFit: start"):
+    with pytest.raises(ArgumentError, match=r"LocalFit\.start"):
         bounds.LocalFit(start="posterior")  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pvae.arguments import check_fields
 from pvae.bounds.density import LatentDensity, densities, groups_of, moments, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
 from pvae.bounds.possible import Possible
@@ -73,11 +74,12 @@ class AIS:
     num_pilot: int = 4
 
     def __post_init__(self) -> None:
-        check_choice("AIS: start", self.start, ("guide", "prior"))
-        check_choice("AIS: schedule", self.schedule, ("sigmoid", "linear"))
+        check_fields(self, "AIS")
+        check_choice("AIS.start", self.start, ("guide", "prior"))
+        check_choice("AIS.schedule", self.schedule, ("sigmoid", "linear"))
         for name in ("num_temperatures", "num_leapfrog", "num_pilot"):
-            check_int(f"AIS: {name}", getattr(self, name))
-        check_number("AIS: acceptance", self.acceptance, above=0, below=1)
+            check_int(f"AIS.{name}", getattr(self, name))
+        check_number("AIS.acceptance", self.acceptance, above=0, below=1)
 
     @property
     def betas(self) -> list[float]:

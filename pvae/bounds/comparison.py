@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pvae.arguments import strict
 from pvae.errors import ArgumentError, oxford
 from pvae.estimate import Estimate
 
@@ -51,6 +52,7 @@ class Comparison:
     __repr__ = __str__
 
 
+@strict
 def compare(
     estimates: Mapping[str, Estimate],
     *,

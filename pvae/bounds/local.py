@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
+from pvae.arguments import check_fields
 from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
 from pvae.bounds.possible import Possible
@@ -61,10 +62,11 @@ class LocalFit:
     start: Literal["guide", "prior"] = "guide"
 
     def __post_init__(self) -> None:
-        check_int("LocalFit: num_particles", self.num_particles)
-        check_int("LocalFit: max_steps", self.max_steps)
-        check_number("LocalFit: lr", self.lr, above=0)
-        check_choice("LocalFit: start", self.start, ("guide", "prior"))
+        check_fields(self, "LocalFit")
+        check_int("LocalFit.num_particles", self.num_particles)
+        check_int("LocalFit.max_steps", self.max_steps)
+        check_number("LocalFit.lr", self.lr, above=0)
+        check_choice("LocalFit.start", self.start, ("guide", "prior"))
 
 
 @dataclass(frozen=True)

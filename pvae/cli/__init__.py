@@ -11,7 +11,7 @@ import sys
 import typer
 
 from pvae.cli.checkup import doctor
-from pvae.cli.common import app
+from pvae.cli.common import app, echo
 from pvae.cli.diagnosing import diagnose
 from pvae.cli.reading import encode, evaluate, export, reconstruct, sample
 from pvae.cli.training import train
@@ -44,11 +44,11 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except PvaeError as error:
-        typer.echo(f"pvae: {error.one_line()}", err=True)
+        echo(f"pvae: {error.one_line()}", err=True)
         sys.exit(3 if isinstance(error, TrainingError) else 2)
     except typer.TyperException as error:
         if message := " ".join(error.format_message().split()):  # it is empty below help
-            typer.echo(f"pvae: {message}", err=True)
+            echo(f"pvae: {message}", err=True)
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.models import OptionInfo
 
-from pvae.errors import ArgumentError, check_path
+from pvae.errors import ArgumentError, check_path, shown
 
 if TYPE_CHECKING:
     from pvae.config import Config
@@ -23,6 +23,7 @@ __all__ = [
     "RunFolder",
     "Seed",
     "app",
+    "echo",
     "option",
     "prepare_file",
     "summary",
@@ -64,6 +65,11 @@ Seed = Annotated[int, option("Seed of what is drawn at random.")]
 DataFile = Annotated[
     Path | None, path_option("File with data of the same kind; if none, the test data.")
 ]
+
+
+def echo(text: object, *, err: bool = False) -> None:
+    """Prints text, what a terminal would act on written out: names come from files."""
+    typer.echo(shown(str(text)), err=err)
 
 
 def summary(

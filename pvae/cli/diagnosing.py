@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import pvae
-from pvae.cli.common import Device, Particles, RunFolder, Seed, app, option, prepare_file
+from pvae.cli.common import Device, Particles, RunFolder, Seed, app, echo, option, prepare_file
 
 __all__ = ["diagnose"]
 
@@ -47,6 +45,6 @@ def diagnose(
         progress=True,
         seed=seed,
     )
-    typer.echo(result)
+    echo(result)
     if to is not None:
         pvae.checkpoint.write_atomically(to, json.dumps(result.to_dict(), indent=1).encode())

@@ -17,6 +17,7 @@ from pvae.cli.common import (
     RunFolder,
     Seed,
     app,
+    echo,
     option,
     path_option,
     prepare_file,
@@ -76,12 +77,12 @@ def evaluate(
     if method == "importance":
         k = 500 if num_particles is None else num_particles
         history = History.read(run / "history.jsonl")
-        typer.echo(summary(run, config, vae, splits, history, num_particles=k, seed=seed))
+        echo(summary(run, config, vae, splits, history, num_particles=k, seed=seed))
         return
     source = as_source(splits.test.unlabelled())
     batch = first_batch(source, count or source.num_rows)
     how = cast("Method", method)  # which is checked there
-    typer.echo(pvae.bounds.evidence(vae, batch, num_particles, method=how, seed=seed))
+    echo(pvae.bounds.evidence(vae, batch, num_particles, method=how, seed=seed))
 
 
 @app.command()
@@ -125,7 +126,7 @@ def sample(
         x = vae.sample(num_samples, mean=mean, seed=seed)
     path = _save(to or run / "samples.npy", x)
     what = "means" if mean else "draws"
-    typer.echo(f"{num_samples} {what} of shape {tuple(x.shape[1:])}: {path}")
+    echo(f"{num_samples} {what} of shape {tuple(x.shape[1:])}: {path}")
     kind = "means of x given z" if mean else "draws of x"
     _draw(path, lambda: pvae.plots.samples(x[:100], title=f"samples from the model ({kind})"))
 
@@ -156,7 +157,7 @@ def reconstruct(
     with torch.no_grad():
         y = vae.reconstruct(x)
     path = _save(to or run / "reconstructions.npy", y)
-    typer.echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
+    echo(f"{len(y)} reconstructions of shape {tuple(y.shape[1:])}: {path}")
     _draw(path, lambda: pvae.plots.reconstructions(x[:10], y[:10]))
 
 
@@ -175,7 +176,7 @@ def encode(
     with torch.no_grad():
         z = vae.encode(x)
     path = _save(to or run / "codes.npy", z)
-    typer.echo(f"{len(z)} codes of shape {tuple(z.shape[1:])}: {path}")
+    echo(f"{len(z)} codes of shape {tuple(z.shape[1:])}: {path}")
 
 
 @app.command()
@@ -200,9 +201,9 @@ def export(
     part = path.with_suffix(".part")
     tree.to_netcdf(part, engine="h5netcdf")
     part.replace(path)
-    typer.echo(f"{', '.join(tree.children)}: {path}")
+    echo(f"{', '.join(tree.children)}: {path}")
     if tree.attrs["left_out"]:
-        typer.echo(f"left out: {tree.attrs['left_out']}")
+        echo(f"left out: {tree.attrs['left_out']}")
 
 
 def _open_with_data(run: Path, data: Path | None, device: str) -> tuple[VAE, Tensor]:
@@ -250,7 +251,7 @@ def _draw(path: Path, make: Callable[[], Figure]) -> None:
     with contextlib.suppress(UndefinedError):
         picture = path.with_suffix(".png")
         make().savefig(picture)
-        typer.echo(f"picture: {picture}")
+        echo(f"picture: {picture}")
 
 
 def _save(path: Path, tensor: Tensor) -> Path:

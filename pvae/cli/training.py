@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pvae
-from pvae.cli.common import Device, app, option, path_option, summary
+from pvae.cli.common import Device, app, echo, option, path_option, summary
 from pvae.errors import ArgumentError, CheckpointError, PairError, PvaeWarning, UndefinedError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _run(
     if "data" in values and Path(str(values["data"])).is_file():
         values["data"] = str(Path(str(values["data"])).resolve())
     asked = Config(**values)
-    folder = out or Path("runs") / f"{Path(asked.data).stem}-{asked.recipe}"
+    folder = out or Path("runs") / f"{_named(asked.data)}-{asked.recipe}"
     with pvae.distributed.joined(device) as world:
         if not world.is_first:  # which does the talking
             warnings.simplefilter("ignore", PvaeWarning)
@@ -107,6 +108,11 @@ def _run(
             lambda: _prepare_folder(folder, asked, set(values), resume=resume, overwrite=overwrite)
         )
         _train(folder, chosen, device, world, resume=resume, overwrite=overwrite, fetch=download)
+
+
+def _named(data: str) -> str:
+    """A folder's name for data: that of their file, without what is awkward in a name."""
+    return re.sub(r"[^\w.-]+", "_", Path(data).stem)
 
 
 def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, bool]:
@@ -200,7 +206,7 @@ def _train(
             progress=sys.stderr.isatty(),
         )
     if run.interrupted:
-        typer.echo(f"interrupted; to go on: pvae train --resume --out {folder}", err=True)
+        echo(f"interrupted; to go on: pvae train --resume --out {folder}", err=True)
         raise typer.Exit(130)
     if not world.is_first:
         return
@@ -210,7 +216,7 @@ def _train(
         _draw_figures(folder, vae, splits, run)
     text = summary(folder, config, vae, splits, history=run.history)
     pvae.checkpoint.write_atomically(folder / "summary.txt", f"{text}\n".encode())
-    typer.echo(text)
+    echo(text)
 
 
 def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pvae.arguments import check_fields
 from pvae.errors import ArgumentError, DataError, check_number
 
 __all__ = [
@@ -42,7 +43,8 @@ def as_arrays(data: object) -> tuple[object, ...]:
         (1, 2)
     """
     if isinstance(data, list) and not data:
-        raise DataError("data", "at least one row", "an empty list")
+        fixes = ["is the path or the filter right?"]
+        raise DataError("data", "at least one row", "an empty list", fixes)
     if isinstance(data, list) and all(map(_is_nested, data)):
         return (data,)
     return tuple(data) if isinstance(data, (tuple, list)) else (data,)
@@ -135,6 +137,9 @@ def check_dense(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided:
         words = str(tensor.layout).removeprefix("torch.")
         raise DataError(name, "a dense tensor", f"one of layout {words}", ["x.to_dense()"])
+    if tensor.is_meta:
+        fixes = ["torch.zeros(x.shape), or the data themselves"]
+        raise DataError(name, "numbers in memory", "a tensor on the device 'meta'", fixes)
     if tensor.is_nested:
         fixes = ["x.to_padded_tensor(0.0), and a mask in model and guide"]
         raise DataError(name, "rows of one shape", "a nested tensor", fixes)
@@ -208,6 +213,7 @@ class Data:
     origin: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if hasattr(self.arrays, "shape"):  # an array alone is no tuple of its rows
             object.__setattr__(self, "arrays", (self.arrays,))
         check_binarize(self.binarize)

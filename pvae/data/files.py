@@ -21,6 +21,7 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 
+from pvae.arguments import check_fields, strict
 from pvae.errors import DataError, PvaeError, check_file, check_int, check_path
 
 __all__ = ["Arrays", "Limits", "read_idx"]
@@ -53,6 +54,7 @@ class Limits:
     max_rows: int = 10**8
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_int("max_bytes", self.max_bytes)
         check_int("max_rows", self.max_rows)
 
@@ -186,6 +188,7 @@ class Arrays:
         return np.memmap(self.path, dtype, "r", start, shape, order)
 
 
+@strict
 def read_idx(path: str | Path, limits: Limits | None = None) -> np.ndarray:
     """Reads an IDX file, the format of the MNIST family, gzipped or not.
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pvae.arguments import strict
 from pvae.data.arrays import Data, as_arrays
 from pvae.data.checks import RowCheck, Support
 from pvae.data.fetched import DatasetSource, Fetched, LoaderSource
@@ -19,6 +20,7 @@ from pvae.errors import DataError
 __all__ = ["as_source", "check_rows", "in_memory", "joined"]
 
 
+@strict
 def as_source(
     data: object,
     device: torch.device | str = "cpu",
@@ -53,7 +55,8 @@ def as_source(
         raise DataError("data", "one part of a data set", type(data).__name__, ["data.train"])
     if isinstance(data, dict):
         names = [f"data['{name}']" for name in data]
-        raise DataError("data", "one data set", f"a dictionary of {', '.join(names)}", names[:2])
+        actual = f"a dictionary of {', '.join(names) or 'nothing'}"
+        raise DataError("data", "one data set", actual, names[:2] or ["x, an array"])
     if not isinstance(data, Data):
         data = Data(as_arrays(data))
     if axes == "any" and not is_even(data):
@@ -61,6 +64,7 @@ def as_source(
     return ArraySource(checked(data, known), device, dtype, known)
 
 
+@strict
 def in_memory(source: Source) -> Source:
     """The same data, to be read more than once in one order: a ``DataLoader`` is read out."""
     if not isinstance(source, LoaderSource):
@@ -76,6 +80,7 @@ def joined(batches: Iterable[Batch], axes: Axes | None = None) -> Batch:
     return tuple(c[0] if axis is None else torch.cat(c, axis) for c, axis in parts)
 
 
+@strict
 def check_rows(
     source: Source, supports: Mapping[int, Support] | None = None, where: str = "data"
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pvae.arguments import strict
 from pvae.data.arrays import Array, Binarize, Data, MappedRows, check_binarize
 from pvae.data.files import Arrays, Limits, read_idx
 from pvae.data.remote import FILES, REMOTE, download
@@ -48,6 +49,7 @@ class Splits:
         return self.train.event_shape
 
 
+@strict
 def load(
     data: str | Path,
     data_dir: str | Path | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pvae.arguments import strict
 from pvae.errors import ArgumentError, DataError
 
 __all__ = ["FILES", "REMOTE", "download"]
@@ -33,6 +34,7 @@ REMOTE: dict[str, tuple[str, tuple[str, ...]]] = {
 """Name -> where its four IDX files are, and their MD5 sums."""
 
 
+@strict
 def download(name: str, data_dir: str | Path, base_url: str | None = None) -> Path:
     """Downloads a data set of the MNIST family into ``data_dir / name``.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pvae.arguments import strict
 from pvae.data.arrays import Array, Data, MappedRows, as_array
 from pvae.devices import sent
 from pvae.errors import DataError
@@ -216,6 +217,7 @@ class WholeSource(Source):
         return self if axes == self.axes else self.source.along(axes)
 
 
+@strict
 def first_batch(source: Source, num_rows: int) -> Batch:
     """The first rows of a source; a ``DataLoader``'s first batch."""
     return next(source.all(min(num_rows, source.num_rows)))[1]
@@ -250,10 +252,12 @@ def checked(data: Data, axes: Axes | None) -> Data:
         if axis is None:
             continue
         if array.ndim <= axis:
-            raise DataError(name, "an array with one row a datum", "a single number")
+            fixes = ["x[None], for one datum"]
+            raise DataError(name, "an array with one row a datum", "a single number", fixes)
         rows = array.shape[axis] if rows is None else rows
         if array.shape[axis] != rows:
-            raise DataError(name, f"{rows} rows, like data[0]", f"{array.shape[axis]} rows")
+            fixes = ["arrays of one length"]
+            raise DataError(name, f"{rows} rows, like data[0]", f"{array.shape[axis]} rows", fixes)
     check_length(1 if rows is None else rows)
     if data.binarize != "none":
         low, high = float(arrays[0].min()) * data.scale, float(arrays[0].max()) * data.scale

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.errors import check_int, check_number
+from pvae.arguments import Finite, check_fields, strict
+from pvae.errors import ArgumentError, check_int, check_number
 
 __all__ = ["LinearGaussian", "principal_components"]
 
@@ -40,6 +41,10 @@ class LinearGaussian:
     weight: Tensor
     bias: Tensor
     sigma: float
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_number("sigma", self.sigma, above=0)
 
     @classmethod
     def random(
@@ -76,7 +81,8 @@ class LinearGaussian:
         return (x.to(self.bias) - self.bias) @ self.weight @ inverse, self.sigma**2 * inverse
 
 
-def principal_components(x: Tensor, latent_dim: int) -> LinearGaussian:
+@strict
+def principal_components(x: Finite, latent_dim: int) -> LinearGaussian:
     r"""The probabilistic PCA that maximises the likelihood of x, in closed form.
 
     .. math::
@@ -92,6 +98,10 @@ def principal_components(x: Tensor, latent_dim: int) -> LinearGaussian:
         x: Data, shape ``(N, D)``.
         latent_dim: Q, less than D.
     """
+    if x.dim() != 2 or len(x) < 2 or not 1 <= latent_dim < x.shape[1]:
+        expected = "at least two rows (N, D) and latent_dim less than D"
+        actual = f"x of shape {tuple(x.shape)} and latent_dim={latent_dim}"
+        raise ArgumentError("principal_components", expected, actual, ["latent_dim=1"])
     bias = x.mean(0)
     values, vectors = torch.linalg.eigh((x - bias).T @ (x - bias) / len(x))
     values, vectors = values.flip(0), vectors.flip(1)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from pvae import bounds, latent, terms
+from pvae.arguments import strict
 from pvae.bounds.joint import is_joint
 from pvae.data import first_batch
 from pvae.diagnostics.aggregate import aggregated_posterior
@@ -41,6 +42,7 @@ __all__ = [
 T = TypeVar("T")
 
 
+@strict
 def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> float:
     r"""A log probability of a datum as code length, in bits per dimension.
 

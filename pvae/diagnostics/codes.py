@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae import terms
+from pvae.arguments import Finite, strict
 from pvae.devices import double
 from pvae.diagnostics.thresholds import ACTIVITY
 from pvae.errors import UndefinedError, check_int, check_number
@@ -63,7 +64,8 @@ def active_units(
     return double(means).var(0) - double(noise).mean(0) > threshold
 
 
-def hoyer(codes: Tensor) -> Tensor:
+@strict
+def hoyer(codes: Finite) -> Tensor:
     r"""How sparse each code is, whatever its scale: 0 if all entries are alike, 1 if one is not 0.
 
     .. math:: \frac{\sqrt d - \|z\|_1 / \|z\|_2}{\sqrt d - 1}
@@ -87,7 +89,8 @@ def hoyer(codes: Tensor) -> Tensor:
     return torch.where(norm > 0, (root - ratio) / (root - 1), 1.0)
 
 
-def near_zero(codes: Tensor, threshold: float = 0.01) -> Tensor:
+@strict
+def near_zero(codes: Finite, threshold: float = 0.01) -> Tensor:
     """Share of each code's entries that are near 0, whatever the codes' scale.
 
     Arguments:

@@ -217,7 +217,7 @@ def diagnose(
     pair: PairLike,
     data: object,
     *,
-    checks: Iterable[str] = DEFAULT,
+    checks: str | Iterable[str] = DEFAULT,
     num_data: int | None = 500,
     num_particles: int = 200,
     bin_width: float | None = None,
@@ -260,7 +260,7 @@ def diagnose(
     asked = list(dict.fromkeys([checks] if isinstance(checks, str) else checks))
     if not asked or (unknown := [name for name in asked if name not in CHECKS]):
         got = oxford(unknown) if asked else "none"
-        raise ArgumentError("checks", f"some of {oxford(CHECKS)}", got)
+        raise ArgumentError("checks", f"some of {oxford(CHECKS)}", got, ['checks=["elbo"]'])
     check_int("num_data", 2 if num_data is None else num_data, minimum=2)
     check_number("bin_width", 1 if bin_width is None else bin_width, above=0)
     check_int("num_particles", num_particles, minimum=FEWEST if "importance" in asked else 1)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pvae.arguments import strict
 from pvae.diagnostics.factors import (
     MEANINGS,
     ArrayLike,
@@ -66,6 +67,7 @@ class Disentanglement(Result):
         return Finding(score.name, score.value, error, "", verdict, meaning, advice)
 
 
+@strict
 def disentanglement(
     codes: ArrayLike,
     factors: ArrayLike,

@@ -11,6 +11,8 @@ import torch
 from scipy.stats import entropy
 from torch import Tensor
 
+from pvae.arguments import strict
+from pvae.data.arrays import as_array
 from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result
 from pvae.errors import DataError, check_int, check_number
@@ -78,6 +80,7 @@ class DCI(NamedTuple):
     informativeness: Score
 
 
+@strict
 def mig(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> Score:
     r"""The mutual information gap: how far one dimension alone is about a factor.
 
@@ -123,6 +126,7 @@ def mig(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> Score:
     return _score("MIG", _gaps(information) / entropies, information)
 
 
+@strict
 def sap(codes: ArrayLike, factors: ArrayLike, *, seed: int = 0) -> Score:
     r"""The separated attribute predictability: how much better one dimension predicts a factor.
 
@@ -173,6 +177,7 @@ def sap(codes: ArrayLike, factors: ArrayLike, *, seed: int = 0) -> Score:
     return _score("SAP", _gaps(skill), skill)
 
 
+@strict
 def dci(codes: ArrayLike, factors: ArrayLike, *, num_trees: int = 20, seed: int = 0) -> DCI:
     r"""Disentanglement, completeness and informativeness, by what predicts the factors.
 
@@ -230,6 +235,7 @@ def dci(codes: ArrayLike, factors: ArrayLike, *, num_trees: int = 20, seed: int 
     )
 
 
+@strict
 def factor_vae_score(
     codes: ArrayLike,
     factors: ArrayLike,
@@ -294,6 +300,7 @@ def factor_vae_score(
     return _score("FactorVAE", right / half, votes[1])
 
 
+@strict
 def irs(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20, quantile: float = 0.99) -> Score:
     r"""The interventional robustness score: how still a dimension is while its factor is.
 
@@ -355,8 +362,8 @@ def as_codes_and_factors(
         rows: How many rows each value of a discrete factor has to have.
         least: How many factors there have to be.
     """
-    z = as_matrix(f"{where}, codes", double(torch.as_tensor(codes))).cpu().numpy()
-    given = torch.as_tensor(factors).detach()
+    z = as_matrix(f"{where}, codes", double(_tensor(f"{where}, codes", codes))).cpu().numpy()
+    given = _tensor(f"{where}, factors", factors).detach()
     given = given[:, None] if given.dim() == 1 else given
     as_matrix(f"{where}, factors", double(given))
     v = double(given).cpu().numpy() if given.is_floating_point() else given.cpu().numpy()
@@ -377,6 +384,10 @@ def as_codes_and_factors(
         is_enough = not _is_discrete(factor) or counts.min() >= rows
         _require(is_enough, of_factor, f"at least {rows} rows of each value", rarest, fixes)
     return z, v
+
+
+def _tensor(where: str, array: ArrayLike) -> Tensor:
+    return torch.as_tensor(as_array(where, array))
 
 
 def _score(name: str, parts: np.ndarray, matrix: np.ndarray, value: float | None = None) -> Score:

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pvae.arguments import strict
 from pvae.bounds.joint import JointWeights, is_joint, is_nested, joint_weights, num_draws
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence, require_whole, weights_by_chunk
@@ -28,6 +29,7 @@ FEWEST = 25
 """Draws from which there are enough in the tail, five."""
 
 
+@strict
 def khat(log_weights: Tensor, tolerance: float = 1e-3) -> Tensor:
     r"""The Pareto shape of each datum's largest importance weights, estimated by ArviZ.
 

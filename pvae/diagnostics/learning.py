@@ -13,6 +13,7 @@ from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor
 
+from pvae.arguments import strict
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import CURVE, FALL, HIDDEN, Verdict
 from pvae.errors import UndefinedError, check_number
@@ -115,6 +116,7 @@ class LearningCurve(Result):
 MORE_EPOCHS = "train on: fit.refine(epochs), or pvae train --resume --epochs N"
 
 
+@strict
 def learning_curve(history: Sequence[Record], *, alpha: float = 1e-3) -> LearningCurve:
     r"""Whether more epochs would help, or fewer would have.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from pvae.diagnostics.thresholds import P_VALUE, Verdict
+from pvae.errors import escaped, shown
 from pvae.estimate import Estimate, with_error
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Result:
             lines += [f"-- {heading}"] if heading else []
             lines += map(str, said_once(findings))
         lines += [f"  {note}" for note in self._below]
-        return "\n".join(lines + [f"next: {self.advice}"] * bool(self.advice))
+        return shown("\n".join(lines + [f"next: {self.advice}"] * bool(self.advice)))
 
     def __repr__(self) -> str:
         return str(self)
@@ -164,14 +164,14 @@ class Result:
         """The same as a table, for notebooks."""
         rows = []
         for heading, findings in self.sections():
-            rows += [f"<tr><th colspan='4'>{html.escape(heading)}</th></tr>"] * bool(heading)
+            rows += [f"<tr><th colspan='4'>{escaped(heading)}</th></tr>"] * bool(heading)
             for line in said_once(findings):
-                cells = map(html.escape, (line.name, line.number, line.meaning, line.advice))
+                cells = map(escaped, (line.name, line.number, line.meaning, line.advice))
                 colour = _COLOURS.get(line.verdict, "inherit")
                 rows.append(f"<tr style='color:{colour}'><td>{'</td><td>'.join(cells)}</td></tr>")
         below = [*self._below, *[f"next: {self.advice}"] * bool(self.advice)]
-        notes = "".join(f"<br>{html.escape(note)}" for note in below)
-        return f"<b>{html.escape(self.title)}</b><table>{''.join(rows)}</table>{notes}"
+        notes = "".join(f"<br>{escaped(note)}" for note in below)
+        return f"<b>{escaped(self.title)}</b><table>{''.join(rows)}</table>{notes}"
 
     @property
     def _below(self) -> list[str]:

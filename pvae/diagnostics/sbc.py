@@ -253,7 +253,7 @@ def _of_ranks(
 def _cuts(levels: Sequence[float], num_particles: int) -> list[int]:
     """How many ranks a central interval leaves out on each side."""
     if not len(levels):
-        raise ArgumentError("levels", "at least one", "none")
+        raise ArgumentError("levels", "at least one", "none", ["levels=(0.5, 0.9)"])
     for level in levels:
         check_number("levels", level, above=0, below=1)
     cuts = [round((1 - level) / 2 * (num_particles + 1)) for level in levels]

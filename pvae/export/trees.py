@@ -145,7 +145,9 @@ def to_arviz(
 
 def _check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
     if wrong := [name for name in names if name not in known]:
-        raise ArgumentError(where, f"some of {oxford(known)}", oxford(wrong))
+        raise ArgumentError(
+            where, f"some of {oxford(known)}", oxford(wrong), [f"{where}={known[:1]!r}"]
+        )
 
 
 def _arrays(plan: Plan) -> dict[tuple[str, str], np.ndarray]:

@@ -27,7 +27,7 @@ def one_training(structures: Mapping[str, Structure]) -> dict[str, Structure]:
         PairError: If the pair has latents that all data share, or picks its rows itself.
     """
     if not structures:
-        raise DataError("data", "at least one kind of data", "an empty dictionary")
+        raise DataError("data", "at least one kind of data", "an empty dictionary", ["x"])
     if len(structures) == 1:
         return dict(structures)
     parameters: dict[str, Tensor] = {}

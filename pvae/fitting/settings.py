@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from pvae.arguments import check_fields
 from pvae.data import LoaderSource, Source
 from pvae.distributed import current
 from pvae.engine import ASKED, Asked, OptimizerLike, Precision
@@ -47,6 +48,7 @@ class Settings:
     mix: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_int("epochs", self.epochs, minimum=0)
         check_int("seed", self.seed, minimum=0)
         check_number("lr", self.lr, above=0)

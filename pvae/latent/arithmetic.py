@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
+from pvae.arguments import Finite, strict
+from pvae.data.arrays import as_array
 from pvae.distributions import is_point
 from pvae.errors import ArgumentError, DataError, UndefinedError, check_int
 from pvae.latent.coding import as_matrix
@@ -26,8 +28,9 @@ __all__ = [
 ]
 
 
+@strict
 def interpolate(
-    a: Tensor, b: Tensor, steps: int, kind: Literal["linear", "spherical"] = "linear"
+    a: Finite, b: Finite, steps: int, kind: Literal["linear", "spherical"] = "linear"
 ) -> Tensor:
     r"""Codes on the way from a to b, both ends included.
 
@@ -77,7 +80,8 @@ def interpolate(
     return torch.where(straight, torch.lerp(a, b, where), circle / sine.where(~straight, 1))
 
 
-def attribute_vector(codes: Tensor, has_attribute: object) -> Tensor:
+@strict
+def attribute_vector(codes: Finite, has_attribute: object) -> Tensor:
     """The direction of an attribute: the mean code of those that have it, minus the others'.
 
     Added to a code it gives, or subtracted takes away, the attribute. It also has whatever else
@@ -101,7 +105,7 @@ def attribute_vector(codes: Tensor, has_attribute: object) -> Tensor:
         >>> attribute_vector(torch.tensor([[0.0, 1.0], [2.0, 1.0]]), [False, True])
         tensor([2., 0.])
     """
-    has = torch.as_tensor(has_attribute, device=codes.device)
+    has = torch.as_tensor(as_array("has_attribute", has_attribute), device=codes.device)
     if has.dtype != torch.bool or has.shape != codes.shape[:1]:
         expected = f"booleans of shape ({len(codes)},)"
         actual = f"{str(has.dtype).removeprefix('torch.')} of shape {tuple(has.shape)}"
@@ -112,7 +116,8 @@ def attribute_vector(codes: Tensor, has_attribute: object) -> Tensor:
     return codes[has].mean(0) - codes[~has].mean(0)
 
 
-def analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+@strict
+def analogy(a: Finite, b: Finite, c: Finite) -> Tensor:
     """The d that is to c as b is to a: the parallelogram's corner, c + b - a.
 
     References:
@@ -127,10 +132,15 @@ def analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         >>> analogy(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([5.0, 5.0]))
         tensor([6., 5.])
     """
+    if len({tuple(code.shape[-1:]) for code in (a, b, c)}) > 1:
+        actual = f"shapes {tuple(a.shape)}, {tuple(b.shape)}, {tuple(c.shape)}"
+        fixes = ["codes of one pair"]
+        raise ArgumentError("analogy", "codes of one length", actual, fixes)
     return c + b - a
 
 
-def traverse(z: Tensor, dims: Sequence[int], values: object) -> Tensor:
+@strict
+def traverse(z: Finite, dims: Sequence[int], values: object) -> Tensor:
     """Copies of a code, each with one dimension set to a value.
 
     Arguments:
@@ -152,15 +162,18 @@ def traverse(z: Tensor, dims: Sequence[int], values: object) -> Tensor:
     if z.dim() != 1 or values.dim() != 1:
         expected = "one code of shape (d,) and values of shape (V,)"
         actual = f"shapes {tuple(z.shape)} and {tuple(values.shape)}"
-        raise ArgumentError("traverse", expected, actual)
+        raise ArgumentError("traverse", expected, actual, ["z=codes[0]", "values=[-1.0, 1.0]"])
     copies = z.repeat(len(dims), len(values), 1)
     for i, dim in enumerate(dims):
         if check_int("dims", dim, 0) >= len(z):
-            raise ArgumentError("dims", f"dimensions from 0 to {len(z) - 1}", str(dim))
+            raise ArgumentError(
+                "dims", f"dimensions from 0 to {len(z) - 1}", str(dim), ["dims=[0]"]
+            )
         copies[i, :, dim] = values
     return copies
 
 
+@strict
 def nearest(
     codes: Tensor,
     gallery: Tensor,
@@ -216,6 +229,7 @@ def nearest(
     return indices, distances
 
 
+@strict
 def precision_at_k(labels: object, gallery_labels: object, indices: Tensor) -> Tensor:
     """How many of a code's k nearest have its label, as a share of k; the mean is the usual number.
 
@@ -236,11 +250,13 @@ def precision_at_k(labels: object, gallery_labels: object, indices: Tensor) -> T
     if not fits or int(indices.max()) >= len(others):
         expected = f"one for each of the {len(indices)} codes, and one for each of the gallery"
         actual = f"shapes {tuple(own.shape)} and {tuple(others.shape)}"
-        raise DataError("labels", expected, actual)
+        fixes = ["labels of both, one for each code"]
+        raise DataError("labels", expected, actual, fixes)
     hits = others[indices] == own.unsqueeze(1)
     return hits.to(torch.get_default_dtype()).mean(1)
 
 
+@strict
 def jeffreys(q_a: Dist, q_b: Dist) -> Tensor:
     r"""A distance between posteriors, the symmetric Kullback-Leibler divergence in nats.
 

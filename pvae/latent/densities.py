@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae import randomness
+from pvae.arguments import strict
 from pvae.conditional import Conditional, as_conditional
 from pvae.devices import double
 from pvae.errors import ArgumentError, DataError, TrainingError, check_int, check_number
@@ -24,6 +25,7 @@ from pvae.types import Dist
 __all__ = ["fit_density"]
 
 
+@strict
 def fit_density(
     codes: Tensor,
     kind: object = "gaussian",
@@ -91,7 +93,10 @@ def fit_density(
     if kind == "gmm":
         return as_conditional(_mixture(z, num_components, noise, seed)).to(codes)
     if isinstance(kind, str):
-        raise ArgumentError("kind", "'gaussian', 'gmm', or a density with parameters", repr(kind))
+        fixes = ['kind="gaussian"', 'kind="gmm"']
+        raise ArgumentError(
+            "kind", "'gaussian', 'gmm', or a density with parameters", repr(kind), fixes
+        )
     density = copy.deepcopy(as_conditional(kind, "kind"))
     density = _Standardised(density, loc, (spread + noise).sqrt()).to(codes)
     check_int("num_steps", num_steps)

@@ -13,9 +13,9 @@ from pyro.infer import ELBO as PyroELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pvae.errors import ArgumentError, check_int, oxford, warn
+from pvae.errors import ArgumentError, check_count, check_int, oxford, warn
 from pvae.objectives.refusals import Need, check_needs
-from pvae.objectives.settings import Weight, as_annotated, hints, written
+from pvae.objectives.settings import Weight, as_setting, hints, written
 from pvae.objectives.state import ObjectiveState, Training
 from pvae.pair import Pair, Structure, run_pair
 from pvae.schedules import Schedule
@@ -86,8 +86,9 @@ class Objective(PyroELBO):
 
     def __post_init__(self) -> None:
         annotations = hints(type(self))
-        kept = {n: as_annotated(n, v, annotations.get(n)) for n, v in self.__getstate__().items()}
+        kept = {n: as_setting(n, v, annotations.get(n)) for n, v in self.__getstate__().items()}
         kept["num_particles"] = check_int("num_particles", self.num_particles)
+        check_count("num_particles", self.num_draws, 1024)
         for name, value in kept.items():
             object.__setattr__(self, name, value)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pvae.errors import ArgumentError, as_shape, check_int, check_number
+from pvae.arguments import as_annotated
 from pvae.schedules import Constant, Schedule
 
-__all__ = ["AtLeastZero", "Positive", "Weight", "as_annotated", "hints", "written"]
+__all__ = ["AtLeastZero", "Positive", "Weight", "as_setting", "hints", "written"]
 
 AtLeastZero = Annotated[float, {"minimum": 0}]
 Positive = Annotated[float, {"above": 0}]
@@ -25,32 +24,14 @@ def hints(kind: type) -> Mapping[str, object]:
     return {}
 
 
-def as_annotated(name: str, value: Any, hint: Any) -> Any:
-    """A value as its annotation has it, or an `ArgumentError`.
+def as_setting(name: str, value: Any, hint: Any) -> Any:
+    """A setting as its annotation has it, see `pvae.arguments.as_annotated`.
 
-    Checked are choices (``Literal``, ``bool``), numbers with their limits
-    (``Annotated[float, {"minimum": 0}]``, see `pvae.errors.check_number`), and tuples of integers;
-    any of them may be None where the annotation says so. A constant schedule becomes its number.
+    A constant schedule becomes its number.
     """
-    hint, limits = get_args(hint) if get_origin(hint) is Annotated else (hint, {})
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    if bool in kinds:
-        choices = (True, False, None) if NoneType in kinds else (True, False)
-    if choices and value not in choices:
-        first, last = ", ".join(map(repr, choices[:-1])), repr(choices[-1])
-        raise ArgumentError(name, f"{first} or {last}", repr(value))
-    if Schedule in kinds and isinstance(value, Schedule):
-        if not isinstance(value, Constant):
-            return value
-        value = value.number
-    if value is None and NoneType in kinds:
-        return None
-    if float in kinds:
-        return check_number(name, value, **limits)
-    if int in kinds and limits:
-        return check_int(name, value, **limits)
-    return as_shape(name, value) if hint == tuple[int, ...] else value
+    if hint is None:
+        return value
+    return as_annotated(name, value.number if isinstance(value, Constant) else value, hint)
 
 
 def written(value: object) -> str:
