@@ -6,13 +6,14 @@ double precision is so on the host there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError
+from pvae.errors import ArgumentError, is_out_of_memory
 
 __all__ = [
     "as_device",
@@ -22,6 +23,8 @@ __all__ = [
     "counts",
     "double",
     "floats",
+    "is_of_devices",
+    "same_device",
     "sent",
     "synchronize",
 ]
@@ -30,6 +33,7 @@ T = TypeVar("T")
 
 _WIDE = {torch.float64, torch.complex128}
 """What MPS has no type for."""
+_DEVICES = re.compile(r"\b(devices?|cpu|cuda|mps)\b", re.IGNORECASE)
 
 
 def counts() -> dict[str, int]:
@@ -113,6 +117,36 @@ def check_use(device: torch.device, tensors: Iterable[Tensor], processes: int = 
     if processes > 1:
         fixes = ["one process", "device='cpu'"]
         raise ArgumentError("device", "one process on 'mps'", f"{processes}", fixes)
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one, where that of no number is the current one.
+
+    Example:
+        >>> same_device(torch.device("cpu"), torch.device("cpu", 0))
+        True
+    """
+    numbers = [0 if device.index is None else device.index for device in (one, other)]
+    if one.type == other.type == "cuda" and None in (one.index, other.index):
+        numbers = [
+            torch.cuda.current_device() if device.index is None else device.index
+            for device in (one, other)
+        ]
+    return one.type == other.type and numbers[0] == numbers[1]
+
+
+def is_of_devices(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, is of tensors on different devices.
+
+    Example:
+        >>> is_of_devices(RuntimeError("Expected all tensors to be on the same device"))
+        True
+    """
+    if is_out_of_memory(error):
+        return False
+    if isinstance(error, (RuntimeError, TypeError)) and _DEVICES.search(str(error)):
+        return True
+    return error.__cause__ is not None and is_of_devices(error.__cause__)
 
 
 def floats(device: torch.device) -> torch.dtype:

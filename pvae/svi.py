@@ -22,8 +22,9 @@ from pvae.internals import guess_plates, network_state
 from pvae.objectives import ELBO, Objective, ObjectiveState, as_objective
 from pvae.objectives.refusals import check_of_pyro
 from pvae.pair import Pair, Structure
+from pvae.pair.home import moved
 from pvae.pair.plates import PlateName
-from pvae.pair.running import Spec, called_by, flatten
+from pvae.pair.running import Spec, called_by, flatten, rebuild
 from pvae.threads import alone
 from pvae.types import Program
 
@@ -57,6 +58,7 @@ class SVI(pyro.infer.SVI):
     the updates are the same. Pyro's validation is on for the first step and off after it. A step
     whose loss or gradient isn't finite is skipped, with a warning: at once on the CPU; on a GPU,
     where to look for one waits, after steps 1, 2, 4, 8 and so on, and after every 50th.
+    Batches go where the pair is: `pvae.fit` may have moved that to a GPU.
 
     Arguments:
         model: A Pyro program.
@@ -176,6 +178,8 @@ class SVI(pyro.infer.SVI):
         """
         with alone():
             if not isinstance(self.objective, Objective):
+                home = Pair(self.model, self.guide).home(args)
+                args, kwargs = moved((args, kwargs), home.device)
                 return super().evaluate_loss(*args, **kwargs)
             stepper, batch = self._stepper_for(args, kwargs)
             assert stepper.state is not None  # noqa: S101
@@ -194,8 +198,9 @@ class SVI(pyro.infer.SVI):
         if stepper is None or not _is_as(networks, stepper.structure):
             stepper = self._start(spec, batch)
             self._steppers[kind] = stepper, network_state(stepper.structure.modules)
+            args, kwargs = rebuild(spec, iter(stepper.structure.place(batch)))
             _guess_as_pyro(self._given_loss, self.model, self.guide, args, kwargs)
-        return stepper, batch
+        return stepper, stepper.structure.place(batch)
 
     def _start(self, spec: Spec, batch: tuple[Any, ...]) -> Stepper:
         """What is to be known of the pair and its parameters, on arguments of a kind."""

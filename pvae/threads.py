@@ -13,6 +13,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+
+import torch
 
 from pvae.errors import PairError, warn
 from pvae.internals import handlers
@@ -61,7 +64,8 @@ def alone(undo: Undo = lambda: None) -> Iterator[None]:
     Arguments:
         undo: Puts back what the block changes. It is called as the block ends, or as the outermost
             block ends, where a generator that holds this one was left in the middle: an error's
-            traceback may keep that alive for long.
+            traceback may keep that alive for long. Whether there are gradients is as it was before
+            the outermost block.
     """
     turn = _turn
     if not turn.lock.acquire(timeout=PATIENCE):
@@ -71,7 +75,8 @@ def alone(undo: Undo = lambda: None) -> Iterator[None]:
             "tool waits for this thread, say for data, neither will end."
         )
         turn.lock.acquire()
-    block = threading.get_ident(), lambda: undo()
+    back = partial(torch.set_grad_enabled, torch.is_grad_enabled())
+    block = threading.get_ident(), lambda: (undo(), turn.blocks or back())
     turn.blocks.append(block)
     try:
         yield

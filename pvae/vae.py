@@ -25,6 +25,7 @@ from pvae.errors import ArgumentError, PairError, UndefinedError, check_count, c
 from pvae.jacobian import differentiable_twice
 from pvae.modes import in_mode
 from pvae.pair import Pair, Uses
+from pvae.pair.home import devices_of
 from pvae.pair.running import first_floating, networks_of, tensors_of
 from pvae.penalties import Penalty, SideOutputs, on_side, penalise, recorded_activations
 from pvae.sites import DATA_PLATE, LATENT, OBSERVED, announce_parameters
@@ -296,10 +297,11 @@ class VAE(Pair, nn.Module):
     def _tensors(self, *arrays: object) -> tuple[Tensor, ...]:
         """Arrays as tensors on the pair's device, floating ones in its type."""
         tensors = [torch.as_tensor(as_array("array", a)) for a in arrays]
-        like = first_floating((*tensors_of([self]), *tensors))
-        dtypes = [like.dtype if t.is_floating_point() else t.dtype for t in tensors]
+        device = next(devices_of((self,), tensors), torch.device("cpu"))
+        floating = first_floating((*tensors_of([self]), *tensors)).dtype
+        dtypes = [floating if t.is_floating_point() else t.dtype for t in tensors]
         own = zip(tensors, dtypes, strict=True)
-        return tuple(t.to(like.device, dtype, copy=True) for t, dtype in own)  # networks may write
+        return tuple(t.to(device, dtype, copy=True) for t, dtype in own)  # networks may write
 
     def _by_rows(
         self,

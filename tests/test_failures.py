@@ -390,3 +390,57 @@ def test_an_error_in_the_middle_leaves_modes_and_gradients_as_they_were(
     assert all(module.training for module in vae.modules())
     with ThreadPoolExecutor(1) as other:
         assert other.submit(bounds.elbo, vae, x).result(timeout=60).kind == "lower"
+
+
+CONSUMERS: dict[str, Callable[[pvae.VAE, Tensor], object]] = {
+    "elbo": lambda vae, x: bounds.elbo(vae, x, 3),
+    "evidence": lambda vae, x: bounds.evidence(vae, x, 20),
+    "iwae_curve": lambda vae, x: bounds.iwae_curve(vae, x, 16),
+    "log_weights": lambda vae, x: bounds.log_weights(vae, x, 20),
+    "codes": lambda vae, x: latent.codes(vae, x),
+    "to_arviz": lambda vae, x: export.to_arviz(vae, x, num_particles=3),
+    "surgery": lambda vae, x: diagnostics.surgery(vae, x),
+    "sbc": lambda vae, x: diagnostics.sbc(vae, x, num_simulations=20, num_particles=9),
+    "predictive": lambda vae, x: diagnostics.predictive(vae, x, num_particles=3),
+    "pit": lambda vae, x: diagnostics.pit(vae, x, num_particles=3),
+    "importance": lambda vae, x: diagnostics.importance(vae, x, num_particles=25),
+    "stream": lambda vae, x: _read(vae, x),
+}
+
+
+def _read(vae: pvae.VAE, x: Tensor) -> None:
+    with terms.prepared(vae, x, {"max_rows": 8}) as evaluation:
+        for _ in terms.stream(evaluation):
+            torch.cat([x, x])
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_an_interrupt_of_what_reads_a_stream(
+    name: str, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is kept, as a notebook keeps it; modes, gradients and generators are put back."""
+    vae, x = recipes.vae(4, 2, hidden=(4,)), torch.rand(30, 4).round()
+    before, kept, cat = torch.get_rng_state(), [], torch.cat
+    for number in range(1, 5):
+        left = iter(range(number, -1, -1))
+
+        def interrupted(*args: object, **kwargs: object) -> Tensor:
+            if not next(left, 0):  # noqa: B023
+                raise KeyboardInterrupt
+            return cat(*args, **kwargs)  # type: ignore[arg-type]
+
+        with torch.set_grad_enabled(gradients):
+            try:
+                monkeypatch.setattr(torch, "cat", interrupted)
+                CONSUMERS[name](vae, x)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            finally:
+                monkeypatch.setattr(torch, "cat", cat)
+            assert torch.is_grad_enabled() == gradients
+        assert all(module.training for module in vae.modules())
+        assert torch.equal(torch.get_rng_state(), before)
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(vae.reconstruct, x).result(timeout=60).shape == x.shape
+    assert kept

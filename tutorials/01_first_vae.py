@@ -239,6 +239,7 @@ assert torch.equal(dz_dsigma, w)
 # single-draw estimates of each kind.
 
 # %%
+vae.cpu()  # single draws of one datum, by hand: fit may have moved the pair to a GPU
 x = x_test[:1]
 with torch.no_grad():
     q = vae.guide.posterior(x)

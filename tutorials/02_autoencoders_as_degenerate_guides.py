@@ -78,6 +78,7 @@ def train(recipe, *args, objective=None, epochs=18, **options):
         batch_size=64,
         lr=4e-3,
         seed=0,
+        device="cpu",  # where the images are, with which it is compared below
         progress=False,
     )
     return pair

@@ -253,6 +253,7 @@ run = pvae.fit(
     epochs=1500,
     lr=0.02,
     lr_schedule=pvae.schedules.Cosine(),
+    device="cpu",  # where the closed forms are computed
     progress=False,
 )
 left = exact_gap(theta.loc.detach(), theta.log_scale.exp().detach()).item()

@@ -23,7 +23,7 @@ from pvae.distributions import is_transformed
 from pvae.errors import PairError, UndefinedError
 from pvae.modes import evaluating
 from pvae.options import progress_bar
-from pvae.pair import Batch, Structure, as_batch, rows_from
+from pvae.pair import Batch, Structure, rows_from
 from pvae.simulate import Simulation, simulate_batch
 from pvae.terms.chunks import chunks_of
 from pvae.terms.evaluation import Evaluation
@@ -83,7 +83,7 @@ class LatentDensity:
         batch: Batch | Tensor,
         given: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.structure, self.batch = structure, as_batch(batch)
+        self.structure, self.batch = structure, structure.place(batch)
         self.given = dict(given or {})
         self.watch: Callable[[Terms], None] | None = None  # sees the terms, but those of gradients
         self._has_inverse = True  # of the guide's flows, if it has any

@@ -244,6 +244,7 @@ class Data:
     def fixed(self) -> Data:
         """The same data, scaled and (also where that is dynamic) binarised once, as arrays."""
         first, *rest = self.arrays
+        first = first.detach().float().cpu() if isinstance(first, Tensor) else first
         x = np.asarray(first, dtype=np.float32) * np.float32(self.scale)
         if self.binarize == "threshold":
             x = (x > 0.5).astype(np.float32)

@@ -68,6 +68,10 @@ class DatasetSource(Fetched):
         self.dataset, self.device, self.dtype = dataset, device, dtype
         self.num_rows = check_length(len(dataset))
 
+    def to(self, device: torch.device) -> Source:
+        """The same items, sent to another device."""
+        return DatasetSource(self.dataset, device, self.dtype)
+
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """The items at ``index``, collated."""
         fetch = getattr(self.dataset, "__getitems__", lambda rows: [self.dataset[i] for i in rows])
@@ -148,6 +152,10 @@ class LoaderSource(Fetched):
         if axes == (self.axes or (0,) * len(axes)):
             return self
         return LoaderSource(self.loader, self.device, self.dtype, axes)
+
+    def to(self, device: torch.device) -> Source:
+        """The same batches, sent to another device."""
+        return LoaderSource(self.loader, device, self.dtype, self.axes)
 
     def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Raises: a DataLoader has an order of its own."""

@@ -14,7 +14,7 @@ from pvae.data.arrays import Data, as_arrays
 from pvae.data.checks import RowCheck, Support
 from pvae.data.fetched import DatasetSource, Fetched, LoaderSource
 from pvae.data.sources import ArraySource, Axes, Batch, Source, checked, is_even
-from pvae.devices import as_device
+from pvae.devices import as_device, same_device
 from pvae.errors import DataError
 
 __all__ = ["as_source", "check_rows", "in_memory", "joined"]
@@ -32,7 +32,7 @@ def as_source(
     Arguments:
         data: A `Data`; an array, tensor or ``np.memmap``; a tuple of them with a common first
             axis; a map-style torch ``Dataset``; a ``DataLoader``; a `Source`.
-        device: Where batches are wanted.
+        device: Where batches are wanted; those of a `Source`, too.
         dtype: What floating numbers are cast to; bytes and booleans in the first array, too.
             Bytes in other arrays are labels and become integers; all else stays as it is.
         axes: The axis that counts the rows in each array, None for one that all rows share; left
@@ -45,6 +45,7 @@ def as_source(
     device = as_device(device)
     known = None if axes == "any" else axes
     if isinstance(data, Source):
+        data = data if same_device(data.device, device) else data.to(device)
         return data if known is None else data.along(known)
     if isinstance(data, DataLoader):
         return LoaderSource(data, device, dtype, known)

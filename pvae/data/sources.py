@@ -92,6 +92,10 @@ class Source(ABC):
         """The rows at ``index`` as they are kept: no draws are made of them, as `rows` may do."""
         return self.rows(index)
 
+    def to(self, device: torch.device) -> Source:
+        """The same data, whose batches are on another device."""
+        return _Moved(self, device)
+
     def origin_of(self, row: int) -> int:
         """The number of a row where it came from, such as a file."""
         return row
@@ -108,7 +112,10 @@ class Source(ABC):
 
 
 class ArraySource(Source):
-    """Arrays: on the device as a whole where they fit there, otherwise gathered on the host."""
+    """Arrays: on the device as a whole where they fit there, otherwise gathered on the host.
+
+    Half of the memory that is free is for them; tensors that are there already take none of it.
+    """
 
     axes: Axes
 
@@ -184,6 +191,10 @@ class ArraySource(Source):
             return self
         return ArraySource(checked(self.data, axes), self.device, self.dtype, axes)
 
+    def to(self, device: torch.device) -> Source:
+        """The same arrays, on another device."""
+        return ArraySource(self.data, device, self.dtype, self.axes)
+
     def _cast(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         floats = [x.to(self.dtype) if x.is_floating_point() else x for x in tensors]
         labels = [x.long() if x.dtype == torch.uint8 else x for x in floats[1:]]
@@ -215,6 +226,36 @@ class WholeSource(Source):
     def along(self, axes: Axes) -> Source:
         """Back to the source that this is of."""
         return self if axes == self.axes else self.source.along(axes)
+
+    def to(self, device: torch.device) -> Source:
+        """All rows as one, on another device."""
+        return WholeSource(self.source.to(device))
+
+
+class _Moved(Source):
+    """A source whose batches are sent to another device."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.source, self.device, self.num_rows = source, device, source.num_rows
+        self.axes, self.exact, self.random = source.axes, source.exact, source.random
+
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> Batch:
+        """The rows at ``index``, drawn where the source draws them."""
+        own = self.source.device
+        if generator is not None and generator.device.type != own.type:
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+            generator = torch.Generator(own).manual_seed(seed)
+        batch = self.source.rows(index.to(own), generator)
+        return tuple(part.to(self.device) for part in batch)
+
+    def stored(self, index: Tensor) -> Batch:
+        """The rows at ``index`` as the source keeps them."""
+        batch = self.source.stored(index.to(self.source.device))
+        return tuple(part.to(self.device) for part in batch)
+
+    def origin_of(self, row: int) -> int:
+        """The number of a row where it came from."""
+        return self.source.origin_of(row)
 
 
 @strict

@@ -94,8 +94,10 @@ def fit(
         valid: Validation data, whose ELBO is estimated after each epoch with one fixed draw.
         patience: Stop after that many epochs without a better validation ELBO, and end with the
             best epoch's parameters.
-        device: ``"auto"`` is CUDA where there is one, or else Apple's MPS, for modules (on MPS in
-            float32); for functions, where their parameters are.
+        device: Where to train. ``"auto"`` is CUDA where there is one, or else, in float32, Apple's
+            MPS: modules, and those whose methods are the programs, are moved there; with a warning
+            they are where they were, if they make tensors on the host. A pair of functions stays
+            where its tensors are, or the data, if it has none. Data go where the pair is.
         engine: How a step runs: ``"eager"``, as Python; ``"compiled"``, as one graph, after up to
             half a minute of compiling for each shape of batch, with the same numbers up to
             rounding; ``"cudagraph"``, captured and replayed, on CUDA; ``"auto"``, compiled where

@@ -19,6 +19,7 @@ from pvae.modes import evaluating, in_mode
 from pvae.objectives import Objective
 from pvae.objectives.refusals import check_of_pyro
 from pvae.pair import Batch, Structure, is_penalty, put_back, run_pair
+from pvae.pair.running import ON_ONE_DEVICE
 from pvae.terms import check_own_rows, has_own_rows
 
 __all__ = [
@@ -234,6 +235,9 @@ def check_pair(structure: Structure, objective: PyroELBO) -> None:
     if not structure.parameters:
         fixes = ["pyro.param or pyro.module in a function", "nn.Parameter in a module"]
         raise PairError("pair", "at least one trainable parameter", "none", fixes)
+    places = sorted({str(p.device) for p in structure.parameters.values()})
+    if len(places) > 1:
+        raise PairError("pair", "parameters on one device", oxford(places), [ON_ONE_DEVICE])
     buffers = (b for module in structure.modules for b in module.buffers(recurse=False))
     if any(tensor.is_inference() for tensor in (*structure.parameters.values(), *buffers)):
         fixes = ["the pair made outside of torch.inference_mode()"]

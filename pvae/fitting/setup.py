@@ -8,9 +8,10 @@ from pyro.infer import ELBO as PyroELBO
 
 from pvae import checkpoint, distributed, randomness
 from pvae.data import Batches, LoaderSource, Source, as_source, first_batch
+from pvae.devices import is_of_devices, same_device
 from pvae.distributed import World
 from pvae.engine import Engine, MixedStepper, Stepper, choose, make_optimizer
-from pvae.errors import ArgumentError, warn
+from pvae.errors import ArgumentError, PairError, warn
 from pvae.fitting.checks import (
     check_batches,
     check_objective,
@@ -26,7 +27,7 @@ from pvae.fitting.settings import Settings
 from pvae.fitting.training import Training
 from pvae.objectives import Objective, as_objective
 from pvae.pair import Pair, Structure
-from pvae.terms import check_data, look_at
+from pvae.terms import check_data, check_place, look_at
 
 __all__ = ["set_up"]
 
@@ -70,9 +71,19 @@ def _look_at(
     pair: Pair, data: object, objective: PyroELBO, settings: Settings
 ) -> tuple[Structure, Source]:
     """Looks at pair and data together, on the device, and refuses what can't be trained."""
-    where, dtype = pair.place(settings.device, data)
     asked = 128 if settings.batch_size == "auto" else settings.batch_size
-    structure, source = look_at(pair, data, where, dtype, asked)
+    before = pair.home(data).device
+    where, dtype = pair.place(settings.device, data)
+    try:
+        structure, source = look_at(pair, data, where, dtype, asked)
+    except PairError as error:
+        if settings.device != "auto" or same_device(where, before) or not is_of_devices(error):
+            raise
+        pair.place(before)
+        structure, source = look_at(pair, data, before, dtype, asked)
+        warn(f"The pair is trained on '{before}', as it doesn't run on '{where}': {error}")
+    if settings.device != "auto":
+        check_place(structure, where)
     check_pair(structure, objective)
     check_data(structure, source)
     check_overcomplete(structure, source)

@@ -18,6 +18,7 @@ from pvae.objectives.refusals import Need, check_needs
 from pvae.objectives.settings import Weight, as_setting, hints, written
 from pvae.objectives.state import ObjectiveState, Training
 from pvae.pair import Pair, Structure, run_pair
+from pvae.pair.home import moved
 from pvae.schedules import Schedule
 from pvae.terms import Terms, compute
 from pvae.types import Program
@@ -243,7 +244,9 @@ class Objective(PyroELBO):
         The state is kept while some of the pair's parameters are those of before.
         """
         known: _Known = self.__dict__.setdefault(_REMEMBERED, {})
-        programs = _with(kwargs, model, guide)
+        programs = model, guide
+        if kwargs:
+            programs = _with(kwargs, model, guide, Pair(model, guide).home(batch).device)
         if (model, guide) not in known:
             pair = Pair(*programs, plate=self.plate, densities=_names(self.densities))
             known[model, guide] = pair, None, set()
@@ -264,7 +267,9 @@ class Objective(PyroELBO):
         self, model: Program, guide: Program, args: tuple[Tensor, ...], kwargs: dict[str, object]
     ) -> tuple[Trace, Trace]:
         """Traces of model and guide, scored, as Pyro's tools expect them."""
-        guide_trace, model_trace = run_pair(*_with(kwargs, model, guide), args)
+        device = Pair(model, guide).home(args).device
+        programs = _with(kwargs, model, guide, device)
+        guide_trace, model_trace = run_pair(*programs, moved(args, device))
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace
@@ -274,10 +279,13 @@ def _names(densities: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (densities,) if isinstance(densities, str) else tuple(densities or ())
 
 
-def _with(kwargs: dict[str, object], model: Program, guide: Program) -> tuple[Program, Program]:
-    """Both programs with the keyword arguments that they are called with."""
+def _with(
+    kwargs: dict[str, object], model: Program, guide: Program, device: torch.device
+) -> tuple[Program, Program]:
+    """Both programs with the keyword arguments that they are called with, brought to a device."""
     if not kwargs:
         return model, guide
+    (kwargs,) = moved((kwargs,), device)
     return functools.partial(model, **kwargs), functools.partial(guide, **kwargs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.devices import as_device, automatic, check_use
 from pvae.distributed import current
-from pvae.errors import ArgumentError, PairError, warn
+from pvae.errors import ArgumentError, OutOfMemoryError, PairError, warn
 from pvae.pair.held import Held
+from pvae.pair.home import devices_of, movable, where_it_runs
 from pvae.pair.plates import PlateName
 from pvae.pair.probe import inspect_pair
 from pvae.pair.running import (
+    Batch,
     as_batch,
     first_floating,
     modules_reached,
@@ -106,7 +109,7 @@ class Pair:
         """What the pair is made of, by one traced batch, in evaluation mode; remembered.
 
         Arguments:
-            batch: What model and guide are called with: a tuple, or one tensor.
+            batch: What model and guide are called with: a tuple, or one tensor; on any device.
 
         Raises:
             PairError: If model and guide don't match, there is more than one candidate for the data
@@ -120,7 +123,7 @@ class Pair:
         known: dict[object, _Known] = self.__dict__.setdefault("_structures", {})
         if key in known and self._holds(*known[key]):
             return known[key][0]
-        structure = inspect_pair(self.model, self.guide, batch, self.plate, self.densities)
+        structure = self._look(batch)
         said = {text for old, *_ in known.values() for text in old.oddities}
         if len(known) > _KEPT or not all(self._holds(*each) for each in known.values()):
             known.clear()
@@ -130,6 +133,16 @@ class Pair:
             if text not in said:
                 warn(text)
         return structure
+
+    def _look(self, batch: Batch) -> Structure:
+        """One traced batch, brought where the pair is."""
+        programs = self.model, self.guide
+        structure, on_host = where_it_runs(
+            programs,
+            batch,
+            lambda there: inspect_pair(*programs, there, self.plate, self.densities),
+        )
+        return replace(structure, on_host=on_host) if on_host else structure
 
     def inspect_source(self, source: Source, num_rows: int = 128) -> Structure:
         """What the pair is made of, by ``num_rows`` rows of a source, or by all of them.
@@ -155,8 +168,8 @@ class Pair:
         try:
             return self.inspect(first_batch(source, num_rows))
         except PairError:
-            if source.device.type == "cpu" and num_rows < source.num_rows:
-                with contextlib.suppress(PairError):
+            if num_rows < source.num_rows:
+                with contextlib.suppress(PairError, OutOfMemoryError):
                     whole = self.inspect(first_batch(source, source.num_rows))
                     takes_all = whole.subsample_size is not None or whole.tied_to is not None
                     if takes_all or whole.axes != source.axes:
@@ -164,9 +177,16 @@ class Pair:
             raise
 
     def home(self, data: object = None) -> Tensor:
-        """A floating tensor that is where the pair is; of the data, where it has none itself."""
+        """An empty tensor of the pair's floating type, on its device: ``x.to(vae.home())``.
+
+        The device is that of the pair's tensors, trained or not: parameters and buffers of its
+        networks, parameters in Pyro's store, constants that its programs hold. A pair that has none
+        is where the data are, and then the type is theirs.
+        """
         parts = data if isinstance(data, (tuple, list)) else (data,)
-        return first_floating((*tensors_of(self._modules_of()), *parts))
+        dtype = first_floating((*tensors_of(self._modules_of()), *parts)).dtype
+        device = next(devices_of((self.model, self.guide), data), torch.device("cpu"))
+        return torch.empty(0, dtype=dtype, device=device)
 
     def place(
         self, device: str | torch.device, data: object = None
@@ -174,19 +194,22 @@ class Pair:
         """Moves the pair's modules to a device; returns it, and the pair's floating type.
 
         ``"auto"`` is CUDA where there is one, or else Apple's MPS where there is one and the pair
-        is in float32; for functions, which can't be moved, it is where the data are that the pair
-        is to be run on.
+        is in float32. Functions can't be moved, but for the networks that they reach: with
+        ``"auto"`` a pair of them stays where it is (`home`).
 
         Raises:
             ArgumentError: If there is no such device, or it hasn't the pair's floating type.
         """
-        modules = [p for p in (self.model, self.guide) if isinstance(p, nn.Module)]
+        own = [movable(program) for program in (self.model, self.guide)]
+        modules = [module for module in own if module is not None]
+        if device != "auto":
+            modules = self._modules_of()
         tensors = list(tensors_of(modules))
         dtypes = [t.dtype for t in tensors if t.is_floating_point()]
         dtype = dtypes[0] if dtypes else torch.get_default_dtype()
         if device != "auto":
             where = as_device(device)
-        elif dtypes:
+        elif dtypes and None not in own:
             where = automatic(tensors, current().size)
         else:
             where = self.home(data).device
@@ -217,7 +240,11 @@ class Pair:
         roots = [m for p in map(root_of, programs) if isinstance(p, nn.Module) for m in p.modules()]
         modules = dict.fromkeys((*roots, *structure.modules))
         store = dict(pyro.get_param_store().named_parameters())
-        stored = [(name, id(store[name])) for name in structure.parameters if name in store]
+        stored = [
+            (name, id(store[name]), store[name].device)
+            for name in structure.parameters
+            if name in store
+        ]
         return self.plate, self.densities, stored, [_module_state(m) for m in modules]
 
 
@@ -275,5 +302,5 @@ def _signature(part: object) -> object:
 
 def _module_state(module: nn.Module) -> object:
     named = module.named_parameters(recurse=False)
-    parameters = [(name, id(p), p.requires_grad) for name, p in named]
+    parameters = [(name, id(p), p.requires_grad, p.device) for name, p in named]
     return id(module), parameters, [*map(id, module.buffers(recurse=False))]

@@ -13,8 +13,9 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pvae.devices import is_of_devices
 from pvae.errors import PairError, is_out_of_memory, oxford
-from pvae.pair.messages import infer_of, is_factor, is_penalty, log_prob_of
+from pvae.pair.messages import infer_of, is_factor, is_penalty, log_prob_of, refused
 from pvae.pair.plates import DataPlate, Sites
 from pvae.types import Site
 
@@ -86,6 +87,8 @@ def check_with_pyro(model_trace: Trace, guide_trace: Trace) -> None:
             for site in prune_subsample_sites(trace).nodes.values():
                 if site["type"] == "sample" and _is_scored(site):
                     check_site_shape(site, max_plate_nesting=float("inf"))
+    except PairError:
+        raise
     except ValueError as error:
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
         expected = "sites whose shapes fit their plates, and each other in model and guide"
@@ -100,6 +103,8 @@ def _is_scored(site: Site) -> bool:
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        if is_of_devices(error):
+            raise refused(site, error) from error
         return False
     return True
 

@@ -221,10 +221,17 @@ class Held:
     Arguments:
         programs: Functions, methods, modules, and other things to start from.
         names: Of attributes and globals: those that count; None for all, which can be put back.
+
+    Attributes:
+        places: What was under each name.
+        tensors: All tensors that are reached, which may be more than once.
+        words: Names and words in the code of functions that are reached.
     """
 
     def __init__(self, programs: Iterable[object], names: set[str] | None = None) -> None:
         self._names, self._visited = names, dict[int, object]()
+        self.tensors: list[Tensor] = []
+        self.words = set[str]()
         self.places: list[Place] = []
         self._empty: list[object] = []
         for program in programs:
@@ -233,6 +240,8 @@ class Held:
     def _follow(self, queue: deque[tuple[object, str]]) -> None:
         while queue and len(self._visited) < _MOST:
             thing, label = queue.popleft()
+            if isinstance(thing, Tensor):
+                self.tensors.append(thing)
             if not isinstance(thing, _LEAVES) and id(thing) not in self._visited:
                 self._visited[id(thing)] = thing
                 queue.extend(self._parts(thing, label))
@@ -263,11 +272,13 @@ class Held:
     def has_other_parts(self) -> bool:
         """Whether programs may take another course: by another network, number, flag or word.
 
-        Results that a list has got, and modes, are no reason to look at a pair again.
+        Also where a tensor is on another device. Results that a list has got, and modes, are no
+        reason to look at a pair again.
         """
         return not self.holds() and any(
             isinstance(c.was, nn.Module)
             or isinstance(c.now, nn.Module)
+            or _is_moved(c.was, c.now)
             or (_is_setting(c.was) and _is_setting(c.now) and c.name != "training")
             for c in self.changes()
         )
@@ -315,6 +326,7 @@ class Held:
 
     def _parts_of_function(self, function: types.FunctionType) -> Parts:
         code, label = function.__code__, function.__name__
+        self.words |= names_in(code)
         cells = function.__closure__ or ()
         contents = functools.partial(_contents, cells)
         yield from self._note(Place("", code.co_freevars, contents, _fill(code, cells)))
@@ -435,6 +447,11 @@ def is_same(was: object, now: object) -> bool:
     if type(was) is not type(now) or not is_plain(was):
         return False
     return bool(was == now) or (was != was and now != now)
+
+
+def _is_moved(was: object, now: object) -> bool:
+    """Whether there was a tensor, and is one on another device."""
+    return isinstance(was, Tensor) and isinstance(now, Tensor) and was.device != now.device
 
 
 def _is_setting(value: object) -> bool:

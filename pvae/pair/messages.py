@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -11,11 +12,13 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pvae.distributions import base_of, is_transformed, masks_of
+from pvae.devices import is_of_devices
+from pvae.distributions import base_of, is_improper, is_transformed, masks_of
 from pvae.errors import PairError, UndefinedError, is_out_of_memory
 from pvae.internals import DETERMINISTIC, unvalidated
 from pvae.limits import is_outside
 from pvae.origin import first_line, line_of_user
+from pvae.pair.running import ON_ONE_DEVICE
 from pvae.sites import PENALTY
 from pvae.types import Site
 
@@ -27,6 +30,7 @@ __all__ = [
     "log_prob_of",
     "mask_of",
     "plate_scale",
+    "refused",
     "sample_sites",
     "score",
 ]
@@ -77,32 +81,44 @@ def mask_of(site: Site) -> Tensor | None:
 
 def log_prob_of(site: Site) -> Tensor:
     """The log density of a site's value, neither masked nor scaled."""
-    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    fn, value = site["fn"], site["value"]
+    # Pyro's ImproperUniform makes zeros where tensors are made by default
+    with value.device if is_improper(fn) else contextlib.nullcontext():
+        return fn.log_prob(value, *site["args"], **site["kwargs"])
 
 
-def score(site: Site) -> Tensor:
-    """The same; a value that the distribution refuses is a `PairError` that names the site.
+def score(site: Site, device: torch.device | None = None) -> Tensor:
+    """The same, on a device; a value that the distribution refuses is a `PairError` of the site.
 
     A draw of a latent outside the support has density 0, which is no error here. A value that a
-    flow can't go back from, as it has no inverse, is an `UndefinedError`.
+    flow can't go back from, as it has no inverse, is an `UndefinedError`. Without a device, the
+    density is where the distribution has computed it: on the host, if that has numbers for
+    parameters, as ``dist.Uniform(0.0, 1.0)`` has.
     """
     try:
-        return log_prob_of(site)
+        density = log_prob_of(site)
+        return density if device is None else density.to(device)
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
-        density = None if site["is_observed"] else _zero_outside(site)
-        if density is not None:
-            return density
+        outside = None if site["is_observed"] else _zero_outside(site)
+        if outside is not None:
+            return outside if device is None else outside.to(device)
         if is_transformed(site["fn"]) and isinstance(error, (KeyError, NotImplementedError)):
             raise _without_inverse(site) from error
-        line = line_of_user(error)
-        raise PairError(
-            f"site '{site['name']}'",
-            f"a value that {type(site['fn']).__name__} can score",
-            f"{first_line(error)} ({line})" if line else first_line(error),
-            ["data in the likelihood's support", "a guide whose draws are in the prior's support"],
-        ) from error
+        raise refused(site, error) from error
+
+
+def refused(site: Site, error: Exception) -> PairError:
+    """The error of a value that a site's distribution doesn't score."""
+    line = line_of_user(error)
+    fixes = ["data in the likelihood's support", "a guide whose draws are in the prior's support"]
+    return PairError(
+        f"site '{site['name']}'",
+        f"a value that {type(site['fn']).__name__} can score",
+        f"{first_line(error)} ({line})" if line else first_line(error),
+        [ON_ONE_DEVICE] if is_of_devices(error) else fixes,
+    )
 
 
 def _zero_outside(site: Site) -> Tensor | None:
@@ -112,7 +128,7 @@ def _zero_outside(site: Site) -> Tensor | None:
         return None
     with unvalidated():
         density = log_prob_of(site)
-    return torch.where(outside, -math.inf, density)
+    return torch.where(outside.to(density.device), -math.inf, density)
 
 
 def _without_inverse(site: Site) -> UndefinedError:

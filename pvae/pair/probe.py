@@ -28,7 +28,15 @@ from pvae.pair.messages import infer_of, is_factor, is_penalty, plate_scale
 from pvae.pair.parameters import Parameters
 from pvae.pair.plates import DataPlate, PlateName, Sites
 from pvae.pair.rows import find_rows
-from pvae.pair.running import Batch, first_floating, probing, put_back, run_pair, tensors_of
+from pvae.pair.running import (
+    Batch,
+    first_floating,
+    flatten,
+    probing,
+    put_back,
+    run_pair,
+    tensors_of,
+)
 from pvae.pair.structure import Structure
 from pvae.types import Program, Site
 
@@ -80,7 +88,6 @@ def inspect_pair(
 
             apart, pending = masked_apart(sites, guide_trace, again, replayed)
             unknown = check_imputed(sites, guide_trace, model_trace, replayed)
-    tensors = (*parameters.by_name.values(), *tensors_of(parameters.modules), *batch)
     return Structure(
         model=model,
         guide=guide,
@@ -101,11 +108,21 @@ def inspect_pair(
         parameters=parameters.by_name,
         sides=parameters.sides,
         modules=parameters.modules,
-        anchor=first_floating(tensors),
+        **_place(parameters, batch),
         categories=tuple(sorted(uses.categories)),
         oddities=(*parameters.oddities, *uses.unused(batch)),
         notes={PENDING: (*pending, *unknown)},
     )
+
+
+def _place(parameters: Parameters, batch: Batch) -> dict[str, Any]:
+    """A tensor of the pair's, and where it has run, as `Structure` has them."""
+    tensors = (*parameters.by_name.values(), *tensors_of(parameters.modules), *batch)
+    anchor, leaves = first_floating(tensors), list[object]()
+    flatten(batch, leaves)
+    devices = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+    there = next((d for d in devices if d.type != "cpu"), [*devices, anchor.device][0])
+    return {"anchor": anchor, "device": there}
 
 
 def _rows(sites: Sites, fewer: Trace | None) -> dict[str, Any]:

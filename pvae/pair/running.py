@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae import randomness
+from pvae.devices import is_of_devices
 from pvae.errors import PairError, PvaeError, is_out_of_memory
 from pvae.internals import version
 from pvae.origin import first_error, first_line, line_of_user
@@ -24,6 +25,7 @@ from pvae.threads import alone
 from pvae.types import Program
 
 __all__ = [
+    "ON_ONE_DEVICE",
     "Batch",
     "Networks",
     "as_batch",
@@ -40,6 +42,7 @@ __all__ = [
     "tensors_of",
 ]
 
+ON_ONE_DEVICE = "x.new_zeros(2) for torch.zeros(2), and buffers for a module's constants"
 Batch = tuple[Any, ...]
 Spec = tuple[Any, ...] | None
 R = TypeVar("R")
@@ -153,6 +156,8 @@ def _named(what: str, run: Callable[[], R], batch: Batch) -> R:
                 raise cause from None
         cause = first_error(error)
         fixes = [f"{what}(*batch) on one batch by hand, to see the whole traceback"]
+        if is_of_devices(cause):
+            fixes.insert(0, ON_ONE_DEVICE)
         if "plate" in first_line(cause):
             fixes.insert(0, ".to_event(k) at the site, so that batch_shape is the plates' sizes")
         actual, line = f"{type(cause).__name__}: {first_line(cause)}", line_of_user(cause)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pvae.data import Axes, num_rows_of
 from pvae.errors import UndefinedError, oxford
+from pvae.pair.home import moved
 from pvae.pair.messages import in_plates
+from pvae.pair.running import Batch, as_batch
 from pvae.types import Program, Site
 
 __all__ = ["Structure", "is_inside", "only_site", "rows_from", "rows_to"]
@@ -57,6 +59,8 @@ class Structure:
         sides: By the same names: ``"model"``, ``"guide"``, or both.
         modules: The networks that the pair uses, however its programs reach them.
         anchor: A floating tensor of the pair, or of the batch where the pair has none itself.
+        device: Where the pair lives, and batches go.
+        on_host: Numbers of the batch's entries, in containers too, that stay on the host.
         categories: Places in the batch of integers that something is looked up by, as classes are.
         oddities: What a modeller should know of parameters and data; the pair warns of each once.
         notes: What else one batch told; filled when first asked for.
@@ -95,8 +99,10 @@ class Structure:
     sides: dict[str, frozenset[str]]
     modules: tuple[nn.Module, ...]
     anchor: Tensor
+    device: torch.device
     categories: tuple[int, ...]
     oddities: tuple[str, ...]
+    on_host: tuple[int, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -147,10 +153,9 @@ class Structure:
             return "log_joint"
         return "unnormalised_elbo" if self.improper else "elbo"
 
-    @property
-    def device(self) -> torch.device:
-        """Where the pair lives."""
-        return self.anchor.device
+    def place(self, batch: object) -> Batch:
+        """A batch as a tuple, its tensors where the pair is."""
+        return moved(as_batch(batch), self.device, self.on_host)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -22,7 +22,6 @@ from pvae.pair import (
     Batch,
     Observed,
     Structure,
-    as_batch,
     is_inside,
     mask_of,
     rows_to,
@@ -267,7 +266,7 @@ def simulate_batch(
     the guide come with `Simulation.terms`. A latent with an improper prior isn't drawn from it.
     """
     check_choice("origin", origin, get_args(Origin))
-    batch, given = as_batch(batch), dict(given or {})
+    batch, given = structure.place(batch), dict(given or {})
     at_once = num_particles == 1 or (
         FEEDS not in structure.notes and can_vectorize(structure, batch)
     )

@@ -8,7 +8,7 @@ chunks of bounded memory.
 from pvae.distributions import mean_of
 from pvae.pair import Structure, only_site
 from pvae.terms.chunks import draw_globals, first_rows, fits_particles, stream
-from pvae.terms.evaluation import Evaluation, look_at, prepared
+from pvae.terms.evaluation import Evaluation, check_place, look_at, prepared
 from pvae.terms.passes import compute, draw_guide, score_guide
 from pvae.terms.result import SiteTerms, Terms
 from pvae.terms.rows import check_own_rows, has_own_rows
@@ -23,6 +23,7 @@ __all__ = [
     "Terms",
     "check_data",
     "check_own_rows",
+    "check_place",
     "compute",
     "draw_globals",
     "draw_guide",

@@ -34,6 +34,7 @@ class Collector:
         states: States | None = None,
     ) -> None:
         self.structure, self.num_particles = structure, num_particles
+        self.device = structure.device  # where all log densities go, wherever they are computed
         self.per_dimension, self.states = per_dimension, states
         self.vectorized = num_particles > 1
         self.rank = structure.nesting + self.vectorized
@@ -51,7 +52,7 @@ class Collector:
             is_density = site["name"] in self.structure.densities
             kind = "penalty" if is_penalty(site) else "factor" if is_density else "training"
         raw = log_density_of_delta(site["fn"])
-        raw = score(site) if raw is None else raw
+        raw = score(site, self.device) if raw is None else raw.to(self.device)
         if self._is_summed_out(site, raw, in_model=False):
             # a state's own probability cancels in the weight, of which training terms are no part
             if ENUMERATE_DIM not in site["infer"] and kind not in ("penalty", "training"):
@@ -70,7 +71,7 @@ class Collector:
             fixes = ["likelihoods.Gaussian(..., sigma='shared')", "batches without padding"]
             actual = "a mask, whose padding would count"
             raise PairError(f"site '{site['name']}'", expected, actual, fixes)
-        raw = score(site)
+        raw = score(site, self.device)
         if self._is_summed_out(site, raw):
             if is_penalty(site):
                 expected, fixes = (
@@ -189,7 +190,7 @@ class Collector:
             raise UndefinedError(
                 what, expected, actual, ["the sum over dimensions, log_p and log_q"]
             )
-        each = fn.base_dist.log_prob(value)
+        each = fn.base_dist.log_prob(value).to(self.device)
         mask = site["mask"]
         if isinstance(mask, Tensor):
             mask = mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)

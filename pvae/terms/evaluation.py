@@ -12,13 +12,16 @@ import torch
 
 from pvae import randomness
 from pvae.data import LoaderSource, Source, as_source, check_rows, first_batch, in_memory
-from pvae.errors import PairError
+from pvae.devices import as_device, same_device
+from pvae.errors import ArgumentError, PairError
 from pvae.options import checked_options
 from pvae.pair import Batch, Pair, PairLike, Structure, as_pair
+from pvae.pair.running import ON_ONE_DEVICE
 from pvae.terms.rows import check_own_rows
 from pvae.terms.support import check_data
+from pvae.threads import alone
 
-__all__ = ["Evaluation", "look_at", "prepared"]
+__all__ = ["Evaluation", "check_place", "look_at", "prepared"]
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,8 @@ def prepared(
         PairError: If model, guide and data don't fit each other.
     """
     checked, pair = checked_options(options), as_pair(pair, tool)
-    with randomness.forked(checked["seed"]):
-        if checked["device"] is not None:
-            pair.place(checked["device"], data)
-        structure, source = _structure_of(pair, data)
+    with alone(), randomness.forked(checked["seed"]):
+        structure, source = _structure_of(pair, data, checked["device"])
         rest = (checked["max_rows"], checked["progress"], checked["seed"])
         yield Evaluation(pair, structure, source, *rest)
 
@@ -120,6 +121,18 @@ def look_at(
     return structure, as_source(data, structure.device, structure.dtype, structure.axes)
 
 
+def check_place(structure: Structure, device: torch.device) -> None:
+    """Refuses a pair that doesn't run on the device that was asked for, and ran on another one.
+
+    Raises:
+        ArgumentError: If it is so.
+    """
+    if not same_device(structure.device, device):
+        expected = f"a pair whose tensors can be on '{device}'"
+        actual = f"programs that hold or make tensors on '{structure.device}'"
+        raise ArgumentError("device", expected, actual, [ON_ONE_DEVICE])
+
+
 def _is_of_lengths(error: PairError, batch: Batch) -> bool:
     """Whether a program has failed because of two arrays' lengths, which its error names both."""
     lengths = {str(len(part)) for part in batch if part.dim()}
@@ -136,10 +149,17 @@ def _check_values(pair: Pair, source: Source, dtype: torch.dtype) -> None:
     check_rows(source)
 
 
-def _structure_of(pair: Pair, data: object) -> tuple[Structure, Source]:
+def _structure_of(
+    pair: Pair, data: object, device: str | torch.device | None
+) -> tuple[Structure, Source]:
     """What a pair is made of, by data, and the data as a source on its device, checked once."""
+    if device is not None:
+        pair.place(device, data)
     like = pair.home(data)
-    structure, source = look_at(pair, data, like.device, like.dtype)
+    where = like.device if device in (None, "auto") else as_device(device)
+    structure, source = look_at(pair, data, where, like.dtype)
+    if device not in (None, "auto"):
+        check_place(structure, where)
     if isinstance(source, LoaderSource):
         needs_rows = structure.tied_to is not None or structure.subsample_size is not None
         source = in_memory(source) if needs_rows else source.ordered()

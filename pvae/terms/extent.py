@@ -80,7 +80,8 @@ def _reduced(
     """A number of each batch entry of a site, summed as its log densities are."""
     while raw.dim() > collect.rank:  # over states that are enumerated
         raw = raw.amax(0)
-    total = collect.summed(site, double(raw), is_masked=is_masked)
+    raw = beside(double(raw), double(terms.like.new_zeros(())))  # of constants, it is on the host
+    total = collect.summed(site, raw, is_masked=is_masked)
     return total[:, : terms.num_rows] if total.dim() == 2 else total
 
 

@@ -21,7 +21,7 @@ from pvae.errors import PairError, UndefinedError, check_int, is_out_of_memory, 
 from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_capturing_graph
 from pvae.origin import first_line
-from pvae.pair import Batch, Structure, as_batch, is_inside, probing, run_pair
+from pvae.pair import Batch, Structure, is_inside, probing, run_pair
 from pvae.pair.masks import align_masks, look_at_masks
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
@@ -107,7 +107,7 @@ def compute(
         UndefinedError: If a site has no density per dimension.
     """
     check_int("num_particles", num_particles)
-    batch = as_batch(batch)
+    batch = structure.place(batch)
     if num_particles > 1 and vectorize is None:
         vectorize = can_vectorize(structure, batch)
     if share_globals and structure.global_sites and num_particles > 1:
@@ -142,7 +142,7 @@ def score_guide(
             latents that are set to what another site gave, sites outside the data plate, or plates
             inside it.
     """
-    batch = as_batch(batch)
+    batch = structure.place(batch)
     others = structure.auxiliary + structure.fed + structure.global_sites + structure.masked_apart
     if others or structure.nesting > 1 or isinstance(poutine.unwrap(structure.guide), Messenger):
         expected = "a guide whose latents, in the data plate alone, are all that it draws"
@@ -173,7 +173,7 @@ def draw_guide(
     given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, SiteTerms]:
     """The guide's sites alone, as `compute` has them: K draws without a pass of the model."""
-    batch = as_batch(batch)
+    batch = structure.place(batch)
     if num_particles == 1 or can_vectorize(structure, batch):
         return _guide_pass(structure, batch, num_particles, given)
     return _joined([_guide_pass(structure, batch, 1, given) for _ in range(num_particles)])

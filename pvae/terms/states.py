@@ -120,7 +120,7 @@ class States:
             if site["infer"][ENUMERATE_SYMBOL] in needed:
                 if not self._ordinal(site) <= ordinal:
                     raise _entangled([site], "a log density outside of its plates depends on it")
-                log_q = score(site)
+                log_q = score(site, tensor.device)
                 needed |= self.of(site, log_q)
                 factors.append(_packed(site, log_q))
         tree = OrderedDict({frozenset[str](): factors})
