@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import pvae
 from pvae.arguments import strict
 from pvae.distributed import current
 from pvae.errors import CheckpointError
+from pvae.files import write_atomically
 
 __all__ = [
     "Checkpoint",
@@ -32,7 +32,6 @@ __all__ = [
     "other_versions",
     "restore_optimizer",
     "save",
-    "write_atomically",
 ]
 
 FORMAT = 1
@@ -59,26 +58,6 @@ class Checkpoint:
     def add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Adds tensors under ``prefix.``."""
         self.tensors.update({f"{prefix}.{k}": v for k, v in tensors.items()})
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment it is the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # make the rename itself last
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @strict

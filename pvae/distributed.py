@@ -9,7 +9,10 @@ environment of ``torchrun`` gives each start a store of its own, without address
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +25,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pvae.devices import as_device, automatic
-from pvae.errors import ArgumentError
+from pvae.errors import ArgumentError, PvaeError
 from pvae.internals import import_compiler
 from pvae.randomness import derive_seed
 
-__all__ = ["World", "current", "is_started_by_torchrun", "job", "joined", "restarts"]
+__all__ = [
+    "World",
+    "current",
+    "is_started_by_torchrun",
+    "job",
+    "joined",
+    "restarts",
+    "stop_with_launcher",
+]
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, the first of which may be evaluating."""
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at whether the launcher is there."""
 
 _DRAWS = 2
 """Key of the draws of a process, apart from those of the order of data."""
@@ -91,11 +105,22 @@ class World:
         return flat[-1], means
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What a function returns in the first process, which alone runs it."""
+        """What a function returns in the first process, which alone runs it.
+
+        Raises:
+            PvaeError: In all processes, where the function raises one.
+        """
         if self.size == 1:
             return function()
-        shared: list[Any] = [function() if self.is_first else None]
+        shared: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                shared[0] = function()
+            except PvaeError as error:
+                shared[1] = error
         dist.broadcast_object_list(shared, src=0)
+        if shared[1] is not None:
+            raise shared[1]
         return shared[0]
 
     def highest(self, value: int) -> int:
@@ -157,6 +182,39 @@ def job() -> str | None:
     return errors.parents[2].name if len(errors.parents) > 3 else None
 
 
+def stop_with_launcher() -> None:
+    """Lets this process end when the one that started it dies: ``torchrun``, or Python's own.
+
+    A worker whose launcher was killed would train on, with nobody to stop it, beside those that are
+    started in its place. It ends as if it had been killed, too: what it has saved is whole. A
+    process with another parent, such as a shell, isn't ended.
+    """
+    is_there = _launcher()
+    name = f"pvae launcher of {os.getpid()}"
+    if is_there is None or name in (thread.name for thread in threading.enumerate()):
+        return
+    pause = threading.Event()
+
+    def look() -> None:
+        while is_there():
+            pause.wait(LOOK_EVERY)
+        print("pvae: stopped, as the process that started this one is gone", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+    threading.Thread(target=look, name=name, daemon=True).start()
+
+
+def _launcher() -> Callable[[], bool] | None:
+    """Tells whether the process that launched this one as a worker is there; None without one."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        return parent.is_alive
+    if not is_started_by_torchrun() or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    number = os.getppid()
+    return lambda: os.getppid() == number
+
+
 @contextmanager
 def joined(device: str | torch.device = "auto") -> Iterator[World]:
     """Joins the processes that ``torchrun`` has started; without it, nothing happens.
@@ -179,6 +237,7 @@ def joined(device: str | torch.device = "auto") -> Iterator[World]:
         yield current()
         return
     where = automatic(processes=2) if device == "auto" else as_device(device)
+    stop_with_launcher()
     import_compiler()
     options: dict[str, Any] = {"backend": "gloo"}
     if where.type == "cuda":

@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "ContractError",
     "DataError",
+    "FileError",
     "OutOfMemoryError",
     "PairError",
     "PvaeError",
@@ -113,6 +114,10 @@ class TrainingError(PvaeError, RuntimeError):
 
 class CheckpointError(PvaeError, RuntimeError):
     """A checkpoint is damaged, foreign, or belongs to another run."""
+
+
+class FileError(PvaeError, OSError):
+    """A file or folder can't be read or written, or another process is writing there."""
 
 
 class OutOfMemoryError(PvaeError, MemoryError):

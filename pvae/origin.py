@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import traceback
 from pathlib import Path
 
 import pyro
 
-__all__ = ["first_error", "first_line", "is_users", "line_of_user", "site_and_line"]
+__all__ = [
+    "builder",
+    "first_error",
+    "first_line",
+    "is_users",
+    "line_of_user",
+    "module_named",
+    "site_and_line",
+]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -27,6 +36,38 @@ def is_users(module: str) -> bool:
         return False
     file = getattr(sys.modules.get(root), "__file__", None)
     return file is None or not {"site-packages", "dist-packages"} & {*Path(file).parts}
+
+
+def builder() -> str:
+    """The user's function that is running, as ``module:function``; empty if there is none.
+
+    Of functions inside of others it is the outer one, which alone can be called from elsewhere. A
+    script's module is its file.
+
+    Example:
+        >>> def build():
+        ...     return builder()
+        >>> build().endswith(":build")
+        True
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        function = frame.f_code.co_qualname.partition(".<locals>")[0]
+        if is_users(module) and not function.startswith("<"):
+            return f"{module_named(module)}:{function}"
+        frame = frame.f_back
+    return ""
+
+
+def module_named(name: str) -> str:
+    """How a module is imported: by its name, or the name of a script's file."""
+    if name != "__main__":
+        return name
+    main = sys.modules["__main__"]
+    if (spec := getattr(main, "__spec__", None)) is not None:  # of python -m
+        return str(spec.name)
+    return Path(getattr(main, "__file__", None) or "__main__").name
 
 
 def first_error(error: BaseException) -> BaseException:

@@ -10,8 +10,10 @@ numbers that it takes are options there.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict, TypeVar, Unpack, cast
 
@@ -35,6 +37,7 @@ __all__ = [
     "denoising_ae",
     "named",
     "rae",
+    "rebuilt",
     "sparse_activations_ae",
     "sparse_ae",
     "vae",
@@ -55,7 +58,62 @@ DETERMINISTIC: list[str] = []
 
 
 def _recipe(build: Build) -> Build:
-    return named.put(build.__name__)(build)
+    """Gives a recipe its name; its pairs know what they were made with, where that is plain."""
+
+    @functools.wraps(build)
+    def recorded(*args: object, **options: object) -> VAE:
+        pair = build(*args, **options)
+        pair.recipe = _record(build, args, options)
+        return pair
+
+    return named.put(build.__name__)(cast("Build", recorded))
+
+
+def _record(
+    build: Callable[..., VAE], args: tuple[object, ...], options: dict[str, object]
+) -> dict[str, object] | None:
+    """A recipe and its arguments in words and numbers; None if they are more than that."""
+    names = [*inspect.signature(build).parameters]
+    given = dict(zip(names, args, strict=False)) | options
+    try:
+        return {"recipe": build.__name__, "arguments": {k: _plain(v) for k, v in given.items()}}
+    except TypeError:
+        return None
+
+
+def _plain(value: object) -> object:
+    """A number or a text, several of them, or the name of a part."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    name = value.__name__ if isinstance(value, type) else ""
+    if name and getattr(nn, name, None) is value:
+        return name
+    for shelf in (priors.named, likelihoods.named, guides.named):
+        if names := [name for name, part in shelf.items() if part is value]:
+            return names[0]
+    raise TypeError
+
+
+def rebuilt(made: Mapping[str, Any]) -> VAE:
+    """The pair that a recipe has made, by what the pair's ``recipe`` says.
+
+    Raises:
+        ArgumentError: If no recipe has that name, or it doesn't take these arguments.
+
+    Example:
+        >>> first = vae(6, 2, hidden=(8,), activation=nn.Tanh)
+        >>> repr(rebuilt(first.recipe).model) == repr(first.model)
+        True
+    """
+    name, arguments = str(made["recipe"]), made["arguments"]
+    build = named(name)
+    try:
+        inspect.signature(build).bind(**arguments)
+    except TypeError as error:
+        raise ArgumentError(f"recipes.{name}", "arguments that it takes", str(error)) from error
+    return build(**arguments)
 
 
 def _deterministic(build: Build) -> Build:

@@ -24,6 +24,7 @@ from pvae.distributions import mean_of
 from pvae.errors import ArgumentError, PairError, UndefinedError, check_count, check_int
 from pvae.jacobian import differentiable_twice
 from pvae.modes import in_mode
+from pvae.origin import builder
 from pvae.pair import Pair, Uses
 from pvae.pair.home import devices_of
 from pvae.pair.running import first_floating, networks_of, tensors_of
@@ -142,6 +143,9 @@ class VAE(Pair, nn.Module):
     decoder as a prior, an inverse problem. Where no gradient is wanted, ``with torch.no_grad():``
     around them saves its memory.
 
+    Attributes:
+        recipe: The recipe that has made it, with its arguments, where these are words and numbers.
+
     Arguments:
         prior: p(z), or p(z | y).
         likelihood: p(x | z), or p(x | z, y).
@@ -167,6 +171,8 @@ class VAE(Pair, nn.Module):
         (torch.Size([5, 64]), torch.Size([3, 2]))
     """
 
+    recipe: dict[str, object] | None = None
+
     def __init__(
         self,
         prior: object,
@@ -179,7 +185,7 @@ class VAE(Pair, nn.Module):
         nn.Module.__init__(self)
         self.model = Model(prior, likelihood, penalties)
         self.guide = Guide(guide, corruption, penalties)
-        self.plate = DATA_PLATE
+        self.plate, self.builder = DATA_PLATE, builder()
         _check_bounded(self)
 
     @strict

@@ -35,6 +35,7 @@ from pvae import (
 )
 from pvae.data import Data, as_source
 from pvae.data.sources import ArraySource
+from pvae.engine import Asked
 from pvae.errors import PvaeError
 from pvae.fitting import History
 from tests import pairs
@@ -106,7 +107,9 @@ def stochastic_pair() -> VAE:
     return vae
 
 
-def fit_stochastic(folder: Path, epochs: int = EPOCHS) -> tuple[VAE, pvae.Fit]:
+def fit_stochastic(
+    folder: Path, epochs: int = EPOCHS, engine: Asked = "auto"
+) -> tuple[VAE, pvae.Fit]:
     """Draws everywhere: dropout, latents, dynamic binarisation."""
     vae = stochastic_pair()
     run = pvae.fit(
@@ -120,6 +123,7 @@ def fit_stochastic(folder: Path, epochs: int = EPOCHS) -> tuple[VAE, pvae.Fit]:
         folder=folder,
         resume=True,
         save_steps=3,
+        engine=engine,
         progress=False,
     )
     return vae, run
@@ -363,7 +367,19 @@ def command(folder: Path, *arguments: str) -> None:
     main()
 
 
-KINDS: dict[str, Callable[..., None]] = {"together": together, "killed": killed, "cli": command}
+def endless(folder: Path) -> None:
+    """A training that doesn't end by itself; each process notes its number."""
+    with distributed.joined("cpu") as world:
+        (folder / f"process.{world.rank}").write_text(str(os.getpid()))
+        fit_stochastic(folder / "endless", epochs=10**6, engine="eager")
+
+
+KINDS: dict[str, Callable[..., None]] = {
+    "together": together,
+    "killed": killed,
+    "cli": command,
+    "endless": endless,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -9,9 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import pytest
 import torch
@@ -33,16 +35,18 @@ SCRIPT = Path(process.__file__)
 ROOT = Path(pvae.__file__).parent.parent
 
 
-def torchrun(*arguments: str, restarts: int = 0, **variables: str) -> str:
-    """Runs the script in two processes, and returns what they print."""
-    done = subprocess.run(
+def launch(
+    *arguments: str, restarts: int = 0, output: int | IO[str], **variables: str
+) -> subprocess.Popen[str]:
+    """Starts the script in two processes."""
+    return subprocess.Popen(
         [
             *(sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node=2", f"--max-restarts={restarts}", str(SCRIPT), *arguments),
         ],
-        capture_output=True,
+        stdout=output,
+        stderr=output,
         text=True,
-        check=False,
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -51,8 +55,14 @@ def torchrun(*arguments: str, restarts: int = 0, **variables: str) -> str:
             **variables,
         },
     )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+
+
+def torchrun(*arguments: str, restarts: int = 0, **variables: str) -> str:
+    """Runs the script in two processes, and returns what they print."""
+    with launch(*arguments, restarts=restarts, output=subprocess.PIPE, **variables) as done:
+        output, errors = done.communicate()
+    assert done.returncode == 0, errors[-6000:]
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +251,78 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(
              tmp_path / "killed")]  # fmt: skip
     assert same(saved[0].tensors, saved[1].tensors)
     assert {name.split(".")[0] for name in saved[0].tensors} >= {"rng", "rng1"}
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_workers_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    """And the folder is then another's, whose training goes on."""
+    folder, notes = tmp_path / "endless", [tmp_path / f"process.{rank}" for rank in (0, 1)]
+    with (tmp_path / "said").open("w") as said:
+        launcher = launch("endless", str(tmp_path), output=said)
+        try:
+            wait_until((folder / "checkpoint.safetensors").exists)
+        finally:
+            launcher.kill()
+            launcher.wait()
+    workers = [int(note.read_text()) for note in notes]
+    wait_until(lambda: not any(map(is_running, workers)), seconds=20)
+    assert "the process that started this one is gone" in (tmp_path / "said").read_text()
+    done = checkpoint.load(folder / "checkpoint.safetensors").meta["progress"]["epoch"]
+    with pytest.warns(PvaeWarning, match="processes was 2, is 1"):
+        _, run = process.fit_stochastic(folder, epochs=done + 1)
+    assert len(run.history) == done + 1
+    assert not (folder / ".lock").exists()
+
+
+CHILD = """
+import multiprocessing, os, sys, time
+def work():
+    from pvae import distributed
+    distributed.stop_with_launcher()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=work)
+    child.start()
+    child.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_a_worker_of_multiprocessing_stops_with_its_parent(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(CHILD)
+    command, environment = [sys.executable, "parent.py"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        assert is_running(worker)
+        parent.kill()
+    wait_until(lambda: not is_running(worker), seconds=20)
+
+
+def test_a_process_that_nobody_launched_isnt_watched() -> None:
+    before = threading.active_count()
+    distributed.stop_with_launcher()
+    assert threading.active_count() == before
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ Nothing heavy is imported before a command runs, so ``pvae --help`` answers at o
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -39,10 +41,15 @@ app.registered_commands.sort(key=lambda c: _ORDER.index(getattr(c.callback, "__n
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2, no traceback."""
+    for stream in (sys.stdout, sys.stderr):  # of names that aren't text in this encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Torch's threads spin while they wait; where other work holds a core, that costs all the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except PvaeError as error:
         echo(f"pvae: {error.one_line()}", err=True)
         sys.exit(3 if isinstance(error, TrainingError) else 2)
@@ -52,3 +59,18 @@ def main() -> None:
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
+    except OSError as error:
+        _stop(error)
+
+
+def _stop(error: OSError) -> NoReturn:
+    """Says in one line what the system has against a file; a pipe's reader that has left, nothing.
+
+    Nothing more goes to the standard output, which may be what can't be written.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        said = error.strerror or str(error) or type(error).__name__
+        name = error.filename or "the standard output, or a file"
+        typer.echo(f"pvae: {name}: {said}", err=True)
+    sys.exit(2)

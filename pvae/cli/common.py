@@ -9,16 +9,20 @@ import typer
 from typer.models import OptionInfo
 
 from pvae.errors import ArgumentError, check_path, shown
+from pvae.files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from pvae.config import Config
     from pvae.data import Splits
-    from pvae.fitting import History
-    from pvae.vae import VAE
+    from pvae.pair import Pair
+    from pvae.runs import Run
 
 __all__ = [
     "DataFile",
     "Device",
+    "PairCode",
     "Particles",
     "RunFolder",
     "Seed",
@@ -26,6 +30,7 @@ __all__ = [
     "echo",
     "option",
     "prepare_file",
+    "save_figure",
     "summary",
 ]
 
@@ -54,7 +59,18 @@ def _as_path(text: str) -> Path:
         raise typer.BadParameter(error.one_line()) from error
 
 
-RunFolder = Annotated[Path, typer.Argument(help="Folder that 'pvae train' wrote.", parser=_as_path)]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(help="Folder that pvae train or pvae.fit wrote.", parser=_as_path),
+]
+PairCode = Annotated[
+    str | None,
+    option(
+        "Function that returns the pair, for a folder of pvae.fit: module:function, or two "
+        "programs as module:model,guide. Its module is imported. Example: --pair mymodel:build",
+        "--pair",
+    ),
+]
 Device = Annotated[
     str, option("Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
 ]
@@ -63,7 +79,11 @@ Particles = Annotated[
 ]
 Seed = Annotated[int, option("Seed of what is drawn at random.")]
 DataFile = Annotated[
-    Path | None, path_option("File with data of the same kind; if none, the test data.")
+    Path | None,
+    path_option(
+        "File with data of the same kind, or module:function that returns them; if none, the test "
+        "data."
+    ),
 ]
 
 
@@ -73,35 +93,51 @@ def echo(text: object, *, err: bool = False) -> None:
 
 
 def summary(
-    folder: Path,
-    config: Config,
-    vae: VAE,
-    splits: Splits,
-    history: History,
+    run: Run,
+    pair: Pair,
+    splits: Splits | None,
+    data: object,
+    *,
     num_particles: int = 500,
     seed: int | None = None,
 ) -> str:
-    """The one screen of a run."""
+    """The one screen of a run; without a seed the draws are by that of the training."""
     from pvae import diagnostics
 
-    is_gaussian = config.likelihood_for(splits) == "gaussian"
-    levels = splits.levels
-    width = None if levels is None else 1.0 / (levels - 1) if is_gaussian else 1.0
     result = diagnostics.diagnose(
-        vae,
-        splits.test.unlabelled(),
+        pair,
+        data,
         checks=diagnostics.SUMMARY,
         num_data=None,
         num_particles=num_particles,
-        bin_width=width,
-        history=history,
+        bin_width=_bin_width(run.config, splits),
+        history=run.history,
         progress=False,
-        seed=config.seed if seed is None else seed,
+        seed=run.seed if seed is None else seed,
     )
-    commands = ", ".join(f"pvae {name} {folder}" for name in ("sample", "reconstruct", "encode"))
+    commands = ", ".join(
+        f"pvae {name} {run.folder}" for name in ("sample", "reconstruct", "encode")
+    )
     screen = str(result).replace(diagnostics.NOTHING, commands)
-    screen = screen.replace(diagnostics.RUN_ALL, f"pvae diagnose {folder}")
-    return f"pvae {config.recipe} on {splits.name}: {folder}\n{screen}"
+    screen = screen.replace(diagnostics.RUN_ALL, f"pvae diagnose {run.folder}")
+    what = "" if run.config is None or splits is None else f" {run.config.recipe} on {splits.name}"
+    return f"pvae{what}: {run.folder}\n{screen}"
+
+
+def _bin_width(config: Config | None, splits: Splits | None) -> float | None:
+    """The distance of the values that data of a run can take; None where they are real numbers."""
+    if config is None or splits is None or splits.levels is None:
+        return None
+    return 1.0 / (splits.levels - 1) if config.likelihood_for(splits) == "gaussian" else 1.0
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a picture, whole or not at all."""
+    import io
+
+    content = io.BytesIO()
+    figure.savefig(content)
+    write_atomically(path, content.getvalue())
 
 
 def prepare_file(path: Path) -> None:

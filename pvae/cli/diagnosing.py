@@ -7,7 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 import pvae
-from pvae.cli.common import Device, Particles, RunFolder, Seed, app, echo, option, prepare_file
+from pvae.cli.common import (
+    DataFile,
+    Device,
+    PairCode,
+    Particles,
+    RunFolder,
+    Seed,
+    app,
+    echo,
+    option,
+    prepare_file,
+)
+from pvae.cli.opening import open_folder
+from pvae.files import write_atomically
 
 __all__ = ["diagnose"]
 
@@ -16,6 +29,7 @@ __all__ = ["diagnose"]
 def diagnose(
     run: RunFolder,
     *,
+    data: DataFile = None,
     rows: Annotated[int, option("Number of test data to look at.")] = 500,
     num_particles: Particles = 200,
     deep: Annotated[bool, option("Make all checks, which takes minutes.", "--deep")] = False,
@@ -23,28 +37,26 @@ def diagnose(
         Path | None, option("File to write findings to. Example: --to found.json")
     ] = None,
     seed: Seed = 0,
+    pair: PairCode = None,
     device: Device = "auto",
 ) -> None:
     """Judge a run: bound, posterior, latent space, model, training, and what to do next.
 
     Lines begin with + where all is well, ? where it is worth a look, ! where something is wrong.
     """
-    from pvae.fitting import History
-    from pvae.runs import open_run
-
-    _, vae, splits = open_run(run, device)
+    opened = open_folder(run, device, pair, data)
     if to is not None:
         prepare_file(to)
     result = pvae.diagnose(
-        vae,
-        splits.test.unlabelled(),
+        opened.pair,
+        opened.data,
         checks=pvae.diagnostics.CHECKS if deep else pvae.diagnostics.DEFAULT,
         num_data=rows,
         num_particles=num_particles,
-        history=History.read(run / "history.jsonl"),
+        history=opened.run.history,
         progress=True,
         seed=seed,
     )
     echo(result)
     if to is not None:
-        pvae.checkpoint.write_atomically(to, json.dumps(result.to_dict(), indent=1).encode())
+        write_atomically(to, json.dumps(result.to_dict(), indent=1).encode())

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pvae
-from pvae.cli.common import Device, app, echo, option, path_option, summary
+from pvae.cli.common import Device, app, echo, option, path_option, save_figure, summary
 from pvae.errors import ArgumentError, CheckpointError, PairError, PvaeWarning, UndefinedError
+from pvae.files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from pvae.config import Config
     from pvae.data import Splits
     from pvae.distributed import World
@@ -89,6 +92,7 @@ def _run(
     **given: str | None,
 ) -> None:
     from pvae.config import Config
+    from pvae.lock import held_by_first
 
     values: dict[str, object] = {n: v for n, v in given.items() if v is not None}
     if config is not None:
@@ -101,13 +105,18 @@ def _run(
     with pvae.distributed.joined(device) as world:
         if not world.is_first:  # which does the talking
             warnings.simplefilter("ignore", PvaeWarning)
-        resume, overwrite = world.from_first(
-            lambda: restarted(folder, resume=resume, overwrite=overwrite)
-        )
-        chosen = world.from_first(
-            lambda: _prepare_folder(folder, asked, set(values), resume=resume, overwrite=overwrite)
-        )
-        _train(folder, chosen, device, world, resume=resume, overwrite=overwrite, fetch=download)
+        with held_by_first(folder, world):
+            resume, overwrite = world.from_first(
+                lambda: restarted(folder, resume=resume, overwrite=overwrite)
+            )
+            chosen = world.from_first(
+                lambda: _prepare_folder(
+                    folder, asked, set(values), resume=resume, overwrite=overwrite
+                )
+            )
+            _train(
+                folder, chosen, device, world, resume=resume, overwrite=overwrite, fetch=download
+            )
 
 
 def _named(data: str) -> str:
@@ -121,7 +130,7 @@ def restarted(folder: Path, *, resume: bool, overwrite: bool) -> tuple[bool, boo
     A run that the same job began is then gone on with, whatever was asked for at first; another
     job's is no more touched than at the first start.
     """
-    from pvae.fitting.settings import CHECKPOINT
+    from pvae.fitting import CHECKPOINT
     from pvae.runs import job_of
 
     mine = pvae.distributed.job()
@@ -145,7 +154,7 @@ def _prepare_folder(
     if exists and not overwrite:
         fixes = ["--resume, to go on with it", "--overwrite, to replace it"]
         raise ArgumentError(f"--out {folder}", expected, "a run", fixes)
-    if not exists and folder.exists() and any(folder.iterdir()):
+    if not exists and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ArgumentError(f"--out {folder}", expected, "a folder with other files", fixes)
     return asked
 
@@ -160,6 +169,7 @@ def _resumed(folder: Path, asked: Config, given: set[str]) -> Config:
     if not (folder / "config.json").exists():
         raise CheckpointError(str(folder), "a run to resume", "no config.json in it")
     there = Config.read(folder)
+    _check_unchanged(folder)
     new = {n: getattr(asked, n) for n in given & {"epochs", "data_dir"}}
     ran, wanted = there.model_dump(), asked.model_dump()
     if differ := [n for n in sorted(given - set(new)) if ran.get(n) != wanted.get(n)]:
@@ -168,6 +178,23 @@ def _resumed(folder: Path, asked: Config, given: set[str]) -> Config:
         fixes = ["--resume with --epochs alone", "--out with another name, to train anew"]
         raise ArgumentError("--resume", f"the options of the run: {expected}", actual, fixes)
     return there.model_copy(update=new)
+
+
+def _check_unchanged(folder: Path) -> None:
+    """Refuses to go on by a configuration that was changed since the last checkpoint."""
+    from pvae.config import Config
+    from pvae.fitting import CHECKPOINT
+    from pvae.runs import edits
+
+    if not (folder / CHECKPOINT).exists():
+        return
+    made = pvae.checkpoint.load(folder / CHECKPOINT).meta.get("made", {})
+    if changes := edits(made.get("config", {}), Config.values_in(folder)):
+        fixes = ["put that back, to go on", "--out with another name, to train anew"]
+        expected = "the options that the run was trained with"
+        raise CheckpointError(
+            str(folder / "config.json"), expected, f"others: {'; '.join(changes)}", fixes
+        )
 
 
 def _train(
@@ -181,7 +208,7 @@ def _train(
     fetch: bool,
 ) -> None:
     from pvae.data import as_source
-    from pvae.runs import written
+    from pvae.runs import Run, folder_of
 
     if fetch:
         world.from_first(lambda: config.load_data(fetch=True) and None)
@@ -192,19 +219,18 @@ def _train(
     train, test = (as_source(d.unlabelled(), where, dtype) for d in (splits.train, splits.test))
     with contextlib.suppress(PairError):  # which the training says of its own data
         pvae.terms.check_data(vae.inspect_source(train), test, "test data")
-    with written(config, folder, splits, vae) if world.is_first else contextlib.nullcontext():
-        run = pvae.fit(
-            vae,
-            splits.train.unlabelled(),
-            config.make_objective(),
-            **config.fit_options,
-            valid=splits.valid.unlabelled(),
-            device=device,
-            folder=folder,
-            resume=resume,
-            overwrite=overwrite,
-            progress=sys.stderr.isatty(),
-        )
+    run = pvae.fit(
+        vae,
+        splits.train.unlabelled(),
+        config.make_objective(),
+        **config.fit_options,
+        valid=splits.valid.unlabelled(),
+        device=device,
+        folder=folder_of(folder, config, splits, vae),
+        resume=resume,
+        overwrite=overwrite,
+        progress=sys.stderr.isatty(),
+    )
     if run.interrupted:
         echo(f"interrupted; to go on: pvae train --resume --out {folder}", err=True)
         raise typer.Exit(130)
@@ -213,30 +239,40 @@ def _train(
     import torch
 
     with torch.no_grad():
-        _draw_figures(folder, vae, splits, run)
-    text = summary(folder, config, vae, splits, history=run.history)
-    pvae.checkpoint.write_atomically(folder / "summary.txt", f"{text}\n".encode())
+        drawn = _draw_figures(folder, vae, splits, run)
+    saved = Run(folder)
+    text = summary(saved, vae, splits, splits.test.unlabelled())
+    write_atomically(folder / "summary.txt", f"{text}\n".encode(errors="backslashreplace"))
+    saved.seal([*drawn, "summary.txt"])
     echo(text)
 
 
-def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> None:
-    """The pictures of a run; data that are no images get the curve and the latent map."""
+def _draw_figures(folder: Path, vae: VAE, splits: Splits, run: Fit) -> list[str]:
+    """The pictures of a run; data that are no images get the curve and the latent map.
+
+    Returns:
+        The names of the files.
+    """
     from pvae.data import as_source
 
-    plots = pvae.plots
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    plots.training_curve(run).savefig(figures / "training.png")
+    plots, drawn = pvae.plots, list[str]()
+
+    def save(name: str, figure: Figure) -> None:
+        drawn.append(f"figures/{name}.png")
+        save_figure(folder / drawn[-1], figure)
+
+    save("training", plots.training_curve(run))
     source = as_source(splits.test, run.structure.device, run.structure.dtype)
     _, (x, *labels) = next(source.all(2000))
     codes = vae.encode(x).flatten(1)
     if codes.shape[1] >= 2:
-        plots.latent_map(codes, labels[0] if labels else None).savefig(figures / "latent.png")
+        save("latent", plots.latent_map(codes, labels[0] if labels else None))
     with contextlib.suppress(UndefinedError):  # of data that are no images, of a flat prior
         plots.as_images(x[:1])
-        plots.reconstructions(x, vae.reconstruct(x[:10])).savefig(figures / "reconstructions.png")
-        plots.samples(vae.sample(50)).savefig(figures / "samples.png")
+        save("reconstructions", plots.reconstructions(x, vae.reconstruct(x[:10])))
+        save("samples", plots.samples(vae.sample(50)))
         means, title = vae.sample(50, mean=True), "samples from the model (means of x given z)"
-        plots.samples(means, title=title).savefig(figures / "sample_means.png")
+        save("sample_means", plots.samples(means, title=title))
         if codes.shape[1] == 2:
-            plots.manifold(vae.decode).savefig(figures / "manifold.png")
+            save("manifold", plots.manifold(vae.decode))
+    return drawn

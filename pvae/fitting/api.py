@@ -10,13 +10,16 @@ import torch
 from pyro.infer import ELBO as PyroELBO
 
 from pvae import randomness
+from pvae.distributed import current
 from pvae.engine import Asked, OptimizerLike, Precision
 from pvae.errors import check_int, check_path, telling_memory
+from pvae.fitting.folder import Folder, as_folder
 from pvae.fitting.loop import train
 from pvae.fitting.saving import save_checkpoint
 from pvae.fitting.settings import BatchSize, Settings
 from pvae.fitting.setup import set_up
 from pvae.fitting.training import Training
+from pvae.lock import held_by_first
 from pvae.objectives import named
 from pvae.options import tool
 from pvae.pair import PairLike, as_pair
@@ -48,7 +51,7 @@ def fit(
     engine: Asked = "auto",
     precision: Precision = "full",
     seed: int = 0,
-    folder: str | Path | None = None,
+    folder: str | Path | Folder | None = None,
     resume: bool = False,
     overwrite: bool = False,
     save_every: int = 1,
@@ -106,7 +109,8 @@ def fit(
         precision: ``"full"``, the pair's own type; or ``"bf16"``, for pairs in float32:
             networks compute in bfloat16, densities in float32.
         seed: Seed of the order of data, of draws, and of dynamic binarisation.
-        folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``.
+        folder: Where to write ``checkpoint.safetensors`` and ``history.jsonl``. One process at a
+            time writes there; ``.lock`` names it.
         resume: Continue from the folder's checkpoint, if there is one. The result is bit for bit
             that of a training that was never stopped, on the same machine, versions and threads.
             Pair, data and settings have to be those of before, in every number.
@@ -124,6 +128,8 @@ def fit(
         DataError: If the data can't be used; names the first offending row.
         PairError: If model and guide don't fit each other or the data.
         CheckpointError: If the folder holds another training; names what differs.
+        FileError: If the folder can't be written to, or another process is writing there. The
+            last checkpoint is then as it was, and so is the pair.
         TrainingError: If a loss or gradient isn't finite; names epoch, batch and site, and
             leaves the pair in the state before that step.
 
@@ -138,14 +144,15 @@ def fit(
     settings = Settings(
         epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, lr_schedule=lr_schedule,
         clip_norm=clip_norm, patience=patience, device=device, engine=engine, precision=precision,
-        seed=seed, folder=None if folder is None else check_path("folder", folder), resume=resume,
-        overwrite=overwrite, save_every=save_every, save_steps=save_steps, progress=progress,
-        mix=mix,
+        seed=seed, folder=as_folder(folder), resume=resume, overwrite=overwrite,
+        save_every=save_every, save_steps=save_steps, progress=progress, mix=mix,
     )  # fmt: skip
     if isinstance(objective, str):
         objective = named(objective)()
-    training = set_up(as_pair(pair, "fit"), data, objective, valid, settings)
-    train(training)
+    path = None if settings.folder is None else settings.folder.path
+    with held_by_first(path, current()) as lock:
+        training = set_up(as_pair(pair, "fit"), data, objective, valid, settings)
+        train(training, lock)
     return Fit(training)
 
 
@@ -194,9 +201,11 @@ class Fit:
         self.training.record.renew()
         with alone(), telling_memory("refine", self.training.batches.batch_size, "batch_size"):
             check_outside("refine")
-            self.training.set_epochs(self.progress.epoch + epochs)
-            self.progress.stopped_early = False
-            train(self.training)
+            folder, world = self.training.settings.folder, self.training.world
+            with held_by_first(None if folder is None else folder.path, world) as lock:
+                self.training.set_epochs(self.progress.epoch + epochs)
+                self.progress.stopped_early = False
+                train(self.training, lock)
         return self
 
     def save(self, path: str | Path) -> None:

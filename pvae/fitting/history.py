@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, SupportsIndex, overload
 
-from pvae.checkpoint import write_atomically
+from pvae.files import telling, write_atomically
 
 __all__ = ["History", "Record"]
 
@@ -49,19 +49,8 @@ class History(list[Record]):
 
     def write_last(self, path: Path) -> None:
         """Appends the last record to a file of JSON lines."""
-        with path.open("a") as file:
+        with telling(path, "a file that can be written"), path.open("a") as file:
             file.write(_line(self[-1]))
-
-    @classmethod
-    def read(cls, path: Path) -> History:
-        """Reads JSON lines; a last line cut short by a kill is left out."""
-        history = cls()
-        for line in path.read_text().splitlines():
-            try:
-                history.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return history
 
 
 def _line(record: Record) -> str:

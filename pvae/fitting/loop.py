@@ -19,9 +19,10 @@ from pvae.bounds.possible import ALARM, ROUNDING
 from pvae.engine import MixedStepper
 from pvae.errors import TrainingError, oxford, warn
 from pvae.fitting.history import History, Record
-from pvae.fitting.saving import copy_into, save_checkpoint
+from pvae.fitting.saving import append_history, begin_folder, copy_into, save_checkpoint
 from pvae.fitting.signals import Signals, waiting_for_signals
 from pvae.fitting.training import Training
+from pvae.lock import Lock
 from pvae.modes import in_mode, with_gradients
 from pvae.schedules import Constant
 
@@ -31,10 +32,12 @@ LOOK_EVERY = 50
 """Steps between looks at the device: for the progress bar, and for a step that failed."""
 
 
-def train(training: Training) -> None:
-    """Trains up to ``training.progress.epochs`` epochs in all."""
+def train(training: Training, lock: Lock | None) -> None:
+    """Trains up to ``training.progress.epochs`` epochs in all; the lock is that of the folder."""
     progress, training.interrupted, is_first = training.progress, False, True
+    training.lock = lock
     with _at_work(training) as (bar, interrupt, signals):
+        begin_folder(training)
         while progress.epoch < progress.epochs and not (
             progress.stopped_early or training.interrupted
         ):
@@ -73,7 +76,7 @@ def _look_and_save(training: Training, bar: tqdm, signals: Signals) -> None:
     if number:
         saved = "Nothing is saved, as fit() has no folder."
         if settings.folder is not None:
-            saved = f"It is saved in {settings.folder} after step {step}; resume=True goes on."
+            saved = f"It is saved in {settings.folder.path} after step {step}; resume=True goes on."
         signals.deliver(number, saved)
 
 
@@ -117,9 +120,7 @@ def _end_epoch(training: Training, bar: tqdm) -> None:
         _note_best(training, value)
         if value is not None:
             bar.set_postfix_str(f"valid {name} {value:.2f}")
-    if settings.folder is not None and training.world.is_first:
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        progress.history.write_last(settings.history_file)
+    append_history(training)
     if progress.epoch % settings.save_every == 0 and progress.epoch < progress.epochs:
         save_checkpoint(training)
 

@@ -12,6 +12,7 @@ from pvae import checkpoint, randomness
 from pvae.distributed import job
 from pvae.engine.sums import set_sums, sums_of
 from pvae.errors import CheckpointError, check_path, oxford, warn
+from pvae.fitting.folder import Folder, checkpoint_in
 from pvae.fitting.generators import States
 from pvae.fitting.history import History
 from pvae.fitting.identity import (
@@ -22,12 +23,18 @@ from pvae.fitting.identity import (
     listed,
     without,
 )
-from pvae.fitting.settings import CHECKPOINT
 from pvae.fitting.training import Progress, Training, named_tensors
 from pvae.options import tool
 from pvae.pair import Account, Pair, PairLike, as_pair
 
-__all__ = ["copy_into", "load_parameters", "restore", "save_checkpoint"]
+__all__ = [
+    "append_history",
+    "begin_folder",
+    "copy_into",
+    "load_parameters",
+    "restore",
+    "save_checkpoint",
+]
 
 
 _UNKNOWN: dict[str, Any] = {"entries": {}, "changing": []}
@@ -42,8 +49,47 @@ def save_checkpoint(training: Training, path: Path | None = None) -> None:
     if path is None and training.settings.folder is None:
         return
     states = training.world.gather(training.drawing.get())
-    if training.world.is_first:
-        checkpoint.save(path or training.settings.checkpoint_file, _snapshot(training, states))
+
+    def write() -> None:
+        folder = _own_folder(training) if path is None else None
+        file = path if folder is None else folder.checkpoint
+        assert file is not None  # noqa: S101
+        checkpoint.save(file, _snapshot(training, states))
+
+    training.world.from_first(write)
+
+
+def _own_folder(training: Training) -> Folder | None:
+    """The folder, in the process that writes there and owns it still."""
+    if training.lock is None:
+        return None
+    training.lock.check()
+    return training.settings.folder
+
+
+def begin_folder(training: Training) -> None:
+    """Puts a training in the place of what was in its folder, in an order that no kill can harm.
+
+    A training that is replaced is there until the new one's first state is.
+    """
+    if training.settings.overwrite and training.generators is None:
+        save_checkpoint(training)
+
+    def write() -> None:
+        if folder := _own_folder(training):
+            folder.write_copies(training.progress.history)
+
+    training.world.from_first(write)
+
+
+def append_history(training: Training) -> None:
+    """Adds the last epoch's record to the file of the history."""
+
+    def write() -> None:
+        if folder := _own_folder(training):
+            training.progress.history.write_last(folder.history)
+
+    training.world.from_first(write)
 
 
 def _snapshot(training: Training, states: list[States]) -> checkpoint.Checkpoint:
@@ -74,6 +120,7 @@ def _snapshot(training: Training, states: list[States]) -> checkpoint.Checkpoint
         "settings": training.identity,
         "environment": checkpoint.environment(training.structure.device),
         "job": job(),
+        "made": training.made,
     }
     return saved
 
@@ -84,7 +131,8 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
     Raises:
         CheckpointError: If the checkpoint is of another pair or another training.
     """
-    where, stepper = str(training.settings.checkpoint_file), training.stepper
+    assert training.settings.folder is not None  # noqa: S101
+    where, stepper = str(training.settings.folder.checkpoint), training.stepper
     found = _other_parts(saved, training.record.first, where)
     if found := [*found, *_other_settings(saved, training.identity)]:
         fixes = ["the same call as before", "another folder, to train anew"]
@@ -99,6 +147,7 @@ def restore(saved: checkpoint.Checkpoint, training: Training) -> Progress:
     stepper.restore_seen(saved.meta.get("steps", _UNSEEN))
     if stepper.state is not None:
         stepper.state.restore(saved.part("objective"), saved.meta["objective_step"])
+    training.made = {**saved.meta.get("made", {}), **training.made}
     numbers = dict(saved.meta["progress"])
     _restore_generators(saved, training, numbers["global_step"])
     history = History(numbers.pop("history"))
@@ -187,7 +236,7 @@ def load_parameters(
         True
     """
     pair, path = as_pair(pair, "load_parameters"), check_path("path", path)
-    path = path / CHECKPOINT if path.is_dir() else path
+    path = checkpoint_in(path)
     saved = checkpoint.load(path)
     if batch is not None:
         structure = pair.inspect(batch)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from pvae.arguments import check_fields
 from pvae.data import LoaderSource, Source
-from pvae.distributed import current
 from pvae.engine import ASKED, Asked, OptimizerLike, Precision
 from pvae.errors import ArgumentError, CheckpointError, check_int, check_number, oxford
+from pvae.fitting.folder import Folder
 from pvae.schedules import Schedule, as_schedule
 
-__all__ = ["CHECKPOINT", "BatchSize", "Settings"]
+__all__ = ["BatchSize", "Settings"]
 
 BatchSize = int | Literal["auto"] | None
-
-CHECKPOINT = "checkpoint.safetensors"
-"""Name of a training's checkpoint in its folder."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Settings:
     engine: Asked
     precision: Precision
     seed: int
-    folder: Path | None
+    folder: Folder | None
     resume: bool
     overwrite: bool
     save_every: int
@@ -59,10 +55,10 @@ class Settings:
             check_number("clip_norm", self.clip_norm, above=0)
         if self.engine not in ASKED:
             raise ArgumentError("engine", f"one of {oxford(ASKED)}", repr(self.engine))
-        if self.folder is not None:
-            self._check_folder(self.folder)
-        elif self.resume:
+        if self.resume and self.folder is None:
             raise ArgumentError("resume", "a folder to resume from", "folder=None")
+        if self.resume and self.overwrite:
+            raise ArgumentError("overwrite", "either resume or overwrite", "both")
 
     def rows_of_batch(self, source: Source) -> int:
         """Rows of a batch of these data.
@@ -81,28 +77,19 @@ class Settings:
         rows = 128 if asked == "auto" else asked or source.num_rows
         return min(rows, source.num_rows)
 
-    def _check_folder(self, folder: Path) -> None:
+    def check_folder(self) -> None:
+        """Refuses to begin a training where there is one, unless that is to go on or be replaced.
+
+        Raises:
+            CheckpointError: If the folder has a checkpoint.
+        """
         is_new = not self.resume and not self.overwrite
-        if self.resume and self.overwrite:
-            raise ArgumentError("overwrite", "either resume or overwrite", "both")
-        if is_new and current().is_first and self.checkpoint_file.exists():
+        if self.folder is not None and is_new and self.folder.has_checkpoint():
             fixes = ["resume=True, to go on with it", "overwrite=True", "another folder"]
             expected = "a folder without a training in it"
-            raise CheckpointError(str(folder), expected, "a checkpoint", fixes)
+            raise CheckpointError(str(self.folder.path), expected, "a checkpoint", fixes)
 
     @property
     def schedule(self) -> Schedule:
         """The learning rate's factor, step by step."""
         return as_schedule("lr_schedule", 1.0 if self.lr_schedule is None else self.lr_schedule)
-
-    @property
-    def checkpoint_file(self) -> Path:
-        """Where the checkpoint is."""
-        assert self.folder is not None  # noqa: S101
-        return self.folder / CHECKPOINT
-
-    @property
-    def history_file(self) -> Path:
-        """Where the history is."""
-        assert self.folder is not None  # noqa: S101
-        return self.folder / "history.jsonl"

@@ -21,6 +21,7 @@ from pvae.fitting.checks import (
 )
 from pvae.fitting.identity import PairRecord
 from pvae.fitting.kinds import check_state, mixed, one_training
+from pvae.fitting.maker import made_of
 from pvae.fitting.processes import agree, check_parts, warn_if_apart
 from pvae.fitting.saving import restore
 from pvae.fitting.settings import Settings
@@ -40,7 +41,10 @@ def set_up(
     Nothing in the folder is changed before all else has been checked.
     """
     world, objective, record = distributed.current(), as_objective(objective), PairRecord(pair)
+    world.from_first(settings.check_folder)
     warn_if_apart(world)
+    if world.size > 1:
+        distributed.stop_with_launcher()
     if settings.patience is not None and valid is None:
         fixes = ["valid=x_valid"]
         raise ArgumentError("patience", "validation data to look at", "valid=None", fixes)
@@ -162,21 +166,20 @@ def _make_batches(
 
 
 def _open_folder(training: Training) -> None:
-    """Goes on from the folder's checkpoint, or empties the folder; chooses the engine."""
+    """Goes on from the folder's checkpoint, if it is to; chooses the engine."""
     settings, world = training.settings, training.world
-    file = settings.checkpoint_file if settings.resume else None
-    saved = world.from_first(lambda: checkpoint.load(file) if file and file.exists() else None)
+    if settings.folder is not None and not training.made:
+        training.made = made_of(training.pair)
+    folder = settings.folder if settings.resume else None
+    saved = world.from_first(
+        lambda: checkpoint.load(folder.checkpoint) if folder and folder.has_checkpoint() else None
+    )
     before = None if saved is None else saved.meta["settings"].get("engine")
     training.stepper.engine = training.chosen = _choose_engine(training, before)
     if saved is not None:
         training.progress = restore(saved, training)
         training.generators = training.drawing.get()
-        if world.is_first:
-            training.progress.history.write(settings.history_file)
         training.set_epochs(settings.epochs)
-    elif settings.overwrite and settings.folder is not None and world.is_first:
-        settings.checkpoint_file.unlink(missing_ok=True)
-        settings.history_file.unlink(missing_ok=True)
 
 
 def _choose_engine(training: Training, before: Engine | None) -> Engine:

@@ -19,6 +19,7 @@ from pvae.fitting.history import History
 from pvae.fitting.identity import PairRecord, Values, identity_of, of_data
 from pvae.fitting.reading import Reading
 from pvae.fitting.settings import Settings
+from pvae.lock import Lock
 from pvae.objectives import Objective
 from pvae.pair import Pair
 from pvae.schedules import Constant, Schedule, Timed
@@ -78,7 +79,9 @@ class Training:
         generators: Their states where the training was left; None before.
         reading: The batches, from any step of an epoch on.
         interrupted: Whether the last training was stopped by Ctrl-C, at a step's end.
+        lock: That of the folder, in the process that writes there.
         store: Names in Pyro's parameter store that were there before the last epoch.
+        made: How the pair was made, as its checkpoints say.
     """
 
     pair: Pair
@@ -89,6 +92,7 @@ class Training:
     record: PairRecord
     generators: States | None = None
     interrupted: bool = False
+    lock: Lock | None = None
 
     def __post_init__(self) -> None:
         batches, stepper = self.batches, self.stepper
@@ -105,6 +109,7 @@ class Training:
         self._named = identity_of(self.settings, self.objective, stepper.optimizer, batches)
         self.progress = Progress(epochs=self.settings.epochs)
         self.store = set(pyro.get_param_store().keys())
+        self.made = {} if self.settings.folder is None else dict(self.settings.folder.made)
         self._lrs = [float(group["lr"]) for group in stepper.optimizer.param_groups]
         self.set_epochs(self.settings.epochs)
 

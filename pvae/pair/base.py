@@ -18,6 +18,7 @@ from pvae.data import LoaderSource, Source, first_batch
 from pvae.devices import as_device, automatic, check_use
 from pvae.distributed import current
 from pvae.errors import ArgumentError, OutOfMemoryError, PairError, warn
+from pvae.origin import builder
 from pvae.pair.held import Held
 from pvae.pair.home import devices_of, movable, where_it_runs
 from pvae.pair.plates import PlateName
@@ -61,6 +62,9 @@ class Pair:
     Raises:
         ArgumentError: If one of them can't be called.
 
+    Attributes:
+        builder: The user's function that has made it, as ``module:function``; empty if none has.
+
     Example:
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
@@ -78,6 +82,7 @@ class Pair:
     guide: Any
     plate: PlateName = None
     densities: tuple[str, ...] = ()
+    builder: str = ""
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class Pair:
                 raise ArgumentError(f"Pair, {name}", expected, actual)
         self.model, self.guide, self.plate = model, guide, plate
         self.densities = (densities,) if isinstance(densities, str) else tuple(densities)
+        self.builder = builder()
 
     def __repr__(self) -> str:
         plate = "" if self.plate is None else f", plate={self.plate!r}"
