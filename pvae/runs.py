@@ -23,6 +23,7 @@ from pvae.distributed import job
 from pvae.errors import CheckpointError, check_path, warn
 from pvae.files import telling
 from pvae.fitting import CHECKPOINT, Folder, History
+from pvae.fitting.fingerprint import fingerprint
 from pvae.pair import Pair
 from pvae.vae import VAE
 
@@ -148,6 +149,22 @@ class Run:
         moved = {name: present[name] for name in MOVED if name in present}
         return Config(**{**trained, **moved})
 
+    def load_data(self, config: Config) -> Splits:
+        """The data that a run of the command line was trained on, and is tested on.
+
+        Raises:
+            CheckpointError: If they are others than they were: rows of the training may then be
+                among those of the test.
+        """
+        splits = config.load_data()
+        then = self.saved.meta["settings"].get("data")
+        now = fingerprint(as_source(splits.train.unlabelled()))
+        if then not in (None, now):
+            fixes = [f"{config.data} as it was then", "pvae train, to train on these"]
+            expected = f"the data that the run was trained on, {then}"
+            raise CheckpointError(str(self.folder), expected, now, fixes)
+        return splits
+
     def build(self, splits: Splits | None) -> Pair:
         """The pair, untrained, as it was made: by the configuration or by a recipe.
 
@@ -202,7 +219,7 @@ def open_run(folder: str | Path, device: str = "auto") -> tuple[Config, VAE, Spl
     run = Run(folder)
     if run.config is None:
         raise CheckpointError(str(run.folder), "a run of pvae train", "a folder of pvae.fit")
-    splits = run.config.load_data()
+    splits = run.load_data(run.config)
     vae = run.config.build(splits)
     run.load_into(vae, device)
     return run.config, vae, splits

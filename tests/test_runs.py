@@ -118,6 +118,21 @@ def test_what_moves_with_the_data_may_be_changed(run: Path, trained: Path, tmp_p
     assert Run(run).config == Run(run).config
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_other_data_under_the_same_name_are_refused(
+    more: int, run: Path, trained: Path, tmp_path: Path
+) -> None:
+    """A row more, and the split is another one: rows of the training would be in the test."""
+    x = np.load(trained / "x.npy")
+    x[0, 0] += 1 - more
+    np.save(tmp_path / "other.npy", np.concatenate([x, x[:more]]))
+    edit(run, data=str(tmp_path / "other.npy"))
+    with pytest.raises(CheckpointError, match=r"the data that the run was trained on, \w+ of all"):
+        open_run(run)
+    with pytest.raises(CheckpointError, match="was trained on"):
+        call("evaluate", str(run))
+
+
 HISTORY: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     "a number": (
         lambda lines: [lines[0], lines[1].replace('"loss": ', '"loss": 1'), lines[2]],
@@ -299,7 +314,7 @@ WRONG = {
     "arguments": ("tests.test_runs:fit", "a function that needs no arguments"),
     "no pair": ("tests.test_runs:rows", "a pair: "),
     "code": ("tests.test_runs:fails", r"ZeroDivisionError: .*test_runs\.py:\d+, in fails"),
-    "another pair": ("tests.test_runs:another", "parameters like the pair's"),
+    "another pair": ("tests.test_runs:another", "the pair that it was made with"),
 }
 
 

@@ -94,7 +94,7 @@ def open_folder(folder: Path, device: str, pair: str | None, data: Path | None) 
     from pvae.runs import Run
 
     run = Run(folder)
-    splits = None if run.config is None else run.config.load_data()
+    splits = None if run.config is None else run.load_data(run.config)
     limits = None if run.config is None else run.config.limits
     given = None if data is None else _given(data, splits, limits)
     if pair is None:
