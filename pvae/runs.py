@@ -137,7 +137,9 @@ class Run:
     def _config(self) -> Config | None:
         if "config" not in self.made:
             return None
-        trained = {k: v for k, v in self.made["config"].items() if k not in ("resolved", "job")}
+        made, known = self.made["config"], options()  # whose order is that of penalties
+        trained = {name: made[name] for name in (*known, *made) if name in made}
+        trained = {k: v for k, v in trained.items() if k not in ("resolved", "job")}
         try:
             present = Config.values_in(self.folder)
         except CheckpointError as error:
