@@ -239,7 +239,7 @@ def compiled(device: torch.device) -> Any:
 
 @call(
     *("checkpoint.save", "checkpoint.load", "checkpoint.Checkpoint", "checkpoint.environment"),
-    *("checkpoint.optimizer_state", "checkpoint.restore_optimizer", "checkpoint.write_atomically"),
+    *("checkpoint.optimizer_state", "checkpoint.restore_optimizer"),
     draws=True,
 )
 def checkpoints(device: torch.device) -> Any:

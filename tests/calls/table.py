@@ -58,6 +58,7 @@ ELSEWHERE: dict[str, str] = {
         (
             *("distributed.World", "distributed.current", "distributed.is_started_by_torchrun"),
             *("distributed.job", "distributed.joined", "distributed.restarts"),
+            "distributed.stop_with_launcher",
         ),
         "several processes: tests/test_distributed.py",
     ),
