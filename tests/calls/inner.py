@@ -161,7 +161,7 @@ def all_terms(device: torch.device) -> Any:
 @call(
     *("terms.prepared", "terms.Evaluation", "terms.stream", "terms.draw_globals"),
     *("terms.first_rows", "terms.fits_particles", "terms.look_at", "terms.check_data"),
-    *("terms.check_own_rows", "terms.has_own_rows"),
+    *("terms.check_own_rows", "terms.has_own_rows", "terms.check_place"),
     draws=True,
 )
 def streams(device: torch.device) -> Any:
@@ -174,6 +174,7 @@ def streams(device: torch.device) -> Any:
         assert terms.fits_particles(evaluation)
     structure, source = terms.look_at(pair.Pair(made.model, made.guide), x, device, torch.float32)
     terms.check_data(structure, source)
+    terms.check_place(structure, device)
     terms.check_own_rows(structure, source)
     return chunks, first, drawn is not None, terms.has_own_rows(structure, (x,))
 
