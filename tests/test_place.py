@@ -263,6 +263,21 @@ def test_networks_of_functions_move_where_that_is_asked_for(device: torch.device
     assert net.weight.device.type == device.type
 
 
+def test_a_look_on_another_device_leaves_no_parameters_there(device: torch.device) -> None:
+    """A network on the host is within reach, and the one on the device is used."""
+    idle, net = nn.Linear(2, 3), nn.Linear(2, 3).to(device).requires_grad_(requires_grad=False)
+
+    def model(x: Tensor) -> None:
+        assert idle is not None
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z.to(device)), 1.0).to_event(1), obs=x)
+
+    guide = AutoNormal(model)
+    pvae.fit((model, guide), torch.ones(4, 3), batch_size=None, epochs=1, progress=False)
+    assert {p.device.type for p in guide.parameters()} == {device.type}
+
+
 def test_a_guide_of_more_rows_than_a_look_has(w: Tensor) -> None:
     """One parameter a row: its pair runs on all 200 rows alone."""
     x = torch.randn(200, device=w.device)

@@ -119,7 +119,8 @@ def where_it_runs(
     options: list[tuple[torch.device, tuple[int, ...]]] = [(device, ()) for device in devices]
     if 0 < len(on_host) < len(tensors):
         options.insert(1, (devices[0], on_host))
-    first: PairError | None = None
+    store, first = pyro.get_param_store(), None
+    known = {*store.keys()}
     for device, kept in options:
         try:
             found = look(moved(batch, device, kept))
@@ -128,6 +129,8 @@ def where_it_runs(
             return found, kept
         except PairError as error:
             first = first or error
+            for name in {*store.keys()} - known:  # they were made where the pair doesn't run
+                del store[name]
             if not is_of_devices(error):
                 raise
     assert first is not None  # noqa: S101
