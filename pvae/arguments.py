@@ -41,6 +41,7 @@ from pvae.errors import (
 
 __all__ = [
     "Finite",
+    "Extended",
     "as_annotated",
     "check_arguments",
     "check_call",
@@ -53,7 +54,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _LEAST = -(2**63)
-_SKIPPED = {"corruption", "data", "objective", "optimizer", "pair", "penalties", "self"}
+_SKIPPED = {"corruption", "data", "device", "objective", "optimizer", "pair", "penalties", "self"}
 """What has a check of its own, which says more."""
 _BOUNDS = {"num_data", "num_rows"}  # of which there are no more than there are data
 _COUNTS = {"batch_size", "bins", "columns", "latent_dim", "num", "steps"}
@@ -211,6 +212,8 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
         return as_shape(name, value) if hint == tuple[int, ...] else _dense(name, value)
     is_text = isinstance(value, str) and (choices or str in others)
     if float in others and not is_text:
+        if limits == {"finite": False}:
+            return value if isinstance(value, float) else check_number(name, value)
         return check_number(name, value, **limits)
     if int in others and not is_text:
         return check_int(name, value, **(limits or {"minimum": _LEAST}))
@@ -277,6 +280,9 @@ def _check_finite(name: str, value: Tensor) -> None:
 
 Finite = Annotated[Tensor, {"finite": True}]
 """A tensor with rows, all of whose entries are finite; checked where a function is `strict`."""
+
+Extended = Annotated[float, {"finite": False}]
+"""A number, an infinity, or NaN where it isn't known."""
 
 _WORDS = {str: "text", Tensor: "a tensor", Path: "a path"}
 _EXAMPLES: dict[Any, str] = {Tensor: "torch.zeros(3, 2)", collections.abc.Mapping: "{}"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from pvae.arguments import strict
+from pvae.arguments import Extended, strict
 from pvae.errors import ArgumentError, UndefinedError, check_number, escaped, shown
 from pvae.measure import Measure
 
@@ -377,7 +377,7 @@ def _finite(number: float) -> float | None:
 
 
 @strict
-def with_error(value: float, error: float | None, unit: str = "") -> str:
+def with_error(value: Extended, error: Extended | None, unit: str = "") -> str:
     """A number and its standard error, with the digits that the error leaves.
 
     Example:

@@ -96,6 +96,7 @@ def _plain(value: object) -> object:
     raise TypeError
 
 
+@strict
 def rebuilt(made: Mapping[str, Any]) -> VAE:
     """The pair that a recipe has made, by what the pair's ``recipe`` says.
 
@@ -107,6 +108,9 @@ def rebuilt(made: Mapping[str, Any]) -> VAE:
         >>> repr(rebuilt(first.recipe).model) == repr(first.model)
         True
     """
+    if not {"recipe", "arguments"} <= made.keys():
+        expected = "what a pair's recipe says: its name and its arguments"
+        raise ArgumentError("made", expected, quoted(dict(made)), ["rebuilt(pair.recipe)"])
     name, arguments = str(made["recipe"]), made["arguments"]
     build = named(name)
     try:
