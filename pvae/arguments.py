@@ -40,8 +40,8 @@ from pvae.errors import (
 )
 
 __all__ = [
-    "Finite",
     "Extended",
+    "Finite",
     "as_annotated",
     "check_arguments",
     "check_call",

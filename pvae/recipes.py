@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pvae import guides, likelihoods, networks, priors
 from pvae.arguments import strict
 from pvae.corruptions import Noise
-from pvae.errors import ArgumentError, as_shape, check_int, check_number
+from pvae.errors import ArgumentError, as_shape, check_int, check_number, quoted
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay
 from pvae.shelf import Shelf
 from pvae.types import Shape
