@@ -54,7 +54,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _LEAST = -(2**63)
-_SKIPPED = {"corruption", "data", "device", "objective", "optimizer", "pair", "penalties", "self"}
+_SKIPPED = {
+    *("corruption", "data", "device", "estimates", "objective", "objectives", "optimizer", "pair"),
+    *("penalties", "self"),
+}
 """What has a check of its own, which says more."""
 _BOUNDS = {"num_data", "num_rows"}  # of which there are no more than there are data
 _COUNTS = {"batch_size", "bins", "columns", "latent_dim", "num", "steps"}

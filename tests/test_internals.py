@@ -451,8 +451,9 @@ def private(path: Path) -> list[str]:
 
 
 def is_private(name: str) -> bool:
-    """Named tuples have documented methods that begin so, as their fields mustn't."""
-    return name.startswith("_") and not name.endswith("__") and name not in ("_replace", "_asdict")
+    """Documented names begin so, too: methods of named tuples, and the end of a process."""
+    documented = ("_replace", "_asdict", "_exit")
+    return name.startswith("_") and not name.endswith("__") and name not in documented
 
 
 def defined(path: Path) -> set[str]:

@@ -226,7 +226,8 @@ def compare_objectives(
     """
     if not isinstance(objectives, Mapping) or not objectives:
         got = "none" if not objectives else type(objectives).__name__
-        raise ArgumentError("objectives", "a dictionary of at least one, by name", got)
+        fixes = ["{'IWAE-5': objectives.IWAE(5)}"]
+        raise ArgumentError("objectives", "a dictionary of at least one, by name", got, fixes)
     return _compared(as_pair(pair, "compare_objectives"), data, objectives, num_repeats, options)
 
 
