@@ -45,10 +45,10 @@ def builder() -> str:
     script's module is its file.
 
     Example:
-        >>> def build():
-        ...     return builder()
-        >>> build().endswith(":build")
-        True
+        >>> mine = {"__name__": "mine", "builder": builder}
+        >>> exec("def build(): return builder()", mine)
+        >>> mine["build"]()
+        'mine:build'
     """
     frame = inspect.currentframe()
     while frame is not None:
