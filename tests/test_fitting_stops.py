@@ -223,7 +223,9 @@ def test_a_signal_ends_the_program_after_a_checkpoint(
     before = signal.getsignal(number)
     with (
         pytest.raises(SystemExit) as ended,
-        pytest.warns(PvaeWarning, match=f"{name}: the training ends here. It is saved in .*step 5"),
+        pytest.warns(
+            PvaeWarning, match=f"{name}: the training ends here. It is saved in .*resume=True"
+        ),
     ):
         fit(pair, binary(), epochs=4, folder=tmp_path, device=device)
     assert ended.value.code == 128 + number
@@ -231,6 +233,37 @@ def test_a_signal_ends_the_program_after_a_checkpoint(
     cause.unlink()
     fit(again, binary(), epochs=4, folder=tmp_path, resume=True, device=device)
     assert same(state(again), state(whole))
+
+
+class Sending(TensorDataset):
+    """Sends a signal when it is read in the last validation."""
+
+    is_over = False
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if self.is_over:
+            self.is_over = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def test_a_signal_after_the_last_step_is_no_less_delivered(
+    tmp_path: Path, device: torch.device
+) -> None:
+    """The training is whole, and saved; and the program ends, as it was asked to."""
+    pair, whole, valid = vae(), vae(), Sending(binary(8))
+    fit(whole, binary(), epochs=2, device=device)
+
+    def let_go(x: Tensor) -> Tensor:
+        valid.is_over = True
+        return x
+
+    pair.guide.__class__ = does_at(5, let_go)  # in the last epoch, of 3 steps
+    with pytest.raises(SystemExit), pytest.warns(PvaeWarning, match="SIGTERM: the training ends"):
+        fit(pair, binary(), epochs=2, folder=tmp_path, valid=DataLoader(valid), device=device)
+    saved = checkpoint.load(tmp_path / "checkpoint.safetensors")
+    assert saved.meta["progress"]["epoch"] == 2
+    assert same(state(pair), state(whole))
 
 
 def test_without_a_folder_a_signal_says_that_nothing_is_saved(device: torch.device) -> None:

@@ -74,10 +74,7 @@ def _look_and_save(training: Training, bar: tqdm, signals: Signals) -> None:
     if is_due:
         save_checkpoint(training)
     if number:
-        saved = "Nothing is saved, as fit() has no folder."
-        if settings.folder is not None:
-            saved = f"It is saved in {settings.folder.path} after step {step}; resume=True goes on."
-        signals.deliver(number, saved)
+        signals.deliver(number)
 
 
 def _look(training: Training, bar: tqdm) -> None:
@@ -238,7 +235,8 @@ def _at_work(training: Training) -> Iterator[tuple[tqdm, threading.Event, Signal
     """
     settings, world = training.settings, training.world
     on_cpu = training.structure.device.type == "cpu"  # where asking others waits for no device
-    signals = Signals(world, every=1 if on_cpu else LOOK_EVERY)
+    path = None if settings.folder is None else settings.folder.path
+    signals = Signals(world, path, every=1 if on_cpu else LOOK_EVERY)
     bar = tqdm(
         total=training.progress.epochs * training.steps_per_epoch,
         initial=training.progress.global_step,

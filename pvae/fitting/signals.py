@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from pvae.distributed import World
@@ -29,11 +30,13 @@ class Signals:
 
     Arguments:
         world: The processes.
+        folder: Where the training is saved, if it is.
         every: Steps between two questions to the other processes.
     """
 
-    def __init__(self, world: World, every: int) -> None:
+    def __init__(self, world: World, folder: Path | None, every: int) -> None:
         self.world = world
+        self.folder = folder
         self.every = every
         self.before: dict[int, Handler] = {}
         self.got = 0
@@ -50,20 +53,26 @@ class Signals:
         self.got = 0 if number else self.got
         return number
 
-    def deliver(self, number: int, where: str) -> None:
-        """Lets a signal take its course; ``where`` says what has been saved."""
+    def deliver(self, number: int) -> None:
+        """Lets a signal take its course, when the training has been saved."""
         before = self.before.get(number)
         if callable(before):
             before(number, None)
             return
         if self.world.is_first:
-            warn(f"{signal.Signals(number).name}: the training ends here. {where}")
+            saved = "Nothing is saved, as fit() has no folder."
+            if self.folder is not None:
+                saved = f"It is saved in {self.folder}; resume=True goes on."
+            warn(f"{signal.Signals(number).name}: the training ends here. {saved}")
         raise SystemExit(128 + number)
 
 
 @contextmanager
 def waiting_for_signals(signals: Signals) -> Iterator[Signals]:
-    """Handles signals while a training runs; handlers that were there before come back."""
+    """Handles signals while a training runs; handlers that were there before come back.
+
+    One that comes after the last step is delivered at the end.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
@@ -78,3 +87,5 @@ def waiting_for_signals(signals: Signals) -> Iterator[Signals]:
     finally:
         for number in taken:
             signal.signal(number, signals.before[number])
+    if signals.got:
+        signals.deliver(signals.got)
