@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.distributed import current
 from pvae.errors import CheckpointError
 from pvae.files import write_atomically

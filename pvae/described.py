@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 
-from pvae.arguments import check_arguments
+from pvae.annotations import check_arguments
 from pvae.distributions import arguments_of
 from pvae.origin import is_users
 
@@ -51,7 +51,7 @@ class Described(nn.Module):
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Notes the arguments; a copy, which is made without any, gets the original's."""
         self = super().__new__(cls)
-        signature = inspect.signature(cls.__init__)
+        signature = _signature_of(cls.__init__)
         try:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError:  # the constructor says it better
@@ -95,6 +95,9 @@ class Described(nn.Module):
             if name in store:
                 return description(store[name])
         return given
+
+
+_signature_of = functools.lru_cache(inspect.signature)
 
 
 def description(value: object) -> str:

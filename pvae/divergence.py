@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.distributions import is_point
 from pvae.errors import UndefinedError, check_int
 from pvae.estimate import Estimate

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from pvae.arguments import Extended, strict
+from pvae.annotations import Extended, strict
 from pvae.errors import ArgumentError, UndefinedError, check_number, escaped, shown
 from pvae.measure import Measure
 

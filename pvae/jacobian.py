@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.errors import PairError, check_int
 
 __all__ = ["differentiable_twice", "squared_jacobian_norm", "squared_norm_of"]

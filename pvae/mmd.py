@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pvae.arguments import Finite, strict
+from pvae.annotations import Finite, strict
 from pvae.devices import double
 from pvae.errors import ArgumentError, check_int
 

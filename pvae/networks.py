@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.described import Described
 from pvae.errors import ArgumentError, PairError, as_shape, check_int, check_memory, check_number
 from pvae.internals import Convolution

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, cast
 import torch
 from tqdm import tqdm
 
-from pvae.arguments import check_call
+from pvae.annotations import check_call
 from pvae.errors import ArgumentError, check_choice, check_int, telling_memory
 from pvae.modes import with_gradients
 from pvae.threads import alone, check_outside

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.errors import DataError, UndefinedError, as_shape, check_int, shown
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, cast
 from torch import Tensor, nn
 
 from pvae import guides, likelihoods, networks, priors
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.corruptions import Noise
 from pvae.errors import ArgumentError, as_shape, check_int, check_number, quoted
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pvae.arguments import check_fields
+from pvae.annotations import check_fields
 from pvae.errors import ArgumentError, check_choice, check_int, check_number
 
 __all__ = ["Constant", "Cosine", "Cyclical", "Schedule", "Timed", "Warmup", "as_schedule"]
@@ -50,7 +50,6 @@ class Constant(Schedule):
 
     def __post_init__(self) -> None:
         check_fields(self, "Constant")
-        check_number("Constant.number", self.number)
 
     def __call__(self, step: int) -> float:
         """The number."""

@@ -17,7 +17,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pvae import randomness
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.conditional import Conditional
 from pvae.data import first_batch
 from pvae.devices import double

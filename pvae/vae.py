@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae import randomness
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.conditional import Called, Conditional, as_conditional
 from pvae.data.arrays import as_array
 from pvae.described import Described
@@ -303,8 +303,9 @@ class VAE(Pair, nn.Module):
     def _tensors(self, *arrays: object) -> tuple[Tensor, ...]:
         """Arrays as tensors on the pair's device, floating ones in its type."""
         tensors = [torch.as_tensor(as_array("array", a)) for a in arrays]
-        device = next(devices_of((self,), tensors), torch.device("cpu"))
-        floating = first_floating((*tensors_of([self]), *tensors)).dtype
+        known = [*tensors_of([self])]
+        device = known[0].device if known else next(devices_of((self,), tensors), None)
+        floating = first_floating((*known, *tensors)).dtype
         dtypes = [floating if t.is_floating_point() else t.dtype for t in tensors]
         own = zip(tensors, dtypes, strict=True)
         return tuple(t.to(device, dtype, copy=True) for t, dtype in own)  # networks may write

@@ -22,7 +22,7 @@ ROOT = Path(pvae.__file__).parent
 # that isn't built yet may stand there already.
 
 GROUND = {  # imports the ground
-    "arguments",
+    "annotations",
     "code",
     "conditional",
     "data",

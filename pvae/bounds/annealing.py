@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.arguments import check_fields
+from pvae.annotations import check_fields
 from pvae.bounds.density import LatentDensity, densities, groups_of, moments, spread
 from pvae.bounds.hmc import Ends, Path, State, adapt, pilot_length, transition
 from pvae.bounds.possible import Possible

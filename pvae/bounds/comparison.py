@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.errors import ArgumentError, oxford
 from pvae.estimate import Estimate
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae import randomness
-from pvae.arguments import check_fields
+from pvae.annotations import check_fields
 from pvae.bounds.density import LatentDensity, densities, groups_of, spread
 from pvae.bounds.families import LocalFamily, flow, full_rank, own_family, refuse_masks
 from pvae.bounds.possible import Possible

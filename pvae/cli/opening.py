@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pvae.cli.code import made_by, names_code
+from pvae.cli.user_code import made_by, names_code
 from pvae.errors import ArgumentError, DataError, UndefinedError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import nn
 
 from pvae import corruptions, guides, likelihoods, objectives, penalties, priors, recipes
 from pvae.config.option import Option, field, flag, numbers_of, part_options, recipe_options
-from pvae.config.reading import check_kinds, values_in
+from pvae.config.values import check_kinds, values_in
 from pvae.data import Limits, Splits, load
 from pvae.data.arrays import BINARIZE, Binarize
 from pvae.engine import ASKED

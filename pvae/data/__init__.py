@@ -8,7 +8,7 @@ from pvae.data.arrays import Data
 from pvae.data.batches import Batches
 from pvae.data.checks import RowCheck, Support
 from pvae.data.fetched import LoaderSource
-from pvae.data.files import Limits, read_idx
+from pvae.data.formats import Limits, read_idx
 from pvae.data.intake import as_source, check_rows, in_memory, joined
 from pvae.data.mixed import Mixed
 from pvae.data.readers import Splits, load

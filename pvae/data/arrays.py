@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from pvae.arguments import check_fields
+from pvae.annotations import check_dense, check_fields
 from pvae.errors import ArgumentError, DataError, check_number
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "as_array",
     "as_arrays",
     "check_binarize",
-    "check_dense",
 ]
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
@@ -66,8 +64,6 @@ def as_array(name: str, thing: Any) -> np.ndarray | Tensor:
     """
     if isinstance(thing, Tensor):
         check_dense(name, thing)
-        if thing.is_complex():
-            raise DataError(name, "real numbers", f"dtype {thing.dtype}", ["x.real"])
         return thing
     _refuse_others(name, thing)
     try:
@@ -126,23 +122,6 @@ def _all_parse(array: np.ndarray) -> bool:
     except ValueError:
         return False
     return True
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuses sparse and nested tensors.
-
-    Raises:
-        DataError: If it is one of them.
-    """
-    if tensor.layout is not torch.strided:
-        words = str(tensor.layout).removeprefix("torch.")
-        raise DataError(name, "a dense tensor", f"one of layout {words}", ["x.to_dense()"])
-    if tensor.is_meta:
-        fixes = ["torch.zeros(x.shape), or the data themselves"]
-        raise DataError(name, "numbers in memory", "a tensor on the device 'meta'", fixes)
-    if tensor.is_nested:
-        fixes = ["x.to_padded_tensor(0.0), and a mask in model and guide"]
-        raise DataError(name, "rows of one shape", "a nested tensor", fixes)
 
 
 class MappedRows:

@@ -15,8 +15,8 @@ from torch.utils.data import (
     default_collate,
 )
 
+from pvae.annotations import check_dense
 from pvae.data import order
-from pvae.data.arrays import check_dense
 from pvae.data.checks import RowCheck
 from pvae.data.sources import Axes, Batch, Source, check_length, num_rows_of
 from pvae.devices import sent

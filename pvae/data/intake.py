@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.data.arrays import Data, as_arrays
 from pvae.data.checks import RowCheck, Support
 from pvae.data.fetched import DatasetSource, Fetched, LoaderSource

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.data.arrays import Array, Binarize, Data, MappedRows, check_binarize
-from pvae.data.files import Arrays, Limits, read_idx
+from pvae.data.formats import Arrays, Limits, read_idx
 from pvae.data.remote import FILES, REMOTE, download
 from pvae.errors import ArgumentError, DataError, check_number, check_path
 

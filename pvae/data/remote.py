@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.errors import ArgumentError, DataError
 
 __all__ = ["FILES", "REMOTE", "download"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.data.arrays import Array, Data, MappedRows, as_array
 from pvae.devices import sent
 from pvae.errors import DataError

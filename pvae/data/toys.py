@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.arguments import Finite, check_fields, strict
+from pvae.annotations import Finite, check_fields, strict
 from pvae.errors import ArgumentError, check_int, check_number
 
 __all__ = ["LinearGaussian", "principal_components"]

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from pvae import bounds, latent, terms
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.bounds.joint import is_joint
 from pvae.data import first_batch
 from pvae.diagnostics.aggregate import aggregated_posterior

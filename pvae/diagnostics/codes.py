@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae import terms
-from pvae.arguments import Finite, strict
+from pvae.annotations import Finite, strict
 from pvae.devices import double
 from pvae.diagnostics.thresholds import ACTIVITY
 from pvae.errors import UndefinedError, check_int, check_number

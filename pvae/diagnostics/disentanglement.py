@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.diagnostics.factors import (
     MEANINGS,
     ArrayLike,

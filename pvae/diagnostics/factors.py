@@ -11,7 +11,7 @@ import torch
 from scipy.stats import entropy
 from torch import Tensor
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.data.arrays import as_array
 from pvae.devices import double
 from pvae.diagnostics.result import Finding, Result

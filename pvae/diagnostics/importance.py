@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.bounds.joint import JointWeights, is_joint, is_nested, joint_weights, num_draws
 from pvae.bounds.possible import Possible
 from pvae.bounds.weights import require_evidence, require_whole, weights_by_chunk

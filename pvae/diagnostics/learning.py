@@ -13,7 +13,7 @@ from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor
 
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.diagnostics.result import Finding, Result
 from pvae.diagnostics.thresholds import CURVE, FALL, HIDDEN, Verdict
 from pvae.errors import UndefinedError, check_number

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from pvae.arguments import check_fields
+from pvae.annotations import check_fields
 from pvae.data import LoaderSource, Source
 from pvae.engine import ASKED, Asked, OptimizerLike, Precision
 from pvae.errors import ArgumentError, CheckpointError, check_int, check_number, oxford

@@ -17,7 +17,7 @@ from pvae.errors import DataError, check_number, oxford, warn
 from pvae.fitting.generators import Generators, States
 from pvae.fitting.history import History
 from pvae.fitting.identity import PairRecord, Values, identity_of, of_data
-from pvae.fitting.reading import Reading
+from pvae.fitting.midepoch import Reading
 from pvae.fitting.settings import Settings
 from pvae.lock import Lock
 from pvae.objectives import Objective

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
-from pvae.arguments import Finite, strict
+from pvae.annotations import Finite, strict
 from pvae.data.arrays import as_array
 from pvae.distributions import is_point
 from pvae.errors import ArgumentError, DataError, UndefinedError, check_int

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae import randomness
-from pvae.arguments import strict
+from pvae.annotations import strict
 from pvae.conditional import Conditional, as_conditional
 from pvae.devices import double
 from pvae.errors import ArgumentError, DataError, TrainingError, check_int, check_number

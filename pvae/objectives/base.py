@@ -86,7 +86,7 @@ class Objective(PyroELBO):
         cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # else dataclass() makes another
 
     def __post_init__(self) -> None:
-        annotations = hints(type(self))
+        annotations = hints(type(self))  # type: ignore[arg-type]  # of a class, which has a hash
         kept = {n: as_setting(n, v, annotations.get(n)) for n, v in self.__getstate__().items()}
         kept["num_particles"] = check_int("num_particles", self.num_particles)
         check_count("num_particles", self.num_draws, 1024)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, get_type_hints
 
-from pvae.arguments import as_annotated
+from pvae.annotations import Expected, as_annotated
 from pvae.schedules import Constant, Schedule
 
 __all__ = ["AtLeastZero", "Positive", "Weight", "as_setting", "hints", "written"]
@@ -16,22 +17,24 @@ Positive = Annotated[float, {"above": 0}]
 Weight = Annotated[float | Schedule, {"minimum": 0}]
 
 
-def hints(kind: type) -> Mapping[str, object]:
+@functools.lru_cache
+def hints(kind: type) -> Mapping[str, Expected]:
     """A class's annotations; those of its base where they name what a function alone knows."""
     for base in kind.__mro__:
         with contextlib.suppress(NameError):
-            return get_type_hints(base, include_extras=True)
+            found = get_type_hints(base, include_extras=True)
+            return {name: Expected.of(hint) for name, hint in found.items()}
     return {}
 
 
-def as_setting(name: str, value: Any, hint: Any) -> Any:
-    """A setting as its annotation has it, see `pvae.arguments.as_annotated`.
+def as_setting(name: str, value: object, expected: Expected | None) -> object:
+    """A setting as its annotation has it, see `pvae.annotations.as_annotated`.
 
     A constant schedule becomes its number.
     """
-    if hint is None:
+    if expected is None:
         return value
-    return as_annotated(name, value.number if isinstance(value, Constant) else value, hint)
+    return as_annotated(name, value.number if isinstance(value, Constant) else value, expected)
 
 
 def written(value: object) -> str:

@@ -5,12 +5,12 @@ Parts build pairs, tools work on them.
 """
 
 from pvae.pair.account import Account, Entry
-from pvae.pair.arguments import Uses
 from pvae.pair.base import Pair, PairLike, as_pair
 from pvae.pair.messages import is_penalty, mask_of
 from pvae.pair.observed import Observed, observed_sites
 from pvae.pair.running import Batch, as_batch, probing, put_back, run_pair
 from pvae.pair.structure import Structure, is_inside, only_site, rows_from, rows_to
+from pvae.pair.uses import Uses
 
 __all__ = [
     "Account",

@@ -15,7 +15,6 @@ from torch import Tensor
 from pvae.devices import double
 from pvae.distributions import is_improper, log_density_of_delta
 from pvae.errors import PvaeError, telling_memory, warn
-from pvae.pair.arguments import Uses
 from pvae.pair.checks import (
     check_apart,
     check_densities,
@@ -38,6 +37,7 @@ from pvae.pair.running import (
     tensors_of,
 )
 from pvae.pair.structure import Structure
+from pvae.pair.uses import Uses
 from pvae.types import Program, Site
 
 __all__ = ["inspect_pair"]

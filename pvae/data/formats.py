@@ -21,7 +21,7 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 
-from pvae.arguments import check_fields, strict
+from pvae.annotations import check_fields, strict
 from pvae.errors import DataError, PvaeError, check_file, check_int, check_path
 
 __all__ = ["Arrays", "Limits", "read_idx"]

@@ -9,6 +9,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import (
     Annotated,
@@ -40,11 +41,13 @@ from pvae.errors import (
 )
 
 __all__ = [
+    "Expected",
     "Extended",
     "Finite",
     "as_annotated",
     "check_arguments",
     "check_call",
+    "check_dense",
     "check_fields",
     "hints_of",
     "strict",
@@ -87,7 +90,8 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
           Try: number=1
     """
     signature = inspect.signature(function)
-    runs_others = "self" in signature.parameters or "Callable" in str(hints_of(function))
+    hints = hints_of(function).values()
+    runs_others = "self" in signature.parameters or any(hint.runs_others for hint in hints)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -147,17 +151,38 @@ def check_arguments(
         arguments: What it is given, by name.
         owner: Of which class they are arguments, for messages.
     """
-    hints, parameters = hints_of(function), _parameters_of(function)
+    checks = _checks_of(function)
     for name, value in arguments.items():
-        default = parameters[name].default if name in parameters else value
-        if name in _SKIPPED or name not in hints or value is default:
+        check = checks.get(name)
+        if check is None or value is check.default:
             continue
         where = f"{owner}.{name}" if owner else name
-        as_annotated(where, value, hints[name])
-        if type(value) is int and (least := _least(name, default)) is not None:
-            check_int(where, value, least)
-        if name.startswith("num_") and name not in _BOUNDS and isinstance(value, int):
+        as_annotated(where, value, check.expected)
+        if type(value) is int and check.least is not None:
+            check_int(where, value, check.least)
+        if check.is_counted and isinstance(value, int):
             check_count(where, value, _EACH)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """How one parameter is checked."""
+
+    expected: Expected
+    default: object
+    least: int | None
+    is_counted: bool
+
+
+@functools.cache
+def _checks_of(function: Callable[..., object]) -> Mapping[str, _Check]:
+    """By name, for the parameters that have one value each and no check of their own."""
+    hints, found = hints_of(function), {}
+    for name, p in inspect.signature(function).parameters.items():
+        if name in hints.keys() - _SKIPPED and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            is_counted = name.startswith("num_") and name not in _BOUNDS
+            found[name] = _Check(hints[name], p.default, _least(name, p.default), is_counted)
+    return found
 
 
 def _least(name: str, default: object) -> int | None:
@@ -173,9 +198,53 @@ def check_fields(thing: object, owner: str = "") -> None:
     check_arguments(type(thing).__init__, vars(thing), owner)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What an annotation allows, read once.
+
+    Attributes:
+        kinds: The kinds that it joins by ``|``, without choices.
+        choices: The values of its ``Literal``.
+        limits: Those of its number.
+        is_shape: Whether it is a tuple of integers.
+    """
+
+    kinds: tuple[object, ...]
+    choices: tuple[object, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+    is_shape: bool = False
+
+    @classmethod
+    def of(cls, hint: object) -> Expected:
+        """What an annotation allows; ``Annotated[float, {"above": 0}]`` has a limit."""
+        if get_origin(hint) is Annotated:
+            inner, limits, *_ = get_args(hint)
+            return replace(cls.of(inner), limits=limits if isinstance(limits, dict) else {})
+        if get_origin(hint) is Literal:
+            return cls((), get_args(hint))
+        if get_origin(hint) in (Union, types.UnionType):
+            parts = [cls.of(part) for part in get_args(hint)]
+            return cls(
+                tuple(kind for part in parts for kind in part.kinds),
+                tuple(choice for part in parts for choice in part.choices),
+                {name: limit for part in parts for name, limit in part.limits.items()},
+            )
+        return cls((hint,), is_shape=hint == tuple[int, ...])
+
+    @functools.cached_property
+    def others(self) -> tuple[object, ...]:
+        """The kinds that are no numbers."""
+        return tuple(kind for kind in self.kinds if kind not in (int, float))
+
+    @property
+    def runs_others(self) -> bool:
+        """Whether it may be a user's function."""
+        return any(get_origin(kind) is collections.abc.Callable for kind in self.kinds)
+
+
 @functools.cache
-def hints_of(function: Callable[..., object]) -> Mapping[str, object]:
-    """The annotations that can be resolved, with their limits; a name for mypy alone can't be."""
+def hints_of(function: Callable[..., object]) -> Mapping[str, Expected]:
+    """The annotations that can be resolved; a name for mypy alone can't be."""
     inner = inspect.unwrap(function)
     space = {**vars(sys.modules[inner.__module__]), **getattr(inner, "__globals__", {})}
     found: dict[str, object] = {}
@@ -183,18 +252,10 @@ def hints_of(function: Callable[..., object]) -> Mapping[str, object]:
         alone = types.SimpleNamespace(__annotations__={name: annotation})
         with contextlib.suppress(NameError, TypeError, AttributeError):
             found |= get_type_hints(alone, space, include_extras=True)
-    found.pop("return", None)
-    return found
+    return {name: Expected.of(hint) for name, hint in found.items() if name != "return"}
 
 
-@functools.cache
-def _parameters_of(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    """The parameters that have one value each."""
-    every = inspect.signature(function).parameters
-    return {n: p for n, p in every.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-
-
-def as_annotated(name: str, value: Any, hint: Any) -> Any:
+def as_annotated(name: str, value: object, expected: Expected) -> object:
     """A value as its annotation has it, or an `ArgumentError`.
 
     Checked are truth values, choices (``Literal``), text, numbers with their limits
@@ -202,47 +263,38 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
     tensors, functions, mappings, and instances of a class; any of them may be None where the
     annotation says so. Where an annotation says more than can be looked at, anything will do.
     """
-    kinds, limits = _kinds_of(hint)
+    kinds, limits = expected.kinds, expected.limits
     if limits.get("finite") and isinstance(value, Tensor):
-        _check_finite(name, _dense(name, value))
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        check_dense(name, value)
+        _check_finite(name, value)
     if any(
-        value is choice or (type(value) is type(choice) and value == choice) for choice in choices
+        value is choice or (type(value) is type(choice) and value == choice)
+        for choice in expected.choices
     ):
         return value
-    others = [kind for kind in kinds if get_origin(kind) is not Literal]
-    if any(_fits(value, kind) for kind in others if kind not in (int, float)):
-        return as_shape(name, value) if hint == tuple[int, ...] else _dense(name, value)
-    is_text = isinstance(value, str) and (choices or str in others)
-    if float in others and not is_text:
+    if any(_fits(value, kind) for kind in expected.others):
+        if isinstance(value, Tensor):
+            check_dense(name, value)
+        return as_shape(name, value) if expected.is_shape else value  # type: ignore[arg-type]
+    is_text = isinstance(value, str) and (expected.choices or str in kinds)
+    if float in kinds and not is_text:
         if limits == {"finite": False}:
             return value if isinstance(value, float) else check_number(name, value)
         return check_number(name, value, **limits)
-    if int in others and not is_text:
-        return check_int(name, value, **(limits or {"minimum": _LEAST}))
-    raise _refusal(name, value, others, choices)
+    if int in kinds and not is_text:
+        return check_int(name, value, int(limits.get("minimum", _LEAST)))
+    raise _refusal(name, value, expected)
 
 
-def _kinds_of(hint: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The kinds that an annotation joins by ``|``, and the limits of its number."""
-    if get_origin(hint) is Annotated:
-        inner, limits, *_ = get_args(hint)
-        return _kinds_of(inner)[0], limits if isinstance(limits, dict) else {}
-    if get_origin(hint) in (Union, types.UnionType):
-        parts = [_kinds_of(part) for part in get_args(hint)]
-        return [k for kinds, _ in parts for k in kinds], {
-            n: v for _, limits in parts for n, v in limits.items()
-        }
-    return [hint], {}
-
-
-def _fits(value: object, kind: Any) -> bool:
+def _fits(value: object, kind: object) -> bool:
     """Whether a value is of a kind that is no number; of one that can't be looked at, it is."""
     if get_origin(kind) in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(kind))
     parts, kind = get_args(kind), get_origin(kind) or kind
     if kind is None or kind is types.NoneType:
         return value is None
+    if kind is bool:
+        return isinstance(value, (bool, np.bool_))
     if kind is collections.abc.Callable:
         return callable(value)
     if kind in _ROWS:
@@ -257,18 +309,23 @@ def _fits(value: object, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _dense(name: str, value: Any) -> Any:
-    """The value; of tensors those alone that hold real numbers, all of them, in memory."""
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_nested:
-            fixes = ["x.to_dense()"]
-            raise DataError(name, "a dense tensor", f"one of layout {value.layout}", fixes)
-        if value.is_complex():
-            raise DataError(name, "real numbers", f"dtype {value.dtype}", ["x.real"])
-        if value.is_meta:
-            fixes = ["x = torch.zeros(x.shape)"]
-            raise DataError(name, "a tensor with values", "one on the device meta", fixes)
-    return value
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuses tensors but for those that hold real numbers, all of them, in memory.
+
+    Raises:
+        DataError: If it is sparse, nested, complex or without values.
+    """
+    if tensor.layout is not torch.strided:
+        words = str(tensor.layout).removeprefix("torch.")
+        raise DataError(name, "a dense tensor", f"one of layout {words}", ["x.to_dense()"])
+    if tensor.is_meta:
+        fixes = ["torch.zeros(x.shape), or the data themselves"]
+        raise DataError(name, "numbers in memory", "a tensor on the device 'meta'", fixes)
+    if tensor.is_nested:
+        fixes = ["x.to_padded_tensor(0.0), and a mask in model and guide"]
+        raise DataError(name, "rows of one shape", "a nested tensor", fixes)
+    if tensor.is_complex():
+        raise DataError(name, "real numbers", f"dtype {tensor.dtype}", ["x.real"])
 
 
 def _check_finite(name: str, value: Tensor) -> None:
@@ -287,17 +344,17 @@ Finite = Annotated[Tensor, {"finite": True}]
 Extended = Annotated[float, {"finite": False}]
 """A number, an infinity, or NaN where it isn't known."""
 
-_WORDS = {str: "text", Tensor: "a tensor", Path: "a path"}
-_EXAMPLES: dict[Any, str] = {Tensor: "torch.zeros(3, 2)", collections.abc.Mapping: "{}"}
+_WORDS: dict[object, str] = {str: "text", Tensor: "a tensor", Path: "a path"}
+_EXAMPLES: dict[object, str] = {Tensor: "torch.zeros(3, 2)", collections.abc.Mapping: "{}"}
 
 
-def _refusal(name: str, value: object, kinds: list[Any], choices: list[Any]) -> PvaeError:
-    origins = [get_origin(kind) or kind for kind in kinds if kind is not types.NoneType]
+def _refusal(name: str, value: object, allowed: Expected) -> PvaeError:
+    origins = [get_origin(kind) or kind for kind in allowed.kinds if kind is not types.NoneType]
     if Tensor in origins and isinstance(value, np.ndarray):
         fixes = as_given(name, "torch.as_tensor(x)")
         return DataError(name, "a tensor", f"an ndarray of shape {value.shape}", fixes)
-    choices = [*choices, *([True, False] if bool in origins else [])]
-    if types.NoneType in kinds and None not in choices:
+    choices = [*allowed.choices, *([True, False] if bool in origins else [])]
+    if types.NoneType in allowed.kinds and None not in choices:
         choices.append(None)
     words = [_WORDS.get(kind) or _words_of(kind) for kind in origins if kind is not bool]
     words += map(repr, choices)
@@ -308,7 +365,7 @@ def _refusal(name: str, value: object, kinds: list[Any], choices: list[Any]) -> 
     return ArgumentError(name, expected, quoted(value), fixes or [f"another {name}"])
 
 
-def _words_of(kind: Any) -> str:
+def _words_of(kind: object) -> str:
     if kind is collections.abc.Callable:
         return "a function"
     if kind in (*_ROWS, tuple, list):
