@@ -249,39 +249,32 @@ def outside() -> str:
     return f"{found.title}; {found.reasons[0]}"
 
 
+class Decoding(PyroModule):
+    """A model that holds its decoder as a module of Pyro's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decode = PyroModule[nn.Linear](1, 1)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.decode(z[..., None])[..., 0], 1.0), obs=x)
+
+
 @row("a frozen parameter in a PyroModule", "moved by 0.15 in training")
 def frozen() -> str:
-    class Model(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.decode = PyroModule[nn.Linear](1, 1)
-            self.decode.weight.requires_grad_(requires_grad=False)
-
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                pyro.sample("x", dist.Normal(self.decode(z[..., None])[..., 0], 1.0), obs=x)
-
-    frozen = Model()
-    before = frozen.decode.weight.detach().clone()
-    fit((frozen, guide), data(), epochs=3, lr=0.05)
-    return f"moved by {float((frozen.decode.weight - before).abs().max()):g}"
+    decoding = Decoding()
+    weight = decoding.decode.weight.requires_grad_(requires_grad=False)
+    before = weight.detach().clone()
+    fit((decoding, guide), data(), epochs=3, lr=0.05)
+    return f"moved by {float((decoding.decode.weight - before).abs().max()):g}"
 
 
 @row("`pyro.settings.set(module_local_params=True)` with a PyroModule", "every tool crashed")
 def local_parameters() -> str:
-    class Model(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.decode = PyroModule[nn.Linear](1, 1)
-
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                pyro.sample("x", dist.Normal(self.decode(z[..., None])[..., 0], 1.0), obs=x)
-
     with pyro.settings.context(module_local_params=True):
-        return f"{bounds.elbo((Model(), guide), data()).name} of {N} data"
+        return f"{bounds.elbo((Decoding(), guide), data()).name} of {N} data"
 
 
 @row("an EasyGuide with a parameter for each row", "refused, and broken for Pyro's SVI after it")
