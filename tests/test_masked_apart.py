@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import pvae
 from pvae import Pair, bounds, diagnostics, export, objectives, testing
-from pvae.errors import PairError, PvaeError
+from pvae.errors import PairError, PvaeError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("store")
 N, D = 12, 3
@@ -283,6 +284,64 @@ def steps(
     svi = kind(*programs, pyro.optim.Adam({"lr": 1e-3}), loss)
     for start in (0, 100, 200):
         svi.step(x[start : start + 100], seen[start : start + 100])
+
+
+def masked_by(which: int) -> Callable[..., None]:
+    """The posterior, masked by the second or the third argument."""
+
+    def masked(x: Tensor, *masks: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=masks[which]):
+            pyro.sample("z", posterior(x))
+
+    return masked
+
+
+def masked_by_the_first(x: Tensor, *masks: Tensor) -> None:
+    with poutine.mask(mask=masks[0]):
+        model(x, masks[0])
+
+
+def counted() -> tuple[Tensor, Tensor, Tensor]:
+    """Data, and two masks that are alike in the first 200 of 300 rows."""
+    x, row = torch.linspace(-2.0, 2.0, 300), torch.arange(300)
+    mask = row % 3 > 0
+    return x, mask, mask ^ (row == 250)
+
+
+def test_masks_that_are_alike_at_first_and_differ_later_are_refused() -> None:
+    """Both programs mask the latent, by another argument each."""
+    data = counted()
+    pair = Pair(masked_by_the_first, masked_by(1))
+    part = bounds.evidence(pair, tuple(d[:150] for d in data), 4)  # of these it is right
+    expected = torch.where(data[1], exact(data[0]), 0.0)[:150]
+    torch.testing.assert_close(part.per_datum, expected)
+    error = "latent 'z'.*one mask in model and guide.*masks that differ"
+    for tool in (bounds.evidence, bounds.log_weights, diagnostics.importance):
+        with pytest.raises(PairError, match=error):
+            tool(pair, data, num_particles=30)
+    with pytest.raises(PairError, match=error):
+        pvae.fit(pair, data, epochs=1, batch_size=100, engine="eager", progress=False)
+
+
+def test_compiled_steps_find_no_number_where_masks_differ() -> None:
+    """They can't wait to see it; a step without a finite loss changes nothing."""
+    pair = Pair(masked_by_the_first, masked_by(1))
+    with pytest.raises(TrainingError, match="isn't finite at site 'z'"):
+        pvae.fit(pair, counted(), epochs=1, batch_size=100, engine="compiled", progress=False)
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_masks_that_are_alike_in_each_batch(
+    engine: Literal["eager", "compiled"], which: int
+) -> None:
+    """One tensor for both programs, or one each."""
+    x, mask, _ = counted()
+    pair = Pair(masked_by_the_first, masked_by(which))
+    data, expected = (x, mask, mask.clone())[: 2 + which], torch.where(mask, exact(x), 0.0)
+    torch.testing.assert_close(bounds.evidence(pair, data, 4).per_datum, expected)
+    run = pvae.fit(pair, data, epochs=1, batch_size=100, lr=1e-9, engine=engine, progress=False)
+    assert run.history[0]["elbo"] == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
 def test_compiled_steps_wait_until_a_mask_hides_something() -> None:

@@ -17,7 +17,7 @@ from pvae import randomness
 from pvae.distributions import log_density_of_delta, masks_of
 from pvae.errors import PairError
 from pvae.modes import is_capturing_graph
-from pvae.pair.messages import log_prob_of, mask_of, sample_sites
+from pvae.pair.messages import log_prob_of, mask_of, masks_at, sample_sites
 from pvae.pair.plates import PlateName, Sites
 from pvae.pair.running import Batch, probing, run_pair
 from pvae.pair.structure import Structure
@@ -120,7 +120,9 @@ def check_imputed(
     return tuple(pending)
 
 
-def look_at_masks(structure: Structure, batch: Batch, guide: Trace, model: Trace) -> None:
+def look_at_masks(
+    structure: Structure, batch: Batch, guide: Trace, model: Trace
+) -> dict[str, Tensor]:
     """Looks, in each pass, at masks of which the batches before haven't told all.
 
     Arguments:
@@ -129,29 +131,46 @@ def look_at_masks(structure: Structure, batch: Batch, guide: Trace, model: Trace
         guide: The guide's trace.
         model: The model's.
 
+    Returns:
+        Where a pass mustn't wait for the device: whether masks of both programs differ, by latent.
+
     Raises:
-        PairError: If a latent is masked in one program alone, and wasn't in the batch that was
-            looked at; or what this batch is the first to leave out is read.
+        PairError: If a latent's masks are alike in the batch that was looked at, and aren't in this
+            one, in which one program may have none; or what this batch is the first to leave out
+            is read.
     """
+    unlike = {}
     for name in (*structure.latents, *structure.global_latents):
         if name in structure.masked_apart or name not in model.nodes or name not in guide.nodes:
             continue
-        if _has_mask(model.nodes[name]) != _has_mask(guide.nodes[name]):
+        p, q = masks_at(model.nodes[name]), masks_at(guide.nodes[name])
+        if bool(p) != bool(q):
             where, expected = f"latent '{name}'", "a mask in each batch, or in none"
             fixes = [_FIXES[0], "torch.ones_like(mask), where nothing is to be left out"]
             actual = "one in one program alone, that the batch looked at before hadn't"
             raise PairError(where, expected, actual, fixes)
+        if [(id(mask), dims) for mask, dims in p] != [(id(mask), dims) for mask, dims in q]:
+            unlike[name] = _are_unlike(model.nodes[name], guide.nodes[name])
+    is_on_host = structure.device.type == "cpu"
+    if not is_capturing_graph() and (is_on_host or not torch.is_grad_enabled()):
+        for name in (name for name, flag in unlike.items() if bool(flag)):
+            expected = "one mask in model and guide, as in the batch looked at before"
+            raise PairError(f"latent '{name}'", expected, "masks that differ", _FIXES[:1])
+        unlike = {}
     pending = structure.notes.get(PENDING, ())
     if pending and is_capturing_graph():
         expected = "a batch in which its mask leaves something out, before steps are compiled"
         raise PairError(f"site '{pending[0]}'", expected, "none yet")
     if any(_leaves_out(name, guide, model) for name in pending):
         structure.notes[PENDING] = _look_again(structure, batch, pending)
+    return unlike
 
 
-def _has_mask(site: Site) -> bool:
-    return any(mask is not None and mask is not True
-               for mask in (site["mask"], *(mask for mask, _ in masks_of(site["fn"]))))  # fmt: skip
+def _are_unlike(p: Site, q: Site) -> Tensor:
+    """Whether two sites that both have masks leave out different entries."""
+    of_model, of_guide = mask_of(p), mask_of(q)
+    assert of_model is not None and of_guide is not None  # noqa: S101, PT018
+    return (of_model ^ of_guide).any()
 
 
 def _leaves_out(name: str, guide: Trace, model: Trace) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "is_penalty",
     "log_prob_of",
     "mask_of",
+    "masks_at",
     "plate_scale",
     "refused",
     "sample_sites",
@@ -70,13 +71,19 @@ def mask_of(site: Site) -> Tensor | None:
     """
     fn, mask = site["fn"], None
     shape = fn.batch_shape + fn.event_shape
-    for part, event_dim in [(site["mask"], len(fn.event_shape)), *masks_of(fn)]:
-        if part is None or part is True:
-            continue
+    for part, event_dim in masks_at(site):
         part = torch.as_tensor(part, device=site["value"].device).bool()
-        part = part.reshape(part.shape + (1,) * event_dim).expand(shape)
+        part = part.reshape(part.shape + (1,) * event_dim)
+        part = part.expand(torch.broadcast_shapes(part.shape, shape))  # or over states, too
         mask = part if mask is None else mask & part
     return mask
+
+
+def masks_at(site: Site) -> list[tuple[Tensor | bool, int]]:
+    """Masks that may leave something out, each with the event dimensions that it covers."""
+    around = site["mask"], len(site["fn"].event_shape)
+    masks = [around, *masks_of(site["fn"])]
+    return [(mask, dims) for mask, dims in masks if mask is not None and mask is not True]
 
 
 def log_prob_of(site: Site) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -93,6 +96,14 @@ class Collector:
         entry.log_p, entry.scaled_log_p = self._both(site, raw)
         if self.per_dimension and kind == "latent" and entry.is_local:
             entry.log_p_dims = self._dims(site)
+
+    def spoil(self, wrong: Mapping[str, Tensor]) -> None:
+        """Makes log p NaN at sites where something is wrong, for a pass that can't wait for it."""
+        for name in wrong.keys() & self.sites.keys():
+            entry = self.sites[name]
+            if entry.log_p is not None and entry.scaled_log_p is not None:
+                entry.log_p = torch.where(wrong[name], math.nan, entry.log_p)
+                entry.scaled_log_p = torch.where(wrong[name], math.nan, entry.scaled_log_p)
 
     def _is_summed_out(self, site: Site, raw: Tensor, *, in_model: bool = True) -> bool:
         """Whether a log density is over states that are summed out."""

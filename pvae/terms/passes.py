@@ -293,7 +293,7 @@ def _one_pass(
     before = randomness.get_state() if stop_guide and not is_capturing_graph() else None
     with _Detached() if detach else contextlib.nullcontext():
         guide_trace, model_trace = run_pair(model, guide, batch)
-    look_at_masks(structure, batch, guide_trace, model_trace)
+    unlike = look_at_masks(structure, batch, guide_trace, model_trace)
     align_masks(structure.masked_apart, guide_trace, model_trace)
     for name in structure.imputed:
         model_trace.nodes[name]["mask"] = False
@@ -305,6 +305,7 @@ def _one_pass(
     for site in sample_sites(model_trace):
         if site["name"] not in structure.imputed:
             collect.model(site)
+    collect.spoil(unlike)
     terms = collect.terms()
     terms.guide_trace, terms.model_trace = guide_trace, model_trace
     if stop_guide:
