@@ -34,6 +34,7 @@ import pvae
 from pvae import bounds, diagnostics, export, guides, latent, likelihoods, priors, recipes, testing
 from pvae.engine.stepper import Engine
 from pvae.errors import PvaeError, PvaeWarning
+from pvae.types import Program
 
 PAGE = Path(__file__).parents[1] / "docs" / "messages.md"
 Try = Callable[[], object]
@@ -79,9 +80,9 @@ def shared(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
 
-def vae(**options: Any) -> Any:
+def vae() -> pvae.VAE:
     torch.manual_seed(0)
-    return recipes.vae(6, 2, hidden=(8,), **options)
+    return recipes.vae(6, 2, hidden=(8,))
 
 
 def bits(n: int = 50) -> Tensor:
@@ -201,7 +202,7 @@ def modes() -> str:  # fmt: skip
     return "the same numbers in both, valid_elbo too" if len(found) == 1 else f"{found}"
 
 
-def saturated() -> tuple[Any, Any]:
+def saturated() -> tuple[Program, Program]:
     """A pair whose relaxed draws are 0 or 1 in 32 bits."""
     encode, decode = nn.Linear(6, 4), nn.Linear(4, 6)
     temperature = torch.tensor(0.1)
@@ -295,7 +296,7 @@ def easy() -> str:
 
 @row("a network that first runs after some steps", "moved by 0, with Pyro's SVI by 0.20")
 def late() -> str:
-    def moved(kind: Any) -> float:
+    def moved(kind: type[SVI]) -> float:
         pyro.clear_param_store()
         torch.manual_seed(0)
         net = nn.Linear(1, 1)
@@ -318,7 +319,7 @@ def late() -> str:
 
 @row("networks made anew beside a store that was loaded", "no warning but from `fit`")
 def loaded() -> object:
-    def pair() -> tuple[Any, Any]:
+    def pair() -> tuple[Program, Program]:
         layer = nn.Linear(1, 1)
 
         def of_layer(x: Tensor) -> None:
@@ -402,7 +403,7 @@ def scipy_sparse() -> object:
     return fit(vae(), csr_matrix(bits().numpy()))
 
 
-def same_as_tensor(kind: Callable[[Tensor], Any]) -> str:
+def same_as_tensor(kind: Callable[[Tensor], object]) -> str:
     """Whether a fit to the data in another form is that to the tensor."""
     losses = {fit(vae(), form(bits())).history[-1]["loss"] for form in (torch.clone, kind)}
     return "the loss of the same data in a tensor" if len(losses) == 1 else f"{losses}"
@@ -426,7 +427,7 @@ def list_of_rows() -> str:
     "ValueError: setting an array element with a sequence. The requested array has ...",
 )
 def two_programs() -> object:
-    of_vae: Any = vae()
+    of_vae = vae()
     call: Any = testing.check_pair
     return call(of_vae.model, of_vae.guide, (bits(), torch.arange(50)))
 
@@ -634,7 +635,7 @@ def frozen_value() -> str:
         pyro.set_rng_seed(0)
         weight = {"of": 0.0}
 
-        def scaled(program: Any) -> Any:
+        def scaled(program: Program) -> Program:
             return lambda x: poutine.scale(program, weight["of"])(x)
 
         adam = pyro.optim.Adam({"lr": 1e-3})

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
-__all__ = ["Dist", "Program", "Shape", "Site"]
+__all__ = ["Dist", "Message", "Program", "Shape", "Site"]
 
 Dist: TypeAlias = TorchDistributionMixin
 """A Pyro distribution."""
@@ -20,3 +20,6 @@ Shape: TypeAlias = int | Sequence[int]
 
 Site: TypeAlias = Mapping[str, Any]
 """A site of a trace, as Pyro has it: its name, distribution (``"fn"``), value, plates, mask."""
+
+Message: TypeAlias = dict[str, Any]
+"""A site while the program runs, which handlers may change."""

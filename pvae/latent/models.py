@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -22,7 +21,7 @@ from pvae.pair.messages import is_factor, sample_sites
 from pvae.simulate import RunOptions, require_mean, run_model, simulate_batch
 from pvae.sites import LATENT, announce_parameters
 from pvae.terms import look_at, only_site
-from pvae.types import Dist, Program
+from pvae.types import Dist, Message, Program
 
 __all__ = ["sample", "with_prior"]
 
@@ -95,7 +94,7 @@ class _Swap(Messenger):
         self.site, self.fn = site, fn
         self.latents: list[str] = []
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
             return
         self.latents.append(msg["name"])

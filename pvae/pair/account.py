@@ -13,7 +13,7 @@ import functools
 import itertools
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -99,7 +99,7 @@ class _Walk:
         while self._queue and len(self._visited) < _MOST:
             self._take(*self._queue.popleft())
 
-    def _take(self, label: str, thing: Any) -> None:
+    def _take(self, label: str, thing: object) -> None:
         if isinstance(thing, Tensor | np.ndarray):
             if not (isinstance(thing, Tensor) and thing.requires_grad):
                 self.entries[label] = _numbers(thing)
@@ -179,7 +179,7 @@ class _Walk:
         else:
             yield from self._offer(label, named)
 
-    def sequence(self, label: str, items: Any) -> Parts:
+    def sequence(self, label: str, items: Collection[object]) -> Parts:
         if _is_flat(items):
             self.entries[label] = description(list(items))
             return []
@@ -222,7 +222,7 @@ class _Walk:
         yield from _under(label, whole)
         yield from self._offer(label, [part for part in own if part[0] not in dict(whole)])
 
-    def made(self, label: str, thing: Any) -> Parts:
+    def made(self, label: str, thing: Distribution | Transform | Constraint) -> Parts:
         """A distribution, a transform or a constraint: what it was made with."""
         try:
             arguments = arguments_of(thing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from pyro.poutine import Trace
@@ -17,7 +16,7 @@ from pvae.devices import is_of_devices
 from pvae.errors import PairError, is_out_of_memory, oxford
 from pvae.pair.messages import infer_of, is_factor, is_penalty, log_prob_of, refused
 from pvae.pair.plates import DataPlate, Sites
-from pvae.types import Site
+from pvae.types import Message, Site
 
 __all__ = ["check_apart", "check_densities", "check_locality", "check_sites", "check_with_pyro"]
 
@@ -165,7 +164,7 @@ class _Leaves(Messenger):
         super().__init__()
         self.names, self.values = names, list[Tensor]()
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         value = msg["value"]
         is_new = not any(value is known for known in self.values)
         if msg["name"] in self.names and is_new and value.is_floating_point():

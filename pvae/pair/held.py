@@ -38,6 +38,7 @@ _LONGEST = 1000  # of a list or a dictionary that is followed
 _MOST = 20_000  # of things that are followed
 Parts = Iterator[tuple[object, str]]
 """Things that are held, each with what it is called."""
+Write = Callable[[Any, Any], None]
 
 
 class _Missing:
@@ -72,14 +73,14 @@ class Place:
     def __init__(
         self,
         label: str,
-        names: Sequence[Any],
-        read: Callable[[], list[Any]],
-        write: Callable[[Any, Any], None] | None = None,
+        names: Sequence[object],
+        read: Callable[[], Sequence[object]],
+        write: Write | None = None,
         *,
         is_library: bool = False,
     ) -> None:
         self.label, self.names, self.read, self.write = label, [*names], read, write
-        self.is_library, self.ignored, self.values = is_library, set[Any](), read()
+        self.is_library, self.ignored, self.values = is_library, set[object](), [*read()]
 
     def called(self, name: object) -> str:
         """What is under a name, for messages."""
@@ -94,10 +95,10 @@ class Place:
         """Whether all is as it was but what doesn't count, which then is as it is now."""
         if not self.ignored or not self.ignored.issuperset(name for name, _, _ in self.changes()):
             return False
-        self.values = self.read()
+        self.values = [*self.read()]
         return True
 
-    def changes(self) -> list[tuple[Any, object, object]]:
+    def changes(self) -> list[tuple[object, object, object]]:
         """The names under which something else is now, with what was there and what is."""
         rows = zip(self.names, self.values, self.read(), strict=True)
         return [(name, was, now) for name, was, now in rows if not is_same(was, now)]
@@ -113,7 +114,7 @@ class Change(NamedTuple):
     """A name of a place, what was under it, and what is there now."""
 
     place: Place
-    name: Any
+    name: object
     was: object
     now: object
 
@@ -139,7 +140,7 @@ class _Entries(Place):
     def __init__(
         self,
         label: str,
-        entries: dict[Any, Any],
+        entries: dict[Any, object],
         *,
         of_object: bool = False,
         is_library: bool = False,
@@ -164,10 +165,10 @@ class _Entries(Place):
         if not super().accepts():
             return False
         self.names = [*self.entries]
-        self.values = self.read()
+        self.values = [*self.read()]
         return True
 
-    def changes(self) -> list[tuple[Any, object, object]]:
+    def changes(self) -> list[tuple[object, object, object]]:
         """The same, with new entries."""
         known = {*self.names}
         new = [(name, MISSING, value) for name, value in self.entries.items() if name not in known]
@@ -185,7 +186,7 @@ class _Entries(Place):
 class _Items(Place):
     """The items of a list, which may grow."""
 
-    def __init__(self, label: str, items: MutableSequence[Any]) -> None:
+    def __init__(self, label: str, items: MutableSequence[object]) -> None:
         self.items = items
         super().__init__(label, (), lambda: [*items], items.__setitem__)
 
@@ -197,7 +198,7 @@ class _Items(Place):
         """Whether all is as it was."""
         return len(self.items) == len(self.values) and super().holds()
 
-    def changes(self) -> list[tuple[Any, object, object]]:
+    def changes(self) -> list[tuple[object, object, object]]:
         """What is at each index that was something else."""
         rows = enumerate(itertools.zip_longest(self.values, [*self.items], fillvalue=MISSING))
         return [(i, was, now) for i, (was, now) in rows if not is_same(was, now)]
@@ -343,7 +344,7 @@ class Held:
                 if isinstance(value, types.ModuleType) and is_users(value.__name__):
                     yield from ((vars(value)[n], n) for n in names & {*vars(value)})
 
-    def _named(self, values: dict[str, Any], names: Iterable[str], label: str) -> Parts:
+    def _named(self, values: dict[str, object], names: Iterable[str], label: str) -> Parts:
         """What a dictionary has under names, of those that count."""
         names = sorted(n for n in names if self._names is None or n in self._names)
         names = [n for n in names if n in values]
@@ -373,7 +374,7 @@ class Held:
         read = functools.partial(_attributes, thing, slots)
         yield from self._note(Place(label, slots, read, functools.partial(setattr, thing)))
 
-    def _parts_of_attributes(self, values: dict[str, Any], own: list[type], label: str) -> Parts:
+    def _parts_of_attributes(self, values: dict[str, object], own: list[type], label: str) -> Parts:
         if self._names is None:
             return self._note(_Entries(label, values, of_object=True, is_library=not own))
         if own:  # also names that a class has, and the object may get
@@ -391,29 +392,29 @@ class Held:
         return self._note(Place(kind.__name__, names, read, functools.partial(setattr, kind)))
 
 
-def _get_all(get: Callable[..., Any], names: Sequence[Any]) -> list[Any]:
+def _get_all(get: Callable[..., object], names: Sequence[object]) -> list[object]:
     return [*map(get, names, _ALWAYS)]
 
 
-def _attributes(thing: object, names: Sequence[str]) -> list[Any]:
+def _attributes(thing: object, names: Sequence[str]) -> list[object]:
     return [getattr(thing, name, MISSING) for name in names]
 
 
-def _contents(cells: Sequence[types.CellType]) -> list[Any]:
+def _contents(cells: Sequence[types.CellType]) -> list[object]:
     try:
         return [cell.cell_contents for cell in cells]
     except ValueError:  # one isn't assigned yet
         return [MISSING for _ in cells]
 
 
-def _fill(code: types.CodeType, cells: Sequence[types.CellType]) -> Callable[[Any, Any], None]:
+def _fill(code: types.CodeType, cells: Sequence[types.CellType]) -> Write:
     def fill(name: str, value: object) -> None:
         cells[code.co_freevars.index(name)].cell_contents = value
 
     return fill
 
 
-def _fill_array(array: Any, _: str, content: bytes) -> None:
+def _fill_array(array: np.ndarray, _: str, content: bytes) -> None:
     array[...] = np.frombuffer(content, array.dtype).reshape(array.shape)
 
 

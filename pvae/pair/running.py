@@ -55,7 +55,7 @@ def as_batch(batch: object) -> Batch:
     return (batch,)
 
 
-def flatten(part: object, leaves: list[Any]) -> Spec:
+def flatten(part: object, leaves: list[object]) -> Spec:
     """Appends what is in containers, and returns how it was contained: None for a leaf.
 
     Example:
@@ -72,7 +72,7 @@ def flatten(part: object, leaves: list[Any]) -> Spec:
     return None
 
 
-def rebuild(spec: Spec, leaves: Iterator[Any]) -> Any:
+def rebuild(spec: Spec, leaves: Iterator[object]) -> Any:
     """What `flatten` took apart, of other leaves."""
     if spec is None:
         return next(leaves)

@@ -113,7 +113,7 @@ class Structure:
         """
         return bool(self.plates)
 
-    def num_rows_of(self, batch: Sequence[Any]) -> int:
+    def num_rows_of(self, batch: Batch) -> int:
         """Rows of a batch, along the axes that count the data."""
         return num_rows_of(batch, self.axes)
 

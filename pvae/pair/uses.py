@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,8 +37,12 @@ class Uses(TorchFunctionMode):
         self.categories: set[int] = set()
 
     def __torch_function__(
-        self, function: Any, types: object, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """Calls the function, and notes which entries it was given."""
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
         given = {p for a in (args, (kwargs or {}).values()) for p in self._places_in(a)}

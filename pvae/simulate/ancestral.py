@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 from pyro import poutine
@@ -33,7 +33,7 @@ from pvae.simulate.settling import Settled, settle
 from pvae.terms import Terms, compute, mean_of
 from pvae.terms.collect import PARTICLES
 from pvae.terms.passes import can_vectorize, in_particles, no_guide
-from pvae.types import Dist, Program, Site
+from pvae.types import Dist, Message, Program, Site
 
 __all__ = ["Origin", "Simulation", "require_mean", "require_proper", "run_model", "simulate_batch"]
 
@@ -64,7 +64,7 @@ class _DrawData(Messenger):
         self.mean = options.get("mean", False)
         self.keep_masked = options.get("keep_masked", True)
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if not msg["is_observed"] or is_factor(msg):
             return
         value, data = self._value(msg), msg["value"]
@@ -74,7 +74,7 @@ class _DrawData(Messenger):
         msg["infer"] = {**(msg["infer"] or {}), DATA: data}
         msg["value"] = value
 
-    def _value(self, msg: Any) -> Tensor:
+    def _value(self, msg: Message) -> Tensor:
         fn: Dist = msg["fn"]
         value: Tensor | None = None
         with contextlib.suppress(NotImplementedError):

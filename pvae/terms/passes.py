@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pyro
 import torch
@@ -27,7 +26,7 @@ from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
 from pvae.terms.states import GuideStates, States
-from pvae.types import Program
+from pvae.types import Message, Program
 
 __all__ = ["can_vectorize", "compute", "draw_guide", "in_particles", "no_guide", "score_guide"]
 
@@ -44,7 +43,7 @@ class _Given(Messenger):
         super().__init__()
         self.values, self.redraw = values, redraw
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         value = self.values.get(msg["name"])
         if value is None or msg["is_observed"] or self.redraw:
             return
@@ -54,7 +53,7 @@ class _Given(Messenger):
             value = value.reshape((1,) * (len(shape) - value.dim()) + value.shape).expand(shape)
         msg["value"], msg["done"] = value, True
 
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         if self.redraw and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
 
@@ -62,7 +61,7 @@ class _Given(Messenger):
 class _Detached(Messenger):
     """Cuts what a draw has of the parameters that it was made with."""
 
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         if not msg["is_observed"] and isinstance(msg["value"], Tensor):
             msg["value"] = msg["value"].detach()
 
