@@ -321,6 +321,8 @@ def test_masks_that_are_alike_at_first_and_differ_later_are_refused() -> None:
             tool(pair, data, num_particles=30)
     with pytest.raises(PairError, match=error):
         pvae.fit(pair, data, epochs=1, batch_size=100, engine="eager", progress=False)
+    with pytest.raises(PairError, match=error):  # and no warning that draws go one by one
+        bounds.evidence(Pair(masked_by_the_first, masked_by(1)), data, 4)
 
 
 def test_compiled_steps_find_no_number_where_masks_differ() -> None:

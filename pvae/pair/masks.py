@@ -23,7 +23,7 @@ from pvae.pair.running import Batch, probing, run_pair
 from pvae.pair.structure import Structure
 from pvae.types import Dist, Site
 
-__all__ = ["align_masks", "check_imputed", "look_at_masks", "masked_apart"]
+__all__ = ["OtherMasksError", "align_masks", "check_imputed", "look_at_masks", "masked_apart"]
 
 PENDING = "masks_pending"
 """Key in the notes of a structure: latents of which nothing has been left out yet, so that it isn't
@@ -36,6 +36,10 @@ _FIXES = [
     "poutine.mask(mask=...) around the latent in model and guide alike",
     "poutine.mask(mask=...) around the observed site alone",
 ]
+
+
+class OtherMasksError(PairError):
+    """Masks that differ in another way than in the batch that a pair was looked at by."""
 
 
 def masked_apart(
@@ -148,14 +152,14 @@ def look_at_masks(
             where, expected = f"latent '{name}'", "a mask in each batch, or in none"
             fixes = [_FIXES[0], "torch.ones_like(mask), where nothing is to be left out"]
             actual = "one in one program alone, that the batch looked at before hadn't"
-            raise PairError(where, expected, actual, fixes)
+            raise OtherMasksError(where, expected, actual, fixes)
         if [(id(mask), dims) for mask, dims in p] != [(id(mask), dims) for mask, dims in q]:
             unlike[name] = _are_unlike(model.nodes[name], guide.nodes[name])
     is_on_host = structure.device.type == "cpu"
     if not is_capturing_graph() and (is_on_host or not torch.is_grad_enabled()):
         for name in (name for name, flag in unlike.items() if bool(flag)):
             expected = "one mask in model and guide, as in the batch looked at before"
-            raise PairError(f"latent '{name}'", expected, "masks that differ", _FIXES[:1])
+            raise OtherMasksError(f"latent '{name}'", expected, "masks that differ", _FIXES[:1])
         unlike = {}
     pending = structure.notes.get(PENDING, ())
     if pending and is_capturing_graph():

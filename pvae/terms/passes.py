@@ -21,7 +21,7 @@ from pvae.internals import BatchNorm, Norm
 from pvae.modes import is_capturing_graph
 from pvae.origin import first_line
 from pvae.pair import Batch, Structure, is_inside, probing, run_pair
-from pvae.pair.masks import align_masks, look_at_masks
+from pvae.pair.masks import OtherMasksError, align_masks, look_at_masks
 from pvae.pair.messages import is_factor, sample_sites
 from pvae.terms.collect import PARTICLES, Collector
 from pvae.terms.result import SiteTerms, Terms, joined, stack
@@ -234,7 +234,7 @@ def _compare(structure: Structure, batch: Batch) -> str:
             given = [_draws_of(both, k, structure) for k in range(2)]
             ones = [_scored(structure, batch, values) for values in given]
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, OtherMasksError):
                 raise
             return f"two particles at once fail with {first_line(error)}"
     for k, one in enumerate(ones):
