@@ -34,6 +34,8 @@ __all__ = [
     "Dispatch",
     "InverseTransform",
     "Norm",
+    "Operation",
+    "Pool",
     "abandon_capture",
     "allow_uncaptured",
     "can_skip_on_device",
@@ -178,6 +180,9 @@ def forget_values(transform: torch.distributions.Transform) -> None:
 Dispatch = TorchDispatchMode
 """What sees each operation as the device gets it, those of derivatives among them."""
 
+Operation = torch._ops.OpOverload
+"""One of torch's operations, for arguments of certain types."""
+
 COPIES = frozenset({torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default})
 """The operations that bring numbers from one device to another."""
 
@@ -190,7 +195,9 @@ def tensors_in(thing: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(thing) if isinstance(leaf, Tensor)]
 
 
-def written(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def written(
+    operation: Operation, args: Sequence[object], kwargs: Mapping[str, object]
+) -> list[Tensor]:
     """The tensors that an operation writes to."""
     named = operation._schema.arguments
     into = {a.name for a in named if a.alias_info is not None and a.alias_info.is_write}
@@ -225,10 +232,13 @@ def allow_uncaptured(optimizer: torch.optim.Optimizer) -> None:
     setattr(optimizer, "_warned_capturable_if_run_uncaptured", True)  # noqa: B010
 
 
+Pool = torch.cuda._POOL_HANDLE
+"""The memory that graphs share, as torch names it."""
+
 _abandoned: list[torch.cuda.CUDAGraph] = []
 
 
-def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+def abandon_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Pool | None) -> None:
     """Has torch take no more memory from a graph's pool, after a capture that couldn't be ended.
 
     Where CUDA itself ends a capture with an error, ``capture_end`` raises before it has done so,

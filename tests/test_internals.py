@@ -325,11 +325,12 @@ def captures() -> None:
         patch.setattr(torch._C, "_cuda_endAllocateToPool", end)
         patch.setattr(torch._C, "_cuda_releasePool", lambda *given: calls.append(given))
         graph: Any = object()
+        pool = internals.Pool((0, 7))
         internals.abandon_capture(graph, device, None)
         assert not calls
-        internals.abandon_capture(graph, device, (0, 7))  # which was ended properly
+        internals.abandon_capture(graph, device, pool)  # which was ended properly
         assert calls == [(0, (0, 7))]
-        internals.abandon_capture(graph, device, (0, 7))
+        internals.abandon_capture(graph, device, pool)
         assert calls == [(0, (0, 7))] * 3
 
 

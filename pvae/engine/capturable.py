@@ -6,7 +6,7 @@ fails half way. The same run says which tensors it uses that were there before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pvae.internals import COPIES, FRESH, Dispatch, tensors_in, version, written
+from pvae.internals import COPIES, FRESH, Dispatch, Operation, tensors_in, version, written
 from pvae.origin import first_line, site_and_line
 from pvae.pair.held import Place
 
@@ -44,8 +44,12 @@ class Used(Dispatch):
         self._found: dict[int, Tensor] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Operation,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
         for tensor in given if func is not FRESH else ():
@@ -104,8 +108,12 @@ class Filling(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func in _MAKERS and args and _is_of_numbers(args[0]):
             device = torch.device(kwargs.get("device") or torch.get_default_device())

@@ -6,9 +6,9 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,14 +30,14 @@ from pvae.engine.optimizers import count_on_device
 from pvae.engine.passes import Passes, PassResult
 from pvae.engine.watch import Watch, noting
 from pvae.errors import oxford
-from pvae.internals import abandon_capture, can_skip_on_device
+from pvae.internals import Pool, abandon_capture, can_skip_on_device
 from pvae.modes import capturing_graph, is_capturing_graph
+from pvae.pair import Batch
 from pvae.pair.held import is_plain, is_same
 
 __all__ = ["CapturedStep", "Recorder"]
 
 T = TypeVar("T")
-Batch = tuple[Any, ...]
 
 WARM_UP = 3
 """Runs on a stream of their own before a capture, in which libraries set themselves up."""
@@ -208,19 +208,19 @@ class CapturedStep:
                 holder.update(before)
 
 
-def _fixed(group: dict[str, Any]) -> list[tuple[str, Hashable]]:
+def _fixed(group: Mapping[str, object]) -> list[tuple[str, Hashable]]:
     """What a capture fixes of a group."""
     others = ((k, v) for k, v in group.items() if k not in ("params", "lr"))
     return [(k, v) for k, v in others if isinstance(v, Hashable)]
 
 
-def _which_are_equal(groups: Sequence[dict[str, Any]]) -> list[int]:
+def _which_are_equal(groups: Sequence[Mapping[str, object]]) -> list[int]:
     """For each group, the first one that has the same learning rate."""
     rates = [id(lr) if isinstance(lr := group["lr"], Tensor) else lr for group in groups]
     return [*map(rates.index, rates)]
 
 
-def _plain_of(holder: dict[str, Any]) -> dict[str, Any]:
+def _plain_of(holder: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in holder.items() if is_plain(value)}
 
 
@@ -233,7 +233,7 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        self._pool: Pool | None = None
 
     @functools.cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -250,9 +250,11 @@ class Recorder:
         if self._pool is None:
             with contextlib.suppress(RuntimeError):  # a build of torch without CUDA has no pools
                 self._pool = torch.cuda.graph_pool_handle()
-        mode: dict[str, Any] = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        capture = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
         try:
-            with torch.cuda.stream(current), torch.cuda.graph(graph, pool=self._pool, **mode):
+            with torch.cuda.stream(current), capture:
                 outputs = function(*inputs)
         except BaseException:
             abandon_capture(graph, self._device, self._pool)

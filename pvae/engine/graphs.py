@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pvae import randomness
 from pvae.devices import double
-from pvae.engine.arguments import as_tensors, type_of_numbers
 from pvae.engine.compiler import UncompilableError, compile_function
+from pvae.engine.inputs import as_tensors, type_of_numbers
 from pvae.engine.monitor import Measured
 from pvae.engine.optimizers import Backup
 from pvae.engine.passes import Passes, PassResult
 from pvae.engine.watch import Watch, noting
 from pvae.objectives import Objective
+from pvae.pair import Batch
 from pvae.pair.held import Held, is_plain
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "undoing",
 ]
 
-Batch = tuple[Any, ...]
 T = TypeVar("T")
 Result = TypeVar("Result", PassResult, Measured)
 

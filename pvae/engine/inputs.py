@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvae.errors import is_out_of_memory
+from pvae.pair import Batch
 
 __all__ = ["as_tensors", "type_of_numbers"]
 
-Batch = tuple[Any, ...]
 Measure = Callable[[Batch], Sequence[Tensor]]
 """From arguments to the loss and the gradients of a step that is undone."""
 
