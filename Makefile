@@ -7,7 +7,7 @@ BIN := .venv/bin
 PROCESSES ?= 2
 SPREAD := --numprocesses $(PROCESSES) --dist worksteal
 
-.PHONY: demo test test-device lint tutorials bench gpu peers clean
+.PHONY: demo test test-device lint tutorials bench gpu peers audit clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

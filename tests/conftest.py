@@ -23,6 +23,16 @@ def _float64(request: pytest.FixtureRequest, _guard: None) -> Iterator[None]:
 
 
 @pytest.fixture
+def gpu(device: torch.device) -> Iterator[torch.device]:
+    """CUDA, which alone has graphs and says what waits for it; Pyro validates as in a training."""
+    if device.type != "cuda":
+        pytest.skip("graphs, and what says where a step waits, are CUDA's")
+    with pyro.validation_enabled(is_validate=False):
+        yield device
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
 def store() -> Iterator[None]:
     """A parameter store of its own, for pairs whose parameters live there."""
     with pyro.get_param_store().scope():

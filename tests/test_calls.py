@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -67,7 +66,7 @@ def same(ours: Any, theirs: Any, path: str) -> None:
     if isinstance(ours, np.ndarray) and ours.dtype.kind == "f":
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4, err_msg=path)
     elif isinstance(ours, float):
-        assert math.isclose(ours, theirs, rel_tol=2e-3, abs_tol=2e-4) or ours != ours, path
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-4, nan_ok=True), path
     elif isinstance(ours, np.ndarray):
         np.testing.assert_array_equal(ours, theirs, err_msg=path)
     else:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,6 @@ from tests import test_compiled as c
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("store")]
 ENGINES: list[Any] = ["eager", "cudagraph"]
 RATE = 2.0**-7  # which float32 has, too, as fused kernels read it
-
-
-@pytest.fixture
-def gpu(device: torch.device) -> Iterator[torch.device]:
-    if device.type != "cuda":
-        pytest.skip("graphs are CUDA's")
-    with pyro.validation_enabled(is_validate=False):
-        yield device
 
 
 def made(
@@ -255,7 +248,7 @@ def test_what_waits_is_not_captured(case: str, gpu: torch.device) -> None:
         found.append(ends(stepper))
     (text,) = [str(w.message) for w in heard]
     assert "Steps run as Python, not captured: " in text
-    assert pytest.importorskip("re").search(words, text), text
+    assert re.search(words, text), text
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
     assert torch.cuda.get_sync_debug_mode() == 0

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
 import pvae
 from gpu_steps.common import (
-    PIXELS,
     Outcome,
     Setting,
-    adam,
     build,
     fit,
     images,
@@ -26,9 +21,6 @@ from gpu_steps.common import (
     tests,
     told,
 )
-from pvae import objectives as o
-from pvae import recipes
-from pvae.engine import Stepper, make_optimizer
 
 
 def doctor(setting: Setting) -> Outcome:
@@ -42,7 +34,7 @@ def doctor(setting: Setting) -> Outcome:
 
 
 def engine_tests(setting: Setting) -> Outcome:
-    files = ["tests/test_engine.py", "tests/test_captured.py"]
+    files = ["tests/test_engine.py", "tests/test_captured.py", "tests/test_graphs.py"]
     more = ["tests/test_svi.py", "tests/test_compiled.py", "tests/test_devices.py"]
     chosen = files if setting.short else [*files, *more]
     return tests(setting, "--device", setting.device, *chosen)
@@ -102,68 +94,11 @@ def fallback(setting: Setting) -> Outcome:
     return judged(all(good), f"{said}; the next pair's steps: {captured}", good=good)
 
 
-OBJECTIVES: dict[str, Callable[[], o.Objective]] = {
-    "ELBO": o.ELBO,
-    "ELBO, closed form": lambda: o.ELBO(analytic_kl=True),
-    "IWAE": lambda: o.IWAE(5),
-    "DReG": lambda: o.DReG(5),
-    "STL": o.STL,
-    "Renyi": lambda: o.Renyi(5, alpha=0.5),
-    "VIMCO": lambda: o.VIMCO(5),
-    "RWS": lambda: o.RWS(5),
-    "TVO": lambda: o.TVO(5),
-    "CUBO": lambda: o.CUBO(5),
-    "FreeBits": lambda: o.FreeBits(floor=0.1),
-    "Capacity": lambda: o.Capacity(capacity=2.0),
-    "GECO": lambda: o.GECO(tolerance=1.0),
-    "DIPVAE": o.DIPVAE,
-    "TCVAE": o.TCVAE,
-    "InfoVAE": o.InfoVAE,
-    "FactorVAE": o.FactorVAE,
-}
-RECIPES = ("ae", "sparse_activations_ae", "contractive_ae", "denoising_ae", "rae", "wae")
-
-
-@contextlib.contextmanager
-def no_waits() -> Iterator[None]:
-    """Raises at whatever waits for CUDA."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def waits(setting: Setting) -> Outcome:
-    """Objectives, and recipes with their penalties, whose step waits for the device."""
+    """A step of every objective, penalty, optimiser, part and recipe."""
     if setting.device != "cuda":
         return left_out("only CUDA says where it waits")
-    x = torch.from_numpy(images(64)).to(setting.device)
-    pairs: dict[str, tuple[pvae.VAE, Callable[[], o.Objective]]] = {
-        name: (build(), make) for name, make in OBJECTIVES.items()
-    }
-    for name in RECIPES:
-        pairs[name] = (recipes.named(name)(PIXELS, 20, hidden=(40,)), o.ELBO)
-    waiting: dict[str, str] = {}
-    for name, (pair, make) in pairs.items():
-        try:
-            _steps(pair.to(setting.device), make(), x)
-        except Exception as error:
-            waiting[name] = str(error.__cause__ or error).strip().partition("\n")[0]
-    said = "; ".join(f"{name}: {why[:80]}" for name, why in waiting.items()) or "none"
-    return judged(not waiting, f"of {len(pairs)}, waiting: {said}", waiting=waiting)
-
-
-def _steps(pair: pvae.VAE, objective: o.Objective, x: Tensor) -> None:
-    structure = pair.inspect((x,))
-    optimizer = make_optimizer(adam, list(structure.parameters.values()))
-    state = objective.make_state(structure, len(x), 1, 10)
-    stepper = Stepper(structure, objective, optimizer, state)
-    with pyro.validation_enabled(is_validate=False):  # as in a training
-        stepper((x,), 0)  # in which states are made
-        with no_waits():
-            for step in range(1, 4):
-                stepper((x,), step)
+    return tests(setting, "--device", setting.device, "tests/test_waits.py")
 
 
 def engines(setting: Setting) -> Outcome:

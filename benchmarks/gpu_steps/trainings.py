@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gpu_steps.common import (
-    ROOT,
     Outcome,
     Setting,
     build,
@@ -24,7 +20,6 @@ from gpu_steps.common import (
     images,
     judged,
     left_out,
-    path_of,
     python,
     relative,
 )
@@ -66,21 +61,10 @@ def memory_map(setting: Setting) -> Outcome:
     return judged(good, said, device=device_memory, host=host_memory)
 
 
-def _train(folder: Path, setting: Setting, kill_at: int | None = None) -> bool:
-    """Trains convolutions in a process of its own, killed as a step starts; whether it ended."""
-    command = [sys.executable, "-m", "gpu_steps.convolutions", str(folder), setting.device]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path_of("PYTHONPATH")},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        for count, _ in enumerate(process.stdout, start=1):
-            if count == kill_at:
-                process.send_signal(signal.SIGKILL)
-    return process.returncode == 0
+def _train(folder: Path, setting: Setting, kill_at: int = 0) -> int:
+    """Trains convolutions in a process of its own, killed as a step starts; how that ended."""
+    command = ["-m", "gpu_steps.convolutions", str(folder), setting.device, str(kill_at)]
+    return python(setting, *command).returncode
 
 
 def kill_and_resume(setting: Setting) -> Outcome:
@@ -90,9 +74,9 @@ def kill_and_resume(setting: Setting) -> Outcome:
     whole, killed = (Path(setting.folder) / name for name in ("whole", "killed"))
     for folder in (whole, killed):
         shutil.rmtree(folder, ignore_errors=True)
-    ended = [_train(whole, setting), *(_train(killed, setting, at) for at in (11, 6, None))]
-    if ended != [True, False, False, True]:
-        return failed(f"runs that ended by themselves: {ended}")
+    ended = [_train(whole, setting), *(_train(killed, setting, at) for at in (11, 6, 0))]
+    if ended != [0, -signal.SIGKILL, -signal.SIGKILL, 0]:
+        return failed(f"the runs ended with {ended}")
     first, second = (load_file(folder / "final.safetensors") for folder in (whole, killed))
     off = max(float((first[name] - second[name]).abs().max()) for name in first)
     environment = checkpoint.load(killed / "checkpoint.safetensors").meta["environment"]
