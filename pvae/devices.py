@@ -126,13 +126,11 @@ def same_device(one: torch.device, other: torch.device) -> bool:
         >>> same_device(torch.device("cpu"), torch.device("cpu", 0))
         True
     """
-    numbers = [0 if device.index is None else device.index for device in (one, other)]
-    if one.type == other.type == "cuda" and None in (one.index, other.index):
-        numbers = [
-            torch.cuda.current_device() if device.index is None else device.index
-            for device in (one, other)
-        ]
-    return one.type == other.type and numbers[0] == numbers[1]
+    if one.type != other.type or one.index == other.index:
+        return one.type == other.type
+    current = torch.cuda.current_device() if one.type == "cuda" else 0
+    numbers = [current if device.index is None else device.index for device in (one, other)]
+    return numbers[0] == numbers[1]
 
 
 def is_of_devices(error: BaseException) -> bool:

@@ -23,16 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "CACHED",
     "COPIES",
     "DETERMINISTIC",
     "ENUMERATE_DIM",
     "FRESH",
-    "INVERSE",
     "BatchNorm",
     "Convolution",
     "Dispatch",
-    "InverseTransform",
     "Norm",
     "Operation",
     "Pool",
@@ -41,7 +38,6 @@ __all__ = [
     "can_skip_on_device",
     "copied_guide",
     "count_as_stepped",
-    "forget_values",
     "fused_adam",
     "guess_plates",
     "handlers",
@@ -156,23 +152,6 @@ def unvalidated() -> Iterator[None]:
         yield
     finally:
         setattr(kind, check, before)
-
-
-# Torch's transforms
-
-InverseTransform = torch.distributions.transforms._InverseTransform
-"""What ``transform.inv`` is: the one transform whose inverse is what it was made with."""
-
-INVERSE = "_inv"
-"""Attribute of a transform: the one that it was made of, or its inverse once asked for."""
-
-CACHED = "_cached"
-"""How the names of attributes begin that keep values already computed."""
-
-
-def forget_values(transform: torch.distributions.Transform) -> None:
-    """Empties a transform's cache: a copy has none, and can't be called without one."""
-    transform._cached_x_y = None, None
 
 
 # Operations, one by one

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyro
 import torch
+from numpy.typing import DTypeLike
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
@@ -21,7 +22,7 @@ from pvae.errors import ArgumentError, oxford, warn
 from pvae.internals import guess_plates, network_state
 from pvae.objectives import ELBO, Objective, ObjectiveState, as_objective
 from pvae.objectives.refusals import check_of_pyro
-from pvae.pair import Pair, Structure
+from pvae.pair import Batch, Pair, Structure
 from pvae.pair.home import moved
 from pvae.pair.plates import PlateName
 from pvae.pair.running import Spec, called_by, flatten, rebuild
@@ -42,7 +43,7 @@ class Loss(Tensor):
     Whatever reads it waits until the GPU has come to the end of that step.
     """
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
         """The number, for NumPy and what is built on it, such as plots."""
         return np.asarray(self.item(), dtype)
 
@@ -189,7 +190,7 @@ class SVI(pyro.infer.SVI):
 
     def _stepper_for(
         self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> tuple[Stepper, tuple[Any, ...]]:
+    ) -> tuple[Stepper, Batch]:
         """What runs steps on arguments of this kind, and the arguments in a row."""
         leaves: list[Any] = []
         spec = flatten((args, kwargs), leaves)
@@ -202,7 +203,7 @@ class SVI(pyro.infer.SVI):
             _guess_as_pyro(self._given_loss, self.model, self.guide, args, kwargs)
         return stepper, stepper.structure.place(batch)
 
-    def _start(self, spec: Spec, batch: tuple[Any, ...]) -> Stepper:
+    def _start(self, spec: Spec, batch: Batch) -> Stepper:
         """What is to be known of the pair and its parameters, on arguments of a kind."""
         if spec not in self._pairs:
             programs = [self.model, self.guide]

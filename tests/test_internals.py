@@ -91,27 +91,6 @@ def mask() -> None:
     assert torch.equal(found, given)
 
 
-def inverse() -> None:
-    """An inverse keeps what it is the inverse of, and a transform its inverse once asked for."""
-    transform = dist.transforms.ExpTransform()
-    assert vars(transform)[internals.INVERSE] is None
-    other = transform.inv
-    assert isinstance(other, internals.InverseTransform)
-    assert not isinstance(transform, internals.InverseTransform)
-    assert vars(other)[internals.INVERSE] is transform
-
-
-def cache() -> None:
-    """A cached value is in an attribute by that name, and is given back until forgotten."""
-    transform = dist.transforms.ExpTransform(cache_size=1)
-    x = torch.ones(2)
-    y = transform(x)
-    assert any(k.startswith(internals.CACHED) and v is not None for k, v in vars(transform).items())
-    assert transform(x) is y
-    internals.forget_values(transform)
-    assert transform(x) is not y
-
-
 def version() -> None:
     x = torch.ones(2)
     before = internals.version(x)
@@ -335,7 +314,7 @@ def captures() -> None:
 
 
 CHECKS: list[Callable[[], None]] = [
-    deterministic, enumerate_dim, mask, inverse, cache, version, hooks, skipping, adam, many,
+    deterministic, enumerate_dim, mask, version, hooks, skipping, adam, many,
     messengers, networks, gradient_hooks, validation, schedulers, waiting, guessing, compiler,
     guides, operations, captures,
 ]  # fmt: skip

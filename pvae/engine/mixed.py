@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from pvae.engine.monitor import PARTS, Failure
-from pvae.engine.stepper import Engine, Stepper
+from pvae.engine.stepper import Engine, Seen, Stepper
 from pvae.engine.sums import zero_sums
 
 __all__ = ["MixedStepper"]
@@ -67,11 +66,11 @@ class MixedStepper:
         """Whether any step had penalties so far, of whatever kind its batch was."""
         return any(stepper.has_penalties for stepper in self.steppers.values())
 
-    def seen(self) -> dict[str, Any]:
-        """What steps of all kinds have shown of the pair, as JSON has it."""
+    def seen(self) -> Seen:
+        """What steps of all kinds have shown of the pair."""
         return self.first.seen() | {"has_penalties": self.has_penalties}
 
-    def restore_seen(self, seen: Mapping[str, Any]) -> None:
+    def restore_seen(self, seen: Seen) -> None:
         """Takes in what the steps before had shown."""
         self.first.restore_seen(seen)
 

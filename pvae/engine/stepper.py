@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypedDict, TypeVar, get_args
 
 import pyro
 import torch
@@ -40,6 +40,13 @@ WORTH_COMPILING = 180.0
 of batch, and saves from a tenth of the time (large convolutions) to half of it (small networks)."""
 
 Result = TypeVar("Result", PassResult, Measured)
+
+
+class Seen(TypedDict):
+    """What steps have shown of a pair: whether it has penalties, which parameters had gradients."""
+
+    has_penalties: bool
+    moved: list[str]
 
 
 class Stepper:
@@ -223,13 +230,13 @@ class Stepper:
         """Whether any step had penalties so far."""
         return self.passes.has_penalties
 
-    def seen(self) -> dict[str, Any]:
-        """What steps have shown of the pair, as JSON has it; what comes after depends on it."""
+    def seen(self) -> Seen:
+        """What steps have shown of the pair; what comes after depends on it."""
         named = self.structure.parameters.items()
         moved = [name for name, parameter in named if id(parameter) in self.moved]
         return {"has_penalties": self.has_penalties, "moved": moved}
 
-    def restore_seen(self, seen: Mapping[str, Any]) -> None:
+    def restore_seen(self, seen: Seen) -> None:
         """Takes in what the steps before had shown."""
         self.passes.has_penalties = seen["has_penalties"]
         self.moved |= {id(self.structure.parameters[name]) for name in seen["moved"]}
