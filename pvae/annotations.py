@@ -32,10 +32,11 @@ from pvae.errors import (
     DataError,
     PvaeError,
     as_given,
-    as_shape,
+    as_widths,
     check_count,
     check_int,
     check_number,
+    is_one_of,
     is_out_of_memory,
     quoted,
 )
@@ -181,7 +182,8 @@ def _checks_of(function: Callable[..., object]) -> Mapping[str, _Check]:
     for name, p in inspect.signature(function).parameters.items():
         if name in hints.keys() - _SKIPPED and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             is_counted = name.startswith("num_") and name not in _BOUNDS
-            found[name] = _Check(hints[name], p.default, _least(name, p.default), is_counted)
+            least = None if float in hints[name].kinds else _least(name, p.default)
+            found[name] = _Check(hints[name], p.default, least, is_counted)
     return found
 
 
@@ -206,13 +208,13 @@ class Expected:
         kinds: The kinds that it joins by ``|``, without choices.
         choices: The values of its ``Literal``.
         limits: Those of its number.
-        is_shape: Whether it is a tuple of integers.
+        is_widths: Whether it is a tuple of integers, which are widths.
     """
 
     kinds: tuple[object, ...]
     choices: tuple[object, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
-    is_shape: bool = False
+    is_widths: bool = False
 
     @classmethod
     def of(cls, hint: object) -> Expected:
@@ -229,7 +231,7 @@ class Expected:
                 tuple(choice for part in parts for choice in part.choices),
                 {name: limit for part in parts for name, limit in part.limits.items()},
             )
-        return cls((hint,), is_shape=hint == tuple[int, ...])
+        return cls((hint,), is_widths=hint == tuple[int, ...])
 
     @functools.cached_property
     def others(self) -> tuple[object, ...]:
@@ -267,15 +269,14 @@ def as_annotated(name: str, value: object, expected: Expected) -> object:
     if limits.get("finite") and isinstance(value, Tensor):
         check_dense(name, value)
         _check_finite(name, value)
-    if any(
-        value is choice or (type(value) is type(choice) and value == choice)
-        for choice in expected.choices
-    ):
+    if expected.choices and is_one_of(value, expected.choices):
         return value
+    if expected.is_widths:
+        return as_widths(name, value)  # type: ignore[arg-type]
     if any(_fits(value, kind) for kind in expected.others):
         if isinstance(value, Tensor):
             check_dense(name, value)
-        return as_shape(name, value) if expected.is_shape else value  # type: ignore[arg-type]
+        return value
     is_text = isinstance(value, str) and (expected.choices or str in kinds)
     if float in kinds and not is_text:
         if limits == {"finite": False}:
@@ -294,7 +295,7 @@ def _fits(value: object, kind: object) -> bool:
     if kind is None or kind is types.NoneType:
         return value is None
     if kind is bool:
-        return isinstance(value, (bool, np.bool_))
+        return is_one_of(value, (True, False))
     if kind is collections.abc.Callable:
         return callable(value)
     if kind in _ROWS:

@@ -6,15 +6,16 @@ instead, and what to try. The layout of messages is written here and nowhere els
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import html
 import inspect
+import itertools
 import math
 import operator
 import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ __all__ = [
     "UndefinedError",
     "as_given",
     "as_shape",
+    "as_widths",
     "check_choice",
     "check_count",
     "check_file",
@@ -45,6 +47,7 @@ __all__ = [
     "check_number",
     "check_path",
     "escaped",
+    "is_one_of",
     "is_out_of_memory",
     "oxford",
     "quoted",
@@ -148,7 +151,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return is_full or is_out_of_memory(error.__cause__)
 
 
-@contextmanager
+@contextlib.contextmanager
 def telling_memory(where: str, rows: int | None, option: str | None = "max_rows") -> Iterator[None]:
     """Tells that memory is full by an `OutOfMemoryError`, with the option that takes fewer rows.
 
@@ -306,15 +309,28 @@ def as_given(where: str, value: str) -> list[str]:
 def check_choice(where: str, value: object, choices: Iterable[object]) -> None:
     """Raises an `ArgumentError` if ``value`` isn't one of ``choices``."""
     choices = list(choices)
-    if not any(value is choice or _is_same(value, choice) for choice in choices):
+    if not is_one_of(value, choices):
         near = difflib.get_close_matches(str(value), map(str, choices), 1) if choices else []
         best = [choice for choice in choices if str(choice) in near] or choices
         fixes = [fix for choice in best[:2] for fix in as_given(where, repr(choice))]
         raise ArgumentError(where, f"one of {oxford(choices)}", quoted(value), fixes)
 
 
-def _is_same(value: object, choice: object) -> bool:
-    return type(value) is type(choice) and value == choice
+def is_one_of(value: object, choices: Iterable[object]) -> bool:
+    """Whether a value is one of several, also as NumPy has it; 1 is no truth value.
+
+    Example:
+        >>> is_one_of(1, (True, False)), is_one_of("linear", ("linear", "spherical"))
+        (False, True)
+    """
+    if getattr(value, "shape", None) == ():
+        with contextlib.suppress(AttributeError, RuntimeError):
+            value = value.item()  # type: ignore[attr-defined]
+    is_truth = isinstance(value, bool)
+    return any(
+        value is choice or (isinstance(value, type(choice)) and not is_truth and value == choice)
+        for choice in choices
+    )
 
 
 def check_path(where: str, path: str | Path) -> Path:
@@ -392,14 +408,38 @@ def check_count(where: str, count: int, each: int, device: torch.device | None =
     """
     most = max(1, memory_of(device) // (2 * max(1, each)))  # which leaves some for the work
     rounded = most // 10 ** (len(str(most)) - 1) * 10 ** (len(str(most)) - 1)
-    check_memory(where, count * each, f"{count}", as_given(where, str(rounded)), device)
+    check_memory(where, int(count) * each, f"{count}", as_given(where, str(rounded)), device)
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes < 2**70 else "more than a billion TiB"
 
 
-def as_shape(where: str, shape: int | Sequence[int], least: int = 0) -> tuple[int, ...]:
+def as_widths(where: str, widths: int | Iterable[int]) -> tuple[int, ...]:
+    """Returns the widths of layers, one after another, as a tuple; an integer is one layer's.
+
+    Raises:
+        ArgumentError: If it is no integer of at least 1, nor several of them.
+        OutOfMemoryError: If the weights between them, in single precision, wouldn't fit.
+
+    Example:
+        >>> as_widths("hidden", 64), as_widths("hidden", range(1, 4))
+        ((64,), (1, 2, 3))
+    """
+    sizes = _sizes(where, widths)
+    weights = sum(map(math.prod, itertools.pairwise((1, *sizes, 1))))
+    check_memory(where, 4 * weights, quoted(widths), as_given(where, "(256, 256)"))
+    return sizes
+
+
+def _sizes(where: str, sizes: int | Iterable[int]) -> tuple[int, ...]:
+    several: tuple[object, ...] = (sizes,)
+    with contextlib.suppress(TypeError):  # not for several: a number, also in an array
+        several = several if isinstance(sizes, (str, bytes)) else tuple(sizes)  # type: ignore[arg-type]
+    return tuple(check_int(where, size) for size in several)
+
+
+def as_shape(where: str, shape: int | Iterable[int], least: int = 0) -> tuple[int, ...]:
     """Returns an event shape as a tuple; an integer is a vector of that length.
 
     Arguments:
@@ -415,9 +455,7 @@ def as_shape(where: str, shape: int | Sequence[int], least: int = 0) -> tuple[in
         >>> as_shape("event_shape", 784), as_shape("event_shape", (1, 28, 28))
         ((784,), (1, 28, 28))
     """
-    is_text = isinstance(shape, (str, bytes))
-    axes = shape if isinstance(shape, Sequence) and not is_text else (shape,)
-    sizes = tuple(check_int(where, size) for size in axes)
+    sizes = _sizes(where, shape)
     if len(sizes) < least:
         expected = "a shape with at least one axis"
         raise ArgumentError(where, expected, quoted(shape), as_given(where, "1"))

@@ -17,7 +17,15 @@ from torch.nn.utils import parametrize
 
 from pvae.annotations import strict
 from pvae.described import Described
-from pvae.errors import ArgumentError, PairError, as_shape, check_int, check_memory, check_number
+from pvae.errors import (
+    ArgumentError,
+    PairError,
+    as_shape,
+    as_widths,
+    check_int,
+    check_memory,
+    check_number,
+)
 from pvae.internals import Convolution
 from pvae.types import Shape
 
@@ -173,7 +181,7 @@ class MLP(Described):
         self.out_shape = as_shape("MLP.out_shape", out_shape, least=1)
         self.context_dim = check_int("MLP.context_dim", context_dim, minimum=0)
         self.in_scale = check_number("in_scale", in_scale)
-        widths = [math.prod(self.in_shape) + context_dim, *as_shape("MLP.hidden", hidden)]
+        widths = [math.prod(self.in_shape) + self.context_dim, *as_widths("MLP.hidden", hidden)]
         check_weights("MLP.hidden", pairwise([*widths, math.prod(self.out_shape)]))
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -243,7 +251,7 @@ class ConvEncoder(Described):
         self,
         in_shape: Shape,
         out_features: int,
-        channels: Sequence[int] = (32, 64),
+        channels: Shape = (32, 64),
         hidden: int = 256,
         activation: Callable[[], nn.Module] = nn.ReLU,
         *,
@@ -256,9 +264,9 @@ class ConvEncoder(Described):
         self.in_shape = _image_shape("ConvEncoder.in_shape", in_shape)
         self.context_dim = check_int("ConvEncoder.context_dim", context_dim, minimum=0)
         self.in_scale = check_number("in_scale", in_scale)
-        widths = [self.in_shape[0], *as_shape("ConvEncoder.channels", channels)]
+        widths = [self.in_shape[0], *as_widths("ConvEncoder.channels", channels)]
         height, width = _halvings(*self.in_shape[1:], len(widths) - 1)[-1]
-        flat = widths[-1] * height * width + context_dim
+        flat = widths[-1] * height * width + self.context_dim
         hidden = check_int("ConvEncoder.hidden", hidden)
         outer = (flat, hidden), (hidden, check_int("ConvEncoder.out_features", out_features))
         check_weights("ConvEncoder.channels", (*((*pair, 9) for pair in pairwise(widths)), *outer))
@@ -309,7 +317,7 @@ class ConvDecoder(Described):
         self,
         in_features: int,
         out_shape: Shape,
-        channels: Sequence[int] = (64, 32),
+        channels: Shape = (64, 32),
         hidden: int = 256,
         activation: Callable[[], nn.Module] = nn.ReLU,
         *,
@@ -320,15 +328,16 @@ class ConvDecoder(Described):
         self.in_features = check_int("ConvDecoder.in_features", in_features)
         self.out_shape = _image_shape("ConvDecoder.out_shape", out_shape)
         self.context_dim = check_int("ConvDecoder.context_dim", context_dim, minimum=0)
-        widths = as_shape("ConvDecoder.channels", channels)
+        widths = as_widths("ConvDecoder.channels", channels)
         self._sizes = _halvings(*self.out_shape[1:], len(widths))[::-1]
         height, width = self._sizes[0]
         hidden = check_int("ConvDecoder.hidden", hidden)
-        outer = (in_features + context_dim, hidden), (hidden, widths[0] * height * width)
+        features = self.in_features + self.context_dim
+        outer = (features, hidden), (hidden, widths[0] * height * width)
         inner = ((*pair, 9) for pair in pairwise([*widths, self.out_shape[0]]))
         check_weights("ConvDecoder.channels", (*inner, *outer))
         self.head = nn.Sequential(
-            nn.Linear(in_features + context_dim, hidden),
+            nn.Linear(features, hidden),
             activation(),
             nn.Linear(hidden, widths[0] * height * width),
             nn.Unflatten(1, (widths[0], height, width)),

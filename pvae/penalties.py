@@ -377,13 +377,15 @@ class Penalties(nn.ModuleList):
 
 def on_side(side: Side, penalties: Penalty | Sequence[Penalty]) -> Penalties:
     """The penalties that are computed on one side of a pair, ``"guide"`` or ``"model"``."""
-    several = tuple(penalties) if isinstance(penalties, Sequence) else (penalties,)
+    several: tuple[object, ...] = (penalties,)
+    if isinstance(penalties, Iterable) and not isinstance(penalties, (Penalty, Iterator)):
+        several = tuple(penalties)  # an iterator would be empty for the other side
     for penalty in several:
         if not isinstance(penalty, Penalty):
             fixes = ["penalties.Custom(function, weight)"]
             raise ArgumentError("penalties", "penalties", type(penalty).__name__, fixes)
         _check_sides(penalty)
-    return Penalties(p for p in several if side in p.sides)
+    return Penalties(p for p in several if isinstance(p, Penalty) and side in p.sides)
 
 
 def penalise(outputs: SideOutputs, penalties: Iterable[Penalty]) -> None:

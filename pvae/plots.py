@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pvae.diagnostics import SBC, TARP, AggregatedPosterior, LearningCurve
     from pvae.fitting import Fit, History
 
-Array: TypeAlias = Tensor | np.ndarray
+Array: TypeAlias = Tensor | np.ndarray | Sequence[object]
 Record: TypeAlias = Mapping[str, float | None]
 Shape: TypeAlias = Sequence[int] | None
 
@@ -88,7 +88,7 @@ def _plain(text: object) -> str:
     return shown(str(text)).replace("$", r"\$")
 
 
-def _numpy(x: Array | Sequence[object]) -> np.ndarray:
+def _numpy(x: Array) -> np.ndarray:
     return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
 
 
@@ -246,7 +246,7 @@ def _leave_out_the_start(axis: Axes, epochs: int) -> None:
 @strict
 def latent_map(
     codes: Array,
-    labels: Array | Sequence[object] | None = None,
+    labels: Array | None = None,
     *,
     axis: Axes | None = None,
     title: str = "codes: means of q(z | x)",

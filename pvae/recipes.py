@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pvae import guides, likelihoods, networks, priors
 from pvae.annotations import strict
 from pvae.corruptions import Noise
-from pvae.errors import ArgumentError, as_shape, check_int, check_number, quoted
+from pvae.errors import ArgumentError, as_shape, as_widths, check_int, check_number, quoted
 from pvae.penalties import MMD, Activations, Commitment, Contractive, Penalty, WeightDecay
 from pvae.shelf import Shelf
 from pvae.types import Shape
@@ -215,7 +215,8 @@ def vae(
         raise ArgumentError("network", "'mlp', 'conv' or 'resnet'", repr(network), fixes)
     inner = networks.activation_named(activation)
     last = None if code_activation is None else networks.activation_named(code_activation)
-    widths = tuple(hidden)[::-1] if decoder_hidden is None else tuple(decoder_hidden)
+    hidden = as_widths("hidden", hidden)
+    widths = hidden[::-1] if decoder_hidden is None else as_widths("decoder_hidden", decoder_hidden)
     residual = network == "resnet"
     encode: Factory = networks.MLP
     if network != "mlp":

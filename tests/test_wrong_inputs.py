@@ -7,6 +7,7 @@ function is tried by itself, or the test fails and says what it needs.
 
 from __future__ import annotations
 
+import enum
 import fnmatch
 import functools
 import inspect
@@ -101,6 +102,7 @@ KINDS: list[tuple[str, Callable[[], list[Any]]]] = [  # beginnings of annotation
     ("int", lambda: INT),
     ("Annotated[int", lambda: INT),
     ("float", lambda: NUMBER),
+    ("Extended", lambda: [value for value in NUMBER if not isinstance(value, float)]),
     ("Weight", lambda: NUMBER),
     ("AtLeastZero", lambda: NUMBER),
     ("Positive", lambda: NUMBER),
@@ -437,3 +439,76 @@ def test_a_number_that_would_fit_is_said() -> None:
     name, number = error.value.fixes[0].split("=")
     assert name == "num_particles"
     assert pvae.objectives.IWAE(int(number)).num_particles > 10**5
+
+
+class Metric(enum.StrEnum):
+    COSINE = "cosine"
+
+
+def untyped(value: Any) -> Any:
+    """A value of another type than annotations have, which works all the same."""
+    return value
+
+
+def widths_of(network: Any) -> list[int]:
+    return [m.out_features for m in network.modules() if isinstance(m, torch.nn.Linear)]
+
+
+RIGHT: dict[str, tuple[Callable[[], Any], Any]] = {
+    "many layers": (lambda: widths_of(MLP(D, Q, (256,) * 6)), [256] * 6 + [Q]),
+    "many channels": (
+        lambda: len(networks.ConvEncoder((1, 32, 32), Q, (8, 16, 32, 64, 128)).convolutions),
+        10,
+    ),
+    "an array of widths": (lambda: widths_of(MLP(D, Q, untyped(np.array([5, 4])))), [5, 4, Q]),
+    "a tensor of widths": (lambda: widths_of(MLP(D, Q, untyped(torch.tensor([5, 4])))), [5, 4, Q]),
+    "a range of widths": (lambda: widths_of(MLP(D, Q, range(5, 3, -1))), [5, 4, Q]),
+    "widths that are read once": (
+        lambda: widths_of(recipes.vae(D, Q, hidden=untyped(iter((5, 4)))).model),
+        [4, 5, D],
+    ),
+    "one number of channels": (
+        lambda: len(networks.ConvEncoder((1, 8, 8), Q, 4).convolutions),
+        2,
+    ),
+    "bytes as sizes": (
+        lambda: widths_of(untyped(MLP)(np.uint8(200), 2, [np.uint8(3)], context_dim=np.uint8(99))),
+        [3, 2],
+    ),
+    "a byte as K": (lambda: pvae.objectives.IWAE(np.uint8(5)).num_particles, 5),
+    "a tensor as K": (lambda: bounds.elbo(vae(), x(), untyped(torch.tensor(2))).num_particles, 2),
+    "NumPy's truth": (lambda: vae().sample(3, mean=untyped(np.bool_(1))).shape, (3, D)),
+    "NumPy's text": (
+        lambda: pvae.latent.nearest(z(), z(), 1, metric=untyped(np.str_("cosine")))[0][3],
+        3,
+    ),
+    "a member of an enumeration": (
+        lambda: pvae.latent.nearest(z(), z(), 1, metric=untyped(Metric.COSINE))[0][3],
+        3,
+    ),
+    "NumPy's number of a choice": (
+        lambda: pvae.objectives.DIPVAE(kind=untyped(np.int64(2))).kind,
+        2,
+    ),
+    "a list of modules": (
+        lambda: len(
+            recipes.vae(
+                D, Q, penalties=untyped(torch.nn.ModuleList([pvae.penalties.WeightDecay(1.0)]))
+            ).guide.penalties
+        ),
+        1,
+    ),
+    "neighbours of another library": (
+        lambda: pvae.latent.precision_at_k([7, 8], [7, 7, 8], np.array([[0], [1]])).tolist(),
+        [1.0, 0.0],
+    ),
+    "an evidence of nothing": (lambda: pvae.diagnostics.bits_per_dimension(-inf, 2), inf),
+    "codes in lists": (lambda: len(pvae.plots.latent_map(z().tolist()).axes), 1),
+    "a negative whole number": (lambda: pvae.diagnostics.bits_per_dimension(-2, 1) > 2, True),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_right_values_of_unusual_kinds_are_taken(kind: str) -> None:
+    call, expected = RIGHT[kind]
+    assert call() == expected

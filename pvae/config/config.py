@@ -27,6 +27,7 @@ from pvae.errors import (
     CheckpointError,
     PvaeError,
     as_shape,
+    as_widths,
     check_count,
     check_number,
     check_path,
@@ -207,7 +208,7 @@ class Config(BaseModel):
         as_shape(flag("latent_dim"), self.latent_dim)
         check_count(flag("num_particles"), self.num_particles or 1, 4 * self.latent_dim)
         for name in ("hidden", "decoder_hidden"):
-            widths = as_shape(flag(name), getattr(self, name) or ())
+            widths = as_widths(flag(name), getattr(self, name) or ())
             check_weights(flag(name), pairwise([*widths, self.latent_dim]))
         for name in ("activation", "code_activation"):
             if (value := getattr(self, name)) is not None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from pvae import bounds, latent, terms
-from pvae.annotations import strict
+from pvae.annotations import Extended, strict
 from pvae.bounds.joint import is_joint
 from pvae.data import first_batch
 from pvae.diagnostics.aggregate import aggregated_posterior
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 @strict
-def bits_per_dimension(nats: float, num_dims: int, bin_width: float = 1.0) -> float:
+def bits_per_dimension(nats: Extended, num_dims: int, bin_width: float = 1.0) -> float:
     r"""A log probability of a datum as code length, in bits per dimension.
 
     .. math:: -(\ell + D \log \Delta) / (D \log 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -230,7 +231,7 @@ def nearest(
 
 
 @strict
-def precision_at_k(labels: object, gallery_labels: object, indices: Tensor) -> Tensor:
+def precision_at_k(labels: object, gallery_labels: object, indices: Tensor | np.ndarray) -> Tensor:
     """How many of a code's k nearest have its label, as a share of k; the mean is the usual number.
 
     Arguments:
@@ -245,6 +246,7 @@ def precision_at_k(labels: object, gallery_labels: object, indices: Tensor) -> T
         >>> precision_at_k([7, 8], [7, 7, 8], torch.tensor([[0, 1], [1, 2]]))
         tensor([1.0000, 0.5000])
     """
+    indices = torch.as_tensor(indices)
     own, others = (torch.as_tensor(y, device=indices.device) for y in (labels, gallery_labels))
     fits = own.dim() == others.dim() == 1 and len(own) == len(indices)
     if not fits or int(indices.max()) >= len(others):
