@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pvae.annotations import strict
-from pvae.errors import DataError, UndefinedError, as_shape, check_int, shown
+from pvae.errors import ArgumentError, DataError, UndefinedError, as_shape, check_int, quoted, shown
 
 if TYPE_CHECKING:
     from pvae.diagnostics import SBC, TARP, AggregatedPosterior, LearningCurve
@@ -170,7 +170,10 @@ def training_curve(history: History | Fit | Sequence[Record]) -> Picture:
     Arguments:
         history: A `pvae.fitting.History`, a `pvae.Fit`, or records with the same names.
     """
-    records = list(history if isinstance(history, Sequence) else history.history)
+    records = history if isinstance(history, Sequence) else getattr(history, "history", "")
+    if isinstance(records, (str, bytes)):
+        expected = "a fit, its history, or records of its epochs"
+        raise ArgumentError("history", expected, quoted(history), ["history=run.history"])
     panels = {
         "nats per datum": _curves(records, _VALUES),
         "rate, nats per datum": _curves(records, ("rate",)),

@@ -17,6 +17,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
+from pvae.annotations import strict
 from pvae.engine import Engine, OptimizerLike, OptimizerOfPyro, Stepper
 from pvae.errors import ArgumentError, oxford, warn
 from pvae.internals import guess_plates, network_state
@@ -92,6 +93,7 @@ class SVI(pyro.infer.SVI):
         True
     """
 
+    @strict
     def __init__(
         self,
         model: Program,

@@ -95,21 +95,24 @@ def compare(
     """
     if not isinstance(estimates, Mapping):
         expected = "a dictionary of estimates by name"
-        raise ArgumentError("estimates", expected, type(estimates).__name__)
+        raise ArgumentError("estimates", expected, type(estimates).__name__, _TWO)
     if len(estimates) < 2:
-        raise ArgumentError("estimates", "two or more to compare", f"{len(estimates)}")
+        raise ArgumentError("estimates", "two or more to compare", f"{len(estimates)}", _TWO)
     _check_possible(estimates)
     if bin_width is not None:
         estimates = _in_bins(estimates, bin_width)
     sizes = {name: len(bound.per_datum) for name, bound in estimates.items()}
     if len(set(sizes.values())) > 1:
         actual = ", ".join(f"{size} of '{name}'" for name, size in sizes.items())
-        raise ArgumentError("estimates", "one number of data, of the same data", actual)
+        raise ArgumentError("estimates", "one number of data, of the same data", actual, _TWO)
     known = [(name, b.measure) for name, b in estimates.items() if b.measure is not None]
     for name, measure in known[1:]:
         known[0][1].require_same(measure, (known[0][0], name), "estimates")
     ranked = dict(sorted(estimates.items(), key=lambda item: -item[1].mean))
     return Comparison(ranked, _notes(list(ranked.values()), mixed=mixed))
+
+
+_TWO = ['{"a": bounds.elbo(a, x), "b": bounds.elbo(b, x)}']
 
 
 def _in_bins(
@@ -118,14 +121,16 @@ def _in_bins(
     if not isinstance(width, Mapping):
         return {name: bound.in_bins(width) for name, bound in estimates.items()}
     if unknown := [name for name in width if name not in estimates]:
-        raise ArgumentError("bin_width", f"names of {oxford(estimates)}", oxford(unknown))
+        fixes = [f"bin_width={dict.fromkeys(estimates, 1.0)}"]
+        raise ArgumentError("bin_width", f"names of {oxford(estimates)}", oxford(unknown), fixes)
     return {n: bound.in_bins(width[n]) if n in width else bound for n, bound in estimates.items()}
 
 
 def _check_possible(estimates: Mapping[str, Estimate]) -> None:
     wrong = [f"'{name}': {'; '.join(b.reasons)}" for name, b in estimates.items() if b.reasons]
     if wrong:
-        raise ArgumentError("estimates", "numbers that are possible", " and ".join(wrong))
+        fixes = ["pvae.diagnose(pair, x), for what is wrong with the pair"]
+        raise ArgumentError("estimates", "numbers that are possible", " and ".join(wrong), fixes)
 
 
 def _notes(bounds: list[Estimate], *, mixed: bool) -> tuple[str, ...]:

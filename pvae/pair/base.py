@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from pvae.annotations import check_arguments
 from pvae.data import LoaderSource, Source, first_batch
 from pvae.devices import as_device, automatic, check_use
 from pvae.distributed import current
@@ -97,7 +98,9 @@ class Pair:
                 expected = "a Pyro program: a function, a method or a module"
                 is_class = isinstance(program, type)
                 actual = f"the class {program.__name__}" if is_class else type(program).__name__
-                raise ArgumentError(f"Pair, {name}", expected, actual)
+                fixes = ["pvae.Pair(model, guide), with two functions of a batch"]
+                raise ArgumentError(f"Pair, {name}", expected, actual, fixes)
+        check_arguments(Pair.__init__, {"plate": plate, "densities": densities}, "Pair")
         self.model, self.guide, self.plate = model, guide, plate
         self.densities = (densities,) if isinstance(densities, str) else tuple(densities)
         self.builder = builder()
