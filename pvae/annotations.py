@@ -60,7 +60,7 @@ R = TypeVar("R")
 _LEAST = -(2**63)
 _SKIPPED = {
     *("corruption", "data", "device", "estimates", "objective", "objectives", "optimizer", "pair"),
-    *("penalties", "self"),
+    *("loss", "optim", "penalties", "self"),
 }
 """What has a check of its own, which says more."""
 _BOUNDS = {"num_data", "num_rows"}  # of which there are no more than there are data
