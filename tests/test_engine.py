@@ -6,16 +6,18 @@ import functools
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
 from pvae import randomness, recipes
-from pvae.engine import PARTS, Stepper, make_optimizer
+from pvae.engine import PARTS, MixedStepper, Stepper, make_optimizer
 from pvae.engine.optimizers import Backup, OptimizerLike, update
 from pvae.errors import ArgumentError
 from pvae.internals import can_skip_on_device
 from pvae.objectives import ELBO
+from pvae.pair import Pair
 
 D, Q, N = 6, 2, 16
 
@@ -111,6 +113,32 @@ def test_the_first_failure_is_the_one_named(device: torch.device) -> None:
         assert torch.equal(parameter, expected)
     steps = {float(s["step"]) for s in stepper.optimizer.state.values()}
     assert steps == {1.0}
+
+
+@pytest.mark.usefixtures("store")
+def test_a_kind_of_batch_that_fails_later_is_not_named(device: torch.device) -> None:
+    """Not even if it has had no step before."""
+    first, x = make(device)
+
+    def program(*data: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(D, device=device))
+        with pyro.plate("data", N):
+            u = pyro.sample("u", dist.Normal(loc, 1.0).to_event(1))
+            if data:
+                pyro.sample("y", dist.Normal(u, 1.0).to_event(1), obs=data[0])
+
+    structure = Pair(program, lambda _: program()).inspect((x,))
+    optimizer = make_optimizer(torch.optim.Adam, [*structure.parameters.values()])
+    later = Stepper(structure, ELBO(), optimizer, ELBO().make_state(structure))
+    both = MixedStepper({"first": first, "later": later})
+    with pyro.validation_enabled(is_validate=False):
+        for step, kind in enumerate(("first", "later")):
+            both((kind, (x * torch.nan,)), step)
+    failure = both.look()
+    assert failure is not None
+    assert failure.step == 0
+    assert set(failure.sites) == {"z", "x"}
+    assert "loc" not in failure.parameters
 
 
 @pytest.mark.parametrize(

@@ -135,11 +135,12 @@ class Monitor:
 
         Arguments:
             names: What ``bad`` is of: ``"site"`` or ``"parameter"``, and the name of each.
-            bad: Which of them aren't finite; its tensor is kept and written from then on, also by
-                graphs, so that each tuple of names has one of its own.
+            bad: Which of them aren't finite. What is kept is written by graphs, too, so that each
+                tuple of names has a tensor of its own.
         """
-        known = self._bad.setdefault(names, bad)
-        if known is not bad:
+        if (known := self._bad.get(names)) is None:
+            self._bad[names] = bad & ~self.failed
+        else:
             known.copy_(torch.where(self.failed, known, bad))
 
     def share(self, first: Monitor, sums: Tensor) -> None:
