@@ -102,7 +102,12 @@ def load(path: str | Path) -> Checkpoint:
         raise refused(f"format {FORMAT}", f"format {number}", fix)
     if header.get("pvae_digest") != _digest(tensors, header["pvae"]):
         raise refused("content that matches its digest", "changed content", "an earlier copy")
-    return Checkpoint(tensors, json.loads(header["pvae"]))
+    try:
+        return Checkpoint(tensors, json.loads(header["pvae"]))
+    except (ValueError, RecursionError) as error:  # of another's making, with a digest of it
+        raise refused(
+            "content that pvae wrote", "text that is no JSON", "an earlier copy"
+        ) from error
 
 
 def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
@@ -117,9 +122,9 @@ def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
 def environment(device: torch.device) -> dict[str, object]:
     """What has to be the same for a resumed training to be the same, bit for bit."""
     is_cuda = device.type == "cuda"
-    cpu: Any = torch.backends.mkldnn
-    matmul: Any = torch.backends.cuda.matmul if is_cuda else cpu.matmul
-    others: Any = torch.backends.cudnn if is_cuda else cpu
+    backends: Any = torch.backends
+    others = backends.cudnn if is_cuda else backends.mkldnn
+    matmul = backends.cuda.matmul if is_cuda else others.matmul
     return {
         "pvae": pvae.__version__,
         "torch": torch.__version__,

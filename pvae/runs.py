@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from torch import nn
 
 from pvae import checkpoint, fitting, recipes
 from pvae.config import Config, options
+from pvae.config.reading import values_in
 from pvae.data import Splits, as_source, first_batch
 from pvae.distributed import job
-from pvae.errors import CheckpointError, check_path, warn
+from pvae.errors import CheckpointError, check_path, quoted, warn
 from pvae.files import telling
 from pvae.fitting import CHECKPOINT, Folder, History
 from pvae.fitting.fingerprint import fingerprint
@@ -65,9 +65,9 @@ def job_of(folder: Path) -> str | None:
 
     See `pvae.distributed.job`.
     """
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        name: str | None = json.loads((folder / "config.json").read_text()).get("job")
-        return name
+    with contextlib.suppress(CheckpointError):
+        name = values_in(folder / "config.json").get("job")
+        return name if isinstance(name, str) else None
     return None
 
 
@@ -85,7 +85,7 @@ def edits(trained: Mapping[str, object], present: Mapping[str, object]) -> list[
     """
     names = sorted({*trained, *present} - {*MOVED, "resolved", "job"})
     odd = [n for n in names if trained.get(n) != present.get(n)]
-    told = [f"{n} was {trained.get(n)!r}, is {present.get(n)!r}" for n in odd[:_MOST]]
+    told = [f"{n} was {quoted(trained.get(n))}, is {quoted(present.get(n))}" for n in odd[:_MOST]]
     return [*told, f"{len(odd) - _MOST} more"] if len(odd) > _MOST else told
 
 
@@ -115,7 +115,7 @@ class Run:
             expected = "a run: a folder with the checkpoint of a training"
             fixes = ["pvae train --out DIR first, then the folder DIR"]
             raise CheckpointError(str(self.folder), expected, "none in it", fixes)
-        self.saved = checkpoint.load(self.folder / CHECKPOINT)
+        self.saved = fitting.training_in(self.folder / CHECKPOINT)
         self.made: dict[str, Any] = self.saved.meta.get("made", {})
         self.config = self._config()
         self.history: History
@@ -123,7 +123,7 @@ class Run:
         changes = [change] if change else []
         for name, digest in self.saved.meta.get("files", {}).items():
             path = self.folder / name
-            if path.exists() and _digest(path) != digest:
+            if path.is_file() and _digest(path) != digest:
                 changes.append(f"{path}: not what the training wrote")
         for change in changes:
             warn(f"{change}. What the checkpoint says is used.")
@@ -149,7 +149,7 @@ class Run:
             path, what = self.folder / "config.json", "; ".join(changes)
             warn(f"{path}: {what}. What the run was trained with is used.")
         moved = {name: present[name] for name in MOVED if name in present}
-        return Config(**{**trained, **moved})
+        return Config.of_file(self.folder / "config.json", {**trained, **moved})
 
     def load_data(self, config: Config) -> Splits:
         """The data that a run of the command line was trained on, and is tested on.
@@ -181,6 +181,8 @@ class Run:
         builder = self.made.get("builder")
         if builder is None:
             what = "a pair that no function has made alone"
+            if "made" not in self.saved.meta:
+                what = "a pair of an earlier pvae, whose checkpoints don't say how it was made"
             if caller := self.made.get("fit"):
                 what = f"one that was made in {caller}, which trained it, too"
             raise CheckpointError(str(self.folder), expected, what, ["--pair mymodel:build"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,10 @@ EDITS: dict[str, tuple[dict[str, object], str]] = {
     "a number more": ({"noise": 0.5}, "noise was None, is 0.5"),
     "a type": ({"seed": "0"}, "seed was 0, is '0'"),
     "an unknown name": ({"colour": "red"}, "colour was None, is 'red'"),
+    "a long name": (
+        {"hidden": "x" * 9999},
+        r"hidden was \[4\], is 'x{119}\.\.\. .10001 characters.",
+    ),
     "two": ({"seed": 1, "lr": 0.5}, "lr was 0.001, is 0.5; seed was 0, is 1"),
 }
 
@@ -86,16 +91,23 @@ def test_an_edited_configuration_is_told_and_the_trained_one_is_used(
     assert found == float((trained / "bound").read_text())
 
 
+REFUSED_BEFORE = {"an unknown name": "colour", "a type": "seed", "a long name": "widths such as"}
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_a_run_doesnt_go_on_by_an_edited_configuration(name: str, run: Path) -> None:
     values, words = EDITS[name]
     edit(run, **values)
     before = (run / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(
-        PvaeError, match={"an unknown name": "colour", "a type": "seed"}.get(name, words)
-    ):
+    with pytest.raises(PvaeError, match=REFUSED_BEFORE.get(name, words)):
         call("train", "--resume", "--out", str(run), "--device", "cpu")
     assert (run / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_what_may_be_changed_is_checked_where_it_stands(run: Path) -> None:
+    edit(run, epochs="many")
+    with pytest.raises(CheckpointError, match=r"config\.json, epochs: .*integer; got 'many'"):
+        Run(run)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 9999, "\x00", '{"seed": 1', None])
@@ -171,6 +183,13 @@ def test_a_history_that_goes_on_after_the_checkpoint_is_no_change(run: Path) -> 
     assert len(Run(run).history) == 3
 
 
+def test_a_history_that_is_no_file_is_told(run: Path) -> None:
+    (run / "history.jsonl").unlink()
+    os.mkfifo(run / "history.jsonl")  # which would be waited for
+    with pytest.warns(PvaeWarning, match=r"history\.jsonl: a pipe"):
+        assert len(Run(run).history) == 3
+
+
 def test_figures_and_the_summary_are_under_the_digest(run: Path) -> None:
     files = Run(run).saved.meta["files"]
     there = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
@@ -184,12 +203,57 @@ def test_figures_and_the_summary_are_under_the_digest(run: Path) -> None:
 
 
 def test_digests_that_stand_elsewhere_lead_nowhere(run: Path) -> None:
-    """A stranger's checkpoint names files outside of its folder: they are only read."""
+    """A stranger's checkpoint names files outside of its folder: those that end are only read."""
     saved = checkpoint.load(run / "checkpoint.safetensors")
-    saved.meta["files"] = {"../run/config.json": "0", "nothing/there": "0"}
+    saved.meta["files"] = {"../run/config.json": "0", "nothing/there": "0", "/dev/zero": "0"}
     checkpoint.save(run / "checkpoint.safetensors", saved)
     with pytest.warns(PvaeWarning, match="not what the training wrote"):
         Run(run)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes what a checkpoint says, under a digest that is right."""
+    saved = checkpoint.load(folder / "checkpoint.safetensors")
+    change(saved.meta)
+    checkpoint.save(folder / "checkpoint.safetensors", saved)
+
+
+FORMS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "nothing": (dict.clear, "no 'progress' in its JSON"),
+    "no settings": (lambda meta: meta.pop("settings"), "no 'settings'"),
+    "a list of progress": (lambda meta: meta.update(progress=[1]), "'progress', which is a list"),
+    "a text as history": (
+        lambda meta: meta["progress"].update(history="x"),
+        "'history', which is a str",
+    ),
+    "a record without an epoch": (
+        lambda meta: meta["progress"].update(history=[{}]),
+        "no 'epoch' in an entry of 'history'",
+    ),
+    "a list of versions": (lambda meta: meta.update(environment=[]), "'environment', which is a"),
+    "places that are a number": (lambda meta: meta["pair"].update(changing=3), "'changing', which"),
+    "a list of options": (lambda meta: meta.update(made={"config": [1]}), "'config', which is a"),
+    "a list of files": (lambda meta: meta.update(files=["a"]), "'files', which is a list"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_checkpoint_of_something_else_is_refused_in_one_line(name: str, run: Path) -> None:
+    change, words = FORMS[name]
+    rewrite(run, change)
+    said = rf"checkpoint\.safetensors: expected the checkpoint of a training; got {words}"
+    with pytest.raises(CheckpointError, match=said):
+        call("encode", str(run))
+    with pytest.raises(CheckpointError, match=said):
+        call("train", "--resume", "--out", str(run), "--device", "cpu")
+
+
+def test_a_run_of_an_earlier_pvae_is_refused_as_what_it_is(run: Path) -> None:
+    rewrite(run, lambda meta: [meta.pop(name) for name in ("made", "files", "pair")])
+    with pytest.raises(CheckpointError, match="got one of an earlier pvae, or of"):
+        call("train", "--resume", "--out", str(run), "--device", "cpu")
+    with pytest.raises(CheckpointError, match="got a pair of an earlier pvae, whose checkpoints"):
+        call("encode", str(run))
 
 
 # One format

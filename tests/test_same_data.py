@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 import pvae
-from pvae import VAE, data, fitting
+from pvae import VAE, checkpoint, data, fitting
 from pvae.errors import CheckpointError, PvaeWarning
 from tests.fits import D, N, Q, binary, same, state
 
@@ -206,6 +206,19 @@ def test_reading_for_the_fingerprint_takes_nothing_from_generators(tmp_path: Pat
         pvae.fit(one, Augmented(binary(), kind), epochs=2, progress=False, engine="eager")
         train(other, Augmented(binary(), kind), tmp_path / kind, epochs=2)
         assert same(state(one), state(other))
+
+
+def test_saving_leaves_the_generators_of_a_data_set_as_they_are(tmp_path: Path) -> None:
+    data = Augmented(binary(), "torch's own")
+    run = pvae.fit(vae(), data, epochs=1, progress=False, engine="eager")
+    own: Any = data.own
+    run.save(tmp_path / "a")
+    torch.rand(3, generator=own)
+    before = own.get_state()
+    run.save(tmp_path / "b")
+    assert torch.equal(own.get_state(), before)
+    one, other = (checkpoint.load(tmp_path / name).meta["own"] for name in "ab")
+    assert one == other  # where the training left it
 
 
 def test_rows_that_are_others_at_each_read_are_counted(tmp_path: Path) -> None:

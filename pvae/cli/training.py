@@ -183,13 +183,18 @@ def _resumed(folder: Path, asked: Config, given: set[str]) -> Config:
 def _check_unchanged(folder: Path) -> None:
     """Refuses to go on by a configuration that was changed since the last checkpoint."""
     from pvae.config import Config
-    from pvae.fitting import CHECKPOINT
+    from pvae.fitting import CHECKPOINT, training_in
     from pvae.runs import edits
 
     if not (folder / CHECKPOINT).exists():
         return
-    made = pvae.checkpoint.load(folder / CHECKPOINT).meta.get("made", {})
-    if changes := edits(made.get("config", {}), Config.values_in(folder)):
+    made = training_in(folder / CHECKPOINT).meta.get("made", {})
+    if "config" not in made:
+        fixes = ["pvae.fit(pair, x, folder=..., resume=True), with the pair and data as they were"]
+        expected = "a checkpoint of pvae train, which says what the run was trained with"
+        actual = "one of an earlier pvae, or of pvae.fit, which doesn't"
+        raise CheckpointError(str(folder / CHECKPOINT), expected, actual, fixes)
+    if changes := edits(made["config"], Config.values_in(folder)):
         fixes = ["put that back, to go on", "--out with another name, to train anew"]
         expected = "the options that the run was trained with"
         raise CheckpointError(

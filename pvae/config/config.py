@@ -351,7 +351,15 @@ class Config(BaseModel):
         """
         path = check_path("path", path)
         path = path / "config.json" if os.path.isdir(path) else path  # noqa: PTH112
-        values = cls.values_in(path)
+        return cls.of_file(path, cls.values_in(path))
+
+    @classmethod
+    def of_file(cls, path: Path, values: dict[str, object]) -> Config:
+        """The configuration of values that a file gives.
+
+        Raises:
+            CheckpointError: If it is none; names the file, and where in it.
+        """
         try:
             check_kinds(values, options())
             return cls(**values)

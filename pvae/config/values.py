@@ -24,11 +24,6 @@ def values_in(path: Path) -> dict[str, object]:
             deeper.
     """
     fixes = ["--config runs/a/config.json, of a run that pvae train wrote"]
-    if path.name == "config.json":
-        fixes = [
-            "pvae train --out DIR first, then the folder DIR",
-            "of a folder that pvae.fit wrote: fit(..., resume=True).diagnose() in Python",
-        ]
     try:
         check_file(path, CheckpointError, _MOST_BYTES)
         text = path.read_bytes().decode()
@@ -36,8 +31,7 @@ def values_in(path: Path) -> dict[str, object]:
         if not isinstance(values, dict):
             raise ValueError("no table of names and values")
     except CheckpointError as error:
-        actual = f"{error.actual}"
-        raise CheckpointError(str(path), _EXPECTED, actual, fixes) from error
+        raise CheckpointError(str(path), _EXPECTED, error.actual, fixes) from error
     except (OSError, ValueError, RecursionError) as error:  # deep nesting ends in the last
         actual = f"{type(error).__name__}: {error}"
         raise CheckpointError(str(path), _EXPECTED, actual, fixes) from error

@@ -1,7 +1,7 @@
 """Fitting a pair: data -> steps -> history, with checkpoints and exact resume."""
 
 from pvae.fitting.api import Fit, fit
-from pvae.fitting.folder import CHECKPOINT, Folder, checkpoint_in, history_of
+from pvae.fitting.folder import CHECKPOINT, Folder, checkpoint_in, history_of, training_in
 from pvae.fitting.history import History
 from pvae.fitting.saving import load_parameters
 
@@ -14,4 +14,5 @@ __all__ = [
     "fit",
     "history_of",
     "load_parameters",
+    "training_in",
 ]

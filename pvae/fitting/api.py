@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.infer import ELBO as PyroELBO
 
-from pvae import randomness
 from pvae.distributed import current
 from pvae.engine import Asked, OptimizerLike, Precision
 from pvae.errors import check_int, check_path, telling_memory
@@ -213,10 +212,8 @@ class Fit:
 
         Of several processes all have to call this, and the first one writes.
         """
-        with alone(), randomness.forked():
-            if self.training.generators is not None:
-                self.training.drawing.set(self.training.generators)
-            save_checkpoint(self.training, check_path("path", path))
+        with alone():
+            save_checkpoint(self.training, check_path("path", path), self.training.generators)
 
     def diagnose(self, data: object = None, **options: Any) -> Diagnosis:
         """What the fit is worth, on one screen: `pvae.diagnose`.

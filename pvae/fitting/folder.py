@@ -10,14 +10,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from pvae import checkpoint
 from pvae.checkpoint import Checkpoint
-from pvae.errors import check_path
+from pvae.errors import CheckpointError, FileError, check_file, check_path, quoted
 from pvae.files import check_text, telling, write_atomically
 from pvae.fitting.history import History
 
-__all__ = ["CHECKPOINT", "Folder", "as_folder", "checkpoint_in", "history_of"]
+__all__ = ["CHECKPOINT", "Folder", "as_folder", "checkpoint_in", "history_of", "training_in"]
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of a training's checkpoint in its folder."""
@@ -34,7 +34,7 @@ class Folder:
     """
 
     path: Path
-    made: Mapping[str, Any] = field(default_factory=dict)
+    made: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
@@ -78,6 +78,44 @@ def checkpoint_in(path: Path) -> Path:
         return path / CHECKPOINT if path.is_dir() else path
 
 
+_FORM = {
+    "progress": {"history": [{"epoch": 0}]},
+    "settings": {"seed": 0},
+    "environment": {},
+    "optimizer": {"groups": [{}], "state": {}},
+    "pair?": {"entries": {}, "changing": [""]},
+    "made?": {"config?": {}},
+    "files?": {},
+}
+"""What a training's checkpoint has beside tensors; earlier versions had no names with a mark."""
+
+
+def training_in(file: Path) -> Checkpoint:
+    """The checkpoint of a training.
+
+    Raises:
+        CheckpointError: If it can't be read, or is one of something else.
+    """
+    saved = checkpoint.load(file)
+    if other := _misfit(saved.meta, _FORM, "its JSON"):
+        raise CheckpointError(str(file), "the checkpoint of a training", other)
+    return saved
+
+
+def _misfit(value: object, form: object, name: str) -> str:
+    """Where a value hasn't got a form, in words; nothing if it has."""
+    if type(value) is not type(form):
+        return f"{name}, which is a {type(value).__name__}"
+    found = []
+    if isinstance(value, dict) and isinstance(form, dict):
+        inner = {key.removesuffix("?"): part for key, part in form.items()}
+        found = [f"no '{key}' in {name}" for key in form if key not in value and key in inner]
+        found += [_misfit(value[k], part, f"'{k}'") for k, part in inner.items() if k in value]
+    elif isinstance(value, list) and isinstance(form, list):
+        found = [_misfit(part, form[0], f"an entry of {name}") for part in value]
+    return next(filter(None, found), "")
+
+
 def history_of(saved: Checkpoint, folder: Path) -> tuple[History, str]:
     """The history that a checkpoint has, and where the folder's copy says anything else.
 
@@ -86,9 +124,11 @@ def history_of(saved: Checkpoint, folder: Path) -> tuple[History, str]:
     history = History(saved.meta["progress"]["history"])
     copy = folder / "history.jsonl"
     try:
-        lines = copy.read_bytes().decode(errors="replace").splitlines()
-    except OSError as error:
-        return history, f"{copy}: {error.strerror}" if history else ""
+        with telling(copy, "a file that can be read"):
+            check_file(copy, FileError)
+            lines = copy.read_bytes().decode(errors="replace").splitlines()
+    except FileError as error:
+        return history, f"{copy}: {error.actual}" if history else ""
     for number, record in enumerate(history):
         found = _parsed(lines[number]) if number < len(lines) else None
         if found != record:
@@ -108,4 +148,6 @@ def _difference(record: Mapping[str, object], found: object) -> str:
     if not isinstance(found, dict):
         return "the epoch's record isn't there"
     names = [n for n in {**record, **found} if record.get(n) != found.get(n)]
-    return ", ".join(f"{n} was {record.get(n)!r}, is {found.get(n)!r}" for n in names[:3])
+    return ", ".join(
+        f"{n} was {quoted(record.get(n))}, is {quoted(found.get(n))}" for n in names[:3]
+    )

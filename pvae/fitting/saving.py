@@ -12,7 +12,7 @@ from pvae import checkpoint, randomness
 from pvae.distributed import job
 from pvae.engine.sums import set_sums, sums_of
 from pvae.errors import CheckpointError, check_path, oxford, warn
-from pvae.fitting.folder import Folder, checkpoint_in
+from pvae.fitting.folder import Folder, checkpoint_in, training_in
 from pvae.fitting.generators import States
 from pvae.fitting.history import History
 from pvae.fitting.identity import (
@@ -41,14 +41,17 @@ _UNKNOWN: dict[str, Any] = {"entries": {}, "changing": []}
 _UNSEEN: dict[str, Any] = {"has_penalties": False, "moved": []}
 
 
-def save_checkpoint(training: Training, path: Path | None = None) -> None:
+def save_checkpoint(
+    training: Training, path: Path | None = None, generators: States | None = None
+) -> None:
     """Writes everything that exact resume needs; all processes call this, the first one writes.
 
-    Without a path it is the checkpoint of the training's folder, if there is one.
+    Without a path it is the checkpoint of the training's folder, if there is one; without states of
+    the generators it has the present ones.
     """
     if path is None and training.settings.folder is None:
         return
-    states = training.world.gather(training.drawing.get())
+    states = training.world.gather(generators or training.drawing.get())
 
     def write() -> None:
         folder = _own_folder(training) if path is None else None
@@ -237,7 +240,7 @@ def load_parameters(
     """
     pair, path = as_pair(pair, "load_parameters"), check_path("path", path)
     path = checkpoint_in(path)
-    saved = checkpoint.load(path)
+    saved = training_in(path)
     if batch is not None:
         structure = pair.inspect(batch)
         parameters = structure.parameters

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pyro.infer import ELBO as PyroELBO
 
-from pvae import checkpoint, distributed, randomness
+from pvae import distributed, randomness
 from pvae.data import Batches, LoaderSource, Source, as_source, first_batch
 from pvae.devices import is_of_devices, same_device
 from pvae.distributed import World
@@ -19,6 +19,7 @@ from pvae.fitting.checks import (
     check_pair,
     check_whole,
 )
+from pvae.fitting.folder import training_in
 from pvae.fitting.identity import PairRecord
 from pvae.fitting.kinds import check_state, mixed, one_training
 from pvae.fitting.maker import made_of
@@ -172,7 +173,7 @@ def _open_folder(training: Training) -> None:
         training.made = made_of(training.pair)
     folder = settings.folder if settings.resume else None
     saved = world.from_first(
-        lambda: checkpoint.load(folder.checkpoint) if folder and folder.has_checkpoint() else None
+        lambda: training_in(folder.checkpoint) if folder and folder.has_checkpoint() else None
     )
     before = None if saved is None else saved.meta["settings"].get("engine")
     training.stepper.engine = training.chosen = _choose_engine(training, before)
