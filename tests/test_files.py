@@ -285,6 +285,19 @@ def test_a_run_killed_before_its_configuration_was_written_can_be_started_again(
 
 
 @pytest.mark.slow
+@pytest.mark.float32
+def test_a_warning_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    assert main(monkeypatch, *TRAIN, "--out", "run") == 0
+    path = place / "run" / "config.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    done = command("encode", "run", cwd=place)
+    assert done.returncode == 0
+    said = "seed was 0, is 1. What the run was trained with is used."
+    assert done.stderr == f"pvae: run/config.json: {said}\n"
+
+
+@pytest.mark.slow
 def test_a_full_standard_output_is_one_line() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no such device")

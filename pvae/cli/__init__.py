@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 import typer
@@ -17,7 +18,7 @@ from pvae.cli.common import app, echo
 from pvae.cli.diagnosing import diagnose
 from pvae.cli.reading import encode, evaluate, export, reconstruct, sample
 from pvae.cli.training import train
-from pvae.errors import PvaeError, TrainingError
+from pvae.errors import PvaeError, PvaeWarning, TrainingError
 
 __all__ = [
     "app",
@@ -41,6 +42,7 @@ app.registered_commands.sort(key=lambda c: _ORDER.index(getattr(c.callback, "__n
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2, no traceback."""
+    warnings.formatwarning = _warning
     for stream in (sys.stdout, sys.stderr):  # of names that aren't text in this encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -61,6 +63,22 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         _stop(error)
+
+
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning as it is shown: pvae's own on one line, as no code of the user's has led to it."""
+    if issubclass(category, PvaeWarning):
+        return f"pvae: {message}\n"
+    return _usual(message, category, filename, lineno, line)
+
+
+_usual = warnings.formatwarning
 
 
 def _stop(error: OSError) -> NoReturn:
