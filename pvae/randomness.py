@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -120,15 +120,15 @@ def _seed_own(generator: Own, seed: int) -> None:
         generator.bit_generator.state = type(generator.bit_generator)(seed).state
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
         return {name: _plain(part) for name, part in value.items()}
-    return (
-        {"dtype": str(value.dtype), "items": value.tolist()} if hasattr(value, "dtype") else value
-    )
+    if isinstance(value, np.ndarray | np.generic):
+        return {"dtype": str(value.dtype), "items": value.tolist()}
+    return value
 
 
-def _arrays(value: Any) -> Any:
+def _arrays(value: object) -> Any:
     if not isinstance(value, dict):
         return value
     if value.keys() == {"dtype", "items"}:

@@ -11,13 +11,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 import pvae
 from pvae import VAE, corruptions, guides, likelihoods, objectives, penalties, priors, recipes
 from pvae.networks import MLP
 from tests.fits import D, Q, binary, state
+from tests.test_kinds import Regression
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -45,22 +46,11 @@ class Validation(Dataset):
         return self.rows[index]
 
 
-class TwoKinds(nn.Module):
+class TwoKinds(Regression):
     """A regression with a term in the guide for labelled rows."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.predict, self.decode = nn.Linear(D, 1), nn.Linear(1, D)
-
-    def model(self, x: Tensor, y: Tensor | None = None) -> None:
-        pyro.module("two", self)
-        with pyro.plate("data", len(x)):
-            y = pyro.sample("y", dist.Normal(0.0, 1.0).expand([len(x)]), obs=y)
-            pyro.sample("x", dist.Normal(self.decode(y[:, None]), 1.0).to_event(1), obs=x)
-
     def guide(self, x: Tensor, y: Tensor | None = None) -> None:
-        pyro.module("two", self)
+        pyro.module("regression", self)
         with pyro.plate("data", len(x)):
             loc = self.predict(x)[:, 0]
             if y is None:

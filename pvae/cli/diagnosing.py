@@ -7,18 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import pvae
-from pvae.cli.common import (
-    DataFile,
-    Device,
-    PairCode,
-    Particles,
-    RunFolder,
-    Seed,
-    app,
-    echo,
-    option,
-    prepare_file,
-)
+from pvae.cli import common
+from pvae.cli.common import app, echo, option
 from pvae.cli.opening import open_folder
 from pvae.files import write_atomically
 
@@ -27,18 +17,18 @@ __all__ = ["diagnose"]
 
 @app.command()
 def diagnose(
-    run: RunFolder,
+    run: common.RunFolder,
     *,
-    data: DataFile = None,
+    data: common.DataFile = None,
     rows: Annotated[int, option("Number of test data to look at.")] = 500,
-    num_particles: Particles = 200,
+    num_particles: common.Particles = 200,
     deep: Annotated[bool, option("Make all checks, which takes minutes.", "--deep")] = False,
     to: Annotated[
-        Path | None, option("File to write findings to. Example: --to found.json")
+        Path | None, common.path_option("File to write findings to. Example: --to found.json")
     ] = None,
-    seed: Seed = 0,
-    pair: PairCode = None,
-    device: Device = "auto",
+    seed: common.Seed = 0,
+    pair: common.PairCode = None,
+    device: common.Device = "auto",
 ) -> None:
     """Judge a run: bound, posterior, latent space, model, training, and what to do next.
 
@@ -46,7 +36,7 @@ def diagnose(
     """
     opened = open_folder(run, device, pair, data)
     if to is not None:
-        prepare_file(to)
+        common.prepare_file(to)
     result = pvae.diagnose(
         opened.pair,
         opened.data,

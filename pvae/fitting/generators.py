@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class States(NamedTuple):
     """
 
     process: dict[str, Tensor]
-    own: list[Any]
+    own: list[list[object]]
 
 
 class Generators:
@@ -46,7 +46,9 @@ class Generators:
         """The states of all."""
         own = own_generators(*self._roots)
         states = zip(own, randomness.get_own(own), strict=True)
-        named = [[type(generator).__name__, state] for generator, state in states]
+        named: list[list[object]] = [
+            [type(generator).__name__, state] for generator, state in states
+        ]
         return States(randomness.get_state(), named)
 
     def set(self, states: States) -> bool:

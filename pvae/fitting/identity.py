@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -58,7 +58,7 @@ class PairRecord:
         """Takes the pair as it is now, whatever was changed by hand."""
         self.first = account_of(self.pair)
 
-    def as_json(self, *, is_trained: bool) -> dict[str, Any]:
+    def as_json(self, *, is_trained: bool) -> dict[str, object]:
         """What a checkpoint has of it; without steps no buffer is known to be a constant."""
         first, now = self.first.entries, account_of(self.pair).entries
         self.changing |= {n for n in {**first, **now} if first.get(n) != now.get(n)}

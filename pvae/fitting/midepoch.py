@@ -76,7 +76,7 @@ class Reading:
         name, batch = self._last if isinstance(self._batches, Mixed) else ("", self._last)
         return f"{name} {digest_of([batch])}"
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """What a checkpoint within an epoch has beside the states of the process's generators."""
         return {"own": None if self.start is None else self.start.own, "last": self._digest()}
 
