@@ -17,7 +17,7 @@ from torch import nn
 
 from pvae import checkpoint, fitting, recipes
 from pvae.config import Config, options
-from pvae.config.reading import values_in
+from pvae.config.values import values_in
 from pvae.data import Splits, as_source, first_batch
 from pvae.distributed import job
 from pvae.errors import CheckpointError, check_path, quoted, warn
