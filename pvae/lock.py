@@ -235,7 +235,7 @@ class Lock:
     def _shows_life(self, path: Path, text: str) -> bool:
         """Whether the owner, elsewhere, gives a sign of life before patience is over."""
         seen = _time(path)
-        if seen is None:
+        if seen is None or _read(path) != text:  # gone, or another's: look again
             return False
         left = PATIENCE - max(0.0, (self._now() - seen) / 1e9)
         if left > 0:
@@ -245,7 +245,7 @@ class Lock:
         while time.monotonic() < end:
             time.sleep(min(1.0, BEAT / 4))
             if _read(path) != text:
-                return False  # gone, or another's: look again
+                return False
             if _time(path) != seen:
                 return True
         return False
