@@ -90,19 +90,15 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
         pvae.errors.ArgumentError: number: expected a finite number; got '3'.
           Try: number=1
     """
-    signature = inspect.signature(function)
-    hints = hints_of(function).values()
-    runs_others = "self" in signature.parameters or any(hint.runs_others for hint in hints)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = check_call(function, signature, args, kwargs)
-        if given is None or runs_others:
-            return function(*args, **kwargs)
+        given = check_call(function, args, kwargs)
         try:
             return function(*args, **kwargs)
         except _DEEP as error:
-            if isinstance(error, PvaeError) or is_out_of_memory(error):
+            is_ours = isinstance(error, PvaeError) or is_out_of_memory(error)
+            if is_ours or _runs_others(function) or not _fits_signature(function, args, kwargs):
                 raise
             raise _mismatch(function.__name__, given, error) from error
 
@@ -110,21 +106,41 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_call(
-    function: Callable[..., object],
-    signature: inspect.Signature,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> Mapping[str, object] | None:
-    """The arguments of a call, checked; None where they have names that there aren't.
+    function: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Mapping[str, object]:
+    """The arguments of a call by name, checked.
 
-    That Python itself says, when the function is called.
+    Of names that there aren't, or that are missing, Python itself tells when it is called.
     """
+    names = _positional_of(function)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    check_arguments(function, given)
+    return given
+
+
+@functools.cache
+def _positional_of(function: Callable[..., object]) -> tuple[str, ...]:
+    every = inspect.signature(function).parameters
+    return tuple(
+        n for n, p in every.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
+
+
+def _fits_signature(
+    function: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> bool:
     try:
-        bound = signature.bind(*args, **kwargs)
+        inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
-        return None
-    check_arguments(function, bound.arguments)
-    return bound.arguments
+        return False
+    return True
+
+
+def _runs_others(function: Callable[..., object]) -> bool:
+    """Whether it may run a user's code: is a method of a pair, or takes a function."""
+    hints = hints_of(function).values()
+    takes_function = any(get_origin(k) is collections.abc.Callable for h in hints for k in h.kinds)
+    return takes_function or "self" in inspect.signature(function).parameters
 
 
 _DEEP = (TypeError, ValueError, IndexError, RuntimeError, AttributeError, OverflowError)
@@ -238,10 +254,12 @@ class Expected:
         """The kinds that are no numbers."""
         return tuple(kind for kind in self.kinds if kind not in (int, float))
 
-    @property
-    def runs_others(self) -> bool:
-        """Whether it may be a user's function."""
-        return any(get_origin(kind) is collections.abc.Callable for kind in self.kinds)
+    @functools.cached_property
+    def classes(self) -> tuple[type, ...]:
+        """The kinds that `isinstance` alone tells."""
+        others = (bool, tuple, Any, *_ROWS)
+        plain = [k for k in self.others if isinstance(k, type) and k not in others]
+        return tuple(k for k in plain if not (get_origin(k) or hasattr(k, "_is_protocol")))
 
 
 @functools.cache
@@ -273,7 +291,7 @@ def as_annotated(name: str, value: object, expected: Expected) -> object:
         return value
     if expected.is_widths:
         return as_widths(name, value)  # type: ignore[arg-type]
-    if any(_fits(value, kind) for kind in expected.others):
+    if isinstance(value, expected.classes) or any(_fits(value, k) for k in expected.others):
         if isinstance(value, Tensor):
             check_dense(name, value)
         return value

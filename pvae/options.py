@@ -104,8 +104,7 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
           Try: count((model, guide), ...)
            or: count(vae, ...), as a VAE is a pair
     """
-    signature = inspect.signature(function)
-    known = signature.parameters
+    known = inspect.signature(function).parameters
     bound = "batch_size" if "batch_size" in known else "max_rows"
     default = known[bound].default if bound in known else _DEFAULTS["max_rows"]
 
@@ -119,7 +118,7 @@ def tool(function: Callable[P, R]) -> Callable[P, R]:
                 "a model and its guide as two arguments",
             )
             raise ArgumentError(name, expected, actual, fixes)
-        check_call(function, signature, args, kwargs)
+        check_call(function, args, kwargs)
         rows = cast("int | None", kwargs.get(bound, default))
         with alone(), telling_memory(function.__name__, rows, bound), with_gradients():
             check_outside(function.__name__)
